@@ -1,0 +1,135 @@
+"""DDIM sampling over explicit pairs (t, t_prev).
+
+    x0_hat = (x_t - sqrt(1 - abar_t) eps_hat) / sqrt(abar_t)
+    sigma  = eta sqrt((1 - abar_prev) / (1 - abar_t)) sqrt(1 - abar_t / abar_prev)
+    x_prev = sqrt(abar_prev) x0_hat + sqrt(1 - abar_prev - sigma^2) eps_hat + sigma z
+
+Source: Song, Meng, Ermon, *Denoising Diffusion Implicit Models* (2021), eq. (12) and (16).
+
+The step is ours, not a library's, because t_prev is here whatever comes next in the sequence. diffusers' `DDIMScheduler`
+always steps to t - T // S, which is right for `leading` only (and for `trailing` where S divides T).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tdq_exp.diffusion.objective import Denoiser
+from tdq_exp.diffusion.schedule import Schedule
+
+SPACINGS = ("leading", "trailing", "linspace", "quad")
+
+
+def time_steps(spacing: str, count: int, total: int, offset: int = 0) -> list[int]:
+    """The time steps that a sampler visits, noisiest first.
+
+    | spacing  | t_i for i = 0..S-1, before reversal and offset | source |
+    |----------|-----------------------------------------------|--------|
+    | leading  | i floor(T / S)                                | DDIM's "uniform" |
+    | trailing | round(T - i T / S) - 1, descending            | Lin et al. 2023, table 2 |
+    | linspace | round(i (T - 1) / (S - 1))                    | iDDPM |
+    | quad     | floor((i sqrt(0.8 T) / (S - 1))^2)            | DDIM's "quad" |
+
+    Args:
+        spacing: one of `SPACINGS`.
+        count: S, number of sampling steps.
+        total: T, number of time steps of the schedule.
+        offset: added to every step (`leading` and `quad`; LDM uses 1).
+
+    Raises:
+        ValueError: for an unknown spacing, S outside 1..T, or a sequence that visits a time step twice or leaves 0..T-1.
+    """
+    if spacing not in SPACINGS:
+        raise ValueError(f"sampler.spacing={spacing!r}: choose one of {', '.join(SPACINGS)}")
+    if not 1 <= count <= total:
+        raise ValueError(f"sampler.steps={count}: must be between 1 and the model's {total} time steps")
+    i = torch.arange(count, dtype=torch.float64)
+    if spacing == "leading":
+        steps = (i * (total // count)).long() + offset
+    elif spacing == "trailing":
+        steps = (total - i * total / count).round().long().flip(0) - 1
+    elif spacing == "linspace":
+        steps = (i * (total - 1) / max(count - 1, 1)).round().long()
+    else:
+        steps = (i * (0.8 * total) ** 0.5 / max(count - 1, 1)).square().floor().long() + offset
+    if len(steps.unique()) < count or int(steps.max()) >= total:
+        raise ValueError(
+            f"sampler: {spacing} spacing with steps={count}, offset={offset} repeats or leaves the {total} time steps; "
+            "take fewer steps or another spacing"
+        )
+    return [int(t) for t in steps.flip(0)]
+
+
+@dataclass(frozen=True)
+class Ddim:
+    """DDIM over any sequence of time steps.
+
+    Args:
+        steps: S.
+        spacing: see `time_steps`.
+        eta: 0 is deterministic, 1 has DDPM's variance.
+        clip: limit x0_hat to [-1, 1] (and re-derive eps_hat from it)?
+        offset: see `time_steps`.
+        final_alpha_one: is abar 1 after the last step (DDIM), or abar_0 (LDM)?
+    """
+
+    steps: int
+    spacing: str = "leading"
+    eta: float = 0.0
+    clip: bool = False
+    offset: int = 0
+    final_alpha_one: bool = True
+
+    def pairs(self, schedule: Schedule) -> list[tuple[int, int]]:
+        """(t, t_prev), noisiest first; the last t_prev is -1, "no noise left"."""
+        visited = time_steps(self.spacing, self.steps, schedule.steps, self.offset)
+        return list(zip(visited, [*visited[1:], -1], strict=True))
+
+    def sample(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        schedule: Schedule,
+        generators: Sequence[torch.Generator] = (),
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Follows the trajectory from pure noise to a sample.
+
+        Args:
+            denoise: predicts eps from (x_t, t); t is a 0-dim tensor, one time step for the whole batch.
+            x: x_T, `[B, C, H, W]`.
+            schedule: abar.
+            generators: one per sample, for eta > 0.
+            on_step: called with (t, x_t) before every step.
+        """
+        for t, t_prev in self.pairs(schedule):
+            if on_step is not None:
+                on_step(t, x)
+            eps = denoise(x, torch.tensor(t, device=x.device)).to(x.dtype)
+            x = self.step(eps, t, t_prev, x, schedule, generators)
+        return x
+
+    def step(
+        self, eps: Tensor, t: int, t_prev: int, x: Tensor, schedule: Schedule, generators: Sequence[torch.Generator] = ()
+    ) -> Tensor:
+        """One update x_t -> x_{t_prev}, in x's precision; coefficients are computed in float64."""
+        abar = float(schedule.alphas_cumprod[t])
+        last = 1.0 if self.final_alpha_one else float(schedule.alphas_cumprod[0])
+        abar_prev = float(schedule.alphas_cumprod[t_prev]) if t_prev >= 0 else last
+        x_0 = (x - (1 - abar) ** 0.5 * eps) / abar**0.5
+        if self.clip:
+            x_0 = x_0.clamp(-1, 1)
+            eps = (x - abar**0.5 * x_0) / (1 - abar) ** 0.5
+        variance = (1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)
+        sigma = self.eta * max(variance, 0.0) ** 0.5
+        x = abar_prev**0.5 * x_0 + max(1 - abar_prev - sigma**2, 0.0) ** 0.5 * eps
+        if sigma > 0:
+            if len(generators) != len(x):
+                raise ValueError("eta > 0 needs one generator per sample")
+            z = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])
+            x = x + sigma * z.to(x)
+        return x

@@ -1,0 +1,81 @@
+"""Pictures of a run: sample grids and intervals over time. The only importer of matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def sample_grid(rows: Mapping[str, NDArray[np.uint8]], path: Path, columns: int = 16, lines: int = 3) -> None:
+    """Image sets above each other, the same seeds in the same places.
+
+    Args:
+        rows: title -> uint8 `[N, H, W, C]`.
+        path: PNG to write.
+        columns: images side by side.
+        lines: lines of images per set.
+    """
+    count = min([columns * lines, *(len(images) for images in rows.values())])
+    lines = -(-count // columns)
+    figure = Figure(figsize=(columns * 0.55, len(rows) * (lines * 0.55 + 0.3)), dpi=150)
+    axes = np.atleast_1d(figure.subplots(len(rows), 1))
+    for axis, (title, images) in zip(axes, rows.items(), strict=True):
+        axis.imshow(_tile(images[:count], columns), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.set_title(title, fontsize=8, loc="left", pad=3)
+        axis.axis("off")
+    figure.tight_layout(pad=0.3)
+    _save(figure, path)
+
+
+def _tile(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
+    count, height, width, channels = images.shape
+    lines = -(-count // columns)
+    sheet = np.full((lines * (height + 1), columns * (width + 1), channels), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        sheet[top : top + height, left : left + width] = image
+    return sheet.squeeze(-1) if channels == 1 else sheet
+
+
+def intervals_over_time(tables: Mapping[str, Tensor], path: Path, title: str, most: int = 8) -> None:
+    """Step size over t relative to its mean: the layers that change most, and the spread of all.
+
+    Args:
+        tables: quantizer -> `[T]` (or `[1]`, static).
+        path: PNG to write; an SVG goes beside it.
+        title: of the picture.
+        most: number of layers drawn by name.
+    """
+    figure = Figure(figsize=(8, 4.2), dpi=150)
+    axis = figure.subplots()
+    timed = {name: table.numpy() / float(table.mean()) for name, table in tables.items() if len(table) > 1}
+    if timed:
+        curves = np.stack(list(timed.values()))
+        t = np.arange(curves.shape[1])
+        low, middle, high = np.quantile(curves, [0.05, 0.5, 0.95], axis=0)
+        axis.fill_between(t, low, high, color="0.88", label="5 to 95 % of quantizers")
+        axis.plot(t, middle, color="0.55", lw=1, label="median")
+        moving = sorted(timed, key=lambda name: float(np.ptp(timed[name])), reverse=True)[:most]
+        for name in moving:
+            axis.plot(t, timed[name], lw=1.2, label=name)
+        axis.set_xlim(0, len(t) - 1)
+    else:
+        axis.axhline(1.0, color="0.55", label=f"{len(tables)} static intervals")
+    axis.set(xlabel="time step t (noise grows to the right)", ylabel="step size s(t) / mean", title=title)
+    axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.tight_layout()
+    _save(figure, path)
+    _save(figure, path.with_suffix(".svg"))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    with rc_context({"svg.hashsalt": path.stem}):  # the same picture is the same file
+        figure.savefig(path, metadata=metadata)

@@ -1,0 +1,36 @@
+"""Exponential moving average of a network's parameters.
+
+    theta_ema <- d theta_ema + (1 - d) theta
+
+The average is a whole copy of the network, with a time context of its own, so it can be evaluated and sampled while the
+other one trains.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class Ema:
+    """Args:
+    net: the network to follow; copied as it is now.
+    decay: d. Early on it is min(d, (1 + updates) / (10 + updates)), so that the start is forgotten.
+    """
+
+    def __init__(self, net: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"fit.ema_decay={decay}: must be in [0, 1)")
+        self.decay = decay
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, net: nn.Module, updates: int) -> None:
+        """Takes in the parameters after the given number of updates; buffers are copied."""
+        decay = min(self.decay, (1 + updates) / (10 + updates))
+        averages, values = list(self.net.parameters()), list(net.parameters())
+        torch._foreach_lerp_(averages, values, 1 - decay)
+        for average, value in zip(self.net.buffers(), net.buffers(), strict=True):
+            average.copy_(value)

@@ -1,0 +1,253 @@
+"""The training loop of every fit: float pre-training and quantization-aware training differ in what they pass to it.
+
+One update: draw (images, t, eps) for the global batch, take this process' shard, predict eps, step the optimiser, take
+the weights into the average. Validation is the average's loss over fixed (x, t, eps). Killed and started again, the
+loop ends with the same bits as one that was never killed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdq_exp.data.images import Images
+from tdq_exp.diffusion.objective import Draws, draw_batch, fixed_draws, noise_prediction_loss
+from tdq_exp.fit.checkpoint import load_state, save_state
+from tdq_exp.fit.ema import Ema
+from tdq_exp.models.checkpoints import save_weights
+from tdq_exp.models.model import DiffusionModel
+from tdq_exp.processes import Processes
+from tdq_exp.progress import track
+
+Log = Callable[[Mapping[str, Any], int], None]
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Numbers of the loop.
+
+    Args:
+        updates: optimiser steps.
+        batch_size: global, over all processes.
+        warmup: updates over which the learning rates rise linearly from 0.
+        ema_decay: of the weights' average.
+        grad_clip: largest norm of the whole gradient; 0 does not clip.
+        validate_every: updates between two validations (and checkpoints).
+        validation_samples: (x, t, eps) triples of the fixed validation set.
+        keep_best: number of averages of lowest validation loss to keep.
+        precision: `float32` or `bfloat16` autocast.
+        stop_after: leave the loop after so many updates, as a kill would (0: don't); for rehearsals.
+    """
+
+    updates: int
+    batch_size: int
+    warmup: int = 0
+    ema_decay: float = 0.9999
+    grad_clip: float = 0.0
+    validate_every: int = 1000
+    validation_samples: int = 1024
+    keep_best: int = 0
+    precision: str = "float32"
+    stop_after: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "batch_size", "validate_every", "validation_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"fit.{name}={getattr(self, name)}: must be at least 1")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"fit.precision={self.precision!r}: choose float32 or bfloat16")
+
+
+@dataclass
+class History:
+    """What the loop noted, update by update. Plain lists, so that it is a file as it stands."""
+
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    best: list[tuple[float, int]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Interrupted(Exception):
+    """The loop was told to stop early (`stop_after`); its state is on disk."""
+
+
+def train(
+    net: nn.Module,
+    model: DiffusionModel,
+    images: Images,
+    held_out: Images,
+    optimizer: torch.optim.Optimizer,
+    options: TrainOptions,
+    *,
+    seed: int,
+    folder: Path,
+    processes: Processes,
+    penalty: Callable[[], Tensor] | None = None,
+    on_update: Callable[[int], None] | None = None,
+    log: Log | None = None,
+) -> tuple[nn.Module, History]:
+    """Trains `net` in place and returns the average of its weights, and the history.
+
+    Args:
+        net: network in its starting state, on the processes' device.
+        model: its description.
+        images: training set.
+        held_out: images for the validation loss; never trained on.
+        optimizer: over the parameters of `net`; its groups' `lr` are the rates after warm-up.
+        options: numbers of the loop.
+        seed: of the draws and of dropout.
+        folder: where the training state lives.
+        processes: who shares the batch.
+        penalty: added to the loss (PACT's L2 on its clipping values).
+        on_update: called with the index of the update before it is made (NIPQ's phases).
+        log: receives loss, learning rates and validation loss.
+
+    Raises:
+        FloatingPointError: if the loss is not finite; the last good state stays on disk.
+        Interrupted: see `TrainOptions.stop_after`.
+    """
+    device = processes.device
+    ema = Ema(net, options.ema_decay)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    history = History()
+    torch.manual_seed(seed * 65537 + processes.rank)  # dropout only: every other draw is keyed
+    state_file = folder / "state.pt"
+    first = _restore(state_file, net, ema, optimizer, history, processes)
+    shared = processes.wrap(net)
+    validation = fixed_draws(
+        seed + 1, samples=options.validation_samples, images=len(held_out), shape=model.sample_shape,
+        steps=model.schedule.steps,
+    )  # fmt: skip
+    net.train()
+    began, before = time.monotonic(), history.seconds
+    with track("training", options.updates, first, show=processes.main) as advance:
+        for update in range(first, options.updates):
+            if on_update is not None:
+                on_update(update)
+            scale = min(1.0, (update + 1) / options.warmup) if options.warmup else 1.0
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * scale
+            draws = draw_batch(
+                seed, update, batch_size=options.batch_size, images=len(images), shape=model.sample_shape,
+                steps=model.schedule.steps, flip=model.flip,
+            ).shard(processes.rank, processes.world)  # fmt: skip
+            loss = _loss(shared, model, images, draws, device, options.precision)
+            total = loss if penalty is None else loss + penalty()
+            value = float(processes.mean(total.detach()))
+            if not math.isfinite(value):
+                kept = f"the state of update {_last_saved(state_file)} is kept" if state_file.exists() else "nothing saved"
+                raise FloatingPointError(f"the loss is {value} at update {update + 1}: lower fit.lr; {kept} in {folder}")
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            if options.grad_clip:
+                nn.utils.clip_grad_norm_(net.parameters(), options.grad_clip)
+            optimizer.step()
+            ema.update(net, update)
+            done = update + 1
+            advance(f"loss {value:.4f}")
+            if log is not None and (done % 10 == 0 or done == options.updates):
+                names = {f"lr/{g.get('name', i)}": g["lr"] for i, g in enumerate(optimizer.param_groups)}
+                log({"loss": value, **names}, done)
+            if done % options.validate_every == 0 or done == options.updates:
+                loss_ema = validation_loss(ema.net, model, held_out, validation, options.batch_size, processes)
+                history.validation.append((done, loss_ema))
+                if log is not None:
+                    log({"validation_loss": loss_ema}, done)
+                _keep_best(ema.net, loss_ema, done, history, options.keep_best, folder, processes)
+                history.seconds = before + time.monotonic() - began
+                _save(state_file, done, net, ema, optimizer, history, processes)
+            if done == options.stop_after and done < options.updates:
+                raise Interrupted(f"stopped after update {done}, as asked")
+    return ema.net, history
+
+
+def _loss(
+    net: nn.Module, model: DiffusionModel, images: Images, draws: Draws, device: torch.device, precision: str
+) -> Tensor:
+    x_0 = model.encode(images.batch(draws.index, draws.flip).to(device))
+    t, eps = draws.t.to(device), draws.eps.to(device)
+    x_t = model.schedule.add_noise(x_0, eps, t)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        eps_hat = model.predict(net, x_t, t)
+    return noise_prediction_loss(eps_hat, eps, model.loss)
+
+
+@torch.no_grad()
+def validation_loss(
+    net: nn.Module, model: DiffusionModel, images: Images, draws: Draws, batch_size: int, processes: Processes
+) -> float:
+    """Mean loss over fixed draws, in float32. Batches are dealt out to the processes in turn."""
+    was_training = net.training
+    net.eval()
+    total, samples = torch.zeros((), dtype=torch.float64), len(draws.t)
+    for number, start in enumerate(range(0, samples, batch_size)):
+        if number % processes.world == processes.rank:
+            part = slice(start, min(start + batch_size, samples))
+            batch = Draws(draws.index[part], draws.flip[part], draws.t[part], draws.eps[part])
+            total += float(_loss(net, model, images, batch, processes.device, "float32")) * len(batch.t)
+    net.train(was_training)
+    return float(processes.sum(total.float().to(processes.device))) / samples
+
+
+def best_files(folder: Path, history: History) -> list[tuple[int, Path]]:
+    """(update, weights) of the averages of lowest validation loss, best first."""
+    return [(update, folder / f"best-{update:07d}.safetensors") for _, update in sorted(history.best)]
+
+
+def _keep_best(
+    net: nn.Module, loss: float, update: int, history: History, keep: int, folder: Path, processes: Processes
+) -> None:
+    if not keep:
+        return
+    history.best = sorted([*history.best, (loss, update)])
+    dropped, history.best = history.best[keep:], history.best[:keep]
+    if processes.main:
+        if (loss, update) in history.best:
+            save_weights(net, folder / f"best-{update:07d}.safetensors", {"update": str(update), "loss": repr(loss)})
+        for _, old in dropped:
+            (folder / f"best-{old:07d}.safetensors").unlink(missing_ok=True)
+
+
+def _save(
+    path: Path, update: int, net: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, history: History,
+    processes: Processes,
+) -> None:  # fmt: skip
+    random = processes.gather_objects(torch.get_rng_state())
+    state = {
+        "update": update, "net": net.state_dict(), "ema": ema.net.state_dict(), "optimizer": optimizer.state_dict(),
+        "random": random, "validation": history.validation, "best": history.best, "seconds": history.seconds,
+    }  # fmt: skip
+    processes.decide(lambda: save_state(path, state))
+
+
+def _restore(
+    path: Path, net: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, history: History, processes: Processes
+) -> int:
+    state = load_state(path)
+    if state is None:
+        return 0
+    if len(state["random"]) != processes.world:
+        raise ValueError(
+            f"{path}: begun with {len(state['random'])} processes, now {processes.world}; use launcher.nproc="
+            f"{len(state['random'])} or remove the file to start again"
+        )
+    net.load_state_dict(state["net"])
+    ema.net.load_state_dict(state["ema"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"][processes.rank])
+    history.validation = [tuple(v) for v in state["validation"]]
+    history.best = [tuple(b) for b in state["best"]]
+    history.seconds = state["seconds"]
+    return int(state["update"])
+
+
+def _last_saved(path: Path) -> int:
+    state = load_state(path)
+    return int(state["update"]) if state else 0

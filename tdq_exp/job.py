@@ -1,0 +1,159 @@
+"""A run as objects: what a config says, instantiated. Beyond this module nothing knows of Hydra.
+
+Building decides everything that can be wrong before anything is computed: unknown options of a `_target_`, a data
+folder that isn't there, an interval that a weight can't have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from tdq_exp import assets, schema
+from tdq_exp.data.images import Source
+from tdq_exp.diffusion.sampler import Ddim
+from tdq_exp.fit.loop import TrainOptions
+from tdq_exp.fit.qat import Rates
+from tdq_exp.metrics.features import FeatureNetwork
+from tdq_exp.models.model import DiffusionModel
+from tdq_exp.quant.convert import Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. `config` is the whole configuration as plain values: what the row and the tracker show."""
+
+    name: str
+    sample_name: str
+    folder: Path
+    config: dict[str, Any]
+    model: DiffusionModel
+    weights: str | None
+    ema: bool
+    source: Source | None
+    cache: str | None
+    fit: schema.FitConfig
+    train: TrainOptions | None
+    recipe: Recipe | None
+    rates: Rates
+    sampler: Ddim
+    sampling: schema.SamplerConfig
+    features: Callable[[], FeatureNetwork]
+    evaluation: schema.EvalConfig
+    tracker: schema.TrackerConfig
+    launcher: schema.LauncherConfig
+    seed: int
+
+    @property
+    def smoke(self) -> bool:
+        """Is this a rehearsal of a step or two (`debug=smoke`)?"""
+        return (self.train is None or self.train.updates <= 2) and self.sampling.images <= 8
+
+    def part(self, *keys: str) -> dict[str, Any]:
+        """Groups of the config as fingerprint parts: without labels, paths, and what only says where or how fast."""
+        aside = {"label", "cache", "weights", "path", "export", "stop_after", "report", "png"}
+        return {key: _without(self.config[key], aside) for key in keys}
+
+
+def _without(node: Any, aside: set[str]) -> Any:
+    if isinstance(node, dict):
+        return {k: _without(v, aside) for k, v in node.items() if k not in aside}
+    return node
+
+
+def build(cfg: DictConfig, source: bool = True) -> Job:
+    """Checks a composed config and instantiates it.
+
+    Args:
+        cfg: the root of the config.
+        source: False leaves the data alone: a finished net can be loaded where they are not.
+
+    Raises:
+        ValueError: one line that names the key.
+    """
+    schema.validate(cfg)
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))  # resolved once, no interpolation left
+    fit = schema.FitConfig(**cfg.fit)
+    train = None
+    if fit.kind != "none":
+        train = TrainOptions(
+            updates=fit.updates, batch_size=fit.batch_size, warmup=fit.warmup, ema_decay=fit.ema_decay,
+            grad_clip=fit.grad_clip, validate_every=fit.validate_every, validation_samples=fit.validation_samples,
+            precision=fit.precision, stop_after=fit.stop_after, keep_best=5 if fit.kind == "qat" else 0,
+        )  # fmt: skip
+    model = make(cfg, "model.definition")
+    if cfg.model.weights is None and fit.kind != "pretrain":
+        raise ValueError("model.weights has no value: name a file, or train the model first (method=fp fit=pretrain)")
+    return Job(
+        name=schema.fit_name(cfg),
+        sample_name=schema.sample_name(cfg),
+        folder=schema.run_folder(cfg),
+        config=schema.plain(cfg),
+        model=model,
+        weights=_shipped(cfg.model.weights),
+        ema=cfg.model.ema,
+        source=make(cfg, "data.source") if source else None,
+        cache=cfg.data.cache,
+        fit=fit,
+        train=train,
+        recipe=_recipe(cfg) if cfg.method.quantized else None,
+        rates=Rates(
+            fit.lr, fit.weight_decay, fit.lr_step_size, fit.lr_zero_point, fit.lr_generator, fit.decay_generator
+        ),
+        sampler=make(cfg, "sampler.method"),
+        sampling=schema.SamplerConfig(**cfg.sampler),
+        features=lambda: _features(cfg),
+        evaluation=schema.EvalConfig(**schema.plain(cfg.eval)),
+        tracker=schema.TrackerConfig(**cfg.tracker),
+        launcher=schema.LauncherConfig(**cfg.launcher),
+        seed=cfg.seed,
+    )
+
+
+def _shipped(weights: str | None) -> str | None:
+    """The path of a shipped net; anything else as it is (a path, or a hub id)."""
+    return str(assets.weights(weights)) if weights is not None and weights.startswith("shipped:") else weights
+
+
+def _features(cfg: DictConfig) -> FeatureNetwork:
+    cfg = cfg.copy()
+    if cfg.eval.features.get("weights") is not None:
+        cfg.eval.features.weights = _shipped(cfg.eval.features.weights)
+    return make(cfg, "eval.features")
+
+
+def _recipe(cfg: DictConfig) -> Recipe:
+    return Recipe(
+        weight_bits=cfg.bits.weight,
+        act_bits=cfg.bits.act,
+        weight=make(cfg, "weight.quantizer"),
+        act=make(cfg, "act.quantizer"),
+        intervals=make(cfg, "tdq.interval"),
+        weight_interval=cfg.weight.interval,
+        offset=cfg.tdq.offset,
+        plan=make(cfg, "plan.plan"),
+        habits=make(cfg, "habits.habits"),
+    )
+
+
+def make(cfg: DictConfig, key: str) -> Any:
+    """Instantiates a node.
+
+    Raises:
+        ValueError: what its constructor says of a value, or which option it does not know.
+    """
+    try:
+        return instantiate(OmegaConf.select(cfg, key), _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        while cause is not None and isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, FileNotFoundError | ValueError):
+            raise type(cause)(str(cause)) from error
+        raise ValueError(f"{key}: {str(cause or error).splitlines()[0]}") from error

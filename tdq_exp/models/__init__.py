@@ -1,0 +1,1 @@
+"""The networks, as descriptions: the only importer of diffusers."""

@@ -1,0 +1,338 @@
+"""Fills a diffusers `UNet2DModel` with weights, whatever they were saved by, and names them by their content.
+
+Sources:
+
+    PATH/ or PATH/unet/         a diffusers folder: config.json, diffusion_pytorch_model.safetensors or .bin
+    owner/name                  the same on the model hub
+    PATH.safetensors            a state dict in diffusers' names: this project's own files
+    PATH (.ckpt, .pth, ...)     a PyTorch file: a state dict, one inside {"state_dict": ...}, or the training list
+                                [network, optimiser, epoch, step, EMA] of the original DDIM code; names of diffusers or
+                                of the original, with or without the `module.` of a data-parallel network
+
+The original network counts its up levels by resolution and diffusers by execution: up.i is up_blocks.(L-1-i) of L
+levels. Its attention is made of 1x1 convolutions and diffusers' of linear layers, [C, C, 1, 1] and [C, C]; so was
+diffusers' own at first, under other names, which the hub's DDPM weights still have.
+
+A load is strict: each key of the file goes to one of the network, or is written down in `NOT_WEIGHTS`. No file is
+executed (see `inert_pickle`). Weights are cast to the network's type, and hashed after that: `load_weights` returns what
+`state_hash(net.state_dict())` would, for every source.
+
+References:
+    Original network and training list: https://github.com/ermongroup/ddim (models/diffusion.py, runners/diffusion.py).
+    Original weights as plain state dicts: https://github.com/pesser/pytorch_diffusion.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tdq_exp.models.inert_pickle import CheckpointError, read_tensors
+
+__all__ = ["NOT_WEIGHTS", "CheckpointError", "load_weights", "save_weights", "state_hash"]
+
+# Keys that a state dict may hold and no network needs. `logvar`: the original's `bayesian` type registers it, and its
+# forward pass never reads it.
+NOT_WEIGHTS = frozenset({"logvar"})
+
+# Keys of a diffusers config that don't change what a weight means: `dropout` acts in training only; the rest is
+# written by diffusers' EMA beside the architecture.
+_NOT_ARCHITECTURE = frozenset(
+    ["dropout", "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"]
+)
+
+_WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+
+_ORIGINAL_MODULES = {
+    r"temb\.dense\.0": "time_embedding.linear_1",
+    r"temb\.dense\.1": "time_embedding.linear_2",
+    r"norm_out": "conv_norm_out",
+    r"mid\.block_1": "mid_block.resnets.0",
+    r"mid\.attn_1": "mid_block.attentions.0",
+    r"mid\.block_2": "mid_block.resnets.1",
+    r"(?P<side>down|up)\.(?P<level>\d+)\.block\.(?P<index>\d+)": "{side}_blocks.{level}.resnets.{index}",
+    r"(?P<side>down|up)\.(?P<level>\d+)\.attn\.(?P<index>\d+)": "{side}_blocks.{level}.attentions.{index}",
+    r"(?P<side>down)\.(?P<level>\d+)\.downsample": "{side}_blocks.{level}.downsamplers.0",
+    r"(?P<side>up)\.(?P<level>\d+)\.upsample": "{side}_blocks.{level}.upsamplers.0",
+}
+_ORIGINAL_LAYERS = {
+    "resnets": {"temb_proj": "time_emb_proj", "nin_shortcut": "conv_shortcut"},
+    "attentions": {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"},
+}
+_FIRST_DIFFUSERS_LAYERS = {"attentions": {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}}
+
+
+def load_weights(net: torch.nn.Module, source: str, *, ema: bool = True) -> str:
+    """Fills a network, all of it, and returns the hash of its weights.
+
+    Args:
+        net: the network to fill; for folders and the hub a diffusers model, whose config must agree with theirs.
+        source: path of a file or folder, or an id on the model hub (see the module's docstring).
+        ema: of a training list take the exponential moving average (element 4), not the raw weights (element 0). Sources
+            with one set of weights have no say in which it is.
+
+    Returns:
+        The `state_hash` of the network's weights after the load.
+
+    Raises:
+        CheckpointError: one line, that begins with the source, if it can't be found or read, was made for another
+            architecture, or has missing, left-over or misshapen keys. The network is then as it was.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = _read_folder(net, path)
+    elif path.exists():
+        found = _read_file(path, ema)
+    elif _HUB_ID.fullmatch(source) and not source.endswith(_FILE_SUFFIXES):
+        found = _read_folder(net, _download(source))
+    else:
+        raise CheckpointError(f"{source}: no such file or folder")
+    state = _fitted(source, _diffusers_names(source, found), net.state_dict())
+    net.load_state_dict(state, strict=True)
+    return state_hash(state)
+
+
+def state_hash(state: Mapping[str, torch.Tensor]) -> str:
+    """The name of a set of weights: the same for the same weights, in whatever file they came.
+
+    hash = first 16 hexadecimal digits of sha256 over (name, dtype, shape, bytes) of each tensor, sorted by name
+
+    Args:
+        state: tensors of any shape and type, by name.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        # Bytes, because NumPy does not know bfloat16.
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(force=True).data)
+    return digest.hexdigest()[:16]
+
+
+def save_weights(
+    net_or_state: torch.nn.Module | Mapping[str, torch.Tensor], path: str | Path, metadata: Mapping[str, str]
+) -> None:
+    """Writes weights as safetensors; the file is there as a whole or not at all.
+
+    Args:
+        net_or_state: the network, or its state dict.
+        path: file to write or replace, named `*.safetensors`; its folder is made if need be.
+        metadata: what to say about the weights in the file's header.
+    """
+    path = Path(path)
+    state = net_or_state.state_dict() if isinstance(net_or_state, torch.nn.Module) else net_or_state
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        # safetensors makes files that their owner alone can read; weights are as public as any other new file.
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, partial, dict(metadata))
+        _sort_metadata(partial)
+        partial.chmod(mode)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sorts the metadata in a safetensors header: it comes in random order, and equal weights should be equal files."""
+    with path.open("r+b") as stream:
+        (size,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        if len(content) == size:  # else it is spelled in another way, and stays as it is
+            stream.seek(8)
+            stream.write(content)
+
+
+def _read_file(path: Path, ema: bool) -> dict[str, torch.Tensor]:
+    """The state dict of a file, its names as they are but for `module.`."""
+    if path.suffix != ".safetensors":
+        return read_tensors(path, lambda tree: _state_of(path, tree, ema))
+    try:
+        return _without_module(load_file(path))
+    except (OSError, SafetensorError) as error:
+        reason = "the file is empty" if path.stat().st_size == 0 else f"truncated, corrupt or not safetensors ({error})"
+        raise CheckpointError(f"{path}: {reason}") from error
+
+
+def _state_of(path: Path, tree: Any, ema: bool) -> dict[str, Any]:
+    """The state dict in the object of a PyTorch file."""
+    if isinstance(tree, list):
+        if len(tree) not in (4, 5):
+            raise CheckpointError(f"{path}: a list of {len(tree)}, where a training state has 4 elements, or 5 with EMA")
+        if ema and len(tree) == 4:
+            raise CheckpointError(f"{path}: a training state without EMA weights; ask for its raw ones (ema=False)")
+        tree = tree[4] if ema else tree[0]
+    if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
+        tree = tree["state_dict"]
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise CheckpointError(f"{path}: holds no state dict")
+    return _without_module(tree)
+
+
+def _without_module(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Takes the `module.` of a data-parallel network off the names, and drops `NOT_WEIGHTS`."""
+    parallel = all(name.startswith("module.") for name in state)
+    named = {name.removeprefix("module.") if parallel else name: value for name, value in state.items()}
+    return {name: value for name, value in named.items() if name not in NOT_WEIGHTS}
+
+
+def _read_folder(net: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    """The state dict of a diffusers folder, whose config agrees with the network's."""
+    # A pipeline's folder has the network in unet/, next to others' folders.
+    for place in (folder, folder / "unet"):
+        if (place / "config.json").is_file():
+            break
+    else:
+        raise CheckpointError(f"{folder}: no diffusers folder, it has neither config.json nor unet/config.json")
+    _require_same_architecture(net, place / "config.json")
+    for name in _WEIGHT_FILES:
+        if (place / name).is_file():
+            return _read_file(place / name, ema=True)
+    raise CheckpointError(f"{place}: has neither {' nor '.join(_WEIGHT_FILES)}")
+
+
+def _require_same_architecture(net: torch.nn.Module, path: Path) -> None:
+    """Compares a folder's config with the network's, key by key; what it does not say has the class's default."""
+    try:
+        found = dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a JSON config ({error})") from error
+    class_name = type(net).__name__
+    if found.get("_class_name", class_name) != class_name:
+        raise CheckpointError(f"{path}: _class_name is {found['_class_name']}, wanted {class_name}")
+    parameters = inspect.signature(type(net).__init__).parameters
+    wanted: Mapping[str, Any] = getattr(net, "config", {})
+    for key in sorted(parameters.keys() & wanted.keys() | found.keys()):
+        if key.startswith("_") or key in _NOT_ARCHITECTURE:
+            continue
+        if key not in parameters and found[key] not in (None, False):
+            raise CheckpointError(f"{path}: {key} is {found[key]}, wanted no such key")
+        if key not in parameters:
+            continue
+        has, wants = (_comparable(value) for value in (found.get(key, parameters[key].default), wanted.get(key)))
+        # Where one of the two names no size, none is meant: all layers are convolutional or attend to what there is.
+        if has != wants and not (key == "sample_size" and None in (has, wants)):
+            raise CheckpointError(f"{path}: {key} is {has}, wanted {wants}")
+
+
+def _comparable(value: Any) -> Any:
+    """JSON has no tuples, and the first releases of diffusers had a prefix on the blocks' names."""
+    if isinstance(value, (list, tuple)):
+        return [_comparable(item) for item in value]
+    return value.removeprefix("UNetRes") if isinstance(value, str) else value
+
+
+def _download(repository: str) -> Path:
+    """The local folder of a network on the model hub; what was downloaded before is not downloaded again."""
+    advice = "give a local file or folder with model.weights=PATH"
+    try:
+        try:
+            folder = Path(hf_hub_download(repository, "config.json")).parent
+            subfolder = None
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            folder = Path(hf_hub_download(repository, "config.json", subfolder="unet")).parent
+            subfolder = "unet"
+        try:
+            hf_hub_download(repository, _WEIGHT_FILES[0], subfolder=subfolder)
+        except EntryNotFoundError:
+            # Also when off line: the cache may hold the other file.
+            hf_hub_download(repository, _WEIGHT_FILES[1], subfolder=subfolder)
+        return folder
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise CheckpointError(f"{repository}: no local path, and no model of this id on the hub; {advice}") from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(f"{repository}: no local path, and the hub can't be reached; {advice}") from error
+    except EntryNotFoundError as error:
+        raise CheckpointError(f"{repository}: no diffusers network in this model of the hub; {advice}") from error
+    except (HTTPError, OSError) as error:
+        reason = f"the hub can't be reached ({type(error).__name__})"
+        raise CheckpointError(f"{repository}: no local path, and {reason}; {advice}") from error
+
+
+def _diffusers_names(source: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Renames a state dict in the original's names, or in diffusers' first ones; other names stay as they are."""
+    original = any(name.startswith("temb.") for name in state)
+    levels = 1 + max((int(match[1]) for name in state if (match := re.match(r"up\.(\d+)\.", name))), default=-1)
+    renamed: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        new_name = _from_original(name, levels) if original else _rename_layer(name, _FIRST_DIFFUSERS_LAYERS)
+        if new_name in renamed:
+            raise CheckpointError(f"{source}: two keys for {new_name}, one of them is {name}")
+        renamed[new_name] = tensor
+    return renamed
+
+
+def _from_original(name: str, levels: int) -> str:
+    """The name in diffusers of a key of the original network with so many levels."""
+    for pattern, module in _ORIGINAL_MODULES.items():
+        if match := re.match(rf"{pattern}\.", name):
+            place = match.groupdict()
+            if place.get("side") == "up":
+                place["level"] = str(levels - 1 - int(place["level"]))
+            return _rename_layer(f"{module.format(**place)}.{name[match.end():]}", _ORIGINAL_LAYERS)
+    return name
+
+
+def _rename_layer(name: str, layers: Mapping[str, Mapping[str, str]]) -> str:
+    """Renames `<...>.<kind>.<index>.<layer>.<parameter>` by the table of its kind."""
+    match = re.fullmatch(r"(.*\.(\w+)\.\d+)\.(\w+)\.(\w+)", name)
+    if match is None:
+        return name
+    module, kind, layer, parameter = match.groups()
+    return f"{module}.{layers.get(kind, {}).get(layer, layer)}.{parameter}"
+
+
+def _fitted(
+    source: str, found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The found weights in the shapes, type and places of the wanted ones; all differences are told at once."""
+    fitted: dict[str, torch.Tensor] = {}
+    misshapen, mistyped = [], []
+    for name in found.keys() & wanted.keys():
+        tensor, target = found[name], wanted[name]
+        if target.ndim == 2 and tensor.shape == (*target.shape, 1, 1):
+            tensor = tensor.reshape(target.shape)  # a 1x1 convolution is a linear layer
+        if tensor.shape != target.shape:
+            misshapen.append(f"{name} {list(tensor.shape)}, wanted {list(target.shape)}")
+        elif target.is_floating_point() != tensor.is_floating_point():
+            mistyped.append(f"{name} {tensor.dtype}, wanted {target.dtype}")
+        fitted[name] = tensor.to(target)
+    faults = {
+        "missing": [name for name in wanted if name not in found],
+        "left over": [name for name in found if name not in wanted],
+        "misshapen": sorted(misshapen),
+        "mistyped": sorted(mistyped),
+    }
+    if any(faults.values()):
+        parts = [f"{len(keys)} {fault} ({_first(keys)})" for fault, keys in faults.items() if keys]
+        raise CheckpointError(f"{source}: its keys are not the network's: {'; '.join(parts)}")
+    return fitted
+
+
+def _first(keys: list[str], count: int = 3) -> str:
+    return "; ".join(keys[:count]) + ("; ..." if len(keys) > count else "")

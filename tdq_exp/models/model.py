@@ -1,0 +1,106 @@
+"""What every stage knows of a model: enough to train, quantize, sample and decode it, and nothing of its kind.
+
+A third model is one file like this one's `DiffusionModel`, or just one config: no stage asks what a model is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from tdq_exp.diffusion.schedule import Schedule
+from tdq_exp.models.checkpoints import load_weights
+from tdq_exp.quant.roles import Role
+
+
+class DiffusionModel:
+    """A pixel-space diffusion model with diffusers' `UNet2DModel`, which is configured, never forked.
+
+    Args:
+        network: arguments of `UNet2DModel`.
+        schedule: T and the betas.
+        loss: `l2` or `l1`, as the model was (or is to be) trained.
+        flip: mirror training images?
+    """
+
+    def __init__(
+        self, network: Mapping[str, Any], schedule: Schedule, loss: str = "l2", flip: bool = True
+    ) -> None:
+        self.network, self.schedule, self.loss, self.flip = dict(network), schedule, loss, flip
+
+    @property
+    def image_size(self) -> int:
+        """Side of an image, pixels."""
+        return int(self.network["sample_size"])
+
+    @property
+    def channels(self) -> int:
+        """Of an image: 1 or 3."""
+        return int(self.network["in_channels"])
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network denoises."""
+        return self.channels, self.image_size, self.image_size
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """The network with random weights, a function of the seed alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return UNet2DModel(**self.network)
+
+    def load(self, net: nn.Module, weights: str, ema: bool = True) -> str:
+        """Fills the network; returns the content hash of what was loaded. See `checkpoints.load_weights`."""
+        return load_weights(net, weights, ema=ema)
+
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor) -> Tensor:
+        """eps_hat for x_t, `[B, C, H, W]`; t is `[B]`, or 0-dim for a batch at one time step."""
+        return net(x_t, t, return_dict=False)[0]
+
+    def roles(self, net: nn.Module) -> dict[str, Role]:
+        """What each convolution and linear layer is for."""
+        return unet_roles(net)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] -> what the network denoises. Here the same thing."""
+        return images
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """What the network denoises -> images in [-1, 1]."""
+        return x_0
+
+
+def unet_roles(net: nn.Module) -> dict[str, Role]:
+    """Roles of the leaves of a `UNet2DModel`, in the order of its modules.
+
+    SiLU precedes: both convolutions of a residual block, the block's time projection, the second time-embedding layer
+    and the last convolution. q, k and v of one attention read one tensor: their roles share `reads`.
+    """
+    roles: dict[str, Role] = {}
+    for name, leaf in net.named_modules():
+        if not isinstance(leaf, nn.Conv2d | nn.Linear):
+            continue
+        parent, _, last = name.rpartition(".")
+        if name in ("conv_in", "conv_out"):
+            roles[name] = Role("first" if last == "conv_in" else "last", name, after_silu=last == "conv_out")
+        elif parent == "time_embedding":
+            roles[name] = Role("time_embedding", parent, after_silu=last == "linear_2")
+        elif last == "time_emb_proj":
+            roles[name] = Role("time_projection", parent, after_silu=True)
+        elif last == "conv_shortcut":
+            roles[name] = Role("shortcut", parent)
+        elif last in ("conv1", "conv2"):
+            roles[name] = Role("conv", parent, after_silu=True)
+        elif "samplers." in name:
+            roles[name] = Role("resample", parent)
+        elif last in ("to_q", "to_k", "to_v"):
+            roles[name] = Role("attention_qkv", parent, reads=f"{parent}.input")
+        elif parent.endswith(".to_out"):
+            roles[name] = Role("attention_out", parent.removesuffix(".to_out"))
+        else:
+            raise ValueError(f"layer {name} has no known role in a UNet2DModel")
+    return roles

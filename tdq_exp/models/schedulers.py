@@ -1,0 +1,89 @@
+"""Samplers of diffusers behind the same call as `diffusion.sampler.Ddim`: DDPM and PNDM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_pndm import PNDMScheduler
+from torch import Tensor
+
+from tdq_exp.diffusion.objective import Denoiser
+from tdq_exp.diffusion.schedule import Schedule
+
+OnStep = Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class _DiffusersSampler:
+    """Args:
+    steps: S.
+    spacing: `leading`, `trailing` or `linspace`, as diffusers means them.
+    clip: limit x0_hat to [-1, 1]?
+    offset: diffusers' `steps_offset`.
+    final_alpha_one: diffusers' `set_alpha_to_one`.
+    eta: must be 0: these samplers have a variance of their own, or none.
+    """
+
+    steps: int
+    spacing: str = "leading"
+    eta: float = 0.0
+    clip: bool = False
+    offset: int = 0
+    final_alpha_one: bool = True
+
+    def __post_init__(self) -> None:
+        if self.spacing not in ("leading", "trailing", "linspace"):
+            raise ValueError(f"sampler.spacing={self.spacing!r}: this sampler takes leading, trailing or linspace")
+        if self.eta:
+            raise ValueError("sampler.eta: only DDIM has it")
+
+    def _scheduler(self, schedule: Schedule) -> Any:
+        raise NotImplementedError(type(self).__name__)
+
+    def _common(self, schedule: Schedule) -> dict[str, Any]:
+        return {
+            "num_train_timesteps": schedule.steps,
+            "trained_betas": schedule.betas.float().numpy(),
+            "timestep_spacing": self.spacing,
+            "steps_offset": self.offset,
+        }
+
+    def sample(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        schedule: Schedule,
+        generators: Sequence[torch.Generator] = (),
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Follows the trajectory from pure noise to a sample; see `Ddim.sample`."""
+        if not 1 <= self.steps <= schedule.steps:
+            raise ValueError(f"sampler.steps={self.steps}: must be between 1 and the model's {schedule.steps} time steps")
+        scheduler = self._scheduler(schedule)  # fresh for each batch: PNDM keeps its history inside
+        scheduler.set_timesteps(self.steps, device=x.device)
+        extra = {"generator": list(generators)} if generators and isinstance(scheduler, DDPMScheduler) else {}
+        for t in scheduler.timesteps:
+            if on_step is not None:
+                on_step(int(t), x)
+            x = scheduler.step(denoise(x, t).to(x.dtype), t, x, return_dict=False, **extra)[0]
+        return x
+
+
+class Ddpm(_DiffusersSampler):
+    """Ancestral sampling with the posterior's variance. Source: Ho et al. 2020, algorithm 2."""
+
+    def _scheduler(self, schedule: Schedule) -> Any:
+        return DDPMScheduler(clip_sample=self.clip, variance_type="fixed_small", **self._common(schedule))
+
+
+class Pndm(_DiffusersSampler):
+    """Pseudo numerical method of fourth order, Runge-Kutta warm-up included. Source: Liu et al., arXiv 2202.09778."""
+
+    def _scheduler(self, schedule: Schedule) -> Any:
+        if self.clip:
+            raise ValueError("sampler.clip=true: PNDM does not clip x_0; set sampler.clip=false")
+        return PNDMScheduler(set_alpha_to_one=self.final_alpha_one, **self._common(schedule))

@@ -1,0 +1,91 @@
+"""What a run would do, and what it would cost: printed by `plan_only=true`, and before anything large.
+
+Times come from one measured forward pass on this machine, not from a table: a training step is taken as three forward
+passes (five with quantizers), sampling as one per image and step.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from tdq_exp import record
+from tdq_exp.job import Job
+from tdq_exp.progress import console
+
+PROBE = 4  # images in the measured forward pass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds and bytes that a run still needs."""
+
+    fit_seconds: float
+    sample_seconds: float
+    disk_bytes: int
+    parameters: int
+
+    @property
+    def seconds(self) -> float:
+        return self.fit_seconds + self.sample_seconds
+
+
+@torch.no_grad()
+def estimate(job: Job) -> Cost:
+    """The cost of a job on this machine with one process, stages that are done not counted."""
+    net = job.model.build().eval()
+    x, t = torch.randn(PROBE, *job.model.sample_shape), torch.zeros(PROBE, dtype=torch.long)
+    job.model.predict(net, x, t)
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        job.model.predict(net, x, t)
+        seconds.append(time.perf_counter() - began)
+    per_image = sorted(seconds)[1] / PROBE
+    fit_done, sample_done = stages_done(job)
+    updates = 0 if fit_done or job.train is None else job.train.updates
+    per_update = per_image * (5 if job.recipe is not None else 3) * job.fit.batch_size
+    images = 0 if sample_done or job.fit.kind == "pretrain" else job.sampling.images
+    if job.fit.report == "best_of_5":
+        images *= 5
+    parameters = sum(p.numel() for p in net.parameters())
+    pixels = job.model.image_size**2 * job.model.channels
+    disk = images * pixels + (0 if job.train is None or fit_done else parameters * 4 * (5 + job.train.keep_best))
+    return Cost(updates * per_update, images * job.sampling.steps * per_image, disk, parameters)
+
+
+def stages_done(job: Job) -> tuple[bool, bool]:
+    """Is there a finished fit, and a row, under this job's names? Their fingerprints are checked when it runs."""
+    fit = record.read(job.folder / "fit.json")
+    rows = record.read(job.folder / job.sample_name / "metrics.json")
+    name = job.config["eval"]["label"]
+    measured = rows is not None and any(row["config"]["eval"]["label"] == name for row in rows["rows"])
+    return bool(fit and fit["done"]), measured
+
+
+def show(job: Job) -> Cost:
+    """Prints the stages of a job and what they would cost."""
+    cost = estimate(job)
+    fit_done, sample_done = stages_done(job)
+    console.print(f"[bold]{job.name}[/bold] seed {job.seed} -> {job.folder / job.sample_name}")
+    console.print(f"  model    {cost.parameters:,} parameters, weights {job.weights or 'to be trained'}")
+    if job.train is not None:
+        said = "done" if fit_done else f"about {duration(cost.fit_seconds)}"
+        console.print(f"  fit      {job.fit.kind}, {job.train.updates} updates of {job.fit.batch_size}: {said}")
+    if job.fit.kind != "pretrain":
+        said = "done" if sample_done else f"about {duration(cost.sample_seconds)}"
+        console.print(f"  sample   {job.sampling.images} images, {job.sampling.steps} steps: {said}")
+        console.print(f"  measure  {', '.join(job.evaluation.metrics)} on {job.config['eval']['label']} features")
+    console.print(f"  disk     {cost.disk_bytes / 1e9:.2f} GB")
+    return cost
+
+
+def duration(seconds: float) -> str:
+    """`50 s`, `12 min`, `7.5 h`, `12 days`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.0f} days"

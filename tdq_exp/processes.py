@@ -1,0 +1,89 @@
+"""The processes that share a run: the only importer of accelerate.
+
+Every stage takes a `Processes` and never names a device or a backend. With one process all of it is trivial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class Processes:
+    """Rank, device and the few collectives that this project needs.
+
+    Args:
+        cpu: stay on the CPU although a GPU is there.
+    """
+
+    def __init__(self, cpu: bool = False) -> None:
+        self._accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+
+    @property
+    def rank(self) -> int:
+        return self._accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        return self._accelerator.num_processes
+
+    @property
+    def main(self) -> bool:
+        return self._accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        return self._accelerator.device
+
+    def barrier(self) -> None:
+        self._accelerator.wait_for_everyone()
+
+    def wrap(self, net: nn.Module) -> nn.Module:
+        """The network whose backward pass averages gradients over processes."""
+        return self._accelerator.prepare_model(net) if self.world > 1 else net
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over processes of a tensor of the same shape on each."""
+        return self._accelerator.reduce(value, reduction="mean") if self.world > 1 else value
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over processes of a tensor of the same shape on each."""
+        return self._accelerator.reduce(value, reduction="sum") if self.world > 1 else value
+
+    def gather_objects(self, value: T) -> list[T]:
+        """One small object from every process, in rank order, on all of them."""
+        return list(gather_object([value])) if self.world > 1 else [value]
+
+    def decide(self, ask: Callable[[], T]) -> T:
+        """Asks on the main process only, and gives its answer, or its error, to all.
+
+        What may refuse must be decided here: if one process raised alone, the others would wait for ever.
+
+        Raises:
+            Exception: whatever `ask` raised, on every process.
+        """
+        answer: list[object] = [None, None]
+        if self.main:
+            try:
+                answer[0] = ask()
+            except Exception as error:  # handed to every process, and raised there
+                answer[1] = error
+        if self.world > 1:
+            broadcast_object_list(answer)
+        if isinstance(answer[1], Exception):
+            raise answer[1]
+        return answer[0]  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Frees what accelerate keeps for the whole interpreter, so that the next job of a sweep starts afresh."""
+        alone = self.world == 1  # a process group outlives the job: the next one joins it again
+        self._accelerator.free_memory()
+        AcceleratorState._reset_state(reset_partial_state=alone)

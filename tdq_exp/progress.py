@@ -1,0 +1,68 @@
+"""Progress of long work on the terminal, with time left: the only importer of rich.
+
+On a terminal a live bar; into a file or a pipe a line every half minute, for a log nobody watches live.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(highlight=False, soft_wrap=True)
+Advance = Callable[[str], None]
+
+
+@contextmanager
+def track(label: str, total: int, start: int = 0, show: bool = True, seconds: float = 30.0) -> Iterator[Advance]:
+    """Counts from `start` to `total`; call the yielded function once for each unit, with a short remark.
+
+    Args:
+        label: what is being done.
+        total: number of units.
+        start: units that an earlier run has done.
+        show: False on all processes but one.
+        seconds: between two lines where there is no terminal.
+    """
+    if not show:
+        yield lambda remark: None
+        return
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[remark]}"), console=console) as bar:
+            task = bar.add_task(label, total=total, completed=start, remark="")
+            yield lambda remark: bar.update(task, advance=1, remark=remark)
+        return
+    began = said = time.monotonic()
+    done = start
+
+    def advance(remark: str) -> None:
+        nonlocal done, said
+        done += 1
+        now = time.monotonic()
+        if now - said >= seconds or done == total:
+            said = now
+            left = (now - began) / max(done - start, 1) * (total - done)
+            console.print(f"{label} {done}/{total}, {now - began:.0f} s, {left:.0f} s left, {remark}")
+
+    yield advance
+
+
+def print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A small table; numbers with four digits, None as "-"."""
+    table = Table(title=title, title_justify="left")
+    for column, header in enumerate(headers):
+        table.add_column(header, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    console.print(table)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,205 @@
+"""Calibration: start values for every interval, from the float network's own tensors.
+
+    with calibrating(net) as calibration:
+        for number, (x_t, t) in enumerate(batches):     # drawn over all of time
+            calibration.batch = number
+            net(x_t, t)
+
+Inside of the block quantizers pass everything through and keep a random sample of what they see; at its end each gets
+the (s, z) of least squared error, or the one that its rule asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdq_exp.quant.grid import Grid
+from tdq_exp.quant.habits import SILU_MINIMUM
+from tdq_exp.quant.quantizer import LowerBound, Quantizer
+
+KEPT = 32768  # values per tensor: the error of a step size is then known to about half a percent
+
+
+@dataclass
+class Observer:
+    """What one quantizer saw: a random sample of values per batch, and its extremes and moments.
+
+    Args:
+        calibration: says which batch is running.
+        fixed: a weight: the same in every batch, so one look is enough.
+    """
+
+    calibration: Calibration
+    fixed: bool
+    seen: dict[int, tuple[Tensor, float, float, float, float]] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> None:
+        number = 0 if self.fixed else self.calibration.batch
+        if number in self.seen:
+            return
+        flat = x.detach().float().reshape(-1)
+        count = KEPT if self.fixed else max(KEPT // self.calibration.batches, 1)
+        if flat.numel() > count:
+            pick = torch.randint(flat.numel(), (count,), generator=torch.Generator().manual_seed(number))
+            values = flat[pick.to(flat.device)].cpu()
+        else:
+            values = flat.cpu()
+        rows = flat[None] if self.fixed else x.detach().float().reshape(len(x), -1)
+        mean, std = rows.mean(1).mean(), rows.std(1).mean()
+        self.seen[number] = (values, float(flat.min()), float(flat.max()), float(mean), float(std))
+
+    def values(self) -> Tensor:
+        """All kept values, in the order of the batches."""
+        return torch.cat([self.seen[number][0] for number in sorted(self.seen)])
+
+    def extremes(self) -> tuple[float, float]:
+        """(smallest, largest) of everything seen."""
+        return min(s[1] for s in self.seen.values()), max(s[2] for s in self.seen.values())
+
+    def moments(self) -> tuple[float, float]:
+        """(mean, standard deviation), each averaged over samples, as the release does."""
+        count = len(self.seen)
+        return sum(s[3] for s in self.seen.values()) / count, sum(s[4] for s in self.seen.values()) / count
+
+
+@dataclass
+class Calibration:
+    """A calibration under way.
+
+    Args:
+        batches: how many will be shown, over all processes.
+        batch: number of the one that is running; set it before each forward.
+        gather: collects an object from every process, if the batches are shared out.
+        found: afterwards, (s, z) by quantizer name.
+    """
+
+    batches: int
+    batch: int = 0
+    gather: Callable[[Any], list[Any]] | None = None
+    found: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+
+@contextmanager
+def calibrating(net: nn.Module, batches: int, start: str = "error") -> Iterator[Calibration]:
+    """See the module. On an error inside of the block nothing is set.
+
+    Args:
+        net: a quantized network, in eval mode.
+        batches: how many batches will be shown.
+        start: `error`, or `moments` (the release's formulas).
+    """
+    calibration = Calibration(batches)
+    quantizers = {name: module for name, module in net.named_modules() if isinstance(module, Quantizer)}
+    observers = {
+        name: Observer(calibration, fixed=name.endswith("weight_quantizer")) for name in quantizers
+    }
+    for name, quantizer in quantizers.items():
+        quantizer.observer = observers[name]
+    try:
+        yield calibration
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.observer = None
+    for name, quantizer in quantizers.items():
+        observer = observers[name]
+        if calibration.gather is not None:
+            for seen in calibration.gather(observer.seen):
+                observer.seen.update(seen)
+        if not observer.seen:
+            raise ValueError(f"{name} saw nothing during calibration: the network does not use it")
+        calibration.found[name] = start_value(quantizer, observer, start)
+    apply(net, calibration.found)
+
+
+def apply(net: nn.Module, found: dict[str, tuple[float, int]]) -> None:
+    """Sets the start values of a calibration, from `Calibration.found` or a cache of it.
+
+    Raises:
+        KeyError: if the names are not those of the network's quantizers.
+    """
+    quantizers = {name: module for name, module in net.named_modules() if isinstance(module, Quantizer)}
+    if quantizers.keys() != found.keys():
+        raise KeyError(f"calibration of another network: {sorted(quantizers.keys() ^ found.keys())[:3]}")
+    for name, quantizer in quantizers.items():
+        s, z = found[name]
+        quantizer.start(s, z)
+
+
+def start_value(quantizer: Quantizer, observer: Observer, start: str) -> tuple[float, int]:
+    """(s, z) for a quantizer, by the rule's wish or by `start`."""
+    grid = quantizer.grid
+    low, high = observer.extremes()
+    if quantizer.start_by == "max" or (start == "moments" and observer.fixed):
+        return max(abs(low), abs(high), 1e-8) / grid.p, 0
+    if start == "moments":
+        mean, std = observer.moments()
+        bounded = isinstance(quantizer.zero_point, LowerBound)
+        s = max((mean + (16 if bounded else 3) * std) / grid.p, 1e-8)
+        return s, round(-SILU_MINIMUM / s) if bounded else 0
+    return least_error(observer.values(), grid, low, high)
+
+
+def least_error(values: Tensor, grid: Grid, low: float, high: float) -> tuple[float, int]:
+    """The (s, z) that minimises `mean (x_hat - x)^2`, by search.
+
+    Symmetric: 100 fractions of max|x| / p, then 20 around the best. Affine: the range [low, high], widened to hold 0, is
+    shrunk one side at a time, twice over 50 fractions, then finely; z = round(-low / s).
+
+    Args:
+        values: a sample of the tensor, `[N]`.
+        grid: of the quantizer.
+        low, high: the tensor's extremes.
+    """
+    if grid.symmetric:
+        top = max(abs(low), abs(high), 1e-8) / grid.p
+        zero = torch.zeros(())
+
+        def best(fractions: Tensor) -> float:
+            steps = top * fractions
+            return float(fractions[_errors(values, steps, zero.expand(len(steps)), grid).argmin()])
+
+        around = best(torch.linspace(0.01, 1, 100))
+        return top * best((around + torch.linspace(-0.01, 0.01, 21)).clamp(min=1e-3)), 0
+
+    low, high = min(low, 0.0), max(high, 0.0)
+    if high - low < 1e-8:
+        return 1e-8, grid.n
+    a = b = 1.0  # kept fractions of the lower and of the upper side
+
+    def search(side: str, fractions: Tensor) -> float:
+        lows = low * (fractions if side == "low" else torch.full_like(fractions, a))
+        highs = high * (fractions if side == "high" else torch.full_like(fractions, b))
+        steps, zeros = _affine(lows, highs, grid)
+        return float(fractions[_errors(values, steps, zeros, grid).argmin()])
+
+    coarse = torch.linspace(0.02, 1, 50)
+    for _ in range(2):
+        b = search("high", coarse)
+        a = search("low", coarse)
+    fine = torch.linspace(-0.02, 0.02, 17)
+    b = search("high", (b + fine).clamp(1e-3, 1.02))
+    a = search("low", (a + fine).clamp(1e-3, 1.02))
+    steps, zeros = _affine(torch.tensor([low * a]), torch.tensor([high * b]), grid)
+    return float(steps), int(zeros)
+
+
+def _affine(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    steps = ((high - low) / (grid.p - grid.n)).clamp(min=1e-10)
+    return steps, (-low / steps).round().clamp(grid.n, grid.p)
+
+
+def _errors(values: Tensor, steps: Tensor, zeros: Tensor, grid: Grid) -> Tensor:
+    """Mean squared error of each candidate (s, z)."""
+    errors = []
+    for s, z in zip(steps, zeros, strict=True):  # one at a time: the values stay in the cache
+        v = values / s
+        v.clamp_(float(grid.n - z), float(grid.p - z)).round_().mul_(s).sub_(values)
+        errors.append(torch.dot(v, v))
+    return torch.stack(errors)

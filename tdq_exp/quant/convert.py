@@ -1,0 +1,225 @@
+"""Verbs on somebody else's network: quantize it, list what was done to it, bake it.
+
+    quantize(net, roles, recipe)     leaves replaced in place, quantizers in training form
+    layer_map(net, roles)            a printable row per leaf
+    bake(net)                        a copy with integer weights and tables of intervals: what is sampled and shipped
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdq_exp.quant import ops
+from tdq_exp.quant.grid import Grid
+from tdq_exp.quant.habits import SILU_MINIMUM, Habits
+from tdq_exp.quant.interval import Interval, MaxAbs, Static, StaticIntervals, Table
+from tdq_exp.quant.layers import CodedWeight, QuantAttention, QuantConv2d, QuantLayer, QuantLinear, smallest_integer_type
+from tdq_exp.quant.plan import Plan
+from tdq_exp.quant.quantizer import LowerBound, Quantizer, TableZeroPoint, ZeroPoint
+from tdq_exp.quant.roles import Role
+from tdq_exp.quant.time import TimeContext
+
+OFFSETS = ("static", "lower_bound", "by_role")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The four slots, filled.
+
+    Args:
+        weight_bits: b of weights.
+        act_bits: b of activations.
+        weight: class (or partial) of the weights' rule.
+        act: class (or partial) of the activations' rule.
+        intervals: gives activations their intervals: `StaticIntervals`, `PerStepIntervals`, `TemporalIntervals`.
+        weight_interval: `static`, or `max_abs` for rules whose weights follow their maximum.
+        offset: `static` (a learned integer), `lower_bound` (z(t) = round(-beta / s(t))), or `by_role`: the second for
+            inputs that come out of a SiLU and have a step size of t, the first for all others.
+        plan: which layers, at how many bits.
+        habits: text or release.
+    """
+
+    weight_bits: int
+    act_bits: int
+    weight: Callable[..., Quantizer]
+    act: Callable[..., Quantizer]
+    intervals: Any = field(default_factory=StaticIntervals)
+    weight_interval: str = "static"
+    offset: str = "by_role"
+    plan: Plan = field(default_factory=Plan)
+    habits: Habits = field(default_factory=Habits)
+
+    def __post_init__(self) -> None:
+        if self.offset not in OFFSETS:
+            raise ValueError(f"tdq.offset={self.offset!r}: choose one of {', '.join(OFFSETS)}")
+        if self.weight_interval not in ("static", "max_abs"):
+            raise ValueError(
+                f"weight.interval={self.weight_interval!r}: weights do not change with time, so choose static or max_abs"
+            )
+        Grid(self.weight_bits, symmetric=True, reduced=self.habits.reduced_grids)
+        Grid(self.act_bits, symmetric=self.habits.symmetric_activations, reduced=self.habits.reduced_grids)
+
+
+def quantize(net: nn.Module, roles: Mapping[str, Role], recipe: Recipe, steps: int) -> TimeContext:
+    """Replaces leaves and attention processors in place; returns the network's time context.
+
+    Args:
+        net: a float network whose forward takes (x, t).
+        roles: by leaf name, from the model.
+        recipe: what to do.
+        steps: T.
+
+    Raises:
+        ValueError: if a leaf has no role, or a role no leaf.
+    """
+    leaves = {name for name, leaf in net.named_modules() if isinstance(leaf, nn.Conv2d | nn.Linear)}
+    if leaves != roles.keys():
+        raise ValueError(f"roles and layers differ: {sorted(leaves ^ roles.keys())[:3]}")
+    time = TimeContext(steps)
+    wanted = _activations(net, roles, recipe)
+    names = list(wanted)
+    intervals, bank = recipe.intervals.make(names, time, raw=recipe.habits.raw_step)
+    acts = {
+        name: _activation(recipe, wanted[name][0], wanted[name][1], interval)
+        for name, interval in zip(names, intervals, strict=True)
+    }
+    for name, role in roles.items():
+        bits = recipe.plan.bits(role, recipe.weight_bits, recipe.act_bits)
+        if bits is not None:
+            leaf = net.get_submodule(name)
+            cls = QuantConv2d if isinstance(leaf, nn.Conv2d) else QuantLinear
+            reads = acts.get(f"{name}.input")
+            _replace(net, name, cls(leaf, _weight(recipe, bits.weight), reads))
+    for block in dict.fromkeys(role.block for role in roles.values() if role.kind == "attention_qkv"):
+        inside = [acts.get(f"{block}.{part}") for part in ("input", "q", "k", "v", "probabilities")]
+        if any(quantizer is not None for quantizer in inside):
+            net.get_submodule(block).set_processor(QuantAttention(*inside))  # type: ignore[operator]
+    if bank is not None:
+        net.generators = bank
+    time.follow(net)
+    net.time = time  # type: ignore[assignment]
+    return time
+
+
+def _activations(net: nn.Module, roles: Mapping[str, Role], recipe: Recipe) -> dict[str, tuple[int, bool]]:
+    """Name -> (bits, after SiLU?) of every activation quantizer, in the order of the network's modules."""
+    wanted: dict[str, tuple[int, bool]] = {}
+    for name, role in roles.items():
+        bits = recipe.plan.bits(role, recipe.weight_bits, recipe.act_bits)
+        if bits is not None:
+            wanted.setdefault(role.reads or f"{name}.input", (bits.act, role.after_silu))
+        if role.kind == "attention_qkv" and recipe.plan.attention:
+            for part in ("q", "k", "v", "probabilities"):
+                wanted.setdefault(f"{role.block}.{part}", (recipe.act_bits, False))
+    return wanted
+
+
+def _activation(recipe: Recipe, bits: int, after_silu: bool, interval: Interval) -> Quantizer:
+    habits = recipe.habits
+    symmetric = habits.symmetric_activations and not after_silu
+    grid = Grid(bits, symmetric=symmetric, reduced=habits.reduced_grids)
+    zero_point: nn.Module | None
+    if symmetric:
+        zero_point = None
+    elif habits.symmetric_activations:
+        zero_point = LowerBound(grid, SILU_MINIMUM, learned=False)
+    elif recipe.offset == "lower_bound" or (recipe.offset == "by_role" and after_silu and interval.timed):
+        zero_point = LowerBound(grid)
+    else:
+        zero_point = ZeroPoint(grid)
+    return recipe.act(grid, interval, zero_point, scale_gradient=habits.scale_activation_gradient)
+
+
+def _weight(recipe: Recipe, bits: int) -> Quantizer:
+    grid = Grid(bits, symmetric=True, reduced=recipe.habits.reduced_grids)
+    interval = Static(recipe.habits.raw_step) if recipe.weight_interval == "static" else MaxAbs(grid.p)
+    return recipe.weight(grid, interval)
+
+
+def _replace(net: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    owner = net.get_submodule(parent)
+    if isinstance(owner, nn.ModuleList | nn.Sequential):
+        owner[int(last)] = module
+    else:
+        setattr(owner, last, module)
+
+
+def activation_quantizers(net: nn.Module) -> dict[str, Quantizer]:
+    """By module name, without the weights' ones."""
+    return {
+        name: module
+        for name, module in net.named_modules()
+        if isinstance(module, Quantizer) and not name.endswith("weight_quantizer")
+    }
+
+
+@torch.no_grad()
+def bake(net: nn.Module) -> nn.Module:
+    """A copy for inference: weights as integer codes, every interval and zero point a table. Same images, bit for bit.
+
+    Raises:
+        ValueError: for a rule whose weights are not integers times a step (DoReFa's literal form).
+    """
+    net = copy.deepcopy(net).eval().requires_grad_(False)
+    time = net.time
+    for module in net.modules():
+        if isinstance(module, QuantLayer) and isinstance(module.weight_quantizer, Quantizer):
+            module.weight_quantizer = _coded(module)
+            module.layer.register_parameter("weight", None)
+    for quantizer in activation_quantizers(net).values():
+        s, z = quantizer.tables()
+        quantizer.interval = Table(s, time)  # type: ignore[arg-type]
+        quantizer.zero_point = TableZeroPoint(z, time)
+    if "generators" in dict(net.named_children()):
+        del net.generators
+    return net
+
+
+def _coded(layer: QuantLayer) -> CodedWeight:
+    quantizer, weight = layer.weight_quantizer, layer.layer.weight
+    assert isinstance(quantizer, Quantizer) and isinstance(weight, Tensor)
+    n, p = quantizer.grid.n, quantizer.grid.p
+    s, z = quantizer.parameters_at(weight)
+    codes = ops.quantize(weight, s, z, n, p).sub_(z)
+    coded = CodedWeight(codes.to(smallest_integer_type(n - int(z.max()), p - int(z.min()))), s.clone())
+    if not torch.equal(coded(), quantizer(weight)):
+        raise ValueError(f"{type(quantizer).__name__}: its weights are not integers times a step, so they can't be baked")
+    return coded
+
+
+def layer_map(net: nn.Module, roles: Mapping[str, Role]) -> list[dict[str, str]]:
+    """What was done to every leaf: layer, role, weight and input codes, rule, interval and zero point."""
+    rows = []
+    for name, role in roles.items():
+        layer = net.get_submodule(name)
+        row = {"layer": name, "role": role.kind, "weight": "float", "input": "float"}
+        if isinstance(layer, QuantLayer):
+            row["weight"] = _describe(layer.weight_quantizer)
+            shared = role.reads is not None
+            row["input"] = f"shared: {role.reads}" if shared else _describe(layer.input_quantizer)
+        rows.append(row)
+    for name, module in net.named_modules():
+        if isinstance(module, QuantAttention):
+            block = name.removesuffix(".processor")
+            for part in ("input", "q", "k", "v", "probabilities"):
+                quantizer = module.input_quantizer if part == "input" else getattr(module, part)
+                described = "float" if quantizer is None else _describe(quantizer)
+                rows.append({"layer": f"{block}.{part}", "role": "attention_matrix", "weight": "-", "input": described})
+    return rows
+
+
+def _describe(quantizer: nn.Module | None) -> str:
+    if isinstance(quantizer, CodedWeight):
+        return f"codes {str(quantizer.codes.dtype).removeprefix('torch.')}"
+    assert isinstance(quantizer, Quantizer)
+    zero = {ZeroPoint: ", learned z", LowerBound: ", z(t) from a lower bound", TableZeroPoint: ", z table"}
+    offset = zero.get(type(quantizer.zero_point), "") if quantizer.zero_point is not None else ""  # type: ignore[arg-type]
+    codes = f"{quantizer.grid.n}..{quantizer.grid.p}"
+    return f"{type(quantizer).__name__} {codes}, {type(quantizer.interval).__name__}{offset}"

@@ -1,0 +1,164 @@
+"""Quantized layers. Each holds the layer that it replaces, and calls the same functional form with quantized tensors.
+
+    y = conv(x_hat, w_hat) + b
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tdq_exp.quant.quantizer import Quantizer
+
+
+class CodedWeight(nn.Module):
+    """A baked weight: integer codes and step size; w_hat = s codes is computed once, not at every step.
+
+    Args:
+        codes: integers in the smallest type that holds them, of the weight's shape.
+        step_size: s, 0-dim or `[out, 1, ...]`.
+    """
+
+    def __init__(self, codes: Tensor, step_size: Tensor) -> None:
+        super().__init__()
+        self.codes: Tensor
+        self.step_size: Tensor
+        self.register_buffer("codes", codes)
+        self.register_buffer("step_size", step_size)
+        self._w_hat: Tensor | None = None
+
+    def forward(self, weight: Tensor | None = None) -> Tensor:
+        """w_hat, float32; the argument is not used."""
+        if self._w_hat is None or self._w_hat.device != self.codes.device:
+            self._w_hat = self.codes.to(self.step_size.dtype) * self.step_size
+        return self._w_hat
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._w_hat = None  # it belongs to the codes that are being replaced
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class QuantLayer(nn.Module):
+    """What a quantized convolution and a quantized linear layer share.
+
+    Args:
+        layer: the original one.
+        weight_quantizer: of its weight.
+        input_quantizer: of its input; None if the input arrives quantized (q, k and v share one).
+    """
+
+    def __init__(self, layer: nn.Module, weight_quantizer: nn.Module, input_quantizer: Quantizer | None) -> None:
+        super().__init__()
+        self.layer, self.weight_quantizer, self.input_quantizer = layer, weight_quantizer, input_quantizer
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x_hat, w_hat)."""
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        return x, self.weight_quantizer(self.layer.weight)
+
+
+class QuantConv2d(QuantLayer):
+    """`nn.Conv2d` with quantized weight and input. Zeros are padded after quantization; z is an integer, so they are
+    exact."""
+
+    layer: nn.Conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C_in, H, W]` -> `[B, C_out, H', W']`."""
+        x_hat, w_hat = self.operands(x)
+        conv = self.layer
+        return F.conv2d(x_hat, w_hat, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class QuantLinear(QuantLayer):
+    """`nn.Linear` with quantized weight and input."""
+
+    layer: nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` -> `[..., out]`."""
+        x_hat, w_hat = self.operands(x)
+        return F.linear(x_hat, w_hat, self.layer.bias)
+
+
+class QuantAttention(nn.Module):
+    """Attention with quantized matrices, as a processor of diffusers' `Attention` in a U-Net (self-attention over pixels).
+
+        q, k, v = W_q h, W_k h, W_v h;   A = softmax(q k^T / sqrt(d));   y = W_o (A v)
+
+    h, q, k, v and A are quantized; h once, for q, k and v read the same tensor.
+
+    Args:
+        input_quantizer: of h; None if the three layers stay float.
+        q, k, v, probabilities: quantizers of the matrices; all None leaves the products in float.
+    """
+
+    def __init__(
+        self,
+        input_quantizer: Quantizer | None,
+        q: Quantizer | None = None,
+        k: Quantizer | None = None,
+        v: Quantizer | None = None,
+        probabilities: Quantizer | None = None,
+    ) -> None:
+        super().__init__()
+        self.input_quantizer, self.q, self.k, self.v, self.probabilities = input_quantizer, q, k, v, probabilities
+
+    def __call__(  # diffusers reads this signature to know which keyword arguments may be passed
+        self,
+        attention: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """See `forward`.
+
+        Raises:
+            ValueError: for cross-attention or a mask, which a diffusion U-Net over pixels does not use.
+        """
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise ValueError("quantized attention is self-attention without a mask")
+        return super().__call__(attention, hidden_states)
+
+    def forward(self, attention: Any, hidden_states: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> the same shape, residual included where the original adds it."""
+        residual = hidden_states
+        batch, channels, height, width = hidden_states.shape
+        h = hidden_states.reshape(batch, channels, height * width)
+        h = attention.group_norm(h).transpose(1, 2)
+        if self.input_quantizer is not None:
+            h = self.input_quantizer(h)
+        q, k, v = (self._heads(layer(h), attention.heads) for layer in (attention.to_q, attention.to_k, attention.to_v))
+        if self.q is None:
+            y = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
+        else:
+            assert self.k is not None and self.v is not None and self.probabilities is not None
+            q, k, v = self.q(q), self.k(k), self.v(v)
+            scores = torch.matmul(q, k.transpose(-1, -2)) * attention.scale
+            y = torch.matmul(self.probabilities(scores.softmax(-1)), v)
+        y = y.transpose(1, 2).reshape(batch, height * width, -1)
+        y = attention.to_out[1](attention.to_out[0](y))
+        y = y.transpose(1, 2).reshape(batch, channels, height, width)
+        if attention.residual_connection:
+            y = y + residual
+        return y / attention.rescale_output_factor
+
+    @staticmethod
+    def _heads(x: Tensor, heads: int) -> Tensor:
+        """`[B, N, h d]` -> `[B, h, N, d]`."""
+        batch, tokens, width = x.shape
+        return x.reshape(batch, tokens, heads, width // heads).transpose(1, 2)
+
+
+def smallest_integer_type(n: int, p: int) -> torch.dtype:
+    """The smallest integer type that holds n..p."""
+    for dtype in (torch.int8, torch.uint8, torch.int16, torch.int32):
+        limits = torch.iinfo(dtype)
+        if limits.min <= n and p <= limits.max:
+            return dtype
+    raise ValueError(f"no integer type holds {n}..{p}")

@@ -1,0 +1,59 @@
+"""NIPQ: pseudo quantization noise in place of rounding, then a last phase with real rounding.
+
+    x_hat = x + s u  where lo < x / s < hi,   s lo or s hi outside;   u in [-1/2, 1/2]
+
+The noise has the width of a step, its bounds are s (n - z) and s (p - z), and the range is learned through both. u is
+uniform, or drawn from the histogram of the tensor's own rounding error, as the published code does.
+
+Source: Shin et al., *NIPQ: Noise Proxy-Based Integrated Pseudo-Quantization*, CVPR 2023. The length of its phases on
+diffusion is not published: `fit.real_rounding` is the last share of the updates, 0.2 by default.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tdq_exp.quant import ops
+from tdq_exp.quant.quantizer import Quantizer
+
+BINS = 256
+
+
+class Nipq(Quantizer):
+    """Arguments as `Quantizer`, and
+
+    Args:
+        histogram: draw the noise from the rounding error's histogram of 256 bins, in place of the uniform law.
+    """
+
+    def __init__(self, *args: object, histogram: bool = True, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.histogram = histogram
+        self.noisy = True  # the fit clears it for the last phase
+
+    def rule(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        """x plus noise, or in the last phase LSQ's rounding without its gradient scale."""
+        n, p = self.grid.n, self.grid.p
+        if not self.noisy:
+            return ops.fake_quantize_learned(x, s, z, n, p)
+        noise = self._draw(x.detach(), s.detach(), z.detach()) if self.histogram else torch.rand_like(x) - 0.5
+        return ops.add_quantization_noise(x, s, z, n, p, noise)
+
+    def _draw(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        v = x / s
+        inside = (v > self.grid.n - z) & (v < self.grid.p - z)
+        error = (v.round() - v)[inside]
+        histogram = torch.histc(error, bins=BINS, min=-0.5, max=0.5)
+        if not error.numel():
+            return torch.zeros_like(x)
+        # Inverse transform sampling: the bin whose cumulative share a uniform draw falls into, then uniform within it.
+        shares = histogram.cumsum(0) / histogram.sum()
+        bins = torch.searchsorted(shares, torch.rand(x.shape, device=x.device)).clamp_(max=BINS - 1)
+        return (bins + torch.rand_like(x)) / BINS - 0.5
+
+
+class NipqWeights(Nipq):
+    """NIPQ for weights: the range starts at max|w|."""
+
+    start_by = "max"

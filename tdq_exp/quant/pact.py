@@ -1,0 +1,64 @@
+"""PACT: the clipping value alpha(t) = s(t) (p - z) learns from clipped elements only.
+
+    d x_hat / d alpha = 1 where x > alpha, 0 inside;   loss += decay alpha^2
+
+For signed inputs both bounds follow from s, and the penalty is on half of the range, alpha = s (p - n) / 2. It takes the
+mean over the batch where s depends on t.
+
+Source: Choi et al., *PACT*, arXiv 1805.06085. Its weights are DoReFa's (arXiv 1606.06160), which rescale any weight to
+[-1, 1] and so need a normalisation behind them that a pre-trained diffusion U-Net does not have. Ours are symmetric with
+s = max|w| / p; the literal form is `DorefaWeights`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tdq_exp.quant import ops
+from tdq_exp.quant.quantizer import Quantizer
+
+
+class Pact(Quantizer):
+    """Arguments as `Quantizer`, and
+
+    Args:
+        decay: weight of the L2 penalty on alpha.
+    """
+
+    def __init__(self, *args: object, decay: float = 2e-4, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.decay = decay
+
+    def rule(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        """x_hat with PACT's gradients."""
+        return ops.fake_quantize_clipped(x, s, z, self.grid.n, self.grid.p)
+
+    def penalty(self) -> Tensor:
+        """`decay mean(alpha^2)` at the current time steps."""
+        alpha = self.interval() * ((self.grid.p - self.grid.n) / 2)
+        return self.decay * alpha.square().mean()
+
+
+class PactWeights(Quantizer):
+    """Symmetric weights whose step follows from their largest magnitude; gradients pass straight through."""
+
+    def rule(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        """w_hat; s is a constant here."""
+        return ops.fake_quantize_clipped(x, s, z, self.grid.n, self.grid.p)
+
+
+class DorefaWeights(Quantizer):
+    """DoReFa's literal form, `2 q(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1` on 2^b - 1 levels.
+
+    It rescales the weights, is outside of the grid laws, and has no integer execution.
+    """
+
+    def forward(self, w: Tensor) -> Tensor:
+        """w_hat in [-1, 1]."""
+        if self.observer is not None:
+            return w
+        bounded = torch.tanh(w)
+        unit = bounded / (2 * bounded.abs().amax().detach()) + 0.5
+        levels = 2**self.grid.bits - 1
+        return 2 * ops.round_straight_through(unit * levels) / levels - 1

@@ -1,0 +1,48 @@
+"""Plans: which layer gets which quantizers, at how many bits.
+
+| plan    | what stays float, or differs |
+|---------|------------------------------|
+| all     | nothing: every convolution and linear layer, and q, k, v and softmax inside attention |
+| edge8   | the first and the last layer at 8 bits: the field's habit |
+| release | float: first and last convolution, time embedding, time projections, attention matrices |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tdq_exp.quant.roles import KINDS, Role
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """Bits of a layer's weight and input."""
+
+    weight: int
+    act: int
+
+
+class Plan:
+    """Args:
+    edge_bits: bits of the first and last layer, weights and input; None: as all others.
+    keep_float: kinds of role that are not quantized.
+    attention: quantize q, k, v and the softmax output inside attention?
+
+    Raises:
+        ValueError: for an unknown kind of role.
+    """
+
+    def __init__(self, edge_bits: int | None = None, keep_float: Sequence[str] = (), attention: bool = True) -> None:
+        unknown = [kind for kind in keep_float if kind not in KINDS]
+        if unknown:
+            raise ValueError(f"plan.plan.keep_float: unknown role {unknown[0]!r}; choose from {', '.join(KINDS)}")
+        self.edge_bits, self.keep_float, self.attention = edge_bits, tuple(keep_float), attention
+
+    def bits(self, role: Role, weight: int, act: int) -> LayerBits | None:
+        """Bits of a layer, or None if it stays float."""
+        if role.kind in self.keep_float:
+            return None
+        if self.edge_bits is not None and role.kind in ("first", "last"):
+            return LayerBits(self.edge_bits, self.edge_bits)
+        return LayerBits(weight, act)

@@ -1,0 +1,164 @@
+"""A quantizer: grid x interval x zero point, and the rule that a subclass adds.
+
+    x_hat = s (clip(round(x / s) + z, n, p) - z)
+
+In eval every rule is this formula. While training, the subclass says how gradients pass (`lsq`, `pact`, `nipq`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdq_exp.quant import ops
+from tdq_exp.quant.grid import Grid
+from tdq_exp.quant.interval import Interval
+
+
+class ZeroPoint(nn.Module):
+    """z = round(p zeta) clipped to n..p: one learned integer for all time steps.
+
+    The parameter is a fraction of the grid, so that one learning rate moves it by the same share of the range at any
+    number of bits.
+
+    Args:
+        grid: affine.
+    """
+
+    timed = False
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+        self.zeta = nn.Parameter(torch.zeros(()))
+
+    def start(self, s: float, z: int) -> None:
+        """Sets the start value."""
+        with torch.no_grad():
+            self.zeta.fill_(z / self.grid.p)
+
+    def forward(self, s: Tensor) -> Tensor:
+        """z as float, 0-dim (or of s's shape), straight through to the parameter."""
+        return ops.round_straight_through((self.zeta * self.grid.p).clamp(self.grid.n, self.grid.p))
+
+
+class LowerBound(nn.Module):
+    """z(t) = round(-beta / s(t)): a static real lower bound beta, for inputs whose minimum is fixed, like SiLU's.
+
+    Args:
+        grid: affine.
+        beta: start value; found by calibration if not given.
+        learned: False keeps beta where it is (the release: -0.2785).
+    """
+
+    def __init__(self, grid: Grid, beta: float | None = None, learned: bool = True) -> None:
+        super().__init__()
+        self.grid, self._fixed_start = grid, beta
+        self.beta = nn.Parameter(torch.tensor(beta or 0.0), requires_grad=learned)
+
+    timed = True
+
+    def start(self, s: float, z: int) -> None:
+        """Sets the start value."""
+        if self._fixed_start is None:
+            with torch.no_grad():
+                self.beta.fill_(-s * z)
+
+    def forward(self, s: Tensor) -> Tensor:
+        """z as float, of s's shape, straight through to beta and s."""
+        return ops.round_straight_through((-self.beta / s).clamp(self.grid.n, self.grid.p))
+
+
+class TableZeroPoint(nn.Module):
+    """A baked zero point.
+
+    Args:
+        zero_points: `[T]` or `[1]`, integers held as float.
+        time: the network's time step, if there are T of them.
+    """
+
+    def __init__(self, zero_points: Tensor, time: Any) -> None:
+        super().__init__()
+        self.time = time
+        self.timed = len(zero_points) > 1
+        self.zero_points: Tensor
+        self.register_buffer("zero_points", zero_points.clone())
+
+    def forward(self, s: Tensor) -> Tensor:
+        """z at the current time step."""
+        return self.zero_points[self.time.t] if self.timed else self.zero_points[0]
+
+
+class Quantizer(nn.Module):
+    """Grid, interval and zero point of one tensor. Subclasses define `rule`.
+
+    Args:
+        grid: which codes.
+        interval: where s comes from.
+        zero_point: where z comes from; None is z = 0.
+        scale_gradient: LSQ's `1 / sqrt(N p)` on the gradient of s.
+    """
+
+    start_by = "error"  # or "max": what calibration should take as the start of s
+
+    def __init__(
+        self, grid: Grid, interval: Interval, zero_point: nn.Module | None = None, scale_gradient: bool = True
+    ) -> None:
+        super().__init__()
+        self.grid, self.interval, self.zero_point = grid, interval, zero_point
+        self.scale_gradient = scale_gradient
+        self.observer: Any = None  # while calibrating: receives what passes, and nothing is quantized
+        self.zero: Tensor
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+
+    def start(self, s: float, z: int) -> None:
+        """Sets the start values that calibration found."""
+        self.interval.start(s)
+        if self.zero_point is not None:
+            self.zero_point.start(s, z)  # type: ignore[operator]
+
+    def parameters_at(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(s, z) for x at the current time step, broadcastable to x."""
+        s = self.interval(x)
+        z = self.zero if self.zero_point is None else self.zero_point(s)
+        if s.dim():
+            s = s.reshape(-1, *[1] * (x.dim() - 1))
+        return s, z.reshape(-1, *[1] * (x.dim() - 1)) if z.dim() else z
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x_hat, float32."""
+        if self.observer is not None:
+            self.observer(x)
+            return x
+        x = x.float()  # the arithmetic of quantizers stays in float32 under autocast
+        s, z = self.parameters_at(x)
+        if self.training:
+            return self.rule(x, s, z)
+        return ops.fake_quantize(x, s, z, self.grid.n, self.grid.p)
+
+    def rule(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        """x_hat with the gradients of a method."""
+        raise NotImplementedError(type(self).__name__)
+
+    def gradient_scale(self, x: Tensor, s: Tensor) -> float:
+        """`1 / sqrt(N p)`; N counts the elements that one s is for, activations per sample."""
+        if not self.scale_gradient:
+            return 1.0
+        elements = x.numel() if self.zero_point is None and self.grid.symmetric else x[0].numel()
+        return float((elements * self.grid.p) ** -0.5)
+
+    @torch.no_grad()
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """(s, z) for every time step: `[T]` each, or `[1]` where they do not depend on t."""
+        s = self.interval.table()
+        if self.zero_point is None:
+            return s, self.zero.reshape(1)
+        if isinstance(self.zero_point, TableZeroPoint):
+            return s, self.zero_point.zero_points
+        z = self.zero_point(s if self.zero_point.timed else s[:1])
+        return s, z.reshape(-1)
+
+    def extra_repr(self) -> str:
+        return f"codes {self.grid.n}..{self.grid.p}"

@@ -1,0 +1,55 @@
+"""The command: compose a configuration, check it, start its processes, run the pipeline.
+
+    python -m tdq_exp.run                                        the embedded default, digits W4A4 LSQ + TDQ
+    python -m tdq_exp.run +experiment=ddim_small_w4a4_lsq_tdq    one experiment
+    python -m tdq_exp.run -m +experiment=ddim_small_w4a4_lsq_tdq bits=w8a8,w4a4,w3a3
+    python -m tdq_exp.run ... plan_only=true                     what would be done, its cost, and stop
+
+To resume, run the same command again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from tdq_exp import assets, schema
+
+ConfigStore.instance().store(name="schema", node=schema.Config)
+
+
+@hydra.main(version_base="1.3", config_path=str(assets.configs()), config_name="config")
+def main(cfg: DictConfig) -> None:
+    """Runs one job; a user's mistake is one line and exit code 2."""
+    try:
+        _run(cfg)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run(cfg: DictConfig) -> None:
+    schema.validate(cfg)
+    from tdq_exp import job, launch, pipeline, plan  # after composition: `--help` does not wait for torch
+
+    made = job.build(cfg)
+    if cfg.plan_only:
+        plan.show(made)
+        return
+    if made.config["protocol"]["scale"] == "paper" and not launch.gpus() and not cfg.go and not made.smoke:
+        plan.show(made)
+        raise ValueError("this is the paper's scale and there is no GPU: take model=ddim_small, or insist with go=true")
+    count = launch.wanted(made.launcher)
+    if count > 1 and not launch.launched():
+        launch.relaunch(count, sys.argv[1:])
+    pipeline.show(made, pipeline.run(made))
+
+
+if __name__ == "__main__":
+    main()

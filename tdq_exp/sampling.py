@@ -1,0 +1,94 @@
+"""Images from a network: the groups of a set, dealt out to processes, into a store that survives interruption."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from tdq_exp.data.images import to_uint8
+from tdq_exp.data.store import ImageStore
+from tdq_exp.diffusion.generate import groups, image_generators, starting_noise
+from tdq_exp.diffusion.sampler import Ddim
+from tdq_exp.models.model import DiffusionModel
+from tdq_exp.processes import Processes
+from tdq_exp.progress import track
+
+
+@torch.no_grad()
+def sample_group(
+    net: nn.Module,
+    model: DiffusionModel,
+    sampler: Ddim,
+    indices: range,
+    *,
+    seed: int,
+    device: torch.device,
+    truncate: bool = False,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> NDArray[np.uint8]:
+    """One group of images, uint8 `[batch, H, W, C]`.
+
+    Args:
+        net: in eval mode, on the device.
+        model: its description.
+        sampler: DDIM, or another with the same call.
+        indices: global image indices; each has noise of its own.
+        seed: of the set.
+        device: where to compute.
+        truncate: drop the fraction of a pixel in place of rounding (see `to_uint8`).
+        on_step: called with (t, x_t) before every step.
+    """
+    generators = image_generators(seed, indices)
+    x = starting_noise(generators, model.sample_shape).to(device)
+    x = sampler.sample(lambda x_t, t: model.predict(net, x_t, t), x, model.schedule, generators, on_step)
+    return to_uint8(model.decode(x).cpu(), truncate).numpy()
+
+
+def sample_set(
+    net: nn.Module,
+    model: DiffusionModel,
+    sampler: Ddim,
+    store: ImageStore,
+    *,
+    seed: int,
+    processes: Processes,
+    truncate: bool = False,
+) -> float:
+    """Fills a store with the groups that are missing; returns the seconds that it took.
+
+    Group g belongs to process g mod world, whoever made the others: the set is the same bits for any number of
+    processes.
+    """
+    processes.decide(store.create)
+    missing = processes.decide(store.missing)
+    mine = missing[processes.rank :: processes.world]
+    every = dict(groups(store.images, store.batch))
+    net = net.to(processes.device).eval()
+    began = time.monotonic()
+    done = len(every) - len(missing)
+    with track("sampling", len(every), done, show=processes.main) as advance:
+        for group in mine:
+            pixels = sample_group(
+                net, model, sampler, every[group], seed=seed, device=processes.device, truncate=truncate
+            )
+            store.put(group, pixels)
+            for _ in range(processes.world):  # the others go at the same pace
+                if done < len(every):
+                    done += 1
+                    advance(f"{min((group + 1) * store.batch, store.images)} images")
+    processes.barrier()
+    return time.monotonic() - began
+
+
+def write_pngs(pixels: NDArray[np.uint8], folder: Path) -> None:
+    """Every image as a PNG, `00000.png` and on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(pixels):
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{index:05d}.png")
