@@ -1,6 +1,6 @@
 """Quantization of diffusion models with time-dependent step sizes (TDQ), from configuration to a table.
 
-    net = tdq_exp.load("results/runs/digits_w4a4_lsq_tdq/seed0")     a baked network, ready to call
+net = tdq_exp.load("results/runs/digits_w4a4_lsq_tdq/seed0")     a baked network, ready to call
 """
 
 from __future__ import annotations

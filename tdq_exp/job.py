@@ -6,14 +6,19 @@ folder that isn't there, an interval that a weight can't have.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import InstantiationException
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tdq_exp import assets, schema
 from tdq_exp.data.images import Source
@@ -67,6 +72,22 @@ def _without(node: Any, aside: set[str]) -> Any:
     return node
 
 
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """The config that a command line would give.
+
+    Raises:
+        ValueError: for an unknown group, option or key.
+    """
+    store = ConfigStore.instance()
+    store.store(name="schema", node=schema.Config)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(assets.configs())):
+            return hydra_compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 def build(cfg: DictConfig, source: bool = True) -> Job:
     """Checks a composed config and instantiates it.
 
@@ -78,7 +99,8 @@ def build(cfg: DictConfig, source: bool = True) -> Job:
         ValueError: one line that names the key.
     """
     schema.validate(cfg)
-    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))  # resolved once, no interpolation left
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    cfg = OmegaConf.create(values)  # resolved once: no interpolation is left
     fit = schema.FitConfig(**cfg.fit)
     train = None
     if fit.kind != "none":

@@ -29,6 +29,14 @@ from tdq_exp.progress import console, print_table
 from tdq_exp.quant.convert import Recipe, bake, layer_map, quantize
 from tdq_exp.tracking import Tracker
 
+METRIC_NAMES = {
+    "fid": "Frechet distance",
+    "isc_mean": "inception-style score",
+    "kid_mean": "kernel distance",
+    "precision": "precision",
+    "recall": "recall",
+}
+
 
 @dataclass(frozen=True)
 class Data:
@@ -120,11 +128,12 @@ def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
     facts: dict[str, Any] = {"weights": weights, "seconds": 0.0, "validation_loss": None}
     if job.fit.kind == "pretrain":
         assert job.train is not None
-        net, history = pretrain(
+        average, history = pretrain(
             job.model, data.train, data.held_out, job.train, lr=job.fit.lr, seed=job.seed, folder=job.folder,
             processes=processes, log=log,
         )  # fmt: skip
-        processes.decide(lambda: _ship(job, net, history))
+        processes.decide(lambda: _ship(job, average, history))
+        net = average
     elif job.fit.kind == "qat":
         net, history = _quantized_training(job, data, net, weights, processes, log)  # type: ignore[arg-type]
         tables = interval_tables(net)
@@ -244,7 +253,9 @@ def evaluate(job: Job, data: Data, fit: Fit, processes: Processes, tracker: Trac
         processes.decide(lambda: _add_row(folder / "metrics.json", row))
         folder = folder / f"update{row['update']}"
     processes.decide(lambda: _pictures(job, fit, folder, row, processes))
-    tracker.summary({**row["metrics"], "held_out": row["held_out"], "features": row["features"], "images": row["images"]})
+    tracker.summary(
+        {**row["metrics"], "held_out": row["held_out"], "features": row["features"], "images": row["images"]}
+    )
     if processes.main:
         tracker.picture("samples", folder / "grid.png")
     return [row]
@@ -269,17 +280,15 @@ def _row(
     for row in rows:
         if row["fingerprints"]["measure"] == mark:
             return row
-    begun = time.monotonic()
-    earlier = found["seconds"] if found else 0.0
-    stored = {"fingerprint": sample_mark, "parts": parts, "seconds": earlier}
-    processes.decide(lambda: record.write(stage, stored))
+    earlier: float = found["seconds"] if found else 0.0
+    processes.decide(lambda: record.write(stage, {"fingerprint": sample_mark, "parts": parts, "seconds": earlier}))
     size = job.model.image_size
     store = ImageStore(folder / "images", job.sampling.images, job.sampling.batch, (size, size, job.model.channels))
-    stored["seconds"] = earlier + sampling.sample_set(
+    spent = earlier + sampling.sample_set(
         net, job.model, job.sampler, store, seed=job.sampling.seed, processes=processes,
         truncate=job.sampling.truncate,
     )  # fmt: skip
-    processes.decide(lambda: record.write(stage, stored))
+    processes.decide(lambda: record.write(stage, {"fingerprint": sample_mark, "parts": parts, "seconds": spent}))
     if job.sampling.png and processes.main:
         sampling.write_pngs(store.read(), folder / "png")
     begun = time.monotonic()
@@ -291,7 +300,7 @@ def _row(
         "name": job.name, "seed": job.seed, "sample": job.sample_name, "report": job.fit.report, "update": update,
         "fingerprints": {"fit": fit.fingerprint, "sample": sample_mark, "measure": mark},
         "images": job.sampling.images, "weights": fit.facts["weights"], "validation_loss": fit.facts["validation_loss"],
-        "seconds": {"fit": fit.facts["seconds"], "sample": round(stored["seconds"], 1),
+        "seconds": {"fit": fit.facts["seconds"], "sample": round(spent, 1),
                     "measure": round(time.monotonic() - begun, 1)},
         "peak_memory_gb": record.peak_memory_gb(), "processes": processes.world, "device": processes.device.type,
         "threads": torch.get_num_threads(), "environment": record.environment(),
@@ -340,14 +349,13 @@ def show(job: Job, rows: list[dict[str, Any]]) -> None:
         console.print(f"{job.name}: weights in {job.folder / 'weights.safetensors'}{where}")
         return
     (row,) = rows
-    headers = ["", "images", *row["metrics"]]
-    held_out = row["held_out"]
+    features, held_out = row["features"], row["held_out"]
+    names = {key: name for key, name in METRIC_NAMES.items() if key in row["metrics"]}
     lines = [
-        [row["name"], row["images"], *row["metrics"].values()],
-        ["real, held out", held_out["images"], *(held_out.get(key) for key in row["metrics"])],
+        [row["name"], row["images"], *(row["metrics"][key] for key in names)],
+        ["real, held out", held_out["images"], *(held_out[key] for key in names)],
     ]
-    print_table(f"{row['features']['name']} features ({row['features']['weights']}), not Inception's FID"
-                if row["features"]["name"] != "inception_v3_compat" else "Inception features", headers, lines)  # fmt: skip
+    print_table(f"{features['name']} features ({features['weights']})", ["", "images", *names.values()], lines)
     folder = job.folder / job.sample_name
     console.print(f"row      {folder / 'metrics.json'}")
     for path in sorted(folder.rglob("grid.png")):

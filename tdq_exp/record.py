@@ -88,7 +88,7 @@ def check_same(path: Path, parts: Parts) -> dict[str, Any] | None:
 @lru_cache
 def environment() -> dict[str, Any]:
     """Commit, machine and versions, for the row."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)

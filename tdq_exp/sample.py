@@ -1,6 +1,6 @@
 """Draw images from a finished run, without training or measuring anything.
 
-    python -m tdq_exp.sample results/runs/digits_w4a4_lsq_tdq/seed0 --images 64 --seed 1 --out samples
+python -m tdq_exp.sample results/runs/digits_w4a4_lsq_tdq/seed0 --images 64 --seed 1 --out samples
 """
 
 from __future__ import annotations

@@ -206,7 +206,9 @@ def fit_name(cfg: DictConfig) -> str:
 def sample_name(cfg: DictConfig) -> str:
     """Sampler, number of images, and whatever differs from the defaults: `ddim50_n5000`, `ddim50quad_n5000_seed1`."""
     s = cfg.sampler
-    name = s.label + ("" if s.spacing == "leading" else s.spacing) + (f"eta{s.eta:g}" if s.eta else "") + f"_n{s.images}"
+    name = (
+        s.label + ("" if s.spacing == "leading" else s.spacing) + (f"eta{s.eta:g}" if s.eta else "") + f"_n{s.images}"
+    )
     name += f"_seed{s.seed}" if s.seed else ""
     name += "_best5" if cfg.fit.report == "best_of_5" else ""
     return name + (f"_{s.engine}" if s.engine != "fake" else "")

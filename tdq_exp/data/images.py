@@ -72,7 +72,7 @@ class Source(Protocol):
 
     def key(self, split: str) -> str: ...
 
-    def read(self, split: str) -> Iterator[tuple[str, Image.Image]]: ...
+    def read(self, split: str) -> Iterator[Image.Image]: ...
 
 
 class Digits:
@@ -86,12 +86,12 @@ class Digits:
     def key(self, split: str) -> str:
         return f"sklearn-digits/{split}"
 
-    def read(self, split: str) -> Iterator[tuple[str, Image.Image]]:
+    def read(self, split: str) -> Iterator[Image.Image]:
         from sklearn.datasets import load_digits
 
         for i, image in enumerate(load_digits().images):
             if (i % 5 == 0) == (split == "validation"):
-                yield f"digit {i}", Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8))
+                yield Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8))
 
 
 class Hub:
@@ -121,9 +121,11 @@ class Hub:
         if self._local is not None:
             stats = ((f, f.stat()) for f in sorted(self._local.rglob("*")) if f.is_file())
             files = [f"{f.name}:{s.st_size}:{s.st_mtime_ns}" for f, s in stats]
-        return f"{self.path}/{self._split[split]}/{self.column}/" + hashlib.sha256("\n".join(files).encode()).hexdigest()
+        return (
+            f"{self.path}/{self._split[split]}/{self.column}/" + hashlib.sha256("\n".join(files).encode()).hexdigest()
+        )
 
-    def read(self, split: str) -> Iterator[tuple[str, Image.Image]]:
+    def read(self, split: str) -> Iterator[Image.Image]:
         import datasets
 
         name = str(self._local) if self._local is not None else self.path
@@ -167,7 +169,7 @@ class Folder:
         listing = "\n".join(f"{f.relative_to(self.root)}:{s.st_size}:{s.st_mtime_ns}" for f, s in stats)
         return f"folder/{split}/{self.holdout}/" + hashlib.sha256(listing.encode()).hexdigest()
 
-    def read(self, split: str) -> Iterator[tuple[str, Image.Image]]:
+    def read(self, split: str) -> Iterator[Image.Image]:
         import datasets
 
         files = [str(f) for f in self._of(split)]
@@ -178,14 +180,14 @@ class Folder:
             yield _decode(row["image"], str(row["image"]["path"]))
 
 
-def _decode(cell: dict[str, Any], name: str) -> tuple[str, Image.Image]:
+def _decode(cell: dict[str, Any], name: str) -> Image.Image:
     try:
         raw = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
         image = Image.open(io.BytesIO(raw))
         image.load()  # a truncated file is found here, not at opening
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
         raise ValueError(f"{name}: not a whole image ({_first_line(error)}); replace or remove it") from error
-    return name, image
+    return image
 
 
 def _image_column(features: Any, path: str) -> str:
@@ -241,7 +243,7 @@ def load_images(
     pixels, meta = root / f"{key}.npy", root / f"{key}.json"
     if not meta.exists():
         decoded = []
-        for name, image in source.read(split):
+        for image in source.read(split):
             square = resize_center(image.convert("L" if channels == 1 else "RGB"), size)
             decoded.append(np.asarray(square, dtype=np.uint8).reshape(size, size, channels))
             if progress is not None:

@@ -42,7 +42,9 @@ class ImageStore:
                     np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape).flush()
                     os.replace(part, path)
         except OSError as error:
-            raise OSError(f"{self.folder}: can't be written ({error.strerror}); free space or set out=FOLDER") from error
+            raise OSError(
+                f"{self.folder}: can't be written ({error.strerror}); free space or set out=FOLDER"
+            ) from error
 
     def _open(self, name: str, mode: str) -> NDArray[np.uint8]:
         path = self.folder / name

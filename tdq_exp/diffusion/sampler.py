@@ -114,7 +114,13 @@ class Ddim:
         return x
 
     def step(
-        self, eps: Tensor, t: int, t_prev: int, x: Tensor, schedule: Schedule, generators: Sequence[torch.Generator] = ()
+        self,
+        eps: Tensor,
+        t: int,
+        t_prev: int,
+        x: Tensor,
+        schedule: Schedule,
+        generators: Sequence[torch.Generator] = (),
     ) -> Tensor:
         """One update x_t -> x_{t_prev}, in x's precision; coefficients are computed in float64."""
         abar = float(schedule.alphas_cumprod[t])

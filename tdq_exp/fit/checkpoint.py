@@ -25,7 +25,9 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         part.unlink(missing_ok=True)
-        raise OSError(f"{path}: can't be written ({str(error).splitlines()[0]}); free space or set out=FOLDER") from error
+        raise OSError(
+            f"{path}: can't be written ({str(error).splitlines()[0]}); free space or set out=FOLDER"
+        ) from error
 
 
 def load_state(path: Path) -> dict[str, Any] | None:

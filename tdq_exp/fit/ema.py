@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Ema:
@@ -30,7 +30,8 @@ class Ema:
     def update(self, net: nn.Module, updates: int) -> None:
         """Takes in the parameters after the given number of updates; buffers are copied."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
-        averages, values = list(self.net.parameters()), list(net.parameters())
+        averages: list[Tensor] = list(self.net.parameters())
+        values: list[Tensor] = list(net.parameters())
         torch._foreach_lerp_(averages, values, 1 - decay)
         for average, value in zip(self.net.buffers(), net.buffers(), strict=True):
             average.copy_(value)

@@ -142,8 +142,12 @@ def train(
             total = loss if penalty is None else loss + penalty()
             value = float(processes.mean(total.detach()))
             if not math.isfinite(value):
-                kept = f"the state of update {_last_saved(state_file)} is kept" if state_file.exists() else "nothing saved"
-                raise FloatingPointError(f"the loss is {value} at update {update + 1}: lower fit.lr; {kept} in {folder}")
+                kept = (
+                    f"the state of update {_last_saved(state_file)} is kept" if state_file.exists() else "nothing saved"
+                )
+                raise FloatingPointError(
+                    f"the loss is {value} at update {update + 1}: lower fit.lr; {kept} in {folder}"
+                )
             optimizer.zero_grad(set_to_none=True)
             total.backward()
             if options.grad_clip:

@@ -182,5 +182,3 @@ def quantized_and_calibrated(
 def interval_tables(net: nn.Module) -> dict[str, Tensor]:
     """Step size over t of every activation quantizer, by name, on the CPU."""
     return {name: quantizer.tables()[0].cpu() for name, quantizer in activation_quantizers(net).items()}
-
-

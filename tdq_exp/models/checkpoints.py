@@ -181,7 +181,9 @@ def _state_of(path: Path, tree: Any, ema: bool) -> dict[str, Any]:
     """The state dict in the object of a PyTorch file."""
     if isinstance(tree, list):
         if len(tree) not in (4, 5):
-            raise CheckpointError(f"{path}: a list of {len(tree)}, where a training state has 4 elements, or 5 with EMA")
+            raise CheckpointError(
+                f"{path}: a list of {len(tree)}, where a training state has 4 elements, or 5 with EMA"
+            )
         if ema and len(tree) == 4:
             raise CheckpointError(f"{path}: a training state without EMA weights; ask for its raw ones (ema=False)")
         tree = tree[4] if ema else tree[0]
@@ -294,7 +296,7 @@ def _from_original(name: str, levels: int) -> str:
             place = match.groupdict()
             if place.get("side") == "up":
                 place["level"] = str(levels - 1 - int(place["level"]))
-            return _rename_layer(f"{module.format(**place)}.{name[match.end():]}", _ORIGINAL_LAYERS)
+            return _rename_layer(f"{module.format(**place)}.{name[match.end() :]}", _ORIGINAL_LAYERS)
     return name
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
 from tdq_exp.diffusion.schedule import Schedule
@@ -27,9 +27,7 @@ class DiffusionModel:
         flip: mirror training images?
     """
 
-    def __init__(
-        self, network: Mapping[str, Any], schedule: Schedule, loss: str = "l2", flip: bool = True
-    ) -> None:
+    def __init__(self, network: Mapping[str, Any], schedule: Schedule, loss: str = "l2", flip: bool = True) -> None:
         self.network, self.schedule, self.loss, self.flip = dict(network), schedule, loss, flip
 
     @property

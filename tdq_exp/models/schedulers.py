@@ -62,7 +62,9 @@ class _DiffusersSampler:
     ) -> Tensor:
         """Follows the trajectory from pure noise to a sample; see `Ddim.sample`."""
         if not 1 <= self.steps <= schedule.steps:
-            raise ValueError(f"sampler.steps={self.steps}: must be between 1 and the model's {schedule.steps} time steps")
+            raise ValueError(
+                f"sampler.steps={self.steps}: must be between 1 and the model's {schedule.steps} time steps"
+            )
         scheduler = self._scheduler(schedule)  # fresh for each batch: PNDM keeps its history inside
         scheduler.set_timesteps(self.steps, device=x.device)
         extra = {"generator": list(generators)} if generators and isinstance(scheduler, DDPMScheduler) else {}

@@ -1,8 +1,8 @@
 """Verbs on somebody else's network: quantize it, list what was done to it, bake it.
 
-    quantize(net, roles, recipe)     leaves replaced in place, quantizers in training form
-    layer_map(net, roles)            a printable row per leaf
-    bake(net)                        a copy with integer weights and tables of intervals: what is sampled and shipped
+quantize(net, roles, recipe)     leaves replaced in place, quantizers in training form
+layer_map(net, roles)            a printable row per leaf
+bake(net)                        a copy with integer weights and tables of intervals: what is sampled and shipped
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from tdq_exp.quant import ops
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.habits import SILU_MINIMUM, Habits
 from tdq_exp.quant.interval import Interval, MaxAbs, Static, StaticIntervals, Table
-from tdq_exp.quant.layers import CodedWeight, QuantAttention, QuantConv2d, QuantLayer, QuantLinear, smallest_integer_type
+from tdq_exp.quant.layers import (
+    CodedWeight,
+    QuantAttention,
+    QuantConv2d,
+    QuantLayer,
+    QuantLinear,
+    smallest_integer_type,
+)
 from tdq_exp.quant.plan import Plan
 from tdq_exp.quant.quantizer import LowerBound, Quantizer, TableZeroPoint, ZeroPoint
 from tdq_exp.quant.roles import Role
@@ -190,7 +197,9 @@ def _coded(layer: QuantLayer) -> CodedWeight:
     codes = ops.quantize(weight, s, z, n, p).sub_(z)
     coded = CodedWeight(codes.to(smallest_integer_type(n - int(z.max()), p - int(z.min()))), s.clone())
     if not torch.equal(coded(), quantizer(weight)):
-        raise ValueError(f"{type(quantizer).__name__}: its weights are not integers times a step, so they can't be baked")
+        raise ValueError(
+            f"{type(quantizer).__name__}: its weights are not integers times a step, so they can't be baked"
+        )
     return coded
 
 

@@ -213,9 +213,7 @@ class TemporalIntervals:
         he: He initialisation of the last layer (the paper), or torch's default everywhere (release).
     """
 
-    def __init__(
-        self, encoding: int, width: int = 64, layers: int = 4, dropout: float = 0.0, he: bool = True
-    ) -> None:
+    def __init__(self, encoding: int, width: int = 64, layers: int = 4, dropout: float = 0.0, he: bool = True) -> None:
         self.options = {"encoding": encoding, "width": width, "layers": layers, "dropout": dropout, "he": he}
 
     def make(self, names: Sequence[str], time: TimeContext, raw: bool = False) -> tuple[list[Interval], GeneratorBank]:

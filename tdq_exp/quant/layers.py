@@ -1,6 +1,6 @@
 """Quantized layers. Each holds the layer that it replaces, and calls the same functional form with quantized tensors.
 
-    y = conv(x_hat, w_hat) + b
+y = conv(x_hat, w_hat) + b
 """
 
 from __future__ import annotations

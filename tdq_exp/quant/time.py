@@ -46,7 +46,9 @@ class TimeContext:
         if t is not None:
             t = torch.as_tensor(t)
             if t.is_floating_point() or t.dim() > 1:
-                raise ValueError(f"t must be an integer or a vector of integers, not {t.dtype} of shape {tuple(t.shape)}")
+                raise ValueError(
+                    f"t must be an integer or a vector of integers, not {t.dtype} of shape {tuple(t.shape)}"
+                )
         self._t = t
         self.version += 1
 

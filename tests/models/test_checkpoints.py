@@ -263,7 +263,9 @@ FORMS = {
         {key: torch.nn.Parameter(value) for key, value in state.items()}, path / "net.ckpt"
     ),
     "wrapped": lambda state, path: torch.save({"state_dict": state, "epoch": 3}, path / "net.ckpt"),
-    "training": lambda state, path: torch.save(training_state(original_state("small", "raw"), state), path / "net.ckpt"),
+    "training": lambda state, path: torch.save(
+        training_state(original_state("small", "raw"), state), path / "net.ckpt"
+    ),
     "training, data-parallel": lambda state, path: torch.save(
         training_state(original_state("small", "raw"), dict(prefixed(state))), path / "net.ckpt"
     ),
@@ -706,9 +708,10 @@ def test_a_flipped_bit_in_the_weights(small, raw, tmp_path):
 
 def test_a_compressed_archive_is_not_opened(small, raw, tmp_path):
     torch.save(raw, tmp_path / "net.ckpt")
-    with zipfile.ZipFile(tmp_path / "net.ckpt") as archive, zipfile.ZipFile(
-        tmp_path / "packed.ckpt", "w", zipfile.ZIP_DEFLATED
-    ) as packed:
+    with (
+        zipfile.ZipFile(tmp_path / "net.ckpt") as archive,
+        zipfile.ZipFile(tmp_path / "packed.ckpt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
         for name in archive.namelist():
             packed.writestr(name, archive.read(name))
     assert "compressed" in fails(small, tmp_path / "packed.ckpt")
@@ -728,7 +731,8 @@ def test_the_hash_is_its_definition():
 
 
 @pytest.mark.parametrize(
-    "other", [{"b": torch.zeros(6)}, {"a": torch.zeros(2, 3)}, {"a": torch.zeros(6).double()}, {"a": -torch.zeros(6)}, {}]
+    "other",
+    [{"b": torch.zeros(6)}, {"a": torch.zeros(2, 3)}, {"a": torch.zeros(6).double()}, {"a": -torch.zeros(6)}, {}],
 )
 def test_the_hash_sees_name_shape_type_and_bytes(other):
     assert state_hash(other) != state_hash({"a": torch.zeros(6)})
@@ -736,7 +740,7 @@ def test_the_hash_sees_name_shape_type_and_bytes(other):
 
 def test_saved_weights_come_back_with_their_metadata(small, tmp_path):
     path = tmp_path / "new" / "net.safetensors"
-    metadata = {"name": "small", "source": "naïve \"quotes\"\n", **{str(index): "x" for index in range(20)}}
+    metadata = {"name": "small", "source": 'naïve "quotes"\n', **{str(index): "x" for index in range(20)}}
     save_weights(small, path, metadata)
     net = build("small")
     assert load_weights(net, str(path)) == state_hash(small.state_dict())

@@ -1,0 +1,40 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+SCALE ?= paper
+RUN = $(VENV)/bin/python -m tdq_exp.run
+
+.PHONY: help demo test lint table1 bench clean
+
+help:
+	@echo "make demo                    set up, then digits W4A4 LSQ+TDQ from float model to picture (minutes, CPU)"
+	@echo "make test                    set up, then the fast test suite"
+	@echo "make lint                    ruff and mypy"
+	@echo "make table1 SCALE=digits     Table 1: run the cells that have no row, render (SCALE: paper, small, digits)"
+	@echo "make bench                   speed of training and denoising steps -> results/bench/"
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet -e '.[test]'
+	@touch $@
+
+demo: $(VENV)/installed
+	$(RUN) +experiment=digits_w4a4_lsq_tdq out=results/demo
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+table1: $(VENV)/installed
+	$(VENV)/bin/python -m tdq_exp.tables table1 --scale $(SCALE) --run $(TABLE_ARGS)
+
+bench: $(VENV)/installed
+	$(VENV)/bin/python scripts/bench.py
+
+clean:
+	rm -rf $(VENV) results/demo
