@@ -20,6 +20,7 @@ $(VENV)/installed: pyproject.toml
 	@touch $@
 
 demo: $(VENV)/installed
+	$(RUN) +experiment=digits_fp out=results/demo
 	$(RUN) +experiment=digits_w4a4_lsq_tdq out=results/demo
 
 test: $(VENV)/installed

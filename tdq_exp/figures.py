@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -43,14 +44,14 @@ def _tile(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
     return sheet.squeeze(-1) if channels == 1 else sheet
 
 
-def intervals_over_time(tables: Mapping[str, Tensor], path: Path, title: str, most: int = 8) -> None:
+def intervals_over_time(tables: Mapping[str, Tensor], path: Path, title: str, most: int = 6) -> None:
     """Step size over t relative to its mean: the layers that change most, and the spread of all.
 
     Args:
         tables: quantizer -> `[T]` (or `[1]`, static).
         path: PNG to write; an SVG goes beside it.
         title: of the picture.
-        most: number of layers drawn by name.
+        most: number of layers drawn by name: s(t) itself faint, its mean over T / 40 neighbouring steps strong.
     """
     figure = Figure(figsize=(8, 4.2), dpi=150)
     axis = figure.subplots()
@@ -61,17 +62,25 @@ def intervals_over_time(tables: Mapping[str, Tensor], path: Path, title: str, mo
         low, middle, high = np.quantile(curves, [0.05, 0.5, 0.95], axis=0)
         axis.fill_between(t, low, high, color="0.88", label="5 to 95 % of quantizers")
         axis.plot(t, middle, color="0.55", lw=1, label="median")
-        moving = sorted(timed, key=lambda name: float(np.ptp(timed[name])), reverse=True)[:most]
+        moving = sorted(timed, key=lambda name: float(np.ptp(_smooth(timed[name]))), reverse=True)[:most]
         for name in moving:
-            axis.plot(t, timed[name], lw=1.2, label=name)
+            line = axis.plot(t, _smooth(timed[name]), lw=1.2, label=name.removesuffix("_quantizer"))[0]
+            axis.plot(t, timed[name], lw=0.4, alpha=0.25, color=line.get_color())
         axis.set_xlim(0, len(t) - 1)
     else:
         axis.axhline(1.0, color="0.55", label=f"{len(tables)} static intervals")
     axis.set(xlabel="time step t (noise grows to the right)", ylabel="step size s(t) / mean", title=title)
+    axis.set_ylim(bottom=0)
     axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.tight_layout()
     _save(figure, path)
     _save(figure, path.with_suffix(".svg"))
+
+
+def _smooth(curve: NDArray[Any]) -> NDArray[Any]:
+    width = max(len(curve) // 40, 1)
+    padded = np.pad(curve.astype(np.float64), width // 2, mode="edge")
+    return np.convolve(padded, np.ones(width) / width, mode="same")[width // 2 : width // 2 + len(curve)]
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -6,7 +6,7 @@ folder that isn't there, an interval that a weight can't have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,16 +60,44 @@ class Job:
         """Is this a rehearsal of a step or two (`debug=smoke`)?"""
         return (self.train is None or self.train.updates <= 2) and self.sampling.images <= 8
 
-    def part(self, *keys: str) -> dict[str, Any]:
-        """Groups of the config as fingerprint parts: without labels, paths, and what only says where or how fast."""
-        aside = {"label", "cache", "weights", "path", "export", "stop_after", "report", "png"}
-        return {key: _without(self.config[key], aside) for key in keys}
+    def part(self, *groups: str) -> dict[str, Any]:
+        """Groups of the config as fingerprint parts: the keys that a result depends on, and no others."""
+        return {group: parts_of(group, self.config[group]) for group in groups}
 
 
-def _without(node: Any, aside: set[str]) -> Any:
-    if isinstance(node, dict):
-        return {k: _without(v, aside) for k, v in node.items() if k not in aside}
-    return node
+TRAINING = (
+    "kind", "updates", "batch_size", "lr", "warmup", "ema_decay", "grad_clip", "validate_every", "validation_samples",
+    "precision",
+)  # fmt: skip
+PARTS = {
+    "model": ("definition",),
+    "bits": ("weight", "act"),
+    "weight": ("quantizer", "interval"),
+    "act": ("quantizer",),
+    "tdq": ("interval", "offset"),
+    "plan": ("plan",),
+    "habits": ("habits",),
+    "pretrain": TRAINING,
+    "qat": (
+        *TRAINING, "weight_decay", "lr_step_size", "lr_zero_point", "lr_generator", "decay_generator", "real_rounding",
+        "calibration_samples",
+    ),
+    "eval": ("features", "metrics", "batch", "reference_images"),
+    "sampler": ("method", "images", "batch", "seed", "truncate", "engine"),
+}  # fmt: skip
+
+
+def parts_of(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a group that a result depends on: no label, no path, nothing that says only where or how fast.
+
+    They are written down, so that a new key of the configuration does not turn every earlier result into another one.
+
+    Args:
+        group: name of a config group; of `fit`, the keys depend on its kind.
+        values: the group, plain.
+    """
+    keys = PARTS.get(values["kind"], ("kind",)) if group == "fit" else PARTS[group]
+    return {key: values[key] for key in keys}
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:

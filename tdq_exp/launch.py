@@ -16,6 +16,12 @@ def gpus() -> int:
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
+def device(launcher: LauncherConfig) -> torch.device:
+    """Where one process of a run would compute."""
+    accelerator = torch.accelerator.current_accelerator() if gpus() and not launcher.cpu else None
+    return accelerator or torch.device("cpu")
+
+
 def launched() -> bool:
     """Is this process one of several that torch's launcher started?"""
     return torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()

@@ -342,6 +342,14 @@ def _pictures(job: Job, fit: Fit, folder: Path, row: dict[str, Any], processes: 
     figures.sample_grid(rows, path)
 
 
+def _float_row(job: Job, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The float model's row of the same sampler, if there is one beside this run."""
+    folder = job.folder.parents[1] / f"{job.config['model']['label']}_fp" / f"seed{job.seed}" / job.sample_name
+    found = record.read(folder / "metrics.json") or {"rows": []}
+    same = [r for r in found["rows"] if r["features"] == row["features"] and r["images"] == row["images"]]
+    return [r for r in same if r["name"] != row["name"]]
+
+
 def show(job: Job, rows: list[dict[str, Any]]) -> None:
     """Prints what came out, as a small table, and where it lies."""
     if not rows:
@@ -351,8 +359,9 @@ def show(job: Job, rows: list[dict[str, Any]]) -> None:
     (row,) = rows
     features, held_out = row["features"], row["held_out"]
     names = {key: name for key, name in METRIC_NAMES.items() if key in row["metrics"]}
+    others = [row, *_float_row(job, row)]
     lines = [
-        [row["name"], row["images"], *(row["metrics"][key] for key in names)],
+        *([r["name"], r["images"], *(r["metrics"][key] for key in names)] for r in others),
         ["real, held out", held_out["images"], *(held_out[key] for key in names)],
     ]
     print_table(f"{features['name']} features ({features['weights']})", ["", "images", *names.values()], lines)

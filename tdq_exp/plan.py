@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tdq_exp import record
+from tdq_exp import launch, record
 from tdq_exp.job import Job
 from tdq_exp.progress import console
 
@@ -34,16 +34,20 @@ class Cost:
 
 @torch.no_grad()
 def estimate(job: Job) -> Cost:
-    """The cost of a job on this machine with one process, stages that are done not counted."""
-    net = job.model.build().eval()
-    x, t = torch.randn(PROBE, *job.model.sample_shape), torch.zeros(PROBE, dtype=torch.long)
-    job.model.predict(net, x, t)
+    """The cost of a job on this machine with the processes that it would have, stages that are done not counted."""
+    device = launch.device(job.launcher)
+    net = job.model.build().to(device).eval()
+    x, t = (
+        torch.randn(PROBE, *job.model.sample_shape, device=device),
+        torch.zeros(PROBE, dtype=torch.long, device=device),
+    )
+    float(job.model.predict(net, x, t).sum())
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        job.model.predict(net, x, t)
+        float(job.model.predict(net, x, t).sum())  # a number: waits for an accelerator to finish
         seconds.append(time.perf_counter() - began)
-    per_image = sorted(seconds)[1] / PROBE
+    per_image = sorted(seconds)[1] / PROBE / launch.wanted(job.launcher)
     fit_done, sample_done = stages_done(job)
     updates = 0 if fit_done or job.train is None else job.train.updates
     per_update = per_image * (5 if job.recipe is not None else 3) * job.fit.batch_size

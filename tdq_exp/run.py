@@ -32,6 +32,9 @@ def main(cfg: DictConfig) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped: to go on, run the same command again", file=sys.stderr)
+        sys.exit(130)
 
 
 def _run(cfg: DictConfig) -> None:

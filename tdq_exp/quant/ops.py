@@ -97,7 +97,8 @@ class _FakeQuantize(torch.autograd.Function):
                 g_s = _sum_like(g, x_hat, s) / s - _sum_like(g_x, v, s)
             g_s = g_s * ctx.scale
         if ctx.needs_input_grad[2]:
-            g_z = ((g_x - g) * s).sum_to_size(z.shape) if s.numel() > 1 else (g_x - g).sum_to_size(z.shape) * s
+            outside = (g_x - g).flatten(1).sum(1).reshape(s.shape) if s.numel() > 1 else (g_x - g).sum()
+            g_z = (outside * s).sum_to_size(z.shape)
         return g_x if ctx.needs_input_grad[0] else None, g_s, g_z, None, None, None, None, None
 
 

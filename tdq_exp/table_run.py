@@ -1,0 +1,247 @@
+"""The command of a table: which cells it asks for, their cost, their runs, and the table in the end.
+
+Each cell is a command of its own; one that fails does not keep the others from running. Every command resumes where it
+was stopped, so the same holds for all of them together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tdq_exp import schema, tables
+from tdq_exp.progress import console, print_table
+from tdq_exp.tables import Cell, Manifest
+
+PATIENCE = 30.0  # seconds that a stopped command gets to end its processes
+OWN = {
+    "out": "use --out",
+    "go": "use --go",
+    "experiment": "the table names its experiments",
+    "sampler.seed": "the table names its sampler seeds",
+    "plan_only": "--run prints the plan before it starts",
+}
+
+
+EXAMPLES = """
+  python -m tdq_exp.tables table1 --scale digits          render from the rows that are there
+  python -m tdq_exp.tables table1 --scale digits --run    first run every cell that has no row
+  python -m tdq_exp.tables table1 --scale small --run data.source.path=~/cifar10
+To go on after an interruption, run the same command again.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 1 if a cell failed, 2 for a user's mistake or rows that do not compare."""
+    options = parse(arguments)
+    try:
+        return make(options)
+    except KeyboardInterrupt:
+        print("stopped: run the same command again to go on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tdq_exp.tables", description="Fills a table of the paper from the rows of finished runs.",
+        epilog=f"examples:{EXAMPLES}", formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("table", help="a file of configs/table: table1")
+    parser.add_argument("overrides", nargs="*", help="overrides of every cell's command, as data.source.path=PATH")
+    parser.add_argument("--scale", default="paper", help="paper, small or digits (default: paper)")
+    parser.add_argument(
+        "--run", action="store_true", help="print the plan, run the cells that have no row, then render"
+    )
+    parser.add_argument("--go", action="store_true", help="run the paper's scale although there is no GPU")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results"), help="folder of runs and tables (default: results)"
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+def make(options: argparse.Namespace) -> int:
+    """Runs what is missing, if asked to, and writes the table."""
+    manifest = tables.read_manifest(options.table)
+    cells = [tables.find(cell) for cell in ask(manifest, options.scale, options.out.expanduser(), options.overrides)]
+    failed: list[str] = []
+    if options.run:
+        failed = run(cells, options.go)
+        cells = [tables.find(cell) for cell in cells]
+    for cell in cells:
+        if cell.changes:
+            console.print(f"stale {cell.name}: {'; '.join(cell.changes)}", markup=False)
+    table = tables.tabulate(manifest, options.scale, cells, said(options.overrides))
+    paths = tables.write(table, options.out.expanduser() / "tables" / f"{manifest.name}-{options.scale}")
+    lines = [texts for group in table.groups for texts in group]
+    print_table(table.title, [" ".join(header).strip() for header in table.headers], lines)
+    for path in paths:
+        console.print(f"table    {path}", markup=False)
+    return 1 if failed else 0
+
+
+def ask(manifest: Manifest, scale: str, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
+    """The cells of a table, the float model's first, without their rows.
+
+    Args:
+        manifest: the table.
+        scale: one of its scales.
+        out: folder of results.
+        overrides: of every cell's command, such as data.source.path=PATH.
+
+    Raises:
+        ValueError: for a scale or an override that does not exist, or an override that the table sets itself.
+    """
+    from tdq_exp import job as jobs  # it imports torch
+
+    if scale not in manifest.scales:
+        raise ValueError(f"--scale {scale}: {manifest.name} has {', '.join(manifest.scales)}")
+    for override in overrides:
+        if _key(override) in OWN:
+            raise ValueError(f"{override}: {OWN[_key(override)]}")
+    tracker = [] if any(_key(o) == "tracker" for o in overrides) else ["tracker=none"]
+    cells = []
+    for line in (manifest.float_model, *manifest.lines):
+        experiment = f"{manifest.scales[scale]}_{line.experiment}"
+        # The float model has no checkpoints to choose from: best_of_5 is for the quantized lines.
+        extra = [o for o in overrides if line is not manifest.float_model or _key(o) != "fit.report"]
+        for seed in line.sampler_seeds:
+            chosen = [f"+experiment={experiment}", *([f"sampler.seed={seed}"] if seed else [])]
+            command = (*chosen, f"out={_quoted(out)}", *tracker, *extra)
+            cfg = jobs.compose(command)
+            bare = jobs.compose(chosen) if said(extra) else cfg
+            folder, sample = schema.run_folder(cfg), schema.sample_name(cfg)
+            cells.append(Cell(line, experiment, command, schema.plain(cfg), folder, sample, bare.sampler.images))
+    return cells
+
+
+def said(overrides: Iterable[str]) -> list[str]:
+    """The overrides that a table's footer names: those that say more than where and how fast."""
+    groups, keys = {"launcher", "tracker", "hydra"}, {"cache", "weights", "path", "export", "stop_after", "png"}
+    split = [(o, _key(o).split(".")) for o in overrides]
+    return [o for o, key in split if key[0] not in groups and key[-1] not in keys]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").split("=", 1)[0]
+
+
+def _quoted(path: Path) -> str:
+    """A path as the value of an override."""
+    text = str(path)
+    return text if re.fullmatch(r"[\w./-]+", text) else "'" + text.replace("'", r"\'") + "'"
+
+
+def run(cells: Sequence[Cell], go: bool = False) -> list[str]:
+    """Prints the plan, runs every cell without a row in the order of the table, and says which failed.
+
+    Args:
+        cells: of a table, with the rows that were found.
+        go: start the paper's scale although there is no GPU.
+
+    Returns:
+        The names of the cells that failed.
+
+    Raises:
+        ValueError, OSError: if a cell's config can't be built, or the paper's scale is asked for without a GPU; before
+            anything is started.
+    """
+    stale = [cell.name for cell in cells if cell.done and cell.changes]
+    if stale:
+        console.print(
+            f"stale, not run again: {', '.join(stale)}; a run refuses to replace one of another configuration under its"
+            " name, so move its folder away first",
+            markup=False,
+        )
+    missing = [cell for cell in cells if not cell.done]
+    if not missing:
+        console.print("every cell has a row: nothing to run")
+        return []
+    from tdq_exp import launch  # it imports torch
+
+    if show_plan(missing) and not launch.gpus() and not go:
+        raise ValueError(
+            "this is the paper's scale and there is no GPU: take SCALE=small (--scale small), or insist with --go"
+        )
+    failed = []
+    for number, cell in enumerate(missing, 1):
+        command = ["-m", "tdq_exp.run", *cell.overrides, *(["go=true"] if go else [])]
+        console.print(f"cell {number} of {len(missing)}: python {shlex.join(command)}", markup=False)
+        code = call([sys.executable, *command])
+        if code:
+            failed.append(cell.name)
+            console.print(f"cell {number} of {len(missing)}: {cell.name} failed (exit code {code})", markup=False)
+    if failed:
+        console.print(f"{len(failed)} of {len(missing)} cells failed: {', '.join(failed)}", markup=False)
+    return failed
+
+
+def show_plan(cells: Sequence[Cell]) -> bool:
+    """Prints what each cell and all of them would cost; says if one is of the paper's scale and no rehearsal.
+
+    Raises:
+        ValueError, OSError: if a config can't be built.
+    """
+    from tdq_exp import job as jobs
+    from tdq_exp import plan
+
+    known: dict[str, plan.Cost] = {}
+    lines: list[list[Any]] = []
+    seconds, disk, paper = 0.0, 0, False
+    for cell in cells:
+        job = jobs.build(jobs.compose(cell.overrides))
+        # A measured forward pass of a large net is slow, and cells of one shape cost the same.
+        shape = [job.part("model", "fit"), job.recipe is not None, job.fit.report, job.sampling.images]
+        key = json.dumps([*shape, job.sampling.steps, plan.stages_done(job)], sort_keys=True)
+        if key not in known:
+            known[key] = plan.estimate(job)
+        cost = known[key]
+        lines.append([cell.name, cell.config["sampler"]["images"], *_costs(cost.seconds, cost.disk_bytes)])
+        seconds, disk = seconds + cost.seconds, disk + cost.disk_bytes
+        paper = paper or (job.config["protocol"]["scale"] == "paper" and not job.smoke)
+    total = [f"all {len(cells)}", sum(line[1] for line in lines), *_costs(seconds, disk)]
+    print_table("cells to run, and about what they cost", ["cell", "images", "time", "disk"], [*lines, total])
+    return paper
+
+
+def _costs(seconds: float, disk: int) -> list[str]:
+    from tdq_exp import plan
+
+    return [plan.duration(seconds), f"{disk / 1e9:.2f} GB"]
+
+
+def call(command: Sequence[str]) -> int:
+    """Runs a command with this terminal's input and output; returns its exit code.
+
+    A command is not left behind when this process is stopped: its own processes end before it does.
+    """
+    previous = signal.signal(signal.SIGTERM, _stop)
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt):  # the terminal sends Ctrl-C to the command as well
+            process.terminate()
+        try:
+            process.wait(PATIENCE)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.terminate()
+            process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)

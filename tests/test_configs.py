@@ -1,0 +1,96 @@
+"""Every experiment composes, instantiates, and is named after what it contains."""
+
+from __future__ import annotations
+
+import pytest
+
+from tdq_exp import assets, job, schema
+
+EXPERIMENTS = sorted(path.stem for path in (assets.configs() / "experiment").glob("*.yaml"))
+LOCAL = ["model.weights=none.safetensors"]  # no shipped net is needed to build a job
+
+
+def test_every_cell_of_table_1_has_an_experiment():
+    wanted = {
+        f"{model}_{bits}_{method}"
+        for model in ("ddim", "ddim_small", "digits")
+        for bits in ("w8a8", "w4a8", "w8a4", "w4a4", "w3a3")
+        for method in ("lsq", "pact", "nipq", "lsq_tdq")
+    } | {"ddim_fp", "ddim_small_fp", "digits_fp"}
+    assert wanted <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_builds_and_is_named_after_what_it_contains(name):
+    made = job.build(job.compose([f"+experiment={name}", *LOCAL]))
+    assert made.name == name
+    assert (made.recipe is None) == name.endswith("_fp")
+    first = (assets.configs() / "experiment" / f"{name}.yaml").read_text().splitlines()[1]
+    assert first == f"# python -m tdq_exp.run +experiment={name}"
+
+
+def test_no_argument_is_the_demo():
+    assert schema.fit_name(job.compose([])) == "digits_w4a4_lsq_tdq"
+
+
+@pytest.mark.parametrize(
+    "overrides, name",
+    [
+        (["tdq=s100"], "digits_w4a4_lsq_s100"),
+        (["tdq=none", "plan=release", "habits=release"], "digits_w4a4_lsq_release_hrelease"),
+        (["method=pact", "tdq=temporal", "plan=edge8"], "digits_w4a4_pact_tdq_edge8"),
+        (["method=fp", "fit=pretrain"], "digits_fp_pretrain"),
+        (["weight=dorefa", "method=pact", "tdq=none", "label=mine"], "digits_w4a4_pact_dorefa_mine"),
+    ],
+)
+def test_whatever_differs_from_the_default_is_in_the_name(overrides, name):
+    assert schema.fit_name(job.compose(overrides)) == name
+
+
+@pytest.mark.parametrize("experiment", ["ddim_w4a4_lsq_tdq", "ddim_small_w8a8_pact", "digits_fp"])
+def test_smoke_shrinks_any_experiment(experiment):
+    made = job.build(job.compose([f"+experiment={experiment}", "debug=smoke", *LOCAL]))
+    assert made.smoke
+    assert made.name == f"{experiment}_smoke"
+    assert made.sampling.steps == 2
+
+
+@pytest.mark.parametrize("rule", ["lsq", "pact", "nipq"])
+@pytest.mark.parametrize("interval", ["none", "temporal", "s1", "s10", "s1000"])
+def test_every_rule_takes_every_interval(rule, interval):
+    made = job.build(job.compose(["model=tiny", f"method={rule}", f"tdq={interval}", *LOCAL]))
+    assert made.recipe is not None
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["bitz=w4a4"], "bitz"),
+        (["bits=w9a9"], "bits/w9a9"),
+        (["bits.weight=0"], "bits.weight=0"),
+        (["bits.act=1"], "bits.act=1"),
+        (["bits.act=17"], "bits.act=17"),
+        (["bits.act=3.5"], "bits.act=3.5"),
+        (["fit.batch_size=0"], "fit.batch_size=0"),
+        (["fit.batch_size=many"], "fit.batch_size"),
+        (["sampler.steps=1001"], "sampler.steps=1001"),
+        (["sampler.images=0"], "sampler.images=0"),
+        (["weight.interval=temporal"], "weight.interval='temporal'"),
+        (["tdq.offset=sideways"], "tdq.offset='sideways'"),
+        (["fit.report=best"], "fit.report='best'"),
+        (["fit=pretrain"], "fit.kind=pretrain"),
+        (["tdq.interval.widht=3"], "widht"),
+        (["plan.plan.keep_float=[frist]"], "frist"),
+        (["launcher.nproc=-1"], "launcher.nproc"),
+        (["data=image_folder"], "data.source.path"),
+        (["data=image_folder", "data.source.path=/no/such/folder"], "/no/such/folder"),
+        (["data=cifar10", "data.source.path=/no/such/folder"], "/no/such/folder"),
+        (["fit.precision=float16"], "fit.precision"),
+        (["habits.habits.start=random"], "start='random'"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(overrides, said):
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        job.build(job.compose([*LOCAL, *overrides]))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

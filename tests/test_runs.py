@@ -1,0 +1,235 @@
+"""Whole runs of a tiny model: twice is once, killed is never killed, two processes are one."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tdq_exp
+from tdq_exp import job, pipeline
+from tdq_exp.fit.loop import Interrupted
+
+QUICK = ["model=tiny", "tracker=none", "launcher=cpu", "fit.calibration_samples=64"]
+
+
+def build(tmp_path, weights, *overrides):
+    return job.build(job.compose([*QUICK, f"out={tmp_path}", f"model.weights={weights}", *overrides]))
+
+
+def images(made):
+    return np.load(made.folder / made.sample_name / "images" / "images.npy")
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact", "nipq"])
+@pytest.mark.parametrize("tdq", ["none", "temporal", "s10"])
+def test_every_method_goes_from_float_net_to_row(tmp_path, tiny_weights, method, tdq):
+    made = build(tmp_path, tiny_weights, f"method={method}", f"tdq={tdq}")
+    (row,) = pipeline.run(made)
+    assert row["name"] == made.name
+    assert row["images"] == 12
+    assert np.isfinite(list(row["metrics"].values())).all()
+    assert row["features"]["name"] == "digits"
+    assert row["held_out"]["images"] == 12
+    assert len(row["environment"]["versions"]["torch"]) > 2
+    for file in ("fit.json", "layers.json", "intervals.png", "baked.safetensors", f"{made.sample_name}/grid.png"):
+        assert (made.folder / file).stat().st_size > 0
+
+
+def test_the_same_command_again_does_nothing(tmp_path, tiny_weights, monkeypatch):
+    made = build(tmp_path, tiny_weights)
+    first = pipeline.run(made)
+    before = {f: f.stat().st_mtime_ns for f in made.folder.rglob("*") if f.is_file() and f.name != "fit.json"}
+    monkeypatch.setattr(pipeline, "qat", None)  # would be called if anything were trained again
+    monkeypatch.setattr(pipeline, "measure", None)
+    second = pipeline.run(build(tmp_path, tiny_weights))
+    assert second == first
+    assert before == {f: f.stat().st_mtime_ns for f in made.folder.rglob("*") if f.is_file() and f.name != "fit.json"}
+
+
+def test_a_killed_fit_ends_with_the_bits_of_one_that_was_not(tmp_path, tiny_weights):
+    dropout = ["tdq.interval.dropout=0.2"]  # its random state has to survive, too
+    whole = build(tmp_path / "whole", tiny_weights, *dropout)
+    pipeline.run(whole)
+    with pytest.raises(Interrupted):
+        pipeline.run(build(tmp_path / "killed", tiny_weights, *dropout, "fit.stop_after=3"))
+    killed = build(tmp_path / "killed", tiny_weights, *dropout)
+    pipeline.run(killed)
+    one, other = (load_file(made.folder / "baked.safetensors") for made in (whole, killed))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert np.array_equal(images(whole), images(killed))
+
+
+def test_killed_sampling_goes_on_with_the_same_bits(tmp_path, tiny_weights):
+    made = build(tmp_path, tiny_weights)
+    pipeline.run(made)
+    before = images(made).copy()
+    folder = made.folder / made.sample_name
+    done = np.load(folder / "images" / "groups.npy", mmap_mode="r+")
+    done[1] = 0
+    array = np.load(folder / "images" / "images.npy", mmap_mode="r+")
+    array[4:8] = 0
+    array.flush(), done.flush()
+    (folder / "metrics.json").unlink()
+    pipeline.run(made)
+    assert np.array_equal(images(made), before)
+
+
+def test_more_images_begin_with_the_same_images(tmp_path, tiny_weights):
+    few, many = build(tmp_path, tiny_weights), build(tmp_path, tiny_weights, "sampler.images=18")
+    pipeline.run(few)
+    pipeline.run(many)
+    assert np.array_equal(images(many)[:12], images(few))
+
+
+def test_another_sampler_samples_again_and_does_not_train_again(tmp_path, tiny_weights, monkeypatch):
+    pipeline.run(build(tmp_path, tiny_weights))
+    monkeypatch.setattr(pipeline, "qat", None)
+    (row,) = pipeline.run(build(tmp_path, tiny_weights, "sampler.steps=4"))
+    assert row["sample"] == "ddim4_n12"
+
+
+def test_another_configuration_under_the_same_name_is_refused_with_the_difference(tmp_path, tiny_weights):
+    pipeline.run(build(tmp_path, tiny_weights))
+    with pytest.raises(ValueError, match=r"fit\.lr: 0\.001 -> 0\.5.*label=NAME"):
+        pipeline.run(build(tmp_path, tiny_weights, "fit.lr=0.5"))
+    with pytest.raises(ValueError, match=r"sampler\.method\.clip: False -> True"):
+        pipeline.run(build(tmp_path, tiny_weights, "sampler.clip=true"))
+
+
+def test_a_path_is_not_part_of_a_fingerprint_but_its_content_is(tmp_path, tiny_weights):
+    first = build(tmp_path / "out", tiny_weights)
+    pipeline.run(first)
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(tiny_weights.read_bytes())
+    pipeline.run(build(tmp_path / "out", copy))  # the same weights elsewhere: already done
+    other = tmp_path / "other.safetensors"
+    net = first.model.build(seed=9)
+    from tdq_exp.models.checkpoints import save_weights
+
+    save_weights(net, other, {})
+    with pytest.raises(ValueError, match="weights:"):
+        pipeline.run(build(tmp_path / "out", other))
+
+
+def test_best_of_5_samples_every_kept_checkpoint_and_says_so(tmp_path, tiny_weights):
+    made = build(tmp_path, tiny_weights, "fit.report=best_of_5")
+    (row,) = pipeline.run(made)
+    assert row["report"] == "best_of_5"
+    assert row["sample"].endswith("_best5")
+    distances = [candidate["metrics"]["fid"] for candidate in row["candidates"]]
+    assert len(distances) == 2  # two validations were made
+    assert row["metrics"]["fid"] == min(distances)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, tiny_weights):
+    with pytest.raises(FloatingPointError, match=r"at update 3.*update 2 is kept"):
+        pipeline.run(build(tmp_path, tiny_weights, "fit.lr=1e38", "fit.warmup=0", "fit.stop_after=0"))
+    state = torch.load(tmp_path / "runs/tiny_w4a4_lsq_tdq/seed0/state.pt", weights_only=True)
+    assert state["update"] == 2
+
+
+def test_a_finished_run_can_be_loaded_and_sampled(tmp_path, tiny_weights, command):
+    made = build(tmp_path, tiny_weights)
+    pipeline.run(made)
+    net = tdq_exp.load(made.folder)
+    assert not net.training
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
+    assert net(x, t, return_dict=False)[0].shape == x.shape
+    done = command(str(made.folder), "--images", "4", "--batch", "4", "--out", "drawn", module="tdq_exp.sample")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "drawn").glob("0*.png"))) == 4
+    drawn = np.load(tmp_path / "drawn" / "images" / "images.npy")
+    assert np.array_equal(drawn, images(made)[:4])  # seed 0: the measured images
+    again = command(str(made.folder), "--out", "drawn", module="tdq_exp.sample")
+    assert again.returncode == 2
+    assert "not empty" in again.stderr
+
+
+def test_two_processes_make_the_same_images_and_one_row(tmp_path, tiny_weights, command):
+    arguments = [*QUICK, f"model.weights={tiny_weights}", "launcher.threads=1"]
+    alone = command(*arguments, f"out={tmp_path / 'one'}")
+    assert alone.returncode == 0, alone.stderr
+    both = command(*arguments, f"out={tmp_path / 'two'}", "launcher.nproc=2")
+    assert both.returncode == 0, both.stderr
+    one, two = (
+        json.loads((tmp_path / n / "runs/tiny_w4a4_lsq_tdq/seed0/fit.json").read_text()) for n in ("one", "two")
+    )
+    assert two["facts"]["processes"] == 2
+    assert one["fingerprint"] == two["fingerprint"]
+    for (_, a), (_, b) in zip(one["facts"]["validation"], two["facts"]["validation"], strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    # The fits differ in the last bits, and rounding amplifies that; so images are compared from one and the same fit.
+    folder = tmp_path / "one/runs/tiny_w4a4_lsq_tdq/seed0/ddim3_n12"
+    before = np.load(folder / "images/images.npy").copy()
+    for file in ("images/images.npy", "images/groups.npy", "metrics.json"):
+        (folder / file).unlink()
+    shared = command(
+        *arguments, f"out={tmp_path / 'one'}",
+        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+    )  # fmt: skip
+    assert shared.returncode == 0, shared.stderr
+    assert np.array_equal(np.load(folder / "images/images.npy"), before)
+    assert len(json.loads((folder / "metrics.json").read_text())["rows"]) == 1
+
+
+def test_a_sweep_writes_three_fits_under_the_right_names(tmp_path, tiny_weights, command):
+    done = command("-m", *QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "bits=w8a8,w4a4,w3a3")
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == ["tiny_w3a3_lsq_tdq", "tiny_w4a4_lsq_tdq", "tiny_w8a8_lsq_tdq"]
+
+
+def test_an_offline_wandb_run_can_be_read_back(tmp_path, tiny_weights, command):
+    done = command(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "tracker=offline")
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs/tiny_w4a4_lsq_tdq/seed0/wandb").glob("offline-run-*")
+    import subprocess
+    import sys
+
+    leet = [sys.executable, "-m", "wandb", "leet", "inspect", str(run), "--json"]
+    read = subprocess.run(leet, capture_output=True, text=True, timeout=60)
+    assert read.returncode == 0, read.stderr
+    assert "validation_loss" in read.stdout
+    assert "fid" in read.stdout
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["bits.act=17"], "bits.act=17"),
+        (["model.weights=missing.safetensors"], "missing.safetensors"),
+        (["fit.batch_size=5000"], "fit.batch_size=5000"),
+        (["tdq=s10", "tdq.interval.groups=5000"], "tdq.interval.groups=5000"),
+        (["sampler.spacing=cosine"], "sampler.spacing='cosine'"),
+        (["out=/proc/nowhere"], "/proc/nowhere"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_without_a_traceback(
+    tmp_path, tiny_weights, command, overrides, said
+):
+    done = command(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", *overrides)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
+
+
+def test_plan_only_prints_and_writes_nothing(tmp_path, tiny_weights, command):
+    done = command(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path / 'none'}", "plan_only=true")
+    assert done.returncode == 0, done.stderr
+    assert "12 images" in done.stdout
+    assert not (tmp_path / "none").exists()
+
+
+def test_paper_scale_without_a_gpu_stops_and_says_what_to_do(tmp_path, command):
+    if torch.accelerator.is_available():
+        pytest.skip("there is a GPU")
+    done = command("+experiment=ddim_w4a4_lsq_tdq", f"out={tmp_path}")
+    assert done.returncode == 2
+    assert "ddim_small" in done.stderr
+    assert "35,746,307" in done.stdout

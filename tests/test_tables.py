@@ -1,0 +1,364 @@
+"""Tables: what the manifest names exists, numbers are what the rows say, and rows that do not compare are refused."""
+
+import copy
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tdq_exp import assets, launch, plan, table_run, tables
+from tdq_exp import job as jobs
+
+BITS = ("8/8", "4/8", "8/4", "4/4", "3/3")
+METHODS = ("PACT", "LSQ", "NIPQ", "LSQ + TDQ")
+PUBLISHED = {("LSQ", "4/4"): 7.30, ("NIPQ", "4/4"): 30.73, ("LSQ + TDQ", "4/4"): 4.48, ("LSQ + TDQ", "3/3"): 6.48}
+
+
+@pytest.fixture(scope="module")
+def manifest():
+    return tables.read_manifest("table1")
+
+
+@pytest.fixture(scope="module")
+def short_manifest(manifest):
+    """The float model, LSQ and LSQ + TDQ at four bits: enough for arithmetic, and quick to compose."""
+    lines = [line for line in manifest.lines if line.bits == "4/4" and line.method.startswith("LSQ")]
+    return dataclasses.replace(manifest, lines=tuple(lines))
+
+
+@pytest.fixture(scope="module")
+def asked(short_manifest):
+    return table_run.ask(short_manifest, "digits", Path("results"))
+
+
+@pytest.fixture
+def cells(asked, tmp_path):
+    """The cells of the short manifest in a folder of their own."""
+    return [dataclasses.replace(cell, folder=tmp_path / "runs" / cell.experiment / "seed0") for cell in asked]
+
+
+def row_of(cell: tables.Cell, fid: float, **changes) -> dict:
+    row = {
+        "config": copy.deepcopy(cell.config),
+        "name": cell.experiment,
+        "seed": 0,
+        "sample": cell.sample,
+        "report": "last",
+        "images": cell.config["sampler"]["images"],
+        "features": {"name": "digits", "weights": "a44b6f403d4e3f88"},
+        "reference": {"content": "3082757e490b63aa", "images": 1437, "protocol": "centre crop, bicubic to 8x8x1"},
+        "weights": "7476fec3b9973589",
+        "metrics": {"fid": fid, "isc_mean": 8.0},
+        "held_out": {"fid": 1.5, "isc_mean": 9.25, "images": 360},
+        "environment": {"commit": "0123456789ab", "machine": "Linux, 2 cores"},
+    }
+    for key, value in changes.items():
+        put(row, key.replace("__", "."), value)
+    return row
+
+
+def put(row: dict, field: str, value: object) -> None:
+    *parents, last = field.split(".")
+    for key in parents:
+        row = row[key]
+    row[last] = value
+
+
+def save(cell: tables.Cell, row: dict, sample: str | None = None) -> None:
+    path = cell.folder / (sample or cell.sample) / "metrics.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"rows": [row]}))
+
+
+def fill(cells) -> None:
+    """Float 10, 12 and 11; LSQ 20; LSQ + TDQ 10.5."""
+    for cell, fid in zip(cells, (10.0, 12.0, 11.0, 20.0, 10.5), strict=True):
+        save(cell, row_of(cell, fid))
+
+
+def render(manifest, cells) -> str:
+    return tables.markdown(tables.tabulate(manifest, "digits", [tables.find(cell) for cell in cells]))
+
+
+def line_of(text: str, method: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {method}")]
+    return [part.strip() for part in line.strip("|").split("|")]
+
+
+def test_every_cell_of_the_paper_is_in_the_manifest(manifest):
+    assert [(line.method, line.bits) for line in manifest.lines] == [(m, b) for b in BITS for m in METHODS]
+    assert manifest.float_model.sampler_seeds == (0, 1, 2)
+    assert set(manifest.scales) == {"paper", "small", "digits"}
+
+
+def test_published_numbers_are_the_known_ones_and_have_a_source(manifest):
+    found = {(line.method, line.bits): line.fid for line in manifest.lines if line.fid is not None}
+    assert found == PUBLISHED
+    assert all(line.source for line in manifest.lines if line.fid is not None)
+    assert manifest.float_model.fid is None
+
+
+def test_a_published_number_without_a_source_is_refused(tmp_path, monkeypatch):
+    text = (assets.configs() / "table" / "table1.yaml").read_text().replace("fid: 30.73, source: *quoted", "fid: 30.73")
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "table1.yaml").write_text(text)
+    monkeypatch.setattr(assets, "configs", lambda: tmp_path)
+    with pytest.raises(ValueError, match="w4a4_nipq: `fid` and `source` go together"):
+        tables.read_manifest("table1")
+
+
+@pytest.mark.parametrize("scale", ["paper", "small", "digits"])
+def test_experiments_exist_and_are_what_their_line_says(manifest, scale):
+    model = manifest.scales[scale]
+    for line in (manifest.float_model, *manifest.lines):
+        assert (assets.configs() / "experiment" / f"{model}_{line.experiment}.yaml").exists()
+    # Lines of one method differ in their bits alone, so composing one pair for each method covers all of their parts.
+    for line in [manifest.float_model, *(line for line in manifest.lines if line.bits == "3/3")]:
+        cfg = jobs.compose([f"+experiment={model}_{line.experiment}"])
+        assert cfg.protocol.scale == scale and cfg.model.label == model
+        quantized = line is not manifest.float_model
+        assert cfg.method.label == ({"LSQ + TDQ": "lsq"}.get(line.method, line.method.lower()) if quantized else "fp")
+        assert (cfg.tdq.label == "tdq") == ("TDQ" in line.method)
+        assert not quantized or (cfg.bits.weight, cfg.bits.act) == (3, 3)
+
+
+def test_every_line_asks_for_the_bits_that_it_shows(manifest):
+    cells = table_run.ask(dataclasses.replace(manifest, lines=manifest.lines[::4]), "digits", Path("results"))
+    bits = [cell.config["bits"] for cell in cells[3:]]
+    assert [f"{b['weight']}/{b['act']}" for b in bits] == list(BITS)
+    assert [cell.config["sampler"]["seed"] for cell in cells[:3]] == [0, 1, 2]
+
+
+def test_rows_are_found_where_a_run_writes_them(short_manifest, tmp_path):
+    only = dataclasses.replace(short_manifest, lines=short_manifest.lines[:1])
+    cells = table_run.ask(only, "digits", tmp_path / "a b")
+    assert cells[-1].folder == tmp_path / "a b" / "runs" / "digits_w4a4_lsq" / "seed0"
+    assert [cell.sample for cell in cells] == [f"ddim50_n1000{seed}" for seed in ("", "_seed1", "_seed2", "")]
+    save(cells[-1], row_of(cells[-1], 20.0))
+    assert [tables.find(cell).done for cell in cells] == [False, False, False, True]
+
+
+def test_the_same_rows_give_the_same_bytes(short_manifest, cells, tmp_path):
+    fill(cells)
+    written = []
+    for folder in ("first", "second"):
+        table = tables.tabulate(short_manifest, "digits", [tables.find(cell) for cell in cells])
+        written.append([p.read_bytes() for p in tables.write(table, tmp_path / folder / "table1-digits")])
+    assert written[0] == written[1]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_numbers_spread_and_gaps(short_manifest, cells):
+    fill(cells)
+    text = render(short_manifest, cells)
+    mean = "float, mean (min..max) of 3 sampling seeds"
+    assert line_of(text, mean) == [mean, "32/32", "11.00 (10.00..12.00)", "8.00 (8.00..8.00)", "-", "-"]
+    assert line_of(text, "real images")[0] == "real images, held out (360 images)"
+    assert line_of(text, "real images")[2:] == ["1.50", "9.25", "-", "-"]
+    assert line_of(text, "LSQ |") == ["LSQ", "4/4", "20.00", "8.00", "+9.00", "7.30"]
+    assert line_of(text, "LSQ + TDQ") == ["LSQ + TDQ", "4/4", "10.50", "8.00", "-0.50", "4.48"]
+    assert "Frechet distance (digits features)" in text and "FID |" not in text
+    assert "published (CIFAR-10 32x32, Inception)" in text
+    for fact in ("1000", "Ddim, steps 50", "a44b6f403d4e3f88", "3082757e490b63aa", "1437", "7476fec3b9973589"):
+        assert fact in text
+    assert "0123456789ab" in text and "Linux, 2 cores" in text and "0 missing; 0 stale" in text
+
+
+def test_only_inception_is_called_fid_and_is(short_manifest, cells):
+    for cell in cells:
+        save(cell, row_of(cell, 5.0, features__name="inception_v3_compat"))
+    header = render(short_manifest, cells).splitlines()[2]
+    assert header.startswith("| method | bits W/A | FID | IS | gap to float |")
+
+
+def test_nothing_to_render_is_a_table_of_missing_cells(short_manifest, cells):
+    text = render(short_manifest, cells)
+    assert line_of(text, "LSQ |") == ["LSQ", "4/4", "missing", "missing", "-", "7.30"]
+    assert line_of(text, "float")[2] == line_of(text, "real images")[2] == "missing"
+    assert "5 missing" in text and "No rows yet." in text
+
+
+def test_a_missing_seed_of_the_float_model_shows(short_manifest, cells):
+    fill(cells)
+    (cells[1].folder / cells[1].sample / "metrics.json").unlink()
+    text = render(short_manifest, cells)
+    assert line_of(text, "float, mean (min..max) of 2 sampling seeds out of 3")[2] == "10.50 (10.00..11.00)"
+    assert line_of(text, "LSQ + TDQ")[4] == "+0.00"
+
+
+def test_a_stale_row_is_marked_and_says_why(short_manifest, cells):
+    fill(cells)
+    save(cells[3], row_of(cells[3], 20.0, config__fit__lr=1.0))
+    text = render(short_manifest, cells)
+    assert line_of(text, "LSQ |")[2] == "20.00†" and "1 stale" in text
+    assert tables.find(cells[3]).changes == [f"fit.lr: 1.0 -> {cells[3].config['fit']['lr']}"]
+
+
+def test_paths_labels_and_unused_groups_make_no_row_stale(short_manifest, cells):
+    fill(cells)
+    elsewhere = {"config__model__weights": "/elsewhere/net.safetensors", "config__tdq__label": "renamed"}
+    save(cells[3], row_of(cells[3], 20.0, **elsewhere, config__fit__stop_after=3))
+    save(cells[0], row_of(cells[0], 10.0, config__fit__lr=1.0))  # the float model is not trained
+    assert "†" not in render(short_manifest, cells).split("\n\n")[1]
+
+
+def test_a_short_row_is_marked_and_has_no_gap(short_manifest, cells):
+    fill(cells)
+    (cells[3].folder / cells[3].sample / "metrics.json").unlink()
+    for images, fid in ((200, 40.0), (500, 30.0)):
+        short = row_of(cells[3], fid, images=images, config__sampler__images=images)
+        save(cells[3], short, f"ddim50_n{images}")
+    other = row_of(cells[3], 1.0, images=900, config__sampler__images=900, config__sampler__method__steps=10)
+    save(cells[3], other, "ddim10_n900")  # another sampler is no stand-in
+    text = render(short_manifest, cells)
+    assert line_of(text, "LSQ |")[2:5] == ["30.00‡", "8.00‡", "-"]
+    assert "1 short" in text and not tables.find(cells[3]).done
+
+
+@pytest.mark.parametrize("field", [field for field in tables.PROTOCOL if field != "report"])
+def test_rows_of_two_protocols_are_refused(short_manifest, cells, field):
+    fill(cells)
+    row = row_of(cells[4], 10.5)
+    was = tables._select(row, field)
+    put(row, field, now := 5000 if isinstance(was, int) and not isinstance(was, bool) else "other")
+    save(cells[4], row)
+    with pytest.raises(ValueError) as error:
+        render(short_manifest, cells)
+    message = str(error.value)
+    assert f"{field} is {was} in digits_fp and {now} in digits_w4a4_lsq_tdq" in message and "\n" not in message
+
+
+def test_best_of_five_and_last_are_refused_among_the_quantized(short_manifest, cells):
+    fill(cells)
+    for cell in cells[3:]:
+        save(cell, row_of(cell, 10.5, report="best_of_5"))
+    render(short_manifest, cells)  # the float model has no choice of checkpoints
+    save(cells[3], row_of(cells[3], 10.5))
+    with pytest.raises(ValueError, match="report is last in digits_w4a4_lsq and best_of_5 in digits_w4a4_lsq_tdq"):
+        render(short_manifest, cells)
+
+
+def test_a_short_row_of_other_features_is_refused(short_manifest, cells):
+    fill(cells)
+    save(cells[3], row_of(cells[3], 9.0, images=10, config__sampler__images=10, features__weights="other"))
+    with pytest.raises(ValueError, match=r"features\.weights"):
+        render(short_manifest, cells)
+
+
+def test_latex_escapes_and_marks():
+    notes = [r"50% of a_b & #1 {x} ~ ^ \ $ < > |"]
+    table = tables.Table("T", [("a_b", ""), ("b", "c & d"), ("c", "")], [[["10 %", "-", "1.00†‡"]]], notes)
+    text = tables.latex(table)
+    assert r"a\_b & b & c \\" in text and r" & (c \& d) &  \\" in text
+    assert r"10 \% & - & 1.00\textsuperscript{\dag}\textsuperscript{\ddag} \\" in text
+    assert r"50\% of a\_b \& \#1 \{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} \$" in text
+    assert [text.count(rf"\{rule}rule") for rule in ("top", "mid", "bottom")] == [1, 1, 1]
+    assert "†" not in text and "‡" not in text
+
+
+@pytest.fixture
+def free_plan(monkeypatch):
+    """The cost of a cell, without a measured forward pass; counts how often it was asked for."""
+    estimates = []
+    monkeypatch.setattr(
+        plan, "estimate", lambda job: estimates.append(job.name) or plan.Cost(7200.0, 3600.0, 10**9, 1000)
+    )
+    return estimates
+
+
+@pytest.fixture
+def commands(monkeypatch, short_manifest):
+    """What would be started, with no GPU and the short manifest; LSQ without TDQ fails."""
+    started = []
+
+    def call(command):
+        started.append(command)
+        return 3 if "+experiment=digits_w4a4_lsq" in command else 0
+
+    monkeypatch.setattr(table_run, "call", call)
+    monkeypatch.setattr(launch, "gpus", lambda: 0)
+    monkeypatch.setattr(tables, "read_manifest", lambda name: short_manifest)
+    return started
+
+
+def test_run_starts_what_is_missing_and_goes_on_after_a_failure(short_manifest, tmp_path, commands, free_plan, capsys):
+    net = "model.weights=net.safetensors"
+    cells = table_run.ask(short_manifest, "digits", tmp_path, [net])
+    save(cells[0], row_of(cells[0], 10.0))
+    save(cells[2], row_of(cells[2], 10.0, config__eval__batch=3))  # stale: a run would refuse its name
+    options = ["table1", "--scale", "digits", "--run", "--out", str(tmp_path), net]
+    assert table_run.main(options) == 1
+    out = f"out={tmp_path}"
+    assert [command[1:] for command in commands] == [
+        ["-m", "tdq_exp.run", "+experiment=digits_fp", "sampler.seed=1", out, "tracker=none", net],
+        ["-m", "tdq_exp.run", "+experiment=digits_w4a4_lsq", out, "tracker=none", net],
+        ["-m", "tdq_exp.run", "+experiment=digits_w4a4_lsq_tdq", out, "tracker=none", net],
+    ]
+    said = capsys.readouterr().out
+    assert "1 of 3 cells failed: digits_w4a4_lsq" in said
+    assert "stale, not run again: digits_fp sampler.seed=2" in said
+    assert "9.0 h" in said and "3.00 GB" in said and said.index("9.0 h") < said.index("cell 1 of 3")
+    assert len(free_plan) == 2, "cells of one shape are estimated once"
+    assert (tmp_path / "tables" / "table1-digits.md").exists() and (tmp_path / "tables" / "table1-digits.tex").exists()
+
+
+def test_without_run_nothing_is_started(tmp_path, commands):
+    assert table_run.main(["table1", "--scale", "digits", "--out", str(tmp_path)]) == 0
+    assert not commands and (tmp_path / "tables" / "table1-digits.md").exists()
+
+
+@pytest.fixture
+def single(short_manifest, monkeypatch):
+    """A manifest of one cell, for what does not depend on their number."""
+    one = dataclasses.replace(short_manifest.float_model, sampler_seeds=(0,))
+    monkeypatch.setattr(
+        tables, "read_manifest", lambda name: dataclasses.replace(short_manifest, float_model=one, lines=())
+    )
+
+
+def test_the_papers_scale_needs_a_gpu_or_go(tmp_path, commands, free_plan, single, capsys):
+    options = ["table1", "--scale", "paper", "--run", "--out", str(tmp_path)]
+    assert table_run.main(options) == 2
+    said = capsys.readouterr()
+    assert "SCALE=small" in said.err and said.err.count("\n") == 1 and "50000" in said.out
+    assert not commands and not (tmp_path / "tables").exists()
+    assert table_run.main([*options, "--go"]) == 0
+    assert [command[-1] for command in commands] == ["go=true"]
+
+
+def test_interruption_says_how_to_go_on(tmp_path, commands, free_plan, single, monkeypatch, capsys):
+    def interrupted(command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(table_run, "call", interrupted)
+    options = ["table1", "--scale", "digits", "--run", "--out", str(tmp_path), "model.weights=net.safetensors"]
+    assert table_run.main(options) == 130
+    assert "run the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "override, hint", [("out=x", "--out"), ("+experiment=digits_fp", "names"), ("nokey=1", "nokey")]
+)
+def test_overrides_that_do_not_fit_are_one_line(tmp_path, commands, capsys, override, hint):
+    assert table_run.main(["table1", override, "--scale", "digits", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert hint in said and said.count("\n") == 1
+
+
+def test_overrides_show_in_the_footer_unless_they_are_paths(short_manifest, tmp_path):
+    overrides = ["sampler.images=100", "eval.features.weights=/a/b", "launcher.threads=1", "fit.report=best_of_5"]
+    assert table_run.said(overrides) == ["sampler.images=100", "fit.report=best_of_5"]
+    cells = table_run.ask(short_manifest, "digits", tmp_path, overrides)
+    assert "fit.report=best_of_5" not in cells[0].overrides and "fit.report=best_of_5" in cells[3].overrides
+    for cell in cells:
+        save(cell, row_of(cell, 9.0, report=cell.config["fit"]["report"]))
+    found = [tables.find(cell) for cell in cells]
+    assert all(cell.done and cell.short for cell in found), "the experiment alone asks for more"
+    text = tables.markdown(tables.tabulate(short_manifest, "digits", found, table_run.said(overrides)))
+    assert "Asked for with sampler.images=100 fit.report=best_of_5." in text
+
+
+def test_a_command_gives_its_exit_code():
+    assert table_run.call([sys.executable, "-c", "raise SystemExit(7)"]) == 7
