@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 import tdq_exp
 from tdq_exp import job, pipeline
+from tdq_exp.diffusion.objective import noise_prediction_loss
+from tdq_exp.fit import loop
 from tdq_exp.fit.loop import Interrupted
 
 QUICK = ["model=tiny", "tracker=none", "launcher=cpu", "fit.calibration_samples=64"]
@@ -126,11 +128,22 @@ def test_best_of_5_samples_every_kept_checkpoint_and_says_so(tmp_path, tiny_weig
     assert row["metrics"]["fid"] == min(distances)
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, tiny_weights):
-    with pytest.raises(FloatingPointError, match=r"at update 3.*update 2 is kept"):
-        pipeline.run(build(tmp_path, tiny_weights, "fit.lr=1e38", "fit.warmup=0", "fit.stop_after=0"))
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, tiny_weights, monkeypatch):
+    calls = []
+
+    def spoiled(eps_hat, eps, kind):
+        calls.append(kind)
+        # updates 1 and 2, two batches of validation, update 3
+        return noise_prediction_loss(eps_hat, eps, kind) * (float("nan") if len(calls) == 5 else 1.0)
+
+    monkeypatch.setattr(loop, "noise_prediction_loss", spoiled)
+    with pytest.raises(FloatingPointError, match=r"loss is nan at update 3: .*update 2 is kept"):
+        pipeline.run(build(tmp_path, tiny_weights))
     state = torch.load(tmp_path / "runs/tiny_w4a4_lsq_tdq/seed0/state.pt", weights_only=True)
     assert state["update"] == 2
+    monkeypatch.undo()
+    (row,) = pipeline.run(build(tmp_path, tiny_weights))  # and from there it goes on
+    assert np.isfinite(row["metrics"]["fid"])
 
 
 def test_a_finished_run_can_be_loaded_and_sampled(tmp_path, tiny_weights, command):

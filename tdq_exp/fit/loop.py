@@ -141,13 +141,7 @@ def train(
             loss = _loss(shared, model, images, draws, device, options.precision)
             total = loss if penalty is None else loss + penalty()
             value = float(processes.mean(total.detach()))
-            if not math.isfinite(value):
-                kept = (
-                    f"the state of update {_last_saved(state_file)} is kept" if state_file.exists() else "nothing saved"
-                )
-                raise FloatingPointError(
-                    f"the loss is {value} at update {update + 1}: lower fit.lr; {kept} in {folder}"
-                )
+            _require_finite(value, "loss", update + 1, state_file)
             optimizer.zero_grad(set_to_none=True)
             total.backward()
             if options.grad_clip:
@@ -161,6 +155,7 @@ def train(
                 log({"loss": value, **names}, done)
             if done % options.validate_every == 0 or done == options.updates:
                 loss_ema = validation_loss(ema.net, model, held_out, validation, options.batch_size, processes)
+                _require_finite(loss_ema, "validation loss", done, state_file)  # before the good state is replaced
                 history.validation.append((done, loss_ema))
                 if log is not None:
                     log({"validation_loss": loss_ema}, done)
@@ -252,6 +247,9 @@ def _restore(
     return int(state["update"])
 
 
-def _last_saved(path: Path) -> int:
+def _require_finite(loss: float, what: str, update: int, path: Path) -> None:
+    if math.isfinite(loss):
+        return
     state = load_state(path)
-    return int(state["update"]) if state else 0
+    kept = f"the state of update {state['update']} is kept in {path}" if state else "no state was saved yet"
+    raise FloatingPointError(f"the {what} is {loss} at update {update}: lower fit.lr; {kept}")

@@ -97,7 +97,7 @@ def calibrating(net: nn.Module, batches: int, start: str = "error") -> Iterator[
     """
     calibration = Calibration(batches)
     quantizers = {name: module for name, module in net.named_modules() if isinstance(module, Quantizer)}
-    observers = {name: Observer(calibration, fixed=name.endswith("weight_quantizer")) for name in quantizers}
+    observers = {name: Observer(calibration, fixed=quantizer.fixed) for name, quantizer in quantizers.items()}
     for name, quantizer in quantizers.items():
         quantizer.observer = observers[name]
     try:

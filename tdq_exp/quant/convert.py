@@ -146,7 +146,9 @@ def _activation(recipe: Recipe, bits: int, after_silu: bool, interval: Interval)
 def _weight(recipe: Recipe, bits: int) -> Quantizer:
     grid = Grid(bits, symmetric=True, reduced=recipe.habits.reduced_grids)
     interval = Static(recipe.habits.raw_step) if recipe.weight_interval == "static" else MaxAbs(grid.p)
-    return recipe.weight(grid, interval)
+    quantizer = recipe.weight(grid, interval)
+    quantizer.fixed = True
+    return quantizer
 
 
 def _replace(net: nn.Module, name: str, module: nn.Module) -> None:

@@ -25,20 +25,42 @@ import torch
 from torch import Tensor
 
 
-class _Round(torch.autograd.Function):
+class _RoundToGrid(torch.autograd.Function):
     # Not x + (round(x) - x): that is an integer only up to the last bit, and zero points must be whole.
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.round()
+    def forward(ctx: Any, x: Tensor, n: float, p: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.codes = n, p
+        return x.round().clamp_(n, p)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), (n, p), (g,) = ctx.saved_tensors, ctx.codes, gradients
+        outwards = ((x < n) & (g > 0)) | ((x > p) & (g < 0))  # a descent step would move further away
+        return torch.where(outwards, 0.0, g), None, None
 
 
-def round_straight_through(x: Tensor) -> Tensor:
-    """round(x), with the gradient of x."""
-    return _Round.apply(x)
+def round_straight_through(x: Tensor, n: float = -torch.inf, p: float = torch.inf) -> Tensor:
+    """round(x) clipped to n..p, with the gradient of x; beyond the ends only what leads back passes.
+
+    Without the latter a parameter that one update has carried past an end would stay there for ever.
+    """
+    return _RoundToGrid.apply(x, n, p)
+
+
+class _PassStraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, x_hat: Tensor) -> Tensor:
+        return x_hat.view_as(x_hat)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def pass_straight_through(x: Tensor, x_hat: Tensor) -> Tensor:
+    """x_hat, with all of its gradient going to x."""
+    return _PassStraightThrough.apply(x, x_hat)
 
 
 def quantize(x: Tensor, s: Tensor, z: Tensor, n: int, p: int) -> Tensor:
@@ -75,7 +97,7 @@ class _FakeQuantize(torch.autograd.Function):
         if noise is None:
             x_hat.round_()
         else:
-            x_hat.addcmul_(noise, (x_hat == v).to(noise.dtype))
+            x_hat.addcmul_(noise, ((v > n - z) & (v < p - z)).to(noise.dtype))
         x_hat.mul_(s)
         ctx.save_for_backward(v, x_hat, s, z)
         ctx.codes, ctx.scale, ctx.clipped = (n, p), scale, clipped
@@ -87,8 +109,7 @@ class _FakeQuantize(torch.autograd.Function):
         v, x_hat, s, z = ctx.saved_tensors
         n, p = ctx.codes
         g = g.contiguous()
-        u = v if z.numel() == 1 and not z.requires_grad and n == -p else v + z
-        g_x = torch.ops.aten.hardtanh_backward(g, u, n, p)  # one pass: g where n < u < p, else 0
+        g_x = torch.ops.aten.hardtanh_backward(g, v + z, n, p)  # one pass: g where n < u < p, else 0
         g_s = g_z = None
         if ctx.needs_input_grad[1]:
             if ctx.clipped:
@@ -97,8 +118,10 @@ class _FakeQuantize(torch.autograd.Function):
                 g_s = _sum_like(g, x_hat, s) / s - _sum_like(g_x, v, s)
             g_s = g_s * ctx.scale
         if ctx.needs_input_grad[2]:
-            outside = (g_x - g).flatten(1).sum(1).reshape(s.shape) if s.numel() > 1 else (g_x - g).sum()
-            g_z = (outside * s).sum_to_size(z.shape)
+            per_sample = s.numel() > 1 or z.numel() > 1
+            outside = (g_x - g).flatten(1).sum(1).reshape(-1, *[1] * (g.dim() - 1)) if per_sample else (g_x - g).sum()
+            g_z = outside * s
+            g_z = g_z.reshape(z.shape) if z.numel() == g_z.numel() else g_z.sum().reshape(z.shape)
         return g_x if ctx.needs_input_grad[0] else None, g_s, g_z, None, None, None, None, None
 
 

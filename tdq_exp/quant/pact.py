@@ -44,8 +44,10 @@ class PactWeights(Quantizer):
     """Symmetric weights whose step follows from their largest magnitude; gradients pass straight through."""
 
     def rule(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
-        """w_hat; s is a constant here."""
-        return ops.fake_quantize_clipped(x, s, z, self.grid.n, self.grid.p)
+        """w_hat. Where s follows the maximum nothing is clipped, not even the largest weight, which lies on the bound."""
+        if s.requires_grad:
+            return ops.fake_quantize_clipped(x, s, z, self.grid.n, self.grid.p)
+        return ops.pass_straight_through(x, ops.fake_quantize(x.detach(), s, z, self.grid.n, self.grid.p))
 
 
 class DorefaWeights(Quantizer):

@@ -41,7 +41,7 @@ class ZeroPoint(nn.Module):
 
     def forward(self, s: Tensor) -> Tensor:
         """z as float, 0-dim (or of s's shape), straight through to the parameter."""
-        return ops.round_straight_through((self.zeta * self.grid.p).clamp(self.grid.n, self.grid.p))
+        return ops.round_straight_through(self.zeta * self.grid.p, self.grid.n, self.grid.p)
 
 
 class LowerBound(nn.Module):
@@ -68,7 +68,7 @@ class LowerBound(nn.Module):
 
     def forward(self, s: Tensor) -> Tensor:
         """z as float, of s's shape, straight through to beta and s."""
-        return ops.round_straight_through((-self.beta / s).clamp(self.grid.n, self.grid.p))
+        return ops.round_straight_through(-self.beta / s, self.grid.n, self.grid.p)
 
 
 class TableZeroPoint(nn.Module):
@@ -101,6 +101,7 @@ class Quantizer(nn.Module):
         scale_gradient: LSQ's `1 / sqrt(N p)` on the gradient of s.
     """
 
+    fixed = False  # of a weight: one tensor, not one per sample; set when a network is quantized
     start_by = "error"  # or "max": what calibration should take as the start of s
 
     def __init__(
@@ -136,6 +137,8 @@ class Quantizer(nn.Module):
         s, z = self.parameters_at(x)
         if self.training:
             return self.rule(x, s, z)
+        if torch.is_grad_enabled():  # evaluated inside of somebody's graph: the same numbers, differentiable
+            return ops.fake_quantize_learned(x, s, z, self.grid.n, self.grid.p)
         return ops.fake_quantize(x, s, z, self.grid.n, self.grid.p)
 
     def rule(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
@@ -146,7 +149,7 @@ class Quantizer(nn.Module):
         """`1 / sqrt(N p)`; N counts the elements that one s is for, activations per sample."""
         if not self.scale_gradient:
             return 1.0
-        elements = x.numel() if self.zero_point is None and self.grid.symmetric else x[0].numel()
+        elements = x.numel() if self.fixed else x[0].numel()
         return float((elements * self.grid.p) ** -0.5)
 
     @torch.no_grad()
