@@ -23,6 +23,7 @@ from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.habits import SILU_MINIMUM
 from tdq_exp.quant.quantizer import LowerBound, Quantizer
 
+FEW = 15  # codes up to which every zero point is tried
 KEPT = 32768  # values per tensor: the error of a step size is then known to about half a percent
 
 
@@ -147,8 +148,9 @@ def start_value(quantizer: Quantizer, observer: Observer, start: str) -> tuple[f
 def least_error(values: Tensor, grid: Grid, low: float, high: float) -> tuple[float, int]:
     """The (s, z) that minimises `mean (x_hat - x)^2`, by search.
 
-    Symmetric: 100 fractions of max|x| / p, then 20 around the best. Affine: the range [low, high], widened to hold 0, is
-    shrunk one side at a time, twice over 50 fractions, then finely; z = round(-low / s).
+    Symmetric: 100 fractions of max|x| / p, then 20 around the best. Affine with few codes: every zero point. Affine with
+    many: the range [low, high], widened to hold 0, is shrunk one side at a time, twice over 50 fractions, then finely;
+    z = round(-low / s).
 
     Args:
         values: a sample of the tensor, `[N]`.
@@ -169,6 +171,8 @@ def least_error(values: Tensor, grid: Grid, low: float, high: float) -> tuple[fl
     low, high = min(low, 0.0), max(high, 0.0)
     if high - low < 1e-8:
         return 1e-8, grid.n
+    if grid.p <= FEW:
+        return _every_zero_point(values, grid, low, high)
     a = b = 1.0  # kept fractions of the lower and of the upper side
 
     def search(side: str, fractions: Tensor) -> float:
@@ -186,6 +190,23 @@ def least_error(values: Tensor, grid: Grid, low: float, high: float) -> tuple[fl
     a = search("low", (a + fine).clamp(1e-3, 1.02))
     steps, zeros = _affine(torch.tensor([low * a]), torch.tensor([high * b]), grid)
     return float(steps), int(zeros)
+
+
+def _every_zero_point(values: Tensor, grid: Grid, low: float, high: float) -> tuple[float, int]:
+    """With few codes the error has a valley for each zero point, so each is searched: 40 steps, then 20 around the best."""
+    zeros = torch.arange(grid.p + 1, dtype=torch.float32)
+    # The largest step worth trying reaches both extremes.
+    top = torch.maximum(-low / zeros.clamp(min=0.5), high / (grid.p - zeros).clamp(min=0.5))
+
+    def best(fractions: Tensor, zeros: Tensor, top: Tensor) -> tuple[float, float, float]:
+        steps, tried = (top[:, None] * fractions).reshape(-1), zeros.repeat_interleave(len(fractions))
+        found = int(_errors(values, steps, tried, grid).argmin())
+        return float(steps[found]), float(tried[found]), float(fractions[found % len(fractions)])
+
+    s, z, fraction = best(torch.linspace(0.025, 1, 40), zeros, top)
+    fine = (fraction + torch.linspace(-0.025, 0.025, 21)).clamp(min=1e-3)
+    s, z, _ = best(fine, torch.tensor([z]), torch.tensor([s / fraction]))
+    return s, int(z)
 
 
 def _affine(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

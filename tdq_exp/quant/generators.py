@@ -86,6 +86,7 @@ class GeneratorBank(nn.Module):
         self.register_buffer("encodings", encode_time(torch.arange(time.steps), encoding), persistent=False)
         self._kept: tuple[Any, Tensor] | None = None
         self._table: tuple[Any, Tensor] | None = None
+        self._read: tuple[Any, Tensor] | None = None
 
     @property
     def weights(self) -> list[nn.Parameter]:
@@ -111,36 +112,50 @@ class GeneratorBank(nn.Module):
         Returns:
             `[Q, B]`, positive.
         """
-        weights, biases = self.weights, self.biases
-        # The input is the same for all: one product for the whole first layer.
-        h = F.linear(code, weights[0].reshape(-1, code.shape[1]), biases[0].reshape(-1))
-        h = h.reshape(len(code), *weights[0].shape[:2]).transpose(0, 1)
-        for layer in range(1, self.layers):
-            h = h.relu()
-            if layer == self.layers - 1:
-                h = F.dropout(h, self.dropout, self.training)
-            h = torch.baddbmm(biases[layer][:, None], h, weights[layer].transpose(1, 2))
-        return F.softplus(h.squeeze(-1))
+        with torch.autocast(code.device.type, enabled=False):  # step sizes stay in single precision
+            weights, biases = self.weights, self.biases
+            # The input is the same for all: one product for the whole first layer.
+            h = F.linear(code, weights[0].reshape(-1, code.shape[1]), biases[0].reshape(-1))
+            h = h.reshape(len(code), *weights[0].shape[:2]).transpose(0, 1)
+            for layer in range(1, self.layers):
+                h = h.relu()
+                if layer == self.layers - 1:
+                    h = F.dropout(h, self.dropout, self.training)
+                h = torch.baddbmm(biases[layer][:, None], h, weights[layer].transpose(1, 2))
+            return F.softplus(h.squeeze(-1))
 
     def step_sizes(self) -> Tensor:
         """The matrix at the current time step, for training: `[Q, B]`, or `[Q]` for a 0-dim t. Computed once for it."""
         t = self.time.t
-        key = (self.time.version, torch.is_grad_enabled())
+        key = (self.time.version, torch.is_grad_enabled(), self._versions())
         if self._kept is None or self._kept[0] != key:
             matrix = self.generate(self.encodings[t.reshape(-1)])
             self._kept = (key, matrix if t.dim() else matrix[:, 0])
         return self._kept[1]
 
+    def row_now(self, row: int) -> Tensor:
+        """One quantizer's entry of the table at the current time step, for eval: 0-dim, or `[B]`."""
+        key = (self.time.version, self._versions())
+        if (
+            self._read is None or self._read[0] != key
+        ):  # the weights are looked at once per time step, not per quantizer
+            self._read = (key, self.table())
+        return self._read[1][row][self.time.t]
+
     @torch.no_grad()
     def table(self) -> Tensor:
         """s~ of every quantizer at every time step, `[Q, T]`, without dropout; kept until a weight changes."""
-        key = tuple((id(p), p._version) for p in self.parameters())
+        # Fused optimisers write without counting a version, so the weights' sums are looked at as well.
+        key = (self._versions(), tuple(float(p.double().sum()) for p in self.parameters()))
         if self._table is None or self._table[0] != key:
             training = self.training
             self.training = False
             self._table = (key, self.generate(self.encodings))
             self.training = training
         return self._table[1]
+
+    def _versions(self) -> tuple[Any, ...]:
+        return tuple((p.data_ptr(), p.dtype, p._version) for p in self.parameters())
 
     def subset(self, rows: Sequence[int]) -> GeneratorBank:
         """A trainable copy of some generators, for the reconstruction of one block; see `take_back`."""
@@ -163,11 +178,11 @@ class GeneratorBank(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> GeneratorBank:
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
-        kept, table, self._kept, self._table = self._kept, self._table, None, None
-        try:  # the kept matrices belong to this network's graph: they are made anew by the copy
+        kept, self._kept, self._table, self._read = self._kept, None, None, None
+        try:  # the kept matrix belongs to this network's graph, which can't be copied
             twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
         finally:
-            self._kept, self._table = kept, table
+            self._kept = kept
         return twin
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -125,7 +125,7 @@ class Temporal(Interval):
     def forward(self, x: Tensor | None = None) -> Tensor:
         if self.bank.training:
             return self.bank.step_sizes()[self.row]
-        return self.bank.table()[self.row][self.bank.time.t]
+        return self.bank.row_now(self.row)
 
     def table(self) -> Tensor:
         return self.bank.table()[self.row]

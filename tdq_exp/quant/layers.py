@@ -71,6 +71,9 @@ class QuantConv2d(QuantLayer):
         """`[B, C_in, H, W]` -> `[B, C_out, H', W']`."""
         x_hat, w_hat = self.operands(x)
         conv = self.layer
+        if conv.padding_mode != "zeros":
+            x_hat = F.pad(x_hat, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+            return F.conv2d(x_hat, w_hat, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
         return F.conv2d(x_hat, w_hat, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 

@@ -1,0 +1,232 @@
+"""Who may know whom, read from the syntax trees: floors, doors of third parties, and habits that are not let in."""
+
+import ast
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "tdq_exp"
+NAME = PACKAGE.name
+MODULES = {
+    ".".join([NAME, *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in MODULES.items()}
+
+# A package or module of the top level, and its floor. Nothing imports from a higher one.
+FLOORS = {
+    "quant": 0, "diffusion": 0,
+    # What is about the machine, not the method, each the door of one third party or of none: any floor may use it.
+    "processes": 0, "progress": 0, "record": 0, "assets": 0, "schema": 0, "launch": 0,
+    "models": 1, "data": 1, "metrics": 1, "deploy": 1,
+    "fit": 2,
+    "figures": 3, "tracking": 3, "sampling": 3,
+    "job": 4, "pipeline": 4,
+    "plan": 5, "sample": 5, "tables": 5, "table_run": 5,
+    "run": 6, "__init__": 6,
+}  # fmt: skip
+MACHINE = {"processes", "progress", "record", "assets", "schema", "launch"}
+
+# Who may import a third party: modules or packages, from the package's root.
+DOORS = {
+    "diffusers": {"models"},
+    "torch_fidelity": {"metrics"},
+    "wandb": {"tracking"},
+    "accelerate": {"processes"},
+    "datasets": {"data"},
+    "matplotlib": {"figures"},
+    "rich": {"progress"},
+    "hydra": {"job", "run"},
+    "omegaconf": {"job", "run", "schema"},
+}
+
+
+def place(module: str) -> str:
+    """`tdq_exp.quant.ops` -> `quant`; the package itself -> `__init__`."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports(module: str, as_program: bool = True) -> list[tuple[int, str]]:
+    """(line, what) of every import in a module, wherever it stands; own modules by their full name.
+
+    Args:
+        module: its full name.
+        as_program: those under `if __name__ == "__main__"` too?
+    """
+    found = []
+    for node in ast.walk(TREES[module]):
+        if not as_program and node in program_only(TREES[module]):
+            continue
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                is_package = MODULES[module].name == "__init__.py"
+                base = module.split(".")[: len(module.split(".")) - node.level + is_package]
+                source = ".".join([*base, *([source] if source else [])])
+            for alias in node.names:
+                whole = f"{source}.{alias.name}"
+                found.append((node.lineno, whole if whole in MODULES else source))
+    return found
+
+
+def program_only(tree: ast.Module) -> set[ast.AST]:
+    """What runs only if the module is the program."""
+    guards = [node for node in tree.body if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)]
+    return {part for guard in guards for part in ast.walk(guard)}
+
+
+def third_parties(module: str) -> list[tuple[int, str]]:
+    """(line, top-level package) of every import that is neither ours nor the standard library's."""
+    tops = [(line, name.split(".")[0]) for line, name in imports(module)]
+    return [(line, top) for line, top in tops if top != NAME and top not in sys.stdlib_module_names]
+
+
+def own(module: str, as_program: bool = True) -> list[tuple[int, str]]:
+    """(line, module) of every import of ours."""
+    return [(line, name) for line, name in imports(module, as_program) if name.split(".")[0] == NAME]
+
+
+def docstrings(tree: ast.AST) -> set[ast.AST]:
+    """The constants that only document."""
+    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+
+
+def none(violations: Iterable[str]) -> None:
+    """Fails, with the list."""
+    found = list(violations)
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_the_package_is_found():
+    assert {f"{NAME}.quant.ops", f"{NAME}.diffusion.sampler", f"{NAME}.models.model", f"{NAME}.run", NAME} <= set(MODULES)
+
+
+def test_every_module_has_a_floor():
+    none([f"{module}: give {place(module)} a floor" for module in MODULES if place(module) not in FLOORS])
+
+
+@pytest.mark.parametrize("floor", ["quant", "diffusion"])
+def test_the_ground_floor_knows_torch_and_itself_alone(floor):
+    violations = []
+    for module in MODULES:
+        if place(module) == floor:
+            violations += [f"{module}:{line} imports {top}" for line, top in third_parties(module) if top != "torch"]
+            violations += [f"{module}:{line} imports {name}" for line, name in own(module) if place(name) != floor]
+    none(violations)
+
+
+def test_modules_about_the_machine_know_nothing_of_the_method():
+    none(
+        f"{module}:{line} imports {name}"
+        for module in MODULES if place(module) in MACHINE
+        for line, name in own(module) if place(name) not in MACHINE
+    )  # fmt: skip
+
+
+def test_nothing_imports_upward():
+    none(
+        [
+            f"{module}:{line} (floor {FLOORS[place(module)]}) imports {name} (floor {FLOORS[place(name)]})"
+            for module in MODULES
+            for line, name in own(module)
+            if FLOORS[place(name)] > FLOORS[place(module)]
+        ]
+    )
+
+
+def test_no_module_imports_itself_by_a_detour():
+    edges = {module: {name for _, name in own(module, as_program=False)} - {module} for module in MODULES}
+    for start in MODULES:
+        reached, todo = set(), [start]
+        while todo:
+            for name in edges.get(todo.pop(), ()):
+                if name == start:
+                    pytest.fail(f"{start} is part of a circle of imports")
+                if name not in reached:
+                    reached.add(name)
+                    todo.append(name)
+
+
+@pytest.mark.parametrize("party", DOORS)
+def test_a_third_party_enters_by_one_door(party):
+    users = {(module, line) for module in MODULES for line, top in third_parties(module) if top == party}
+    none([f"{module}:{line} imports {party}" for module, line in sorted(users) if place(module) not in DOORS[party]])
+    # The rule is about something: a door that nobody uses any more should leave the list.
+    assert users, f"nobody imports {party}"
+
+
+def test_no_environment_variable_steers_anything():
+    violations = []
+    for module, tree in TREES.items():
+        allowed = set()
+        for node in ast.walk(tree):
+            reads = isinstance(node, ast.Call) and ast.unparse(node.func) in ("os.environ.get", "os.getenv")
+            named = reads and isinstance(node.args[0], ast.Constant) and node.args[0].value == "XDG_CACHE_HOME"
+            if named and module == f"{NAME}.data.images":
+                allowed |= set(ast.walk(node.func))
+        for node in ast.walk(tree):
+            attribute = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv", "environb")
+            imported = isinstance(node, ast.ImportFrom) and node.module == "os"
+            imported = imported and any(alias.name in ("environ", "getenv", "putenv") for alias in node.names)
+            if (attribute or imported) and node not in allowed:
+                violations.append(f"{module}:{node.lineno} {ast.unparse(node)}")
+    none(violations)
+
+
+def test_nothing_is_loaded_loosely():
+    violations = []
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("load_state_dict"):
+                strict = [word.value for word in node.keywords if word.arg == "strict"] + node.args[1:2]
+                if any(not (isinstance(value, ast.Constant) and value.value is True) for value in strict):
+                    violations.append(f"{module}:{node.lineno} {ast.unparse(node)}")
+    none(violations)
+
+
+def test_no_device_is_named():
+    violations = []
+    for module, tree in TREES.items():
+        if place(module) in ("processes", "run"):
+            continue
+        documents = docstrings(tree)
+        for node in ast.walk(tree):
+            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            if node not in documents and "cuda" in text.lower():
+                violations.append(f"{module}:{node.lineno} {text!r}")
+            if isinstance(node, ast.Attribute) and node.attr == "cuda" and isinstance(node.value, ast.Name | ast.Call):
+                if isinstance(node.value, ast.Name) and node.value.id == "torch":
+                    continue  # torch.cuda asks; `.cuda()` moves
+                violations.append(f"{module}:{node.lineno} {ast.unparse(node)}")
+    none(violations)
+
+
+def test_no_module_is_called_utils():
+    bad = {"util", "utils", "common", "helper", "helpers", "misc"}
+    none([name for name in MODULES if bad & set(name.split("."))])
+    none([str(path) for path in PACKAGE.rglob("*") if path.is_dir() and path.name in bad])
+
+
+def test_no_file_is_longer_than_400_lines():
+    lengths = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
+    none([f"{module}: {length} lines" for module, length in lengths.items() if length > 400])
+
+
+def test_nothing_calls_the_network_with_a_counter():
+    # State that moves in `forward` would be a hidden clock.
+    violations = []
+    for module, tree in TREES.items():
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef) and function.name == "forward":
+                for node in ast.walk(function):
+                    target = node.target if isinstance(node, ast.AugAssign) else None
+                    if isinstance(target, ast.Attribute) and ast.unparse(target).startswith("self."):
+                        violations.append(f"{module}:{node.lineno} {ast.unparse(node)}")
+                    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("nn.Parameter", "register_parameter")):
+                        violations.append(f"{module}:{node.lineno} {ast.unparse(node)}")
+    none(violations)
