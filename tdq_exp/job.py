@@ -60,6 +60,18 @@ class Job:
         """Is this a rehearsal of a step or two (`debug=smoke`)?"""
         return (self.train is None or self.train.updates <= 2) and self.sampling.images <= 8
 
+    def recorded(self) -> dict[str, Any]:
+        """The config as it is kept: without what only says where things lie on this machine, or how they are run."""
+        kept = {
+            key: value
+            for key, value in self.config.items()
+            if key not in ("out", "plan_only", "go", "traceback", "tracker", "launcher")
+        }
+        source = dict(kept["data"]["source"])
+        if "path" in source and Path(source["path"]).expanduser().exists():
+            source["path"] = "(a local copy)"
+        return {**kept, "data": {**kept["data"], "source": source, "cache": None}}
+
     def part(self, *groups: str) -> dict[str, Any]:
         """Groups of the config as fingerprint parts: the keys that a result depends on, and no others."""
         return {group: parts_of(group, self.config[group]) for group in groups}
@@ -190,6 +202,11 @@ def _recipe(cfg: DictConfig) -> Recipe:
         plan=make(cfg, "plan.plan"),
         habits=make(cfg, "habits.habits"),
     )
+
+
+def rebuild(recorded: dict[str, Any]) -> Job:
+    """The job of a finished run, from the config that it kept; its data are not looked for."""
+    return build(OmegaConf.merge(OmegaConf.structured(schema.Config), recorded), source=False)  # type: ignore[arg-type]
 
 
 def make(cfg: DictConfig, key: str) -> Any:

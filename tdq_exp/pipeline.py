@@ -120,7 +120,7 @@ def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
     found = processes.decide(lambda: record.check_same(file, parts))
     mark = record.fingerprint(parts)
     if found is None:
-        begun = {"name": job.name, "fingerprint": mark, "parts": parts, "config": job.config, "done": False}
+        begun = {"name": job.name, "fingerprint": mark, "parts": parts, "config": job.recorded(), "done": False}
         processes.decide(lambda: record.write(file, begun))
     if found is not None and found["done"]:
         return Fit(net if job.fit.kind == "none" else finished_net(job, processes.device), mark, found["facts"])  # type: ignore[arg-type]
@@ -151,7 +151,14 @@ def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
             "processes": processes.world, "peak_memory_gb": record.peak_memory_gb(),
         }  # fmt: skip
     facts["environment"] = record.environment()
-    done = {"name": job.name, "fingerprint": mark, "parts": parts, "config": job.config, "done": True, "facts": facts}
+    done = {
+        "name": job.name,
+        "fingerprint": mark,
+        "parts": parts,
+        "config": job.recorded(),
+        "done": True,
+        "facts": facts,
+    }
     processes.decide(lambda: record.write(file, done))
     assert net is not None
     return Fit(net, mark, facts)
@@ -304,7 +311,7 @@ def _row(
                     "measure": round(time.monotonic() - begun, 1)},
         "peak_memory_gb": record.peak_memory_gb(), "processes": processes.world, "device": processes.device.type,
         "threads": torch.get_num_threads(), "environment": record.environment(),
-        "config": {k: v for k, v in job.config.items() if k not in ("out", "plan_only", "go", "tracker", "launcher")},
+        "config": job.recorded(),
         **measured,
     }  # fmt: skip
     processes.decide(lambda: _add_row(folder / "metrics.json", row))

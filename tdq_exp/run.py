@@ -10,7 +10,6 @@ To resume, run the same command again.
 
 from __future__ import annotations
 
-import os
 import sys
 
 import hydra
@@ -28,7 +27,7 @@ def main(cfg: DictConfig) -> None:
     try:
         _run(cfg)
     except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR"):
+        if cfg.traceback:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

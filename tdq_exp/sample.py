@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from tdq_exp import figures, pipeline, record, sampling
@@ -28,7 +27,7 @@ def load(run: str | Path) -> tuple[jobs.Job, nn.Module]:
     if found is None or not found["done"]:
         state = "is not finished: run its command again" if found else "holds no run (there is no fit.json)"
         raise FileNotFoundError(f"{folder} {state}")
-    job = jobs.build(OmegaConf.create(found["config"]), source=False)
+    job = jobs.rebuild(found["config"])
     job = dataclasses.replace(job, folder=folder)
     if job.fit.kind != "none":
         return job, pipeline.finished_net(job, torch.device("cpu"))

@@ -193,6 +193,7 @@ class Config:
     label: str = ""  # appended to the fit's name: set it when you change numbers
     out: str = "results"
     plan_only: bool = False  # print what would be done, its cost, and stop
+    traceback: bool = False  # show where an error was raised, in place of one line
     go: bool = False  # start a paper-scale run although there is no GPU
 
 
