@@ -225,6 +225,11 @@ def plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
+def read_yaml(path: Path) -> Any:
+    """A YAML file as dicts, lists and scalars."""
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+
+
 def validate(cfg: DictConfig) -> None:
     """Everything that can be said of a config without reading a file.
 

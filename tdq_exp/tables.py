@@ -26,9 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from tdq_exp import assets, record
+from tdq_exp import assets, record, schema
 
 SAMPLER = ("steps", "spacing", "eta", "clip", "offset", "final_alpha_one", "truncate")
 PROTOCOL = (
@@ -130,7 +128,7 @@ def read_manifest(name: str) -> Manifest:
         raise ValueError(
             f"{name}: no such table (there are: {', '.join(sorted(f.stem for f in folder.glob('*.yaml')))})"
         )
-    content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    content: Any = schema.read_yaml(path)
     try:
         content |= {
             "float_model": _line(content["float_model"]),

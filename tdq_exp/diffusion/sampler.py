@@ -56,7 +56,7 @@ def time_steps(spacing: str, count: int, total: int, offset: int = 0) -> list[in
         steps = (i * (total - 1) / max(count - 1, 1)).round().long()
     else:
         steps = (i * (0.8 * total) ** 0.5 / max(count - 1, 1)).square().floor().long() + offset
-    if len(steps.unique()) < count or int(steps.max()) >= total:
+    if len(steps.unique()) < count or int(steps.max()) >= total or int(steps.min()) < 0:
         raise ValueError(
             f"sampler: {spacing} spacing with steps={count}, offset={offset} repeats or leaves the {total} time steps; "
             "take fewer steps or another spacing"

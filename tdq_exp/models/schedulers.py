@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -34,6 +34,7 @@ class _DiffusersSampler:
     clip: bool = False
     offset: int = 0
     final_alpha_one: bool = True
+    fewest: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if self.spacing not in ("leading", "trailing", "linspace"):
@@ -65,9 +66,21 @@ class _DiffusersSampler:
             raise ValueError(
                 f"sampler.steps={self.steps}: must be between 1 and the model's {schedule.steps} time steps"
             )
+        if self.steps < self.fewest:
+            raise ValueError(f"sampler.steps={self.steps}: this sampler needs at least {self.fewest}")
         scheduler = self._scheduler(schedule)  # fresh for each batch: PNDM keeps its history inside
         scheduler.set_timesteps(self.steps, device=x.device)
-        extra = {"generator": list(generators)} if generators and isinstance(scheduler, DDPMScheduler) else {}
+        visited = scheduler.timesteps
+        if int(visited.max()) >= schedule.steps or int(visited.min()) < 0:
+            raise ValueError(
+                f"sampler: {self.spacing} spacing with steps={self.steps}, offset={self.offset} leaves the "
+                f"{schedule.steps} time steps; take fewer steps or another offset"
+            )
+        extra = {}
+        if isinstance(scheduler, DDPMScheduler):
+            if len(generators) != len(x):
+                raise ValueError("DDPM needs one generator per sample")
+            extra = {"generator": list(generators)}
         for t in scheduler.timesteps:
             if on_step is not None:
                 on_step(int(t), x)
@@ -84,6 +97,8 @@ class Ddpm(_DiffusersSampler):
 
 class Pndm(_DiffusersSampler):
     """Pseudo numerical method of fourth order, Runge-Kutta warm-up included. Source: Liu et al., arXiv 2202.09778."""
+
+    fewest: ClassVar[int] = 4  # the warm-up alone takes three
 
     def _scheduler(self, schedule: Schedule) -> Any:
         if self.clip:
