@@ -93,7 +93,9 @@ def own(module: str, as_program: bool = True) -> list[tuple[int, str]]:
 
 def docstrings(tree: ast.AST) -> set[ast.AST]:
     """The constants that only document."""
-    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+    return {
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
 
 
 def none(violations: Iterable[str]) -> None:
@@ -103,7 +105,9 @@ def none(violations: Iterable[str]) -> None:
 
 
 def test_the_package_is_found():
-    assert {f"{NAME}.quant.ops", f"{NAME}.diffusion.sampler", f"{NAME}.models.model", f"{NAME}.run", NAME} <= set(MODULES)
+    assert {f"{NAME}.quant.ops", f"{NAME}.diffusion.sampler", f"{NAME}.models.model", f"{NAME}.run", NAME} <= set(
+        MODULES
+    )
 
 
 def test_every_module_has_a_floor():
@@ -227,6 +231,8 @@ def test_nothing_calls_the_network_with_a_counter():
                     target = node.target if isinstance(node, ast.AugAssign) else None
                     if isinstance(target, ast.Attribute) and ast.unparse(target).startswith("self."):
                         violations.append(f"{module}:{node.lineno} {ast.unparse(node)}")
-                    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("nn.Parameter", "register_parameter")):
+                    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+                        ("nn.Parameter", "register_parameter")
+                    ):
                         violations.append(f"{module}:{node.lineno} {ast.unparse(node)}")
     none(violations)

@@ -50,7 +50,7 @@ class ImageStore:
         path = self.folder / name
         try:
             array = np.load(path, mmap_mode=mode)  # type: ignore[arg-type]
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, EOFError) as error:
             raise ValueError(f"{path}: damaged; remove {self.folder} to sample again") from error
         if array.shape != self._shapes[name]:
             raise ValueError(f"{path}: holds {array.shape}, expected {self._shapes[name]}; remove {self.folder}")

@@ -18,6 +18,7 @@ from tdq_exp.quant import ops
 from tdq_exp.quant.quantizer import Quantizer
 
 BINS = 256
+QUANTILES = 16384
 
 
 class Nipq(Quantizer):
@@ -42,15 +43,20 @@ class Nipq(Quantizer):
 
     def _draw(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
         v = x / s
-        inside = (v > self.grid.n - z) & (v < self.grid.p - z)
-        error = (v.round() - v)[inside]
+        outside = (v <= self.grid.n - z) | (v >= self.grid.p - z)
+        error = (v.round() - v).masked_fill_(outside, 2.0)  # histc leaves out what is beyond its ends
         histogram = torch.histc(error, bins=BINS, min=-0.5, max=0.5)
-        if not error.numel():
+        if not float(histogram.sum()):
             return torch.zeros_like(x)
-        # Inverse transform sampling: the bin whose cumulative share a uniform draw falls into, then uniform within it.
-        shares = histogram.cumsum(0) / histogram.sum()
-        bins = torch.searchsorted(shares, torch.rand(x.shape, device=x.device)).clamp_(max=BINS - 1)
-        return (bins + torch.rand_like(x)) / BINS - 0.5
+        # Inverse transform sampling from a fine table of quantiles: one uniform draw and one look-up per element.
+        shares = (histogram.cumsum(0) / histogram.sum()).double()
+        levels = (torch.arange(QUANTILES, device=x.device, dtype=torch.float64) + 0.5) / QUANTILES
+        bins = torch.searchsorted(shares, levels).clamp_(max=BINS - 1)
+        before = torch.cat([shares.new_zeros(1), shares])[bins]
+        within = (levels - before) / (shares[bins] - before)  # a bin that a level falls into is not empty
+        table = ((bins + within) / BINS - 0.5).to(x.dtype)
+        pick = torch.rand(x.shape, device=x.device).mul_(QUANTILES).int()
+        return table.index_select(0, pick.reshape(-1)).reshape(x.shape)
 
 
 class NipqWeights(Nipq):

@@ -90,7 +90,13 @@ def test_too_many_or_too_few_steps_are_errors_that_name_the_key(spacing, count):
 
 @pytest.mark.parametrize(
     ("spacing", "count", "total", "offset"),
-    [("quad", 30, 1000, 0), ("quad", 100, 1000, 0), ("quad", 200, 200, 0), ("leading", 1000, 1000, 1), ("leading", 4, 1000, 250)],
+    [
+        ("quad", 30, 1000, 0),
+        ("quad", 100, 1000, 0),
+        ("quad", 200, 200, 0),
+        ("leading", 1000, 1000, 1),
+        ("leading", 4, 1000, 250),
+    ],
 )
 def test_repeated_steps_and_steps_outside_are_errors(spacing, count, total, offset):
     with pytest.raises(ValueError, match=rf"sampler.*{spacing}.*steps={count}.*repeats or leaves"):

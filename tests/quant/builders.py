@@ -115,7 +115,9 @@ def start_quickly(net: nn.Module) -> None:
     """Start values without a search: weights by their maximum, activations by a step that differs from one to the next."""
     for module in net.modules():
         if isinstance(module, QuantLayer):
-            module.weight_quantizer.start(float(module.layer.weight.detach().abs().max()) / module.weight_quantizer.grid.p, 0)
+            module.weight_quantizer.start(
+                float(module.layer.weight.detach().abs().max()) / module.weight_quantizer.grid.p, 0
+            )
     for number, quantizer in enumerate(activation_quantizers(net).values()):
         reach = 4.0 + 0.05 * number
         codes = quantizer.grid

@@ -398,7 +398,9 @@ def test_a_subset_holds_copies_of_the_named_generators():
     part = bank.subset([3, 1])
     assert part.names == ["out", "mid.0.q"]
     assert torch.allclose(part.table(), bank.table()[[3, 1]], rtol=1e-5, atol=0)
-    assert all(torch.equal(mine, whole[[3, 1]]) for mine, whole in zip(part.parameters(), bank.parameters(), strict=True))
+    assert all(
+        torch.equal(mine, whole[[3, 1]]) for mine, whole in zip(part.parameters(), bank.parameters(), strict=True)
+    )
     assert part.time is bank.time
     assert all(parameter.requires_grad for parameter in part.parameters())
     before = bank.table().clone()
@@ -413,7 +415,9 @@ def test_take_back_brings_the_subset_home_and_touches_nothing_else():
     stir(part, 0.5)
     bank.take_back(part)
     assert torch.allclose(bank.table()[[3, 1]], part.table(), rtol=1e-5, atol=0)
-    assert all(torch.equal(mine, whole[[3, 1]]) for mine, whole in zip(part.parameters(), bank.parameters(), strict=True))
+    assert all(
+        torch.equal(mine, whole[[3, 1]]) for mine, whole in zip(part.parameters(), bank.parameters(), strict=True)
+    )
     assert torch.equal(bank.table()[[0, 2]], before[[0, 2]])
 
 

@@ -177,7 +177,11 @@ def test_an_incoming_gradient_may_have_any_memory_layout():
     x, s, z, _, g, n, p = case("affine4", "one", "one")
     ga = g.contiguous(memory_format=torch.channels_last)
     grads = []
-    for x_in, g_in in ((x, g), (x.contiguous(memory_format=torch.channels_last), ga), (x, torch.ones(()).expand(SHAPE))):
+    for x_in, g_in in (
+        (x, g),
+        (x.contiguous(memory_format=torch.channels_last), ga),
+        (x, torch.ones(()).expand(SHAPE)),
+    ):
         leaf, step = x_in.clone().requires_grad_(), s.clone().requires_grad_()
         ops.fake_quantize_learned(leaf, step, z, n, p).backward(g_in)
         grads.append((leaf.grad.contiguous(), step.grad))
