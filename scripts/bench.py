@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from tdq_exp import job as jobs
 from tdq_exp import record
+from tdq_exp.compose import compose
 from tdq_exp.models.model import DiffusionModel
 from tdq_exp.quant.calibrate import calibrating
 from tdq_exp.quant.convert import Recipe, activation_quantizers, bake, quantize
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder of qat.md and qat.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = jobs.make(jobs.compose(["model=ddim_small"]), "model.definition")
+    model = jobs.make(compose(["model=ddim_small"]), "model.definition")
     torch.manual_seed(0)
     x = torch.randn(options.batch, *model.sample_shape)
     t = torch.randint(model.schedule.steps, (options.batch,))

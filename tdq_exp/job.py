@@ -6,19 +6,14 @@ folder that isn't there, an interval that a weight can't have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from tdq_exp import assets, schema
 from tdq_exp.data.images import Source
@@ -110,22 +105,6 @@ def parts_of(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """
     keys = PARTS.get(values["kind"], ("kind",)) if group == "fit" else PARTS[group]
     return {key: values[key] for key in keys}
-
-
-def compose(overrides: Sequence[str]) -> DictConfig:
-    """The config that a command line would give.
-
-    Raises:
-        ValueError: for an unknown group, option or key.
-    """
-    store = ConfigStore.instance()
-    store.store(name="schema", node=schema.Config)
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(assets.configs())):
-            return hydra_compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(" ".join(str(error).split())) from error
 
 
 def build(cfg: DictConfig, source: bool = True) -> Job:

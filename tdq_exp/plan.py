@@ -7,13 +7,15 @@ passes (five with quantizers), sampling as one per image and step.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
 from tdq_exp import launch, record
 from tdq_exp.job import Job
-from tdq_exp.progress import console
+from tdq_exp.progress import console, print_table
+from tdq_exp.quant.convert import layer_map, quantize
 
 PROBE = 4  # images in the measured forward pass
 
@@ -75,6 +77,8 @@ def show(job: Job) -> Cost:
     fit_done, sample_done = stages_done(job)
     console.print(f"[bold]{job.name}[/bold] seed {job.seed} -> {job.folder / job.sample_name}")
     console.print(f"  model    {cost.parameters:,} parameters, weights {job.weights or 'to be trained'}")
+    if job.recipe is not None:
+        _show_layers(job)
     if job.train is not None:
         said = "done" if fit_done else f"about {duration(cost.fit_seconds)}"
         console.print(f"  fit      {job.fit.kind}, {job.train.updates} updates of {job.fit.batch_size}: {said}")
@@ -84,6 +88,20 @@ def show(job: Job) -> Cost:
         console.print(f"  measure  {', '.join(job.evaluation.metrics)} on {job.config['eval']['label']} features")
     console.print(f"  disk     {cost.disk_bytes / 1e9:.2f} GB")
     return cost
+
+
+def _show_layers(job: Job) -> None:
+    """What would be done to the layers, grouped: the run saves the whole map as `layers.json`."""
+    assert job.recipe is not None
+    net = job.model.build()
+    roles = job.model.roles(net)
+    quantize(net, roles, job.recipe, job.model.schedule.steps)
+    rows = layer_map(net, roles)
+    groups = Counter((r["role"], r["weight"], r["input"].split(":")[0]) for r in rows)
+    leaves = [r for r in rows if r["weight"] != "-"]
+    quantized = sum(r["weight"] != "float" for r in leaves)
+    title = f"{quantized} of {len(leaves)} convolutions and linear layers quantized"
+    print_table(title, ["role", "count", "weight", "input"], [(r, n, w, i) for (r, w, i), n in groups.items()])
 
 
 def duration(seconds: float) -> str:

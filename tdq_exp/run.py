@@ -13,16 +13,26 @@ from __future__ import annotations
 import sys
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from tdq_exp import assets, schema
+from tdq_exp import assets, compose, schema
 
-ConfigStore.instance().store(name="schema", node=schema.Config)
+
+def main() -> None:
+    """The command. Hydra does the rest, but what it says of a mistake would be five lines: so it is looked for first."""
+    arguments = sys.argv[1:]
+    if not any(argument.startswith("-") for argument in arguments):  # --help, -m and their like are Hydra's own
+        try:
+            compose.compose(arguments)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+    compose.register()
+    _job()
 
 
 @hydra.main(version_base="1.3", config_path=str(assets.configs()), config_name="config")
-def main(cfg: DictConfig) -> None:
+def _job(cfg: DictConfig) -> None:
     """Runs one job; a user's mistake is one line and exit code 2."""
     try:
         _run(cfg)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tdq_exp import schema, tables
+from tdq_exp.compose import compose
 from tdq_exp.progress import console, print_table
 from tdq_exp.tables import Cell, Manifest
 
@@ -103,7 +104,6 @@ def ask(manifest: Manifest, scale: str, out: Path, overrides: Sequence[str] = ()
     Raises:
         ValueError: for a scale or an override that does not exist, or an override that the table sets itself.
     """
-    from tdq_exp import job as jobs  # it imports torch
 
     if scale not in manifest.scales:
         raise ValueError(f"--scale {scale}: {manifest.name} has {', '.join(manifest.scales)}")
@@ -119,8 +119,8 @@ def ask(manifest: Manifest, scale: str, out: Path, overrides: Sequence[str] = ()
         for seed in line.sampler_seeds:
             chosen = [f"+experiment={experiment}", *([f"sampler.seed={seed}"] if seed else [])]
             command = (*chosen, f"out={_quoted(out)}", *tracker, *extra)
-            cfg = jobs.compose(command)
-            bare = jobs.compose(chosen) if said(extra) else cfg
+            cfg = compose(command)
+            bare = compose(chosen) if said(extra) else cfg
             folder, sample = schema.run_folder(cfg), schema.sample_name(cfg)
             cells.append(Cell(line, experiment, command, schema.plain(cfg), folder, sample, bare.sampler.images))
     return cells
@@ -200,7 +200,7 @@ def show_plan(cells: Sequence[Cell]) -> bool:
     lines: list[list[Any]] = []
     seconds, disk, paper = 0.0, 0, False
     for cell in cells:
-        job = jobs.build(jobs.compose(cell.overrides))
+        job = jobs.build(compose(cell.overrides))
         # A measured forward pass of a large net is slow, and cells of one shape cost the same.
         shape = [job.part("model", "fit"), job.recipe is not None, job.fit.report, job.sampling.images]
         key = json.dumps([*shape, job.sampling.steps, plan.stages_done(job)], sort_keys=True)

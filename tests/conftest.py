@@ -29,9 +29,10 @@ def _own_cache(tmp_path_factory):
 def tiny_weights(tmp_path_factory) -> Path:
     """A float tiny net, pre-trained for four updates."""
     from tdq_exp import job, pipeline
+    from tdq_exp.compose import compose
 
     out = tmp_path_factory.mktemp("float")
-    made = job.build(job.compose(["model=tiny", "method=fp", "fit=pretrain", "tracker=none", f"out={out}"]))
+    made = job.build(compose(["model=tiny", "method=fp", "fit=pretrain", "tracker=none", f"out={out}"]))
     assert pipeline.run(made) == []
     return made.folder / "weights.safetensors"
 

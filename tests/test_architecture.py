@@ -38,8 +38,8 @@ DOORS = {
     "datasets": {"data"},
     "matplotlib": {"figures"},
     "rich": {"progress"},
-    "hydra": {"job", "run"},
-    "omegaconf": {"job", "run", "schema"},
+    "hydra": {"compose", "job", "run"},
+    "omegaconf": {"compose", "job", "run", "schema"},
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tdq_exp import assets, job, schema
+from tdq_exp.compose import compose
 
 EXPERIMENTS = sorted(path.stem for path in (assets.configs() / "experiment").glob("*.yaml"))
 LOCAL = ["model.weights=none.safetensors"]  # no shipped net is needed to build a job
@@ -22,7 +23,7 @@ def test_every_cell_of_table_1_has_an_experiment():
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_builds_and_is_named_after_what_it_contains(name):
-    made = job.build(job.compose([f"+experiment={name}", *LOCAL]))
+    made = job.build(compose([f"+experiment={name}", *LOCAL]))
     assert made.name == name
     assert (made.recipe is None) == name.endswith("_fp")
     first = (assets.configs() / "experiment" / f"{name}.yaml").read_text().splitlines()[1]
@@ -30,7 +31,7 @@ def test_an_experiment_builds_and_is_named_after_what_it_contains(name):
 
 
 def test_no_argument_is_the_demo():
-    assert schema.fit_name(job.compose([])) == "digits_w4a4_lsq_tdq"
+    assert schema.fit_name(compose([])) == "digits_w4a4_lsq_tdq"
 
 
 @pytest.mark.parametrize(
@@ -44,12 +45,12 @@ def test_no_argument_is_the_demo():
     ],
 )
 def test_whatever_differs_from_the_default_is_in_the_name(overrides, name):
-    assert schema.fit_name(job.compose(overrides)) == name
+    assert schema.fit_name(compose(overrides)) == name
 
 
 @pytest.mark.parametrize("experiment", ["ddim_w4a4_lsq_tdq", "ddim_small_w8a8_pact", "digits_fp"])
 def test_smoke_shrinks_any_experiment(experiment):
-    made = job.build(job.compose([f"+experiment={experiment}", "debug=smoke", *LOCAL]))
+    made = job.build(compose([f"+experiment={experiment}", "debug=smoke", *LOCAL]))
     assert made.smoke
     assert made.name == f"{experiment}_smoke"
     assert made.sampling.steps == 2
@@ -58,7 +59,7 @@ def test_smoke_shrinks_any_experiment(experiment):
 @pytest.mark.parametrize("rule", ["lsq", "pact", "nipq"])
 @pytest.mark.parametrize("interval", ["none", "temporal", "s1", "s10", "s1000"])
 def test_every_rule_takes_every_interval(rule, interval):
-    made = job.build(job.compose(["model=tiny", f"method={rule}", f"tdq={interval}", *LOCAL]))
+    made = job.build(compose(["model=tiny", f"method={rule}", f"tdq={interval}", *LOCAL]))
     assert made.recipe is not None
 
 
@@ -91,6 +92,6 @@ def test_every_rule_takes_every_interval(rule, interval):
 )
 def test_a_mistake_is_one_line_that_names_the_key(overrides, said):
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        job.build(job.compose([*LOCAL, *overrides]))
+        job.build(compose([*LOCAL, *overrides]))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import tdq_exp
 from tdq_exp import job, pipeline
+from tdq_exp.compose import compose
 from tdq_exp.diffusion.objective import noise_prediction_loss
 from tdq_exp.fit import loop
 from tdq_exp.fit.loop import Interrupted
@@ -19,7 +20,7 @@ QUICK = ["model=tiny", "tracker=none", "launcher=cpu", "fit.calibration_samples=
 
 
 def build(tmp_path, weights, *overrides):
-    return job.build(job.compose([*QUICK, f"out={tmp_path}", f"model.weights={weights}", *overrides]))
+    return job.build(compose([*QUICK, f"out={tmp_path}", f"model.weights={weights}", *overrides]))
 
 
 def images(made):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tdq_exp import assets, launch, plan, table_run, tables
-from tdq_exp import job as jobs
+from tdq_exp.compose import compose
 
 BITS = ("8/8", "4/8", "8/4", "4/4", "3/3")
 METHODS = ("PACT", "LSQ", "NIPQ", "LSQ + TDQ")
@@ -116,7 +116,7 @@ def test_experiments_exist_and_are_what_their_line_says(manifest, scale):
         assert (assets.configs() / "experiment" / f"{model}_{line.experiment}.yaml").exists()
     # Lines of one method differ in their bits alone, so composing one pair for each method covers all of their parts.
     for line in [manifest.float_model, *(line for line in manifest.lines if line.bits == "3/3")]:
-        cfg = jobs.compose([f"+experiment={model}_{line.experiment}"])
+        cfg = compose([f"+experiment={model}_{line.experiment}"])
         assert cfg.protocol.scale == scale and cfg.model.label == model
         quantized = line is not manifest.float_model
         assert cfg.method.label == ({"LSQ + TDQ": "lsq"}.get(line.method, line.method.lower()) if quantized else "fp")
