@@ -276,7 +276,8 @@ def _row(
     stage = folder / "samples.json"
     found = processes.decide(lambda: record.check_same(stage, parts))
     sample_mark = record.fingerprint(parts)
-    network = processes.decide(job.features) if processes.world == 1 else job.features()
+    processes.decide(lambda: job.features().name)  # a download, or a complaint, happens once
+    network = job.features()
     measure_parts = {
         "sample": sample_mark, "features": [network.name, network.weights_hash], "data": data.parts(),
         "metrics": sorted(job.evaluation.metrics), "batch": job.evaluation.batch,

@@ -19,7 +19,7 @@ TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in MODULES.
 FLOORS = {
     "quant": 0, "diffusion": 0,
     # What is about the machine, not the method, each the door of one third party or of none: any floor may use it.
-    "processes": 0, "progress": 0, "record": 0, "assets": 0, "schema": 0, "launch": 0,
+    "processes": 0, "progress": 0, "record": 0, "assets": 0, "schema": 0, "launch": 0, "compose": 0,
     "models": 1, "data": 1, "metrics": 1, "deploy": 1,
     "fit": 2,
     "figures": 3, "tracking": 3, "sampling": 3,
@@ -27,7 +27,7 @@ FLOORS = {
     "plan": 5, "sample": 5, "tables": 5, "table_run": 5,
     "run": 6, "__init__": 6,
 }  # fmt: skip
-MACHINE = {"processes", "progress", "record", "assets", "schema", "launch"}
+MACHINE = {"processes", "progress", "record", "assets", "schema", "launch", "compose"}
 
 # Who may import a third party: modules or packages, from the package's root.
 DOORS = {
