@@ -107,7 +107,7 @@ def commit() -> str | None:
     source = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(source), *args], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(["git", "-C", str(source.parent), *args], capture_output=True, text=True, check=True).stdout
 
     try:
         if Path(git("rev-parse", "--show-toplevel").strip()) != source.parent:

@@ -58,6 +58,22 @@ class _PassStraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return s.view_as(s)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.scale, None
+
+
+def scale_gradient(s: Tensor, scale: float) -> Tensor:
+    """s, whose gradient is multiplied by a constant on its way back."""
+    return s if scale == 1.0 else _ScaleGradient.apply(s, scale)
+
+
 def pass_straight_through(x: Tensor, x_hat: Tensor) -> Tensor:
     """x_hat, with all of its gradient going to x."""
     return _PassStraightThrough.apply(x, x_hat)

@@ -101,6 +101,7 @@ class Quantizer(nn.Module):
         scale_gradient: LSQ's `1 / sqrt(N p)` on the gradient of s.
     """
 
+    scales_gradient = False  # LSQ's rule does
     fixed = False  # of a weight: one tensor, not one per sample; set when a network is quantized
     start_by = "error"  # or "max": what calibration should take as the start of s
 
@@ -123,6 +124,9 @@ class Quantizer(nn.Module):
     def parameters_at(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(s, z) for x at the current time step, broadcastable to x."""
         s = self.interval(x)
+        if self.training and s.requires_grad:
+            # Before the zero point takes its part: where z follows s, both ways back to s must weigh alike.
+            s = ops.scale_gradient(s, self.gradient_scale(x))
         z = self.zero if self.zero_point is None else self.zero_point(s)
         if s.dim():
             s = s.reshape(-1, *[1] * (x.dim() - 1))
@@ -145,9 +149,9 @@ class Quantizer(nn.Module):
         """x_hat with the gradients of a method."""
         raise NotImplementedError(type(self).__name__)
 
-    def gradient_scale(self, x: Tensor, s: Tensor) -> float:
-        """`1 / sqrt(N p)`; N counts the elements that one s is for, activations per sample."""
-        if not self.scale_gradient:
+    def gradient_scale(self, x: Tensor) -> float:
+        """LSQ's `1 / sqrt(N p)`, if it is on; N counts the elements that one s is for, activations per sample."""
+        if not self.scale_gradient or not self.scales_gradient:
             return 1.0
         elements = x.numel() if self.fixed else x[0].numel()
         return float((elements * self.grid.p) ** -0.5)

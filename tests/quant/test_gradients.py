@@ -284,13 +284,13 @@ def test_gradients_of_generators_equal_those_of_one_by_one_generators(rule, grid
         total = torch.zeros((), dtype=torch.float64)
         for b in range(4):  # one sample and one time step at a time
             s = generator.step_size(f, int(t[b]))
+            # The scale is for all that reaches the step: through the rule, and through a zero point that follows it.
+            s = (s * scale) + (s - s * scale).detach()
             if grid == "affine":
                 z = straight_through.rounded(raw[0] * codes.p)
             else:
                 z = straight_through.rounded(-raw[0] / s)
-            # The scale is for the gradient of the step alone, on its way through the rule.
-            s_rule = (s * scale) + (s - s * scale).detach()
-            total = total + (method(x[b].double(), s_rule, z, codes.n, codes.p) * g[b].double()).sum()
+            total = total + (method(x[b].double(), s, z, codes.n, codes.p) * g[b].double()).sum()
         total.backward()
         for layer, linear in enumerate(part for part in f if isinstance(part, torch.nn.Linear)):
             weight, bias = bank.weights[layer].grad[row], bank.biases[layer].grad[row]
