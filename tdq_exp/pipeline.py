@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import nn
 from tdq_exp import figures, record, sampling
 from tdq_exp.data.images import Images, default_cache, load_images
 from tdq_exp.data.store import ImageStore
-from tdq_exp.fit.loop import History, Log
+from tdq_exp.fit.loop import History, Log, best_file
 from tdq_exp.fit.pretrain import pretrain
 from tdq_exp.fit.qat import interval_tables, qat, quantized_and_calibrated
 from tdq_exp.job import Job
@@ -52,9 +54,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Fit:
-    """A finished fit: the net to sample from, its fingerprint, and what the row cites of it."""
+    """A finished fit: the net to sample from (made when it is first wanted), its fingerprint, and what the row cites."""
 
-    net: nn.Module
+    net: Callable[[], nn.Module]
     fingerprint: str
     facts: dict[str, Any]
 
@@ -123,24 +125,28 @@ def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
         begun = {"name": job.name, "fingerprint": mark, "parts": parts, "config": job.recorded(), "done": False}
         processes.decide(lambda: record.write(file, begun))
     if found is not None and found["done"]:
-        return Fit(net if job.fit.kind == "none" else finished_net(job, processes.device), mark, found["facts"])  # type: ignore[arg-type]
+        if job.fit.kind == "pretrain" and job.fit.export is not None:
+            processes.decide(lambda: _export(job))
+        loaded = net if job.fit.kind == "none" else None
+        # Read when it is wanted: where the row is there already, as in a fresh clone, there need not be a net.
+        return Fit(lambda: loaded or finished_net(job, processes.device), mark, found["facts"])
     log: Log | None = tracker.log if processes.main else None
     facts: dict[str, Any] = {"weights": weights, "seconds": 0.0, "validation_loss": None}
     if job.fit.kind == "pretrain":
         assert job.train is not None
         average, history = pretrain(
             job.model, data.train, data.held_out, job.train, lr=job.fit.lr, seed=job.seed, folder=job.folder,
-            processes=processes, log=log,
+            mark=mark, processes=processes, log=log,
         )  # fmt: skip
         processes.decide(lambda: _ship(job, average, history))
         net = average
     elif job.fit.kind == "qat":
-        net, history = _quantized_training(job, data, net, weights, processes, log)  # type: ignore[arg-type]
+        net, history = _quantized_training(job, data, net, weights, mark, processes, log)  # type: ignore[arg-type]
         tables = interval_tables(net)
-        if processes.main:
-            tracker.intervals(tables)
-            figures.intervals_over_time(tables, job.folder / "intervals.png", f"{job.name}: step sizes over time")
-            tracker.picture("intervals", job.folder / "intervals.png")
+        title = f"{job.name}: step sizes over time"
+        processes.decide(lambda: figures.intervals_over_time(tables, job.folder / "intervals.png", title))
+        tracker.intervals(tables)
+        tracker.picture("intervals", job.folder / "intervals.png")
         baked = bake(net)
         processes.decide(lambda: save_weights(baked, job.folder / "baked.safetensors", {"fit": mark}))
         net = baked
@@ -161,7 +167,8 @@ def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
     }
     processes.decide(lambda: record.write(file, done))
     assert net is not None
-    return Fit(net, mark, facts)
+    made: nn.Module = net
+    return Fit(lambda: made, mark, facts)
 
 
 def fit_parts(job: Job, data: Data, weights: str | None) -> dict[str, Any]:
@@ -176,11 +183,12 @@ def fit_parts(job: Job, data: Data, weights: str | None) -> dict[str, Any]:
 
 
 def _quantized_training(
-    job: Job, data: Data, net: nn.Module, weights: str, processes: Processes, log: Log | None
+    job: Job, data: Data, net: nn.Module, weights: str, mark: str, processes: Processes, log: Log | None
 ) -> tuple[nn.Module, History]:
     assert job.train is not None and job.recipe is not None
     samples = job.fit.calibration_samples
     key = {
+        "version": 2,  # of the search for start values
         "weights": weights, "data": data.parts(), "samples": samples, "seed": job.seed,
         **job.part("model", "bits", "weight", "act", "tdq", "plan", "habits"),
     }  # fmt: skip
@@ -191,7 +199,7 @@ def _quantized_training(
     processes.decide(lambda: _write_layer_map(job, net))
     return qat(
         net, job.model, data.train, data.held_out, job.train, job.rates, real_rounding=job.fit.real_rounding,
-        seed=job.seed, folder=job.folder, processes=processes, log=log,
+        seed=job.seed, folder=job.folder, mark=mark, processes=processes, log=log,
     )  # fmt: skip
 
 
@@ -208,11 +216,15 @@ def _ship(job: Job, net: nn.Module, history: History) -> None:
     about = {"validation_loss": repr(history.validation[-1][1]), "updates": str(history.validation[-1][0])}
     save_weights(net, path, about)
     if job.fit.export is not None:
-        target = Path(job.fit.export).expanduser()
-        if target.exists() and target.read_bytes() != path.read_bytes():
-            raise ValueError(f"fit.export={target}: exists and is another net; remove it or choose another name")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        _export(job)
+
+
+def _export(job: Job) -> None:
+    path, target = job.folder / "weights.safetensors", Path(str(job.fit.export)).expanduser()
+    if target.exists() and target.read_bytes() != path.read_bytes():
+        raise ValueError(f"fit.export={target}: exists and is another net; remove it or choose another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, target)
 
 
 def finished_net(job: Job, device: torch.device, checkpoint: Path | None = None) -> nn.Module:
@@ -253,7 +265,7 @@ def evaluate(job: Job, data: Data, fit: Fit, processes: Processes, tracker: Trac
     else:
         candidates = []
         for update in fit.facts["best"]:
-            net = finished_net(job, processes.device, job.folder / f"best-{update:07d}.safetensors")
+            net = partial(finished_net, job, processes.device, best_file(job.folder, update))
             candidates.append(_row(job, data, fit, folder / f"update{update}", net, processes, update))
         row = dict(min(candidates, key=lambda r: r["metrics"]["fid"]))
         row["candidates"] = [{"update": r["update"], "metrics": r["metrics"]} for r in candidates]
@@ -269,12 +281,18 @@ def evaluate(job: Job, data: Data, fit: Fit, processes: Processes, tracker: Trac
 
 
 def _row(
-    job: Job, data: Data, fit: Fit, folder: Path, net: nn.Module, processes: Processes, update: int | None = None
+    job: Job,
+    data: Data,
+    fit: Fit,
+    folder: Path,
+    net: Callable[[], nn.Module],
+    processes: Processes,
+    update: int | None = None,
 ) -> dict[str, Any]:
     """The row of one sampled set; images and metrics that are there already are not made again."""
     parts = {"fit": fit.fingerprint, "report": job.fit.report, "update": update, **job.part("sampler")}
     stage = folder / "samples.json"
-    found = processes.decide(lambda: record.check_same(stage, parts))
+    found = processes.decide(lambda: record.check_same(stage, parts, keep="sampler.label"))
     sample_mark = record.fingerprint(parts)
     processes.decide(lambda: job.features().name)  # a download, or a complaint, happens once
     network = job.features()
@@ -288,12 +306,14 @@ def _row(
     for row in rows:
         if row["fingerprints"]["measure"] == mark:
             return row
+    if found is None and processes.decide((folder / "images").exists):
+        raise ValueError(f"{folder / 'images'}: images that no samples.json speaks of; remove them to sample again")
     earlier: float = found["seconds"] if found else 0.0
     processes.decide(lambda: record.write(stage, {"fingerprint": sample_mark, "parts": parts, "seconds": earlier}))
     size = job.model.image_size
     store = ImageStore(folder / "images", job.sampling.images, job.sampling.batch, (size, size, job.model.channels))
     spent = earlier + sampling.sample_set(
-        net, job.model, job.sampler, store, seed=job.sampling.seed, processes=processes,
+        net(), job.model, job.sampler, store, seed=job.sampling.seed, processes=processes,
         truncate=job.sampling.truncate,
     )  # fmt: skip
     processes.decide(lambda: record.write(stage, {"fingerprint": sample_mark, "parts": parts, "seconds": spent}))
@@ -334,8 +354,9 @@ def _pictures(job: Job, fit: Fit, folder: Path, row: dict[str, Any], processes: 
     size = job.model.image_size
     shape = (size, size, job.model.channels)
     images = ImageStore(folder / "images", job.sampling.images, job.sampling.batch, shape).read()
-    distance = row["metrics"].get("fid")
-    title = f"{job.name}, Frechet distance {distance:.2f} ({row['features']['name']} features, {row['images']} images)"
+    features = f"{row['features']['name']} features {row['features']['weights']}"
+    name, value = next((METRIC_NAMES[key], value) for key, value in row["metrics"].items() if key in METRIC_NAMES)
+    title = f"{job.name}, {name} {value:.4g} ({features}, {row['images']} images)"
     rows = {title: images[: job.sampling.batch]}
     if job.recipe is not None and job.weights is not None:
         net = job.model.build()

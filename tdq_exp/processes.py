@@ -6,15 +6,22 @@ Every stage takes a `Processes` and never names a device or a backend. With one 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor, nn
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=6)  # how long the others wait for what one process decides: decoding, downloads, distances
 
 
 class Processes:
@@ -25,7 +32,14 @@ class Processes:
     """
 
     def __init__(self, cpu: bool = False) -> None:
-        self._accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+        self._accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision="no",
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=PATIENCE),
+                DistributedDataParallelKwargs(broadcast_buffers=False),  # they are constants
+            ],
+        )
 
     @property
     def rank(self) -> int:
@@ -57,6 +71,19 @@ class Processes:
     def sum(self, value: Tensor) -> Tensor:
         """Sum over processes of a tensor of the same shape on each."""
         return self._accelerator.reduce(value, reduction="sum") if self.world > 1 else value
+
+    def random_state(self) -> list[Tensor]:
+        """States of the global generators that dropout and noise draw from: the CPU's, and the device's if it has one."""
+        states = [torch.get_rng_state()]
+        if self.device.type != "cpu":
+            states.append(torch.get_device_module(self.device).get_rng_state())
+        return states
+
+    def set_random_state(self, states: list[Tensor]) -> None:
+        """Puts back what `random_state` gave."""
+        torch.set_rng_state(states[0])
+        if self.device.type != "cpu" and len(states) > 1:
+            torch.get_device_module(self.device).set_rng_state(states[1])
 
     def gather_objects(self, value: T) -> list[T]:
         """One small object from every process, in rank order, on all of them."""

@@ -60,7 +60,7 @@ def write(path: Path, content: Any) -> None:
     Raises:
         OSError: naming the file, if the folder can't be written or is full.
     """
-    part = path.with_suffix(path.suffix + ".part")
+    part = path.with_suffix(f"{path.suffix}.{os.getpid()}.part")  # caches are shared by runs that go on side by side
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
@@ -69,8 +69,13 @@ def write(path: Path, content: Any) -> None:
         raise OSError(f"{path}: can't be written ({error.strerror}); free space or set out=FOLDER") from error
 
 
-def check_same(path: Path, parts: Parts) -> dict[str, Any] | None:
+def check_same(path: Path, parts: Parts, keep: str = "label") -> dict[str, Any] | None:
     """The record of a stage that was begun or done under this name, or None.
+
+    Args:
+        path: the record.
+        parts: what the stage depends on now.
+        keep: the key that would give the new result a name of its own.
 
     Raises:
         ValueError: if it was made by other parts; names up to four differences and says what to do.
@@ -81,7 +86,7 @@ def check_same(path: Path, parts: Parts) -> dict[str, Any] | None:
     changed = differences(found["parts"], json.loads(json.dumps(parts)))
     listed = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
     raise ValueError(
-        f"{path.parent} holds a result of another configuration ({listed}): set label=NAME to keep both, or move it away"
+        f"{path.parent} holds a result of another configuration ({listed}): set {keep}=NAME to keep both, or move it away"
     )
 
 
@@ -107,7 +112,9 @@ def commit() -> str | None:
     source = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(source.parent), *args], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["git", "-C", str(source.parent), *args], capture_output=True, text=True, check=True
+        ).stdout
 
     try:
         if Path(git("rev-parse", "--show-toplevel").strip()) != source.parent:

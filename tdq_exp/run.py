@@ -36,7 +36,7 @@ def _job(cfg: DictConfig) -> None:
     """Runs one job; a user's mistake is one line and exit code 2."""
     try:
         _run(cfg)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:  # InterruptedError is an OSError
         if cfg.traceback:
             raise
         print(f"error: {error}", file=sys.stderr)

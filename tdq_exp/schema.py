@@ -13,6 +13,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 BITS = range(2, 17)
 REPORTS = ("last", "best_of_5")
+METRICS = ("fid", "isc", "kid", "prc")
+TRACKERS = ("none", "offline", "wandb")
 
 
 @dataclass
@@ -243,7 +245,14 @@ def validate(cfg: DictConfig) -> None:
         for kind in ("weight", "act"):
             if cfg.bits[kind] not in BITS:
                 raise ValueError(f"bits.{kind}={cfg.bits[kind]}: must be a whole number from {BITS[0]} to {BITS[-1]}")
-    for key in ("fit.batch_size", "sampler.batch", "sampler.images", "sampler.steps", "eval.batch"):
+    for key in (
+        "fit.batch_size",
+        "fit.calibration_samples",
+        "sampler.batch",
+        "sampler.images",
+        "sampler.steps",
+        "eval.batch",
+    ):
         if OmegaConf.select(cfg, key) < 1:
             raise ValueError(f"{key}={OmegaConf.select(cfg, key)}: must be at least 1")
     if cfg.fit.kind not in ("none", "pretrain", "qat"):
@@ -252,6 +261,18 @@ def validate(cfg: DictConfig) -> None:
         raise ValueError(f"fit.kind={cfg.fit.kind} does not go with method={cfg.method.label}")
     if cfg.fit.report not in REPORTS:
         raise ValueError(f"fit.report={cfg.fit.report!r}: choose one of {', '.join(REPORTS)}")
+    unknown = [metric for metric in cfg.eval.metrics if metric not in METRICS]
+    if unknown or not cfg.eval.metrics:
+        raise ValueError(f"eval.metrics={list(cfg.eval.metrics)}: choose from {', '.join(METRICS)}")
+    if cfg.fit.report == "best_of_5" and "fid" not in cfg.eval.metrics:
+        raise ValueError("fit.report=best_of_5 chooses by fid: eval.metrics must hold it")
+    if cfg.tracker.kind not in TRACKERS:
+        raise ValueError(f"tracker.kind={cfg.tracker.kind!r}: choose one of {', '.join(TRACKERS)}")
+    for key in ("fit.lr", "fit.warmup", "fit.grad_clip", "sampler.eta", "fit.weight_decay", "launcher.threads"):
+        if OmegaConf.select(cfg, key) < 0:
+            raise ValueError(f"{key}={OmegaConf.select(cfg, key)}: must not be negative")
+    if not 0 <= cfg.fit.real_rounding <= 1:
+        raise ValueError(f"fit.real_rounding={cfg.fit.real_rounding}: a share of the updates, from 0 to 1")
     if cfg.fit.report == "best_of_5" and cfg.fit.kind != "qat":
         raise ValueError("fit.report=best_of_5 needs a fit with checkpoints (fit=qat)")
     if cfg.sampler.engine != "fake":

@@ -157,6 +157,8 @@ class Folder:
         self.root, self.holdout, self.channels = Path(path).expanduser(), holdout, channels
         if not self.root.is_dir():
             raise FileNotFoundError(f"data.source.path={path}: no such folder")
+        if holdout < 2:
+            raise ValueError(f"data.source.holdout={holdout}: at least 2, every so many-th image is held out")
         self._files = sorted(f for f in self.root.rglob("*") if f.suffix.lower() in self.suffixes)
         if not self._files:
             raise ValueError(f"data.source.path={path}: holds no {', '.join(self.suffixes)} file")

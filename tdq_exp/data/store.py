@@ -39,7 +39,8 @@ class ImageStore:
                 path = self.folder / name
                 if not path.exists():
                     part = path.with_suffix(".part")
-                    np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape).flush()
+                    with part.open("wb") as file:  # really written: a full disk is an error now, not a crash later
+                        np.lib.format.write_array(file, np.zeros(shape, np.uint8))
                     os.replace(part, path)
         except OSError as error:
             raise OSError(

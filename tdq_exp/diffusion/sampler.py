@@ -34,6 +34,9 @@ def time_steps(spacing: str, count: int, total: int, offset: int = 0) -> list[in
     | linspace | round(i (T - 1) / (S - 1))                    | iDDPM |
     | quad     | floor((i sqrt(0.8 T) / (S - 1))^2)            | DDIM's "quad" |
 
+    `quad` names small steps more than once. From a step to itself the update is the identity, so each is visited once:
+    the sequence is shorter than S, the images are the same.
+
     Args:
         spacing: one of `SPACINGS`.
         count: S, number of sampling steps.
@@ -55,7 +58,8 @@ def time_steps(spacing: str, count: int, total: int, offset: int = 0) -> list[in
     elif spacing == "linspace":
         steps = (i * (total - 1) / max(count - 1, 1)).round().long()
     else:
-        steps = (i * (0.8 * total) ** 0.5 / max(count - 1, 1)).square().floor().long() + offset
+        steps = (i * (0.8 * total) ** 0.5 / max(count - 1, 1)).square().floor().long().unique() + offset
+        count = len(steps)
     if len(steps.unique()) < count or int(steps.max()) >= total or int(steps.min()) < 0:
         raise ValueError(
             f"sampler: {spacing} spacing with steps={count}, offset={offset} repeats or leaves the {total} time steps; "

@@ -74,8 +74,8 @@ class History:
     seconds: float = 0.0
 
 
-class Interrupted(Exception):
-    """The loop was told to stop early (`stop_after`); its state is on disk."""
+class Interrupted(InterruptedError):
+    """The loop was told to stop early (`stop_after`); the state of its last validation is on disk."""
 
 
 def train(
@@ -88,6 +88,7 @@ def train(
     *,
     seed: int,
     folder: Path,
+    mark: str,
     processes: Processes,
     penalty: Callable[[], Tensor] | None = None,
     on_update: Callable[[int], None] | None = None,
@@ -104,6 +105,7 @@ def train(
         options: numbers of the loop.
         seed: of the draws and of dropout.
         folder: where the training state lives.
+        mark: the fit's fingerprint; a state of another fit is refused.
         processes: who shares the batch.
         penalty: added to the loss (PACT's L2 on its clipping values).
         on_update: called with the index of the update before it is made (NIPQ's phases).
@@ -119,7 +121,7 @@ def train(
     history = History()
     torch.manual_seed(seed * 65537 + processes.rank)  # dropout only: every other draw is keyed
     state_file = folder / "state.pt"
-    first = _restore(state_file, net, ema, optimizer, history, processes)
+    first = _restore(state_file, mark, net, ema, optimizer, history, processes)
     shared = processes.wrap(net)
     validation = fixed_draws(
         seed + 1, samples=options.validation_samples, images=len(held_out), shape=model.sample_shape,
@@ -161,7 +163,7 @@ def train(
                     log({"validation_loss": loss_ema}, done)
                 _keep_best(ema.net, loss_ema, done, history, options.keep_best, folder, processes)
                 history.seconds = before + time.monotonic() - began
-                _save(state_file, done, net, ema, optimizer, history, processes)
+                _save(state_file, mark, done, net, ema, optimizer, history, processes)
             if done == options.stop_after and done < options.updates:
                 raise Interrupted(f"stopped after update {done}, as asked")
     return ema.net, history
@@ -195,9 +197,9 @@ def validation_loss(
     return float(processes.sum(total.float().to(processes.device))) / samples
 
 
-def best_files(folder: Path, history: History) -> list[tuple[int, Path]]:
-    """(update, weights) of the averages of lowest validation loss, best first."""
-    return [(update, folder / f"best-{update:07d}.safetensors") for _, update in sorted(history.best)]
+def best_file(folder: Path, update: int) -> Path:
+    """Weights of the average after an update, if it was one of the best."""
+    return folder / f"best-{update:07d}.safetensors"
 
 
 def _keep_best(
@@ -209,29 +211,33 @@ def _keep_best(
     dropped, history.best = history.best[keep:], history.best[:keep]
     if processes.main:
         if (loss, update) in history.best:
-            save_weights(net, folder / f"best-{update:07d}.safetensors", {"update": str(update), "loss": repr(loss)})
+            save_weights(net, best_file(folder, update), {"update": str(update), "loss": repr(loss)})
         for _, old in dropped:
-            (folder / f"best-{old:07d}.safetensors").unlink(missing_ok=True)
+            best_file(folder, old).unlink(missing_ok=True)
 
 
 def _save(
-    path: Path, update: int, net: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, history: History,
+    path: Path, mark: str, update: int, net: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, history: History,
     processes: Processes,
 ) -> None:  # fmt: skip
-    random = processes.gather_objects(torch.get_rng_state())
+    random = processes.gather_objects(processes.random_state())
     state = {
-        "update": update, "net": net.state_dict(), "ema": ema.net.state_dict(), "optimizer": optimizer.state_dict(),
+        "mark": mark, "update": update, "net": net.state_dict(), "ema": ema.net.state_dict(),
+        "optimizer": optimizer.state_dict(),
         "random": random, "validation": history.validation, "best": history.best, "seconds": history.seconds,
     }  # fmt: skip
     processes.decide(lambda: save_state(path, state))
 
 
 def _restore(
-    path: Path, net: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, history: History, processes: Processes
-) -> int:
+    path: Path, mark: str, net: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, history: History,
+    processes: Processes,
+) -> int:  # fmt: skip
     state = load_state(path)
     if state is None:
         return 0
+    if state["mark"] != mark:
+        raise ValueError(f"{path}: the training state of another fit; remove it to start this one")
     if len(state["random"]) != processes.world:
         raise ValueError(
             f"{path}: begun with {len(state['random'])} processes, now {processes.world}; use launcher.nproc="
@@ -240,7 +246,7 @@ def _restore(
     net.load_state_dict(state["net"])
     ema.net.load_state_dict(state["ema"])
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"][processes.rank])
+    processes.set_random_state(state["random"][processes.rank])
     history.validation = [tuple(v) for v in state["validation"]]
     history.best = [tuple(b) for b in state["best"]]
     history.seconds = state["seconds"]

@@ -22,6 +22,7 @@ def pretrain(
     lr: float,
     seed: int,
     folder: Path,
+    mark: str,
     processes: Processes,
     log: Log | None = None,
 ) -> tuple[nn.Module, History]:
@@ -33,5 +34,15 @@ def pretrain(
     net = model.build(seed).to(processes.device)
     optimizer = torch.optim.Adam([{"params": list(net.parameters()), "lr": lr, "name": "weights"}])
     return train(
-        net, model, images, held_out, optimizer, options, seed=seed, folder=folder, processes=processes, log=log
+        net,
+        model,
+        images,
+        held_out,
+        optimizer,
+        options,
+        seed=seed,
+        folder=folder,
+        mark=mark,
+        processes=processes,
+        log=log,
     )

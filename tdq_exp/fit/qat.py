@@ -64,6 +64,7 @@ def qat(
     real_rounding: float,
     seed: int,
     folder: Path,
+    mark: str,
     processes: Processes,
     log: Log | None = None,
 ) -> tuple[nn.Module, History]:
@@ -83,7 +84,7 @@ def qat(
             quantizer.noisy = update < first_real
 
     return train(
-        net, model, images, held_out, optimizer, options, seed=seed, folder=folder, processes=processes,
+        net, model, images, held_out, optimizer, options, seed=seed, folder=folder, mark=mark, processes=processes,
         penalty=clipping_penalty(net), on_update=phase if noisy else None, log=log,
     )  # fmt: skip
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from tdq_exp.data.images import Images
 from tdq_exp.metrics.features import FeatureNetwork
@@ -35,7 +36,7 @@ def features_of_real(
     network: FeatureNetwork, images: Images, count: int, batch: int, processes: Processes, cache: Path, label: str
 ) -> dict[str, torch.Tensor]:
     """Features of the first `count` images of a real set, kept in the cache under the content of both."""
-    file = cache / "features" / f"{images.content}-{count}-{network.weights_hash}.safetensors"
+    file = cache / "features" / f"{images.content}-{count}-{network.weights_hash}-{batch}.safetensors"
     if not processes.decide(file.exists):
         found = features_of(network, images.pixels[:count], batch, processes, label)
         processes.decide(lambda: _save(found, file))
@@ -44,9 +45,10 @@ def features_of_real(
 
 def _save(features: dict[str, torch.Tensor], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    save_file(features, part)
-    os.replace(part, file)
+    # A name of its own: two runs may fill the shared cache at the same time.
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.stem, suffix=".part", delete=False) as part:
+        part.write(save(features))
+    os.replace(part.name, file)
 
 
 def measure(

@@ -21,6 +21,7 @@ from tdq_exp.quant.habits import SILU_MINIMUM, Habits
 from tdq_exp.quant.interval import Interval, MaxAbs, Static, StaticIntervals, Table
 from tdq_exp.quant.layers import (
     CodedWeight,
+    FixedWeight,
     QuantAttention,
     QuantConv2d,
     QuantLayer,
@@ -173,8 +174,7 @@ def activation_quantizers(net: nn.Module) -> dict[str, Quantizer]:
 def bake(net: nn.Module) -> nn.Module:
     """A copy for inference: weights as integer codes, every interval and zero point a table. Same images, bit for bit.
 
-    Raises:
-        ValueError: for a rule whose weights are not integers times a step (DoReFa's literal form).
+    DoReFa's literal weights are not integers times a step: they stay float.
     """
     net = copy.deepcopy(net).eval().requires_grad_(False)
     time = net.time
@@ -191,17 +191,17 @@ def bake(net: nn.Module) -> nn.Module:
     return net
 
 
-def _coded(layer: QuantLayer) -> CodedWeight:
+def _coded(layer: QuantLayer) -> CodedWeight | FixedWeight:
     quantizer, weight = layer.weight_quantizer, layer.layer.weight
     assert isinstance(quantizer, Quantizer) and isinstance(weight, Tensor)
+    if not quantizer.integer:
+        return FixedWeight(quantizer(weight))
     n, p = quantizer.grid.n, quantizer.grid.p
     s, z = quantizer.parameters_at(weight)
     codes = ops.quantize(weight, s, z, n, p).sub_(z)
     coded = CodedWeight(codes.to(smallest_integer_type(n - int(z.max()), p - int(z.min()))), s.clone())
     if not torch.equal(coded(), quantizer(weight)):
-        raise ValueError(
-            f"{type(quantizer).__name__}: its weights are not integers times a step, so they can't be baked"
-        )
+        raise RuntimeError(f"{type(quantizer).__name__}: codes times step are not what the layer sees")
     return coded
 
 
@@ -229,6 +229,8 @@ def layer_map(net: nn.Module, roles: Mapping[str, Role]) -> list[dict[str, str]]
 def _describe(quantizer: nn.Module | None) -> str:
     if isinstance(quantizer, CodedWeight):
         return f"codes {str(quantizer.codes.dtype).removeprefix('torch.')}"
+    if isinstance(quantizer, FixedWeight):
+        return "float, baked"
     assert isinstance(quantizer, Quantizer)
     zero = {ZeroPoint: ", learned z", LowerBound: ", z(t) from a lower bound", TableZeroPoint: ", z table"}
     offset = zero.get(type(quantizer.zero_point), "") if quantizer.zero_point is not None else ""  # type: ignore[arg-type]

@@ -140,7 +140,8 @@ class GeneratorBank(nn.Module):
             self._read is None or self._read[0] != key
         ):  # the weights are looked at once per time step, not per quantizer
             self._read = (key, self.table())
-        return self._read[1][row][self.time.t]
+        t = self.time.t
+        return self._read[1][row].index_select(0, t.reshape(-1)).reshape(t.shape)
 
     @torch.no_grad()
     def table(self) -> Tensor:

@@ -6,7 +6,7 @@
 | activations | affine, learned integer zero point | symmetric; SiLU outputs affine from -0.2785, fixed |
 | static step | softplus(rho) | the raw number |
 | LSQ's gradient scale | everywhere | weights only |
-| start of s | least squared error | (mean + 3 std) / h; SiLU (mean + 16 std) / (2^b - 2); weights max w / p |
+| start of s | least squared error | (mean + 3 std) / p; SiLU (mean + 16 std) / (2^b - 2); weights max w / p |
 | last layer of f | He | torch's default; dropout 0.2 before it while training |
 
 The release adds the real number -0.2785 back after rounding; here the zero point is the integer nearest to 0.2785 / s,

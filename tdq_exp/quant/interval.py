@@ -30,6 +30,11 @@ def inverse_softplus(s: float) -> float:
     return s + math.log(-math.expm1(-s))
 
 
+def at(values: Tensor, t: Tensor) -> Tensor:
+    """`values[t]` for t 0-dim or `[B]`; plain indexing with a 0-dim t would wait for an accelerator to say what t is."""
+    return values.index_select(0, t.reshape(-1)).reshape(t.shape)
+
+
 class Interval(nn.Module):
     """A source of step sizes. Calling it gives s > 0, 0-dim or `[B]`."""
 
@@ -93,7 +98,7 @@ class PerStep(Interval):
             self.rho.fill_(inverse_softplus(s))
 
     def forward(self, x: Tensor | None = None) -> Tensor:
-        return F.softplus(self.rho)[self._group(self.time.t)]
+        return at(F.softplus(self.rho), self._group(self.time.t))
 
     @torch.no_grad()
     def table(self) -> Tensor:
@@ -169,7 +174,7 @@ class Table(Interval):
         if not self.timed:
             return self.step_sizes[0]
         assert self.time is not None
-        return self.step_sizes[self.time.t]
+        return at(self.step_sizes, self.time.t)
 
     def table(self) -> Tensor:
         return self.step_sizes

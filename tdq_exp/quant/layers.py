@@ -41,6 +41,23 @@ class CodedWeight(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
+class FixedWeight(nn.Module):
+    """A baked weight of a rule whose weights are not integers times a step (DoReFa's): w_hat itself, float32.
+
+    Args:
+        w_hat: of the weight's shape.
+    """
+
+    def __init__(self, w_hat: Tensor) -> None:
+        super().__init__()
+        self.w_hat: Tensor
+        self.register_buffer("w_hat", w_hat)
+
+    def forward(self, weight: Tensor | None = None) -> Tensor:
+        """w_hat; the argument is not used."""
+        return self.w_hat
+
+
 class QuantLayer(nn.Module):
     """What a quantized convolution and a quantized linear layer share.
 

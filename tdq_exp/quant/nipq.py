@@ -46,14 +46,13 @@ class Nipq(Quantizer):
         outside = (v <= self.grid.n - z) | (v >= self.grid.p - z)
         error = (v.round() - v).masked_fill_(outside, 2.0)  # histc leaves out what is beyond its ends
         histogram = torch.histc(error, bins=BINS, min=-0.5, max=0.5)
-        if not float(histogram.sum()):
-            return torch.zeros_like(x)
         # Inverse transform sampling from a fine table of quantiles: one uniform draw and one look-up per element.
-        shares = (histogram.cumsum(0) / histogram.sum()).double()
+        shares = (histogram.cumsum(0) / histogram.sum().clamp(min=1)).double()
         levels = (torch.arange(QUANTILES, device=x.device, dtype=torch.float64) + 0.5) / QUANTILES
         bins = torch.searchsorted(shares, levels).clamp_(max=BINS - 1)
         before = torch.cat([shares.new_zeros(1), shares])[bins]
-        within = (levels - before) / (shares[bins] - before)  # a bin that a level falls into is not empty
+        # A bin that a level falls into is not empty, unless all are: then nothing is inside, and no noise is used.
+        within = ((levels - before) / (shares[bins] - before).clamp(min=1e-9)).clamp(0, 1)
         table = ((bins + within) / BINS - 0.5).to(x.dtype)
         pick = torch.rand(x.shape, device=x.device).mul_(QUANTILES).int()
         return table.index_select(0, pick.reshape(-1)).reshape(x.shape)

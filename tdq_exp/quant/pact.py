@@ -56,6 +56,8 @@ class DorefaWeights(Quantizer):
     It rescales the weights, is outside of the grid laws, and has no integer execution.
     """
 
+    integer = False
+
     def forward(self, w: Tensor) -> Tensor:
         """w_hat in [-1, 1]."""
         if self.observer is not None:

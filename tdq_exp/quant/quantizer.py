@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tdq_exp.quant import ops
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.interval import Interval
+from tdq_exp.quant.interval import Interval, at
 
 
 class ZeroPoint(nn.Module):
@@ -88,7 +88,7 @@ class TableZeroPoint(nn.Module):
 
     def forward(self, s: Tensor) -> Tensor:
         """z at the current time step."""
-        return self.zero_points[self.time.t] if self.timed else self.zero_points[0]
+        return at(self.zero_points, self.time.t) if self.timed else self.zero_points[0]
 
 
 class Quantizer(nn.Module):
@@ -102,6 +102,7 @@ class Quantizer(nn.Module):
     """
 
     scales_gradient = False  # LSQ's rule does
+    integer = True  # is x_hat an integer times s? DoReFa's literal weights are not
     fixed = False  # of a weight: one tensor, not one per sample; set when a network is quantized
     start_by = "error"  # or "max": what calibration should take as the start of s
 

@@ -15,6 +15,7 @@ from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.habits import Habits
 from tdq_exp.quant.interval import Static, Table
 from tdq_exp.quant.layers import (
+    CodedWeight,
     QuantAttention,
     QuantConv2d,
     QuantLayer,
@@ -447,14 +448,16 @@ def test_a_baked_network_has_a_time_of_its_own_and_can_be_baked_again():
     assert again is not baked
 
 
-def test_dorefas_weights_cannot_be_baked():
+def test_dorefas_weights_are_baked_as_they_are():
     recipe = make_recipe()
     recipe = Recipe(4, 4, DorefaWeights, recipe.act, recipe.intervals, weight_interval="max_abs")
     net = make_net(recipe, calibrated=False)
     for quantizer in activation_quantizers(net).values():
         quantizer.start(0.1, 5)
-    with pytest.raises(ValueError, match=r"DorefaWeights.*can't be baked"):
-        bake(net)
+    baked = bake(net)
+    assert not any(isinstance(module, CodedWeight) for module in baked.modules())
+    with torch.no_grad():
+        assert torch.equal(baked(*inputs())[0], net.eval()(*inputs())[0])
 
 
 def test_dorefas_weights_can_be_calibrated():
