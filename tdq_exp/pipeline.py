@@ -157,15 +157,8 @@ def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
             "processes": processes.world, "peak_memory_gb": record.peak_memory_gb(),
         }  # fmt: skip
     facts["environment"] = record.environment()
-    done = {
-        "name": job.name,
-        "fingerprint": mark,
-        "parts": parts,
-        "config": job.recorded(),
-        "done": True,
-        "facts": facts,
-    }
-    processes.decide(lambda: record.write(file, done))
+    about = {"name": job.name, "fingerprint": mark, "parts": parts, "config": job.recorded()}
+    processes.decide(lambda: record.write(file, {**about, "done": True, "facts": facts}))
     assert net is not None
     made: nn.Module = net
     return Fit(lambda: made, mark, facts)

@@ -58,9 +58,12 @@ def time_steps(spacing: str, count: int, total: int, offset: int = 0) -> list[in
     elif spacing == "linspace":
         steps = (i * (total - 1) / max(count - 1, 1)).round().long()
     else:
-        steps = (i * (0.8 * total) ** 0.5 / max(count - 1, 1)).square().floor().long().unique() + offset
-        count = len(steps)
-    if len(steps.unique()) < count or int(steps.max()) >= total or int(steps.min()) < 0:
+        steps = (
+            torch.linspace(0, (0.8 * total) ** 0.5, count, dtype=torch.float64).square().floor().long().unique()
+            + offset
+        )
+    repeats = spacing != "quad" and len(steps.unique()) < count
+    if repeats or int(steps.max()) >= total or int(steps.min()) < 0:
         raise ValueError(
             f"sampler: {spacing} spacing with steps={count}, offset={offset} repeats or leaves the {total} time steps; "
             "take fewer steps or another spacing"

@@ -140,8 +140,11 @@ def start_value(quantizer: Quantizer, observer: Observer, start: str) -> tuple[f
     if start == "moments":
         mean, std = observer.moments()
         bounded = isinstance(quantizer.zero_point, LowerBound)
-        s = max((mean + (16 if bounded else 3) * std) / grid.p, 1e-8)
-        return s, round(-SILU_MINIMUM / s) if bounded else 0
+        if bounded:
+            s = max((mean + 16 * std) / grid.p, 1e-8)
+            return s, round(-SILU_MINIMUM / s)
+        half = grid.p if grid.symmetric else grid.p / 2  # an affine grid shares its codes between both signs
+        return max((mean + 3 * std) / half, 1e-8), 0 if grid.symmetric else round(half)
     return least_error(observer.values(), grid, low, high)
 
 

@@ -32,7 +32,7 @@ def inverse_softplus(s: float) -> float:
 
 def at(values: Tensor, t: Tensor) -> Tensor:
     """`values[t]` for t 0-dim or `[B]`; plain indexing with a 0-dim t would wait for an accelerator to say what t is."""
-    return values.index_select(0, t.reshape(-1)).reshape(t.shape)
+    return values.index_select(0, t.reshape(-1).to(values.device)).reshape(t.shape)
 
 
 class Interval(nn.Module):

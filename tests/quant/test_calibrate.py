@@ -187,6 +187,15 @@ def test_an_observer_keeps_the_extremes_of_everything_and_a_sample_of_the_rest(m
         assert bool(torch.isin(part, x).all())
 
 
+def test_kept_values_are_in_the_order_of_the_batches():
+    calibration = Calibration(batches=3)
+    observer = Observer(calibration, fixed=False)
+    for number in (2, 0, 1):
+        calibration.batch = number
+        observer(torch.full((1, 2), float(number)))
+    assert observer.values().tolist() == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0]
+
+
 def test_an_observer_looks_once_at_each_batch_and_once_at_a_weight():
     calibration = Calibration(batches=2)
     moving, fixed = Observer(calibration, fixed=False), Observer(calibration, fixed=True)
