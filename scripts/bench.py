@@ -39,8 +39,9 @@ AIMS = {
 class TorchFused(Lsq):
     """LSQ by torch's fused learnable fake-quantize kernels."""
 
-    def rule(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
+    def rule(self, x: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
         """x_hat with torch's gradients of x, s and z."""
+        z = self.zero if z is None else z
         n, p, scale = self.grid.n, self.grid.p, 1.0
         if s.numel() == 1 and z.numel() == 1:
             fused = torch._fake_quantize_learnable_per_tensor_affine

@@ -19,6 +19,6 @@ class Lsq(Quantizer):
 
     scales_gradient = True
 
-    def rule(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
+    def rule(self, x: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
         """x_hat with LSQ's gradients."""
         return ops.fake_quantize_learned(x, s, z, self.grid.n, self.grid.p)

@@ -33,12 +33,16 @@ class Nipq(Quantizer):
         self.histogram = histogram
         self.noisy = True  # the fit clears it for the last phase
 
-    def rule(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
+    def rule(self, x: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
         """x plus noise, or in the last phase LSQ's rounding without its gradient scale."""
         n, p = self.grid.n, self.grid.p
         if not self.noisy:
             return ops.fake_quantize_learned(x, s, z, n, p)
-        noise = self._draw(x.detach(), s.detach(), z.detach()) if self.histogram else torch.rand_like(x) - 0.5
+        noise = (
+            self._draw(x.detach(), s.detach(), self.zero if z is None else z.detach())
+            if self.histogram
+            else torch.rand_like(x) - 0.5
+        )
         return ops.add_quantization_noise(x, s, z, n, p, noise)
 
     def _draw(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:

@@ -92,11 +92,14 @@ def quantize(x: Tensor, s: Tensor, z: Tensor, n: int, p: int) -> Tensor:
     return (x / s).round_().add_(z).clamp_(n, p)
 
 
-def fake_quantize(x: Tensor, s: Tensor, z: Tensor, n: int, p: int) -> Tensor:
-    """x_hat, without gradient: what inference computes. Arguments as in `quantize`."""
+def fake_quantize(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int) -> Tensor:
+    """x_hat, without gradient: what inference computes. Arguments as in `quantize`; z = None is 0, in fewer passes."""
     v = x / s
-    torch.maximum(v, n - z, out=v)
-    torch.minimum(v, p - z, out=v)
+    if z is None:
+        v.clamp_(n, p)
+    else:
+        torch.maximum(v, n - z, out=v)
+        torch.minimum(v, p - z, out=v)
     return v.round_().mul_(s)
 
 
@@ -105,15 +108,27 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, s: Tensor, z: Tensor, n: int, p: int, scale: float, clipped: bool, noise: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        s: Tensor,
+        z: Tensor | None,
+        n: int,
+        p: int,
+        scale: float,
+        clipped: bool,
+        noise: Tensor | None,
     ) -> Tensor:
         v = x / s
-        x_hat = torch.maximum(v, n - z)
-        torch.minimum(x_hat, p - z, out=x_hat)
+        if z is None:
+            x_hat = v.clamp(n, p)
+        else:
+            x_hat = torch.maximum(v, n - z)
+            torch.minimum(x_hat, p - z, out=x_hat)
         if noise is None:
             x_hat.round_()
         else:
-            x_hat.addcmul_(noise, ((v > n - z) & (v < p - z)).to(noise.dtype))
+            low, high = (n, p) if z is None else (n - z, p - z)
+            x_hat.addcmul_(noise, ((v > low) & (v < high)).to(noise.dtype))
         x_hat.mul_(s)
         ctx.save_for_backward(v, x_hat, s, z)
         ctx.codes, ctx.scale, ctx.clipped = (n, p), scale, clipped
@@ -125,7 +140,9 @@ class _FakeQuantize(torch.autograd.Function):
         v, x_hat, s, z = ctx.saved_tensors
         n, p = ctx.codes
         g = g.contiguous()
-        g_x = torch.ops.aten.hardtanh_backward(g, v + z, n, p)  # one pass: g where n < u < p, else 0
+        g_x = torch.ops.aten.hardtanh_backward(
+            g, v if z is None else v + z, n, p
+        )  # one pass: g where n < u < p, else 0
         g_s = g_z = None
         if ctx.needs_input_grad[1]:
             if ctx.clipped:
@@ -148,13 +165,13 @@ def _sum_like(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
     return (a * b).flatten(1).sum(1).reshape(s.shape)
 
 
-def fake_quantize_learned(x: Tensor, s: Tensor, z: Tensor, n: int, p: int, scale: float = 1.0) -> Tensor:
+def fake_quantize_learned(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float = 1.0) -> Tensor:
     """x_hat with LSQ's gradients.
 
     Args:
         x: any shape.
         s: step size, a scalar or `[B, 1, ...]`.
-        z: zero point, scalar or of s's shape, an integer held as float.
+        z: zero point, scalar or of s's shape, an integer held as float; None is 0, in fewer passes.
         n: smallest code.
         p: largest code.
         scale: multiplies the gradient of s (LSQ's `1 / sqrt(N p)`).
@@ -165,7 +182,7 @@ def fake_quantize_learned(x: Tensor, s: Tensor, z: Tensor, n: int, p: int, scale
     return _FakeQuantize.apply(x, s, z, n, p, scale, False, None)
 
 
-def fake_quantize_clipped(x: Tensor, s: Tensor, z: Tensor, n: int, p: int, scale: float = 1.0) -> Tensor:
+def fake_quantize_clipped(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float = 1.0) -> Tensor:
     """x_hat with PACT's gradient: s learns from clipped elements only. Arguments as in `fake_quantize_learned`.
 
     References:
@@ -174,7 +191,7 @@ def fake_quantize_clipped(x: Tensor, s: Tensor, z: Tensor, n: int, p: int, scale
     return _FakeQuantize.apply(x, s, z, n, p, scale, True, None)
 
 
-def add_quantization_noise(x: Tensor, s: Tensor, z: Tensor, n: int, p: int, noise: Tensor) -> Tensor:
+def add_quantization_noise(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, noise: Tensor) -> Tensor:
     """x + s u inside the range and the bound outside, with gradients of both. Other arguments as above.
 
     Args:

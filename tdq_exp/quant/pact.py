@@ -30,7 +30,7 @@ class Pact(Quantizer):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self.decay = decay
 
-    def rule(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
+    def rule(self, x: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
         """x_hat with PACT's gradients."""
         return ops.fake_quantize_clipped(x, s, z, self.grid.n, self.grid.p)
 
@@ -43,7 +43,7 @@ class Pact(Quantizer):
 class PactWeights(Quantizer):
     """Symmetric weights whose step follows from their largest magnitude; gradients pass straight through."""
 
-    def rule(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
+    def rule(self, x: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
         """w_hat. Where s follows the maximum nothing is clipped, not even the largest weight, which lies on the bound."""
         if s.requires_grad:
             return ops.fake_quantize_clipped(x, s, z, self.grid.n, self.grid.p)

@@ -139,14 +139,15 @@ class Quantizer(nn.Module):
             self.observer(x)
             return x
         x = x.float()  # the arithmetic of quantizers stays in float32 under autocast
-        s, z = self.parameters_at(x)
+        s, z_or_zero = self.parameters_at(x)
+        z = None if self.zero_point is None else z_or_zero
         if self.training:
             return self.rule(x, s, z)
         if torch.is_grad_enabled():  # evaluated inside of somebody's graph: the same numbers, differentiable
             return ops.fake_quantize_learned(x, s, z, self.grid.n, self.grid.p)
         return ops.fake_quantize(x, s, z, self.grid.n, self.grid.p)
 
-    def rule(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
+    def rule(self, x: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
         """x_hat with the gradients of a method."""
         raise NotImplementedError(type(self).__name__)
 
