@@ -92,6 +92,8 @@ PARTS = {
     "eval": ("features", "metrics", "batch", "reference_images"),
     "sampler": ("method", "images", "batch", "seed", "truncate", "engine"),
 }  # fmt: skip
+# Keys that came later, with the value that every earlier result was made with: they are parts where they differ from it.
+LATER = {"pretrain": {"lr_schedule": "constant"}, "qat": {"lr_schedule": "constant"}}
 
 
 def parts_of(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,8 +105,11 @@ def parts_of(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
         group: name of a config group; of `fit`, the keys depend on its kind.
         values: the group, plain.
     """
-    keys = PARTS.get(values["kind"], ("kind",)) if group == "fit" else PARTS[group]
-    return {key: values[key] for key in keys}
+    kind = values["kind"] if group == "fit" else group
+    keys = PARTS.get(kind, ("kind",)) if group == "fit" else PARTS[group]
+    later = {key: values.get(key, old) for key, old in LATER.get(kind, {}).items()}
+    later = {key: value for key, value in later.items() if value != LATER[kind][key]}
+    return {**{key: values[key] for key in keys}, **later}
 
 
 def build(cfg: DictConfig, source: bool = True) -> Job:
@@ -124,8 +129,8 @@ def build(cfg: DictConfig, source: bool = True) -> Job:
     train = None
     if fit.kind != "none":
         train = TrainOptions(
-            updates=fit.updates, batch_size=fit.batch_size, warmup=fit.warmup, ema_decay=fit.ema_decay,
-            grad_clip=fit.grad_clip, validate_every=fit.validate_every, validation_samples=fit.validation_samples,
+            updates=fit.updates, batch_size=fit.batch_size, warmup=fit.warmup, lr_schedule=fit.lr_schedule,
+            ema_decay=fit.ema_decay, grad_clip=fit.grad_clip, validate_every=fit.validate_every, validation_samples=fit.validation_samples,
             precision=fit.precision, stop_after=fit.stop_after, keep_best=5 if fit.kind == "qat" else 0,
         )  # fmt: skip
     model = make(cfg, "model.definition")

@@ -50,6 +50,7 @@ class FitNumbers:
     lr_step_size: float = 0.0
     lr_zero_point: float = 0.0
     warmup: int = 0
+    lr_schedule: str = "constant"  # constant, cosine
     ema_decay: float = 0.9999
     grad_clip: float = 0.0
     validate_every: int = 1000

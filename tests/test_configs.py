@@ -95,3 +95,10 @@ def test_a_mistake_is_one_line_that_names_the_key(overrides, said):
         job.build(compose([*LOCAL, *overrides]))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_came_later_is_a_part_only_where_it_differs():
+    fit = schema.plain(compose([]).fit)
+    assert fit["lr_schedule"] == "constant"
+    assert "lr_schedule" not in job.parts_of("fit", fit)  # so that earlier rows are still rows of this fit
+    assert job.parts_of("fit", fit | {"lr_schedule": "cosine"})["lr_schedule"] == "cosine"

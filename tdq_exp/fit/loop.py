@@ -37,6 +37,7 @@ class TrainOptions:
         updates: optimiser steps.
         batch_size: global, over all processes.
         warmup: updates over which the learning rates rise linearly from 0.
+        lr_schedule: what the rates do after it: `constant`, or `cosine` to 0 at the last update.
         ema_decay: of the weights' average.
         grad_clip: largest norm of the whole gradient; 0 does not clip.
         validate_every: updates between two validations (and checkpoints).
@@ -49,6 +50,7 @@ class TrainOptions:
     updates: int
     batch_size: int
     warmup: int = 0
+    lr_schedule: str = "constant"
     ema_decay: float = 0.9999
     grad_clip: float = 0.0
     validate_every: int = 1000
@@ -63,6 +65,21 @@ class TrainOptions:
                 raise ValueError(f"fit.{name}={getattr(self, name)}: must be at least 1")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"fit.precision={self.precision!r}: choose float32 or bfloat16")
+        if self.lr_schedule not in ("constant", "cosine"):
+            raise ValueError(f"fit.lr_schedule={self.lr_schedule!r}: choose constant or cosine")
+
+    def rate(self, update: int) -> float:
+        """Share of the learning rates that an update (counted from 0) takes, in (0, 1].
+
+            u / warmup while warming up, then 1, or (1 + cos(pi (u - warmup) / (updates - warmup))) / 2
+
+        Warm-up counts from 1, so that the first update moves; the cosine from the first update after it.
+        """
+        if update < self.warmup:
+            return (update + 1) / self.warmup
+        if self.lr_schedule == "constant":
+            return 1.0
+        return (1 + math.cos(math.pi * (update - self.warmup) / (self.updates - self.warmup))) / 2
 
 
 @dataclass
@@ -133,9 +150,9 @@ def train(
         for update in range(first, options.updates):
             if on_update is not None:
                 on_update(update)
-            scale = min(1.0, (update + 1) / options.warmup) if options.warmup else 1.0
+            share = options.rate(update)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * scale
+                group["lr"] = rate * share
             draws = draw_batch(
                 seed, update, batch_size=options.batch_size, images=len(images), shape=model.sample_shape,
                 steps=model.schedule.steps, flip=model.flip,

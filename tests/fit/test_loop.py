@@ -1,0 +1,32 @@
+"""The learning rates of the training loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tdq_exp.fit.loop import TrainOptions
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+def test_the_cosine_is_torchs_after_a_linear_warm_up(warmup):
+    options = TrainOptions(updates=40, batch_size=1, warmup=warmup, lr_schedule="cosine")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+    oracle = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40 - warmup)
+    for update in range(40):
+        if update < warmup:
+            assert options.rate(update) == (update + 1) / warmup
+            continue
+        assert options.rate(update) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        oracle.step()
+
+
+def test_a_constant_rate_stays_after_the_warm_up():
+    options = TrainOptions(updates=10, batch_size=1, warmup=4)
+    assert [options.rate(update) for update in range(10)] == [0.25, 0.5, 0.75, *[1.0] * 7]
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="fit.lr_schedule='linear': choose constant or cosine"):
+        TrainOptions(updates=10, batch_size=1, lr_schedule="linear")
