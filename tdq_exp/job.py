@@ -142,7 +142,7 @@ def build(cfg: DictConfig, source: bool = True) -> Job:
         folder=schema.run_folder(cfg),
         config=schema.plain(cfg),
         model=model,
-        weights=_shipped(cfg.model.weights),
+        weights=None if fit.kind == "pretrain" else _shipped(cfg.model.weights),
         ema=cfg.model.ema,
         source=make(cfg, "data.source") if source else None,
         cache=cfg.data.cache,

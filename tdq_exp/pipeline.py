@@ -121,6 +121,8 @@ def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
     file = job.folder / "fit.json"
     found = processes.decide(lambda: record.check_same(file, parts))
     mark = record.fingerprint(parts)
+    if job.fit.export is not None and not (found and found["done"]) and Path(job.fit.export).expanduser().exists():
+        raise ValueError(f"fit.export={job.fit.export}: exists; remove it or choose another name")  # not after an hour
     if found is None:
         begun = {"name": job.name, "fingerprint": mark, "parts": parts, "config": job.recorded(), "done": False}
         processes.decide(lambda: record.write(file, begun))
