@@ -3,7 +3,7 @@
     python scripts/bench.py [--threads 2] [--rounds 15] [--batch 64]
 
 Everything is compared within one process, in turn, so that a machine whose speed drifts slows all of it alike. Beside
-our quantizers: the same network with torch's own fused learnable fake-quantize (per channel, the batch as the channel
+our quantizers: the same without our fused kernels, with torch's own fused learnable fake-quantize (per channel, the batch as the channel
 axis, where every sample has a step size of its own), and with TDQ's generators evaluated one by one.
 """
 
@@ -23,6 +23,7 @@ from tdq_exp import job as jobs
 from tdq_exp import record
 from tdq_exp.compose import compose
 from tdq_exp.models.model import DiffusionModel
+from tdq_exp.quant import kernels
 from tdq_exp.quant.calibrate import calibrating
 from tdq_exp.quant.convert import Recipe, activation_quantizers, bake, quantize
 from tdq_exp.quant.generators import GeneratorBank, encode_time
@@ -94,7 +95,7 @@ def one_by_one(net: nn.Module) -> nn.Module:
 
 def training_step(model: DiffusionModel, net: nn.Module, x: Tensor, t: Tensor) -> Callable[[], object]:
     """Forward, backward and optimiser step of one batch."""
-    optimizer = torch.optim.AdamW(net.train().parameters(), lr=1e-6)
+    optimizer = torch.optim.AdamW(net.train().parameters(), lr=1e-6, fused=True)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -113,6 +114,16 @@ def denoising_step(model: DiffusionModel, net: nn.Module, x: Tensor) -> Callable
         return model.predict(net, x, torch.tensor(500))
 
     return step
+
+
+def unfused(step: Callable[[], object]) -> Callable[[], object]:
+    """The same step with one operation after another in the place of fused kernels."""
+
+    def run() -> None:
+        with kernels.unfused():
+            step()
+
+    return run
 
 
 def medians(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
@@ -136,6 +147,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder of qat.md and qat.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if isinstance(kernels.library(), str):
+        raise SystemExit(f"there are no fused kernels here: {kernels.library()}")
     model = jobs.make(compose(["model=ddim_small"]), "model.definition")
     torch.manual_seed(0)
     x = torch.randn(options.batch, *model.sample_shape)
@@ -150,8 +163,12 @@ def main() -> None:
     }
     baked = {f"denoise {name} baked": denoising_step(model, bake(nets[name]), x) for name in ("LSQ", "LSQ+TDQ")}
     nets["LSQ+TDQ, generators one by one"] = one_by_one(nets["LSQ+TDQ"])
-    found = medians({f"train {name}": training_step(model, net, x, t) for name, net in nets.items()}, options.rounds)
-    found |= medians({"denoise float": denoising_step(model, nets["float"], x), **baked}, options.rounds * 3)
+    training = {f"train {name}": training_step(model, net, x, t) for name, net in nets.items()}
+    training |= {f"train {name}, unfused": unfused(training[f"train {name}"]) for name in ("LSQ", "LSQ+TDQ")}
+    found = medians(training, options.rounds)
+    denoising = {"denoise float": denoising_step(model, nets["float"], x), **baked}
+    denoising["denoise LSQ+TDQ baked, unfused"] = unfused(baked["denoise LSQ+TDQ baked"])
+    found |= medians(denoising, options.rounds * 3)
     write(found, options)
 
 

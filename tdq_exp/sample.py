@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tdq_exp import figures, pipeline, record, sampling
+from tdq_exp import figures, fitting, record, sampling
 from tdq_exp import job as jobs
 from tdq_exp.data.store import ImageStore
 from tdq_exp.processes import Processes
@@ -30,7 +30,7 @@ def load(run: str | Path) -> tuple[jobs.Job, nn.Module]:
     job = jobs.rebuild(found["config"])
     job = dataclasses.replace(job, folder=folder)
     if job.fit.kind != "none":
-        return job, pipeline.finished_net(job, torch.device("cpu"))
+        return job, fitting.finished_net(job, torch.device("cpu"))
     assert job.weights is not None
     net = job.model.build()
     if job.model.load(net, job.weights, job.ema) != found["facts"]["weights"]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import tdq_exp
-from tdq_exp import job, pipeline
+from tdq_exp import fitting, job, pipeline
 from tdq_exp.compose import compose
 from tdq_exp.diffusion.objective import noise_prediction_loss
 from tdq_exp.fit import loop
@@ -46,7 +46,7 @@ def test_the_same_command_again_does_nothing(tmp_path, tiny_weights, monkeypatch
     made = build(tmp_path, tiny_weights)
     first = pipeline.run(made)
     before = {f: f.stat().st_mtime_ns for f in made.folder.rglob("*") if f.is_file() and f.name != "fit.json"}
-    monkeypatch.setattr(pipeline, "qat", None)  # would be called if anything were trained again
+    monkeypatch.setattr(fitting, "qat", None)  # would be called if anything were trained again
     monkeypatch.setattr(pipeline, "measure", None)
     second = pipeline.run(build(tmp_path, tiny_weights))
     assert second == first
@@ -91,7 +91,7 @@ def test_more_images_begin_with_the_same_images(tmp_path, tiny_weights):
 
 def test_another_sampler_samples_again_and_does_not_train_again(tmp_path, tiny_weights, monkeypatch):
     pipeline.run(build(tmp_path, tiny_weights))
-    monkeypatch.setattr(pipeline, "qat", None)
+    monkeypatch.setattr(fitting, "qat", None)
     (row,) = pipeline.run(build(tmp_path, tiny_weights, "sampler.steps=4"))
     assert row["sample"] == "ddim4_n12"
 

@@ -15,6 +15,8 @@ Gradients, with m = [lo < v < hi] (strict, as in LSQ, arXiv 1902.08153, eq. 3):
     d x_hat / d z = -(1 - m) s
 
 The first of the two holds for NIPQ's pseudo quantization noise as well, where x_hat = x + s u inside.
+
+Where `kernels` fit, each direction is one fused kernel; x_hat is the same to the bit.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from tdq_exp.quant import kernels
 
 
 class _RoundToGrid(torch.autograd.Function):
@@ -94,6 +98,8 @@ def quantize(x: Tensor, s: Tensor, z: Tensor, n: int, p: int) -> Tensor:
 
 def fake_quantize(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int) -> Tensor:
     """x_hat, without gradient: what inference computes. Arguments as in `quantize`; z = None is 0, in fewer passes."""
+    if kernels.fit(x, s, z):
+        return kernels.forward(kernels.dense(x), s, z, n, p)
     v = x / s
     if z is None:
         v.clamp_(n, p)
@@ -101,6 +107,28 @@ def fake_quantize(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int) -> Ten
         torch.maximum(v, n - z, out=v)
         torch.minimum(v, p - z, out=v)
     return v.round_().mul_(s)
+
+
+class _FusedFakeQuantize(torch.autograd.Function):
+    """x_hat by fused kernels. `kind` is learned, clipped or noise; `noise` is u of the last."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float, kind: str, noise: Tensor | None
+    ) -> Tensor:
+        x = kernels.dense(x)
+        noise = None if noise is None else kernels.like(x, noise)
+        ctx.save_for_backward(x, s, z, noise)
+        ctx.numbers = n, p, scale, kind
+        return kernels.forward(x, s, z, n, p, noise)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, s, z, noise = ctx.saved_tensors
+        n, p, scale, kind = ctx.numbers
+        found = kernels.backward(kernels.like(x, gradients[0]), x, s, z, n, p, scale, kind, noise)
+        wanted = (g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False))
+        return *wanted, None, None, None, None, None
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -165,6 +193,14 @@ def _sum_like(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
     return (a * b).flatten(1).sum(1).reshape(s.shape)
 
 
+def _fake_quantize(
+    x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float, kind: str, noise: Tensor | None = None
+) -> Tensor:
+    if kernels.fit(x, s, z):
+        return _FusedFakeQuantize.apply(x, s, z, n, p, scale, kind, noise)
+    return _FakeQuantize.apply(x, s, z, n, p, scale, kind == "clipped", noise)
+
+
 def fake_quantize_learned(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float = 1.0) -> Tensor:
     """x_hat with LSQ's gradients.
 
@@ -179,7 +215,7 @@ def fake_quantize_learned(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int
     References:
         Esser et al., *Learned Step Size Quantization*, arXiv 1902.08153, eq. (1)-(5).
     """
-    return _FakeQuantize.apply(x, s, z, n, p, scale, False, None)
+    return _fake_quantize(x, s, z, n, p, scale, "learned")
 
 
 def fake_quantize_clipped(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float = 1.0) -> Tensor:
@@ -188,7 +224,7 @@ def fake_quantize_clipped(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int
     References:
         Choi et al., *PACT*, arXiv 1805.06085, eq. (3).
     """
-    return _FakeQuantize.apply(x, s, z, n, p, scale, True, None)
+    return _fake_quantize(x, s, z, n, p, scale, "clipped")
 
 
 def add_quantization_noise(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, noise: Tensor) -> Tensor:
@@ -200,4 +236,4 @@ def add_quantization_noise(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: in
     References:
         Park et al., *NIPQ*, CVPR 2023, eq. (5)-(7).
     """
-    return _FakeQuantize.apply(x, s, z, n, p, 1.0, False, noise)
+    return _fake_quantize(x, s, z, n, p, 1.0, "noise", noise)

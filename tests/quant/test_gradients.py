@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tdq_exp.quant import ops
+from tdq_exp.quant import kernels, ops
 from tdq_exp.quant.generators import GeneratorBank
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.habits import Habits
@@ -25,6 +25,17 @@ kinds = pytest.mark.parametrize("kind", TERMS)
 grids = pytest.mark.parametrize("codes", CODES)
 steps = pytest.mark.parametrize("steps", ["one", "per_sample"])
 zeros = pytest.mark.parametrize("zeros", ["one", "per_sample"])
+
+
+@pytest.fixture(params=["eager", "fused"], autouse=True)
+def mode(request):
+    """Every test of this module holds for both ways of computing."""
+    if request.param == "fused":
+        assert not isinstance(kernels.library(), str), kernels.library()
+        yield
+    else:
+        with kernels.unfused():
+            yield
 
 
 def call(kind, x, s, z, n, p, u):
