@@ -5,7 +5,10 @@ A fit is looked for under its fingerprint before anything is computed, and goes 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +19,13 @@ from torch import nn
 
 from tdq_exp import figures, record
 from tdq_exp.data.images import Images, default_cache
-from tdq_exp.fit.loop import History, Log
+from tdq_exp.diffusion.objective import fixed_draws
+from tdq_exp.fit.calibrated import BATCH, Shown, drawn, of_set, quantized_and_calibrated
+from tdq_exp.fit.calibration_sets import make_set
+from tdq_exp.fit.loop import History, Log, validation_loss
 from tdq_exp.fit.pretrain import pretrain
-from tdq_exp.fit.qat import interval_tables, qat, quantized_and_calibrated
+from tdq_exp.fit.ptq import ptq
+from tdq_exp.fit.qat import interval_tables, qat
 from tdq_exp.job import Job
 from tdq_exp.models.checkpoints import load_weights, save_weights
 from tdq_exp.processes import Processes
@@ -90,9 +97,12 @@ def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
             mark=mark, processes=processes, log=log,
         )  # fmt: skip
         processes.decide(lambda: _ship(job, average, history))
-        net = average
-    elif job.fit.kind == "qat":
-        net, history = _quantized_training(job, data, net, weights, mark, processes, log)  # type: ignore[arg-type]
+        net, facts = average, facts | _history_facts(history)
+    elif job.fit.kind != "none":
+        assert net is not None and weights is not None
+        fit = _trained if job.fit.kind == "qat" else _reconstructed
+        net, found_facts = fit(job, data, net, weights, mark, processes, log)
+        facts |= found_facts
         tables = interval_tables(net)
         title = f"{job.name}: step sizes over time"
         processes.decide(lambda: figures.intervals_over_time(tables, job.folder / "intervals.png", title))
@@ -102,11 +112,7 @@ def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
         processes.decide(lambda: save_weights(baked, job.folder / "baked.safetensors", {"fit": mark}))
         net = baked
     if job.fit.kind != "none":
-        facts |= {
-            "seconds": round(history.seconds, 1), "validation_loss": history.validation[-1][1],
-            "validation": history.validation, "best": [update for _, update in sorted(history.best)],
-            "processes": processes.world, "peak_memory_gb": record.peak_memory_gb(),
-        }  # fmt: skip
+        facts |= {"processes": processes.world, "peak_memory_gb": record.peak_memory_gb()}
     facts["environment"] = record.environment()
     about = {"name": job.name, "fingerprint": mark, "parts": parts, "config": job.recorded()}
     processes.decide(lambda: record.write(file, {**about, "done": True, "facts": facts}))
@@ -121,30 +127,88 @@ def fit_parts(job: Job, data: Data, weights: str | None) -> dict[str, Any]:
     if job.fit.kind == "none":
         return parts
     parts |= {"data": data.parts(), "seed": job.seed, **job.part("fit")}
+    if job.calibration is not None:
+        assert weights is not None
+        parts["calibration"] = record.fingerprint(set_parts(job, data, weights))
     if job.recipe is not None:
         parts |= job.part("bits", "weight", "act", "tdq", "plan", "habits")
     return parts
 
 
-def _quantized_training(
-    job: Job, data: Data, net: nn.Module, weights: str, mark: str, processes: Processes, log: Log | None
-) -> tuple[nn.Module, History]:
-    assert job.train is not None and job.recipe is not None
-    samples = job.fit.calibration_samples
+def set_parts(job: Job, data: Data, weights: str) -> dict[str, Any]:
+    """What a job's calibration set depends on."""
+    assert job.calibration is not None
+    model = job.part("model")["model"]
+    return job.calibration.parts(model, weights, dataclasses.asdict(job.trajectory), data.train.content)
+
+
+def _history_facts(history: History) -> dict[str, Any]:
+    return {
+        "seconds": round(history.seconds, 1), "validation_loss": history.validation[-1][1],
+        "validation": history.validation, "best": [update for _, update in sorted(history.best)],
+    }  # fmt: skip
+
+
+def _calibrated(
+    job: Job, net: nn.Module, shown: Shown, parts: dict[str, Any], weights: str, processes: Processes
+) -> nn.Module:
+    assert job.recipe is not None
     key = {
         "version": 2,  # of the search for start values
-        "weights": weights, "data": data.parts(), "samples": samples, "seed": job.seed,
+        "weights": weights, **parts, "seed": job.seed,
         **job.part("model", "bits", "weight", "act", "tdq", "plan", "habits"),
     }  # fmt: skip
     net = quantized_and_calibrated(
-        net, job.model, job.recipe, data.train, samples=samples, seed=job.seed, processes=processes,
-        cache=cache_folder(job), key=key,
-    )  # fmt: skip
+        net, job.model, job.recipe, shown, seed=job.seed, processes=processes, cache=cache_folder(job), key=key
+    )
     processes.decide(lambda: _write_layer_map(job, net))
-    return qat(
+    return net
+
+
+def _trained(
+    job: Job, data: Data, net: nn.Module, weights: str, mark: str, processes: Processes, log: Log | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Quantization-aware training."""
+    assert job.train is not None
+    samples = job.fit.calibration_samples
+    shown = drawn(job.model, data.train, samples, job.seed)
+    net = _calibrated(job, net, shown, {"data": data.parts(), "samples": samples}, weights, processes)
+    net, history = qat(
         net, job.model, data.train, data.held_out, job.train, job.rates, real_rounding=job.fit.real_rounding,
         seed=job.seed, folder=job.folder, mark=mark, processes=processes, log=log,
     )  # fmt: skip
+    return net, _history_facts(history)
+
+
+def _reconstructed(
+    job: Job, data: Data, net: nn.Module, weights: str, mark: str, processes: Processes, log: Log | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Post-training quantization."""
+    assert job.ptq is not None and job.calibration is not None
+    parts = set_parts(job, data, weights)
+    path = Path(job.calibration_path).expanduser() if job.calibration_path else None
+    samples = make_set(
+        job.calibration, net, job.model, job.trajectory, data.train, parts=parts, cache=cache_folder(job),
+        processes=processes, path=path,
+    )  # fmt: skip
+    began = time.monotonic()
+    float_net = copy.deepcopy(net)
+    net = _calibrated(job, net, of_set(samples), {"set": record.fingerprint(parts)}, weights, processes)
+    calibrated = time.monotonic() - began
+    net, history = ptq(
+        net, float_net, job.model, samples, job.ptq, seed=job.seed, folder=job.folder, mark=mark, processes=processes,
+        log=log,
+    )  # fmt: skip
+    draws = fixed_draws(
+        job.seed + 1, samples=job.fit.validation_samples, images=len(data.held_out), shape=job.model.sample_shape,
+        steps=job.model.schedule.steps,
+    )  # fmt: skip
+    loss = validation_loss(net, job.model, data.held_out, draws, BATCH, processes)
+    worse = [block["block"] for block in history.blocks if not block["kept"]]
+    return net, {
+        "seconds": round(calibrated + history.seconds, 1), "validation_loss": loss, "blocks": history.blocks,
+        "blocks_not_kept": worse, "over_time": history.over_time, "best": [],
+    }  # fmt: skip
 
 
 def _write_layer_map(job: Job, net: nn.Module) -> None:

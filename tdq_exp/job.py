@@ -18,8 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from tdq_exp import assets, schema
 from tdq_exp.data.images import Source
 from tdq_exp.diffusion.sampler import Ddim
+from tdq_exp.fit.calibration_sets import CalibrationSpec
 from tdq_exp.fit.loop import TrainOptions
+from tdq_exp.fit.ptq import PtqOptions
 from tdq_exp.fit.qat import Rates
+from tdq_exp.fit.reconstruct import ReconstructOptions
 from tdq_exp.metrics.features import FeatureNetwork
 from tdq_exp.models.model import DiffusionModel
 from tdq_exp.quant.convert import Recipe
@@ -40,6 +43,10 @@ class Job:
     cache: str | None
     fit: schema.FitConfig
     train: TrainOptions | None
+    ptq: PtqOptions | None
+    calibration: CalibrationSpec | None
+    calibration_path: str | None
+    trajectory: Ddim
     recipe: Recipe | None
     rates: Rates
     sampler: Ddim
@@ -53,7 +60,8 @@ class Job:
     @property
     def smoke(self) -> bool:
         """Is this a rehearsal of a step or two (`debug=smoke`)?"""
-        return (self.train is None or self.train.updates <= 2) and self.sampling.images <= 8
+        updates = [self.train.updates] if self.train else [self.ptq.block.updates] if self.ptq else []
+        return all(number <= 2 for number in updates) and self.sampling.images <= 8
 
     def recorded(self) -> dict[str, Any]:
         """The config as it is kept: without what only says where things lie on this machine, or how they are run."""
@@ -65,7 +73,8 @@ class Job:
         source = dict(kept["data"]["source"])
         if "path" in source and Path(source["path"]).expanduser().exists():
             source["path"] = "(a local copy)"
-        return {**kept, "data": {**kept["data"], "source": source, "cache": None}}
+        calibration = {**kept["calibration"], "path": None}
+        return {**kept, "data": {**kept["data"], "source": source, "cache": None}, "calibration": calibration}
 
     def part(self, *groups: str) -> dict[str, Any]:
         """Groups of the config as fingerprint parts: the keys that a result depends on, and no others."""
@@ -88,6 +97,10 @@ PARTS = {
     "qat": (
         *TRAINING, "weight_decay", "lr_step_size", "lr_zero_point", "lr_generator", "decay_generator", "real_rounding",
         "calibration_samples",
+    ),
+    "ptq": (
+        "kind", "reconstruct", "updates", "batch_size", "lr", "lr_zero_point", "lr_generator", "power", "rounding",
+        "rounding_updates", "lr_rounding", "rounding_weight", "validation_samples",
     ),
     "eval": ("features", "metrics", "batch", "reference_images"),
     "sampler": ("method", "images", "batch", "seed", "truncate", "engine"),
@@ -127,7 +140,12 @@ def build(cfg: DictConfig, source: bool = True) -> Job:
     cfg = OmegaConf.create(values)  # resolved once: no interpolation is left
     fit = schema.FitConfig(**cfg.fit)
     train = None
-    if fit.kind != "none":
+    ptq = spec = None
+    if fit.kind == "ptq":
+        ptq = _ptq_options(fit)
+        c = cfg.calibration
+        spec = CalibrationSpec(c.kind, c.samples, c.images, c.mu, c.sigma, c.seed)
+    elif fit.kind != "none":
         train = TrainOptions(
             updates=fit.updates, batch_size=fit.batch_size, warmup=fit.warmup, lr_schedule=fit.lr_schedule,
             ema_decay=fit.ema_decay, grad_clip=fit.grad_clip, validate_every=fit.validate_every, validation_samples=fit.validation_samples,
@@ -148,6 +166,10 @@ def build(cfg: DictConfig, source: bool = True) -> Job:
         cache=cfg.data.cache,
         fit=fit,
         train=train,
+        ptq=ptq,
+        calibration=spec,
+        calibration_path=cfg.calibration.path,
+        trajectory=_trajectory(cfg),
         recipe=_recipe(cfg) if cfg.method.quantized else None,
         rates=Rates(
             fit.lr, fit.weight_decay, fit.lr_step_size, fit.lr_zero_point, fit.lr_generator, fit.decay_generator
@@ -160,6 +182,21 @@ def build(cfg: DictConfig, source: bool = True) -> Job:
         launcher=schema.LauncherConfig(**cfg.launcher),
         seed=cfg.seed,
     )
+
+
+def _ptq_options(fit: schema.FitConfig) -> PtqOptions:
+    names = (
+        "updates", "batch_size", "lr", "lr_zero_point", "lr_generator", "power", "rounding", "rounding_updates",
+        "lr_rounding", "rounding_weight",
+    )  # fmt: skip
+    block = ReconstructOptions(**{name: getattr(fit, name) for name in names})
+    return PtqOptions(fit.reconstruct, block, fit.memory_gb, fit.stop_after)
+
+
+def _trajectory(cfg: DictConfig) -> Ddim:
+    """The denoising runs of a calibration set: DDIM without noise over the sampler's own time steps."""
+    s = cfg.sampler
+    return Ddim(s.steps, s.spacing, 0.0, s.clip, s.offset, s.final_alpha_one)
 
 
 def _shipped(weights: str | None) -> str | None:

@@ -56,7 +56,7 @@ def print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[obje
     """A small table; numbers with four digits, None as "-"."""
     table = Table(title=title, title_justify="left")
     for column, header in enumerate(headers):
-        table.add_column(header, justify="right" if column else "left")
+        table.add_column(header, justify="right" if column else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     console.print(table)

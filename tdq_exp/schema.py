@@ -59,6 +59,20 @@ class FitNumbers:
 
 
 @dataclass
+class PtqNumbers:
+    updates: int = MISSING
+    batch_size: int = MISSING
+    lr: float = MISSING
+    lr_zero_point: float = MISSING
+    lr_generator: float = MISSING
+    validation_samples: int = MISSING
+    samples: int = MISSING  # of a calibration set
+    images: int = MISSING  # trajectories of a set, where t is drawn from the steps of each
+    ndtc_images: int = MISSING  # the same, where t is drawn from PTQ4DM's normal distribution
+    steps: int = MISSING  # of sampling after post-training quantization
+
+
+@dataclass
 class SampleNumbers:
     images: int = MISSING
     steps: int = MISSING
@@ -72,6 +86,7 @@ class Protocol:
     scale: str = MISSING  # paper, small, digits, tiny
     pretrain: FitNumbers = field(default_factory=FitNumbers)
     qat: FitNumbers = field(default_factory=FitNumbers)
+    ptq: PtqNumbers = field(default_factory=PtqNumbers)
     sampling: SampleNumbers = field(default_factory=SampleNumbers)
 
 
@@ -88,7 +103,21 @@ class SlotConfig:
 
     label: str = ""
     quantizer: Any = None
-    interval: str = "static"  # of weights: static or max_abs; activations take theirs from the group tdq
+    interval: str = "static"  # of weights: static, max_abs or channel_range; activations take theirs from the group tdq
+
+
+@dataclass
+class CalibrationConfig:
+    """The calibration set of post-training quantization; see `fit/calibration_sets.py`."""
+
+    label: str = ""
+    kind: str = "none"  # none, uniform, ndtc, ndtc_published, forward
+    samples: int = 0
+    images: int = 0
+    mu: float = 0.4
+    sigma: float = 0.4
+    seed: int = 0
+    path: str | None = None  # a finished set to use; made and cached if not given
 
 
 @dataclass
@@ -114,12 +143,13 @@ class HabitsConfig:
 class MethodConfig:
     label: str = MISSING
     quantized: bool = True
+    calibration: str = ""  # label of the calibration set that the method's name stands for
 
 
 @dataclass
 class FitConfig(FitNumbers):
     label: str = ""
-    kind: str = MISSING  # none, pretrain, qat
+    kind: str = MISSING  # none, pretrain, qat, ptq
     updates: int = 0
     batch_size: int = 1
     lr: float = 0.0
@@ -130,6 +160,13 @@ class FitConfig(FitNumbers):
     decay_generator: float = 0.0
     real_rounding: float = 0.2  # NIPQ: last share of the updates that trains with real rounding
     calibration_samples: int = 1024
+    reconstruct: bool = False  # ptq: block by block, or calibration alone
+    power: float = 2.4  # ptq: of a block's loss
+    rounding: str = "nearest"  # ptq: of weights, or adaround
+    rounding_updates: int = 20000  # adaround: updates of each block, as published
+    lr_rounding: float = 1.0e-3
+    rounding_weight: float = 0.01
+    memory_gb: float = 4.0  # ptq: budget; what does not fit goes to files
     report: str = "last"
     export: str | None = None  # pretrain: also write the weights here
     stop_after: int = 0
@@ -184,6 +221,7 @@ class Config:
     weight: SlotConfig = field(default_factory=SlotConfig)
     act: SlotConfig = field(default_factory=SlotConfig)
     tdq: TdqConfig = field(default_factory=TdqConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     habits: HabitsConfig = field(default_factory=HabitsConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -203,7 +241,10 @@ class Config:
 def fit_name(cfg: DictConfig) -> str:
     """`${model}_${bits}_${method}[_${tdq}]`, then the label of every other group that differs from its default."""
     parts = [cfg.model.label, cfg.bits.label if cfg.method.quantized else "", cfg.method.label]
-    parts += [cfg[group].label for group in ("tdq", "weight", "act", "plan", "habits", "data", "fit")] + [cfg.label]
+    parts += [cfg[group].label for group in ("tdq", "weight", "act", "plan", "habits", "data", "fit")]
+    if cfg.calibration.label != cfg.method.calibration:
+        parts.append(cfg.calibration.label or "uncalibrated")
+    parts += ["adaround" if cfg.fit.rounding == "adaround" else "", cfg.label]
     return "_".join(part for part in parts if part)
 
 
@@ -256,9 +297,9 @@ def validate(cfg: DictConfig) -> None:
     ):
         if OmegaConf.select(cfg, key) < 1:
             raise ValueError(f"{key}={OmegaConf.select(cfg, key)}: must be at least 1")
-    if cfg.fit.kind not in ("none", "pretrain", "qat"):
-        raise ValueError(f"fit.kind={cfg.fit.kind!r}: choose none, pretrain or qat")
-    if (cfg.fit.kind == "qat") != cfg.method.quantized:
+    if cfg.fit.kind not in ("none", "pretrain", "qat", "ptq"):
+        raise ValueError(f"fit.kind={cfg.fit.kind!r}: choose none, pretrain, qat or ptq")
+    if (cfg.fit.kind in ("qat", "ptq")) != cfg.method.quantized:
         raise ValueError(f"fit.kind={cfg.fit.kind} does not go with method={cfg.method.label}")
     if cfg.fit.report not in REPORTS:
         raise ValueError(f"fit.report={cfg.fit.report!r}: choose one of {', '.join(REPORTS)}")
@@ -274,6 +315,16 @@ def validate(cfg: DictConfig) -> None:
             raise ValueError(f"{key}={OmegaConf.select(cfg, key)}: must not be negative")
     if not 0 <= cfg.fit.real_rounding <= 1:
         raise ValueError(f"fit.real_rounding={cfg.fit.real_rounding}: a share of the updates, from 0 to 1")
+    if (cfg.fit.kind == "ptq") != (cfg.calibration.kind != "none"):
+        raise ValueError(
+            f"calibration.kind={cfg.calibration.kind}: does not go with fit.kind={cfg.fit.kind}; post-training"
+            " quantization needs a calibration set, and nothing else takes one"
+        )
+    if (cfg.fit.kind == "ptq") != (cfg.weight.interval == "channel_range"):
+        raise ValueError(
+            f"weight.interval={cfg.weight.interval}: does not go with fit.kind={cfg.fit.kind}; weights that follow their"
+            " channels' ranges (weight=minmax) are for post-training quantization, which takes no others"
+        )
     if cfg.fit.report == "best_of_5" and cfg.fit.kind != "qat":
         raise ValueError("fit.report=best_of_5 needs a fit with checkpoints (fit=qat)")
     if cfg.sampler.engine != "fake":

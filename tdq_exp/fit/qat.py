@@ -1,4 +1,4 @@
-"""Quantization-aware training: quantize, calibrate, train with the method's gradients.
+"""Quantization-aware training of a calibrated network, with the gradients of its method.
 
 Optimiser groups, AdamW as released: weights and biases; step sizes; zero points (a learning rate of their own, large
 enough to move by whole codes); generators (with weight decay).
@@ -6,8 +6,6 @@ enough to move by whole codes); generators (with weight decay).
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tdq_exp import record
 from tdq_exp.data.images import Images
-from tdq_exp.diffusion.objective import fixed_draws
 from tdq_exp.fit.loop import History, Log, TrainOptions, train
 from tdq_exp.models.model import DiffusionModel
 from tdq_exp.processes import Processes
-from tdq_exp.progress import track
-from tdq_exp.quant import calibrate
-from tdq_exp.quant.convert import Recipe, activation_quantizers, quantize
+from tdq_exp.quant.convert import activation_quantizers
 from tdq_exp.quant.generators import GeneratorBank
 from tdq_exp.quant.nipq import Nipq
 from tdq_exp.quant.pact import Pact
 from tdq_exp.quant.quantizer import LowerBound, ZeroPoint
-
-CALIBRATION_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -121,63 +113,6 @@ def optimizer_groups(net: nn.Module, rates: Rates) -> list[dict[str, object]]:
         for kind, parameters in kinds.items()
         if parameters
     ]
-
-
-@torch.no_grad()
-def quantized_and_calibrated(
-    net: nn.Module,
-    model: DiffusionModel,
-    recipe: Recipe,
-    images: Images,
-    *,
-    samples: int,
-    seed: int,
-    processes: Processes,
-    cache: Path,
-    key: record.Parts,
-) -> nn.Module:
-    """Quantizes a float network in place and sets the start value of every interval, once.
-
-    Args:
-        net: float, on the processes' device.
-        recipe: the four slots.
-        images: noised to x_t for t stratified over all of time.
-        samples: number of (x_t, t); at least 1,000 for a real fit.
-        seed: of the draws, and of the generators' start.
-        cache: folder in which start values are kept.
-        key: what they depend on, for the cache.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        time = quantize(net, model.roles(net), recipe, model.schedule.steps)
-    net.to(processes.device).eval()
-    file = cache / "calibration" / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]}.json"
-    found = processes.decide(lambda: record.read(file))
-    if found is not None:
-        calibrate.apply(net, {name: (s, z) for name, (s, z) in found.items()})
-        return net
-    draws = fixed_draws(
-        seed + 2, samples=samples, images=len(images), shape=model.sample_shape, steps=model.schedule.steps
-    )
-    starts = range(0, samples, CALIBRATION_BATCH)
-    with (
-        calibrate.calibrating(net, len(starts), recipe.habits.start) as calibration,
-        track("calibrating", len(starts), show=processes.main) as advance,
-    ):
-        calibration.gather = processes.gather_objects if processes.world > 1 else None
-        for number, start in enumerate(starts):
-            # Every process sees the first batch, so that even a process without another one has seen every tensor.
-            if number and number % processes.world != processes.rank:
-                continue
-            part = slice(start, start + CALIBRATION_BATCH)
-            t = draws.t[part].to(processes.device)
-            x_0 = model.encode(images.batch(draws.index[part], draws.flip[part]).to(processes.device))
-            calibration.batch = number
-            model.predict(net, model.schedule.add_noise(x_0, draws.eps[part].to(processes.device), t), t)
-            advance("")
-    time.set(None)
-    processes.decide(lambda: record.write(file, calibration.found))
-    return net
 
 
 def interval_tables(net: nn.Module) -> dict[str, Tensor]:

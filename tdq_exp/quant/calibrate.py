@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.habits import SILU_MINIMUM
+from tdq_exp.quant.minmax import range_start
 from tdq_exp.quant.quantizer import LowerBound, Quantizer
 
 FEW = 15  # codes up to which every zero point is tried
@@ -134,7 +135,11 @@ def apply(net: nn.Module, found: dict[str, tuple[float, int]]) -> None:
 def start_value(quantizer: Quantizer, observer: Observer, start: str) -> tuple[float, int]:
     """(s, z) for a quantizer, by the rule's wish or by `start`."""
     grid = quantizer.grid
+    if quantizer.start_by == "tensor":
+        return 1.0, 0  # s and z follow the tensor
     low, high = observer.extremes()
+    if quantizer.start_by == "range":
+        return range_start(low, high, grid)
     if quantizer.start_by == "max" or (start == "moments" and observer.fixed):
         return max(abs(low), abs(high), 1e-8) / grid.p, 0
     if start == "moments":

@@ -28,12 +28,14 @@ from tdq_exp.quant.layers import (
     QuantLinear,
     smallest_integer_type,
 )
+from tdq_exp.quant.minmax import ChannelRange
 from tdq_exp.quant.plan import Plan
 from tdq_exp.quant.quantizer import LowerBound, Quantizer, TableZeroPoint, ZeroPoint
 from tdq_exp.quant.roles import Role
 from tdq_exp.quant.time import TimeContext
 
 OFFSETS = ("static", "lower_bound", "by_role")
+WEIGHT_INTERVALS = ("static", "max_abs", "channel_range")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Recipe:
         weight: class (or partial) of the weights' rule.
         act: class (or partial) of the activations' rule.
         intervals: gives activations their intervals: `StaticIntervals`, `PerStepIntervals`, `TemporalIntervals`.
-        weight_interval: `static`, or `max_abs` for rules whose weights follow their maximum.
+        weight_interval: `static`; `max_abs` for rules whose weights follow their maximum; `channel_range` for affine
+            weights that follow the range of each output channel.
         offset: `static` (a learned integer), `lower_bound` (z(t) = round(-beta / s(t))), or `by_role`: the second for
             inputs that come out of a SiLU and have a step size of t, the first for all others.
         plan: which layers, at how many bits.
@@ -66,9 +69,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.offset not in OFFSETS:
             raise ValueError(f"tdq.offset={self.offset!r}: choose one of {', '.join(OFFSETS)}")
-        if self.weight_interval not in ("static", "max_abs"):
+        if self.weight_interval not in WEIGHT_INTERVALS:
             raise ValueError(
-                f"weight.interval={self.weight_interval!r}: weights do not change with time, so choose static or max_abs"
+                f"weight.interval={self.weight_interval!r}: weights do not change with time, so choose one of "
+                + ", ".join(WEIGHT_INTERVALS)
             )
         Grid(self.weight_bits, symmetric=True, reduced=self.habits.reduced_grids)
         Grid(self.act_bits, symmetric=self.habits.symmetric_activations, reduced=self.habits.reduced_grids)
@@ -145,8 +149,13 @@ def _activation(recipe: Recipe, bits: int, after_silu: bool, interval: Interval)
 
 
 def _weight(recipe: Recipe, bits: int) -> Quantizer:
-    grid = Grid(bits, symmetric=True, reduced=recipe.habits.reduced_grids)
-    interval = Static(recipe.habits.raw_step) if recipe.weight_interval == "static" else MaxAbs(grid.p)
+    by_channel = recipe.weight_interval == "channel_range"
+    grid = Grid(bits, symmetric=not by_channel, reduced=recipe.habits.reduced_grids)
+    interval: Interval
+    if by_channel:
+        interval = ChannelRange(grid)
+    else:
+        interval = Static(recipe.habits.raw_step) if recipe.weight_interval == "static" else MaxAbs(grid.p)
     quantizer = recipe.weight(grid, interval)
     quantizer.fixed = True
     return quantizer
@@ -178,9 +187,9 @@ def bake(net: nn.Module) -> nn.Module:
     """
     net = copy.deepcopy(net).eval().requires_grad_(False)
     time = net.time
+    code_weights(net)
     for module in net.modules():
-        if isinstance(module, QuantLayer) and isinstance(module.weight_quantizer, Quantizer):
-            module.weight_quantizer = _coded(module)
+        if isinstance(module, QuantLayer):
             module.layer.register_parameter("weight", None)
     for quantizer in activation_quantizers(net).values():
         s, z = quantizer.tables()
@@ -191,6 +200,14 @@ def bake(net: nn.Module) -> nn.Module:
     return net
 
 
+@torch.no_grad()
+def code_weights(net: nn.Module) -> None:
+    """Replaces every weight quantizer by its codes, in place: from here on weights are constant."""
+    for module in net.modules():
+        if isinstance(module, QuantLayer) and isinstance(module.weight_quantizer, Quantizer):
+            module.weight_quantizer = _coded(module)
+
+
 def _coded(layer: QuantLayer) -> CodedWeight | FixedWeight:
     quantizer, weight = layer.weight_quantizer, layer.layer.weight
     assert isinstance(quantizer, Quantizer) and isinstance(weight, Tensor)
@@ -198,11 +215,16 @@ def _coded(layer: QuantLayer) -> CodedWeight | FixedWeight:
         return FixedWeight(quantizer(weight))
     n, p = quantizer.grid.n, quantizer.grid.p
     s, z = quantizer.parameters_at(weight)
-    codes = ops.quantize(weight, s, z, n, p).sub_(z)
-    coded = CodedWeight(codes.to(smallest_integer_type(n - int(z.max()), p - int(z.min()))), s.clone())
+    coded = coded_weight(ops.quantize(weight, s, z, n, p), s, z, n, p)
     if not torch.equal(coded(), quantizer(weight)):
         raise RuntimeError(f"{type(quantizer).__name__}: codes times step are not what the layer sees")
     return coded
+
+
+def coded_weight(codes: Tensor, s: Tensor, z: Tensor, n: int, p: int) -> CodedWeight:
+    """Codes n..p held as floats, in the form that is stored."""
+    zero = None if n < 0 else z.clone()  # symmetric grids have none
+    return CodedWeight(codes.to(smallest_integer_type(n, p)), s.clone(), zero)
 
 
 def layer_map(net: nn.Module, roles: Mapping[str, Role]) -> list[dict[str, str]]:

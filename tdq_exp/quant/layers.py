@@ -15,25 +15,29 @@ from tdq_exp.quant.quantizer import Quantizer
 
 
 class CodedWeight(nn.Module):
-    """A baked weight: integer codes and step size; w_hat = s codes is computed once, not at every step.
+    """A baked weight: integer codes, step size and zero point; w_hat = s (codes - z) is computed once, not at every step.
 
     Args:
         codes: integers in the smallest type that holds them, of the weight's shape.
         step_size: s, 0-dim or `[out, 1, ...]`.
+        zero_point: z, of s's shape, float; None is 0.
     """
 
-    def __init__(self, codes: Tensor, step_size: Tensor) -> None:
+    def __init__(self, codes: Tensor, step_size: Tensor, zero_point: Tensor | None = None) -> None:
         super().__init__()
         self.codes: Tensor
         self.step_size: Tensor
+        self.zero_point: Tensor | None
         self.register_buffer("codes", codes)
         self.register_buffer("step_size", step_size)
+        self.register_buffer("zero_point", zero_point)
         self._w_hat: Tensor | None = None
 
     def forward(self, weight: Tensor | None = None) -> Tensor:
         """w_hat, float32; the argument is not used."""
         if self._w_hat is None or self._w_hat.device != self.codes.device:
-            self._w_hat = self.codes.to(self.step_size.dtype) * self.step_size
+            codes = self.codes.to(self.step_size.dtype)
+            self._w_hat = (codes if self.zero_point is None else codes - self.zero_point) * self.step_size
         return self._w_hat
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

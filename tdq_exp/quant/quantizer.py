@@ -104,7 +104,9 @@ class Quantizer(nn.Module):
     scales_gradient = False  # LSQ's rule does
     integer = True  # is x_hat an integer times s? DoReFa's literal weights are not
     fixed = False  # of a weight: one tensor, not one per sample; set when a network is quantized
-    start_by = "error"  # or "max": what calibration should take as the start of s
+    # What calibration takes as the start of s and z: `error` (least squares), `max`, `range` (minimum and maximum), or
+    # nothing, where they follow the `tensor`.
+    start_by = "error"
 
     def __init__(
         self, grid: Grid, interval: Interval, zero_point: nn.Module | None = None, scale_gradient: bool = True
