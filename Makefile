@@ -4,13 +4,14 @@ VENV ?= .venv
 SCALE ?= paper
 RUN = $(VENV)/bin/python -m tdq_exp.run
 
-.PHONY: help demo test lint table1 bench clean
+.PHONY: help demo test lint table1 table2 bench clean
 
 help:
 	@echo "make demo                    set up, then digits W4A4 LSQ+TDQ from float model to picture (minutes, CPU)"
 	@echo "make test                    set up, then the fast test suite"
 	@echo "make lint                    ruff and mypy"
 	@echo "make table1 SCALE=digits     Table 1: run the cells that have no row, render (SCALE: paper, small, digits)"
+	@echo "make table2 SCALE=digits     Table 2, post-training quantization, likewise"
 	@echo "make bench                   speed of training and denoising steps -> results/bench/"
 
 $(VENV)/installed: pyproject.toml
@@ -31,8 +32,8 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-table1: $(VENV)/installed
-	$(VENV)/bin/python -m tdq_exp.tables table1 --scale $(SCALE) --run $(TABLE_ARGS)
+table1 table2: $(VENV)/installed
+	$(VENV)/bin/python -m tdq_exp.tables $@ --scale $(SCALE) --run $(TABLE_ARGS)
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python scripts/bench.py

@@ -87,6 +87,7 @@ TRAINING = (
 )  # fmt: skip
 PARTS = {
     "model": ("definition",),
+    "calibration": ("kind", "samples", "images", "mu", "sigma", "seed"),
     "bits": ("weight", "act"),
     "weight": ("quantizer", "interval"),
     "act": ("quantizer",),

@@ -6,11 +6,13 @@ passes (five with quantizers), sampling as one per image and step.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from tdq_exp import launch, record
 from tdq_exp.job import Job
@@ -53,13 +55,35 @@ def estimate(job: Job) -> Cost:
     fit_done, sample_done = stages_done(job)
     updates = 0 if fit_done or job.train is None else job.train.updates
     per_update = per_image * (5 if job.recipe is not None else 3) * job.fit.batch_size
+    fit_seconds = updates * per_update
+    if job.ptq is not None and job.calibration is not None and not fit_done:
+        fit_seconds = per_image * _forward_passes(job, net)
     images = 0 if sample_done or job.fit.kind == "pretrain" else job.sampling.images
     if job.fit.report == "best_of_5":
         images *= 5
     parameters = sum(p.numel() for p in net.parameters())
     pixels = job.model.image_size**2 * job.model.channels
     disk = images * pixels + (0 if job.train is None or fit_done else parameters * 4 * (5 + job.train.keep_best))
-    return Cost(updates * per_update, images * job.sampling.steps * per_image, disk, parameters)
+    if job.calibration is not None and not fit_done:
+        disk += job.calibration.samples * 4 * math.prod(job.model.sample_shape)
+    return Cost(fit_seconds, images * job.sampling.steps * per_image, disk, parameters)
+
+
+def _forward_passes(job: Job, net: nn.Module) -> float:
+    """What post-training quantization takes, in forward passes of one image.
+
+    The set, unless it is cached; the calibration; and for each of the blocks half a pass of either network over the set,
+    and its updates at a share of a whole training step. Without reconstruction, TDQ's fit is about a pass over the set.
+    """
+    assert job.ptq is not None and job.calibration is not None
+    samples, spec = job.calibration.samples, job.calibration
+    runs = 0 if spec.kind == "forward" else spec.images * job.sampling.steps
+    if not job.ptq.reconstruct:
+        return runs + 2 * samples
+    blocks = len({role.block for role in job.model.roles(net).values()})
+    o = job.ptq.block
+    updates = o.updates + (o.rounding_updates if o.rounding == "adaround" else 0)
+    return runs + samples * (1 + blocks) + 5 * updates * o.batch_size
 
 
 def stages_done(job: Job) -> tuple[bool, bool]:
@@ -79,6 +103,12 @@ def show(job: Job) -> Cost:
     console.print(f"  model    {cost.parameters:,} parameters, weights {job.weights or 'to be trained'}")
     if job.recipe is not None:
         _show_layers(job)
+    if job.ptq is not None and job.calibration is not None:
+        said = "done" if fit_done else f"about {duration(cost.fit_seconds)}, making the set included"
+        kind = f"{job.ptq.block.updates} updates a block" if job.ptq.reconstruct else "no reconstruction"
+        console.print(
+            f"  fit      {job.fit.kind}, {job.calibration.samples} {job.calibration.kind} samples, {kind}: {said}"
+        )
     if job.train is not None:
         said = "done" if fit_done else f"about {duration(cost.fit_seconds)}"
         console.print(f"  fit      {job.fit.kind}, {job.train.updates} updates of {job.fit.batch_size}: {said}")

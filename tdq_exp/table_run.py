@@ -14,10 +14,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tdq_exp import schema, tables
+from tdq_exp import assets, rendering, schema, tables
 from tdq_exp.compose import compose
 from tdq_exp.progress import console, print_table
 from tdq_exp.tables import Cell, Manifest
@@ -59,7 +60,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m tdq_exp.tables", description="Fills a table of the paper from the rows of finished runs.",
         epilog=f"examples:{EXAMPLES}", formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("table", help="a file of configs/table: table1")
+    parser.add_argument("table", help="a file of configs/table: table1, table2")
     parser.add_argument("overrides", nargs="*", help="overrides of every cell's command, as data.source.path=PATH")
     parser.add_argument("--scale", default="paper", help="paper, small or digits (default: paper)")
     parser.add_argument(
@@ -84,7 +85,7 @@ def make(options: argparse.Namespace) -> int:
         if cell.changes:
             console.print(f"stale {cell.name}: {'; '.join(cell.changes)}", markup=False)
     table = tables.tabulate(manifest, options.scale, cells, said(options.overrides))
-    paths = tables.write(table, options.out.expanduser() / "tables" / f"{manifest.name}-{options.scale}")
+    paths = rendering.write(table, options.out.expanduser() / "tables" / f"{manifest.name}-{options.scale}")
     lines = [texts for group in table.groups for texts in group]
     print_table(table.title, [" ".join(header).strip() for header in table.headers], lines)
     for path in paths:
@@ -117,13 +118,26 @@ def ask(manifest: Manifest, scale: str, out: Path, overrides: Sequence[str] = ()
         # The float model has no checkpoints to choose from: best_of_5 is for the quantized lines.
         extra = [o for o in overrides if line is not manifest.float_model or _key(o) != "fit.report"]
         for seed in line.sampler_seeds:
-            chosen = [f"+experiment={experiment}", *([f"sampler.seed={seed}"] if seed else [])]
+            chosen = [f"+experiment={experiment}", *line.overrides, *([f"sampler.seed={seed}"] if seed else [])]
             command = (*chosen, f"out={_quoted(out)}", *tracker, *extra)
             cfg = compose(command)
             bare = compose(chosen) if said(extra) else cfg
             folder, sample = schema.run_folder(cfg), schema.sample_name(cfg)
-            cells.append(Cell(line, experiment, command, schema.plain(cfg), folder, sample, bare.sampler.images))
+            weights = shipped_hash(cfg.model.weights)
+            cells.append(
+                Cell(line, experiment, command, schema.plain(cfg), folder, sample, bare.sampler.images, weights)
+            )
     return cells
+
+
+@lru_cache
+def shipped_hash(weights: str | None) -> str | None:
+    """Hash of a shipped net; None for any other, which may be large or far away."""
+    if weights is None or not weights.startswith("shipped:"):
+        return None
+    from tdq_exp.models.checkpoints import file_hash  # it imports torch
+
+    return file_hash(assets.weights(weights))
 
 
 def said(overrides: Iterable[str]) -> list[str]:

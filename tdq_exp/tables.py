@@ -4,7 +4,7 @@
     python -m tdq_exp.tables table1 --scale digits --run    first run every cell that has no row
 
 The command's options, and how cells are run, are in `table_run`. The same rows give the same bytes. A cell is `missing` if there is no row; its row is stale (a dagger) if it was made
-with another configuration than the experiment has now, and short (a double dagger) if it has fewer images than the
+with another configuration or another float net than the experiment has now, and short (a double dagger) if it has fewer images than the
 experiment asks for.
 
 One table is one protocol: rows that differ in a field of `PROTOCOL` are refused, and no table is written, because a
@@ -18,15 +18,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tdq_exp import assets, record, schema
+from tdq_exp.rendering import SHORT, STALE, Table
 
 SAMPLER = ("steps", "spacing", "eta", "clip", "offset", "final_alpha_one", "truncate")
 PROTOCOL = (
@@ -41,17 +41,25 @@ PROTOCOL = (
     "reference.protocol",
     "weights",
 )
-STALE, SHORT = "†", "‡"
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table: an experiment, by its name without the model, and what was published for it."""
+    """A line of a table: an experiment, by its name without the model, and what was published for it.
+
+    Args:
+        method, bits: as they are printed.
+        experiment: its name without the model.
+        sampler_seeds: one cell for each.
+        overrides: of its command.
+        fid, source: what was published, and where.
+    """
 
     method: str
     bits: str
     experiment: str
     sampler_seeds: tuple[int, ...] = (0,)
+    overrides: tuple[str, ...] = ()
     fid: float | None = None
     source: str | None = None
 
@@ -84,6 +92,7 @@ class Cell:
         folder: of the fit.
         sample: folder of the sampled set inside of that.
         images: how many the experiment asks for by itself.
+        weights: hash of the float net that the command would take, where that is known without a download.
         row: its row, or one of the same sampler with fewer images, or None.
     """
 
@@ -94,6 +103,7 @@ class Cell:
     folder: Path
     sample: str
     images: int
+    weights: str | None = None
     row: dict[str, Any] | None = None
 
     @property
@@ -113,7 +123,11 @@ class Cell:
     @property
     def changes(self) -> list[str]:
         """What the configuration has become since the row was made; empty if nothing changed."""
-        return record.differences(_compared(self.row["config"]), _compared(self.config)) if self.row else []
+        if self.row is None:
+            return []
+        other_net = self.weights is not None and self.row["weights"] != self.weights
+        nets = [f"float weights: {self.row['weights']} -> {self.weights}"] if other_net else []
+        return nets + record.differences(_compared(self.row["config"]), _compared(self.config))
 
 
 def read_manifest(name: str) -> Manifest:
@@ -140,7 +154,8 @@ def read_manifest(name: str) -> Manifest:
 
 
 def _line(content: dict[str, Any]) -> Line:
-    return Line(**{**content, "sampler_seeds": tuple(content.get("sampler_seeds", (0,)))})
+    lists: dict[str, Any] = {key: tuple(content[key]) for key in ("sampler_seeds", "overrides") if key in content}
+    return Line(**{**content, **lists})
 
 
 def find(cell: Cell) -> Cell:
@@ -175,6 +190,7 @@ def _compared(config: dict[str, Any]) -> dict[str, Any]:
     groups = ["model", "sampler"]
     if config["method"]["quantized"]:
         groups += ["bits", "weight", "act", "tdq", "plan", "habits", "fit"]
+        groups += ["calibration"] if config["fit"]["kind"] == "ptq" else []
     # An older row may lack a key that there is now: None, and so a change.
     parts = {group: parts_of(group, defaultdict(lambda: None, config[group])) for group in groups}
     del parts["sampler"]["images"]
@@ -211,23 +227,6 @@ def _select(row: dict[str, Any], field: str) -> Any:
     for key in field.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table as text, before it is Markdown or LaTeX.
-
-    Args:
-        title: above it.
-        headers: of each column, the name and what it says in brackets.
-        groups: lines that belong together; each has a text per column.
-        notes: the footer, a sentence or two each.
-    """
-
-    title: str
-    headers: list[tuple[str, str]]
-    groups: list[list[list[str]]]
-    notes: list[str]
 
 
 def tabulate(manifest: Manifest, scale: str, cells: Sequence[Cell], overrides: Sequence[str] = ()) -> Table:
@@ -336,59 +335,6 @@ def _notes(manifest: Manifest, cells: Sequence[Cell], overrides: Sequence[str]) 
     if sources:
         notes.append(f"Published: {'; '.join(sources)}.")
     return notes
-
-
-def markdown(table: Table) -> str:
-    """The table as Markdown, ready for a file."""
-
-    def line(texts: Iterable[str]) -> str:
-        return "| " + " | ".join(text.replace("|", r"\|") for text in texts) + " |"
-
-    headers = [f"{name} ({detail})" if detail else name for name, detail in table.headers]
-    lines = [line(headers), "|---|---|" + "---:|" * (len(headers) - 2)]
-    lines += [line(texts) for group in table.groups for texts in group]
-    return "\n".join([f"# {table.title}", "", *lines, "", *(f"- {note}" for note in table.notes)]) + "\n"
-
-
-def latex(table: Table) -> str:
-    """The table as a booktabs tabular with its footer below."""
-
-    def line(texts: Iterable[str]) -> str:
-        return " & ".join(escaped(text) for text in texts) + r" \\"
-
-    lines = [
-        f"% {table.title}; needs \\usepackage{{booktabs}}",
-        rf"\begin{{tabular}}{{ll{'r' * (len(table.headers) - 2)}}}",
-        r"\toprule",
-        line(name for name, _ in table.headers),
-        line(f"({detail})" if detail else "" for _, detail in table.headers),
-    ]
-    for group in table.groups:
-        lines += [r"\midrule", *(line(texts) for texts in group)]
-    lines += [r"\bottomrule", r"\end{tabular}", r"\par\smallskip{\footnotesize\raggedright"]
-    return "\n".join([*lines, *(rf"{escaped(note)}\par" for note in table.notes), "}"]) + "\n"
-
-
-def escaped(text: str) -> str:
-    """Plain text as LaTeX."""
-    special = {c: rf"\{c}" for c in "&%$#_{}"} | {
-        "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-        ">": r"\textgreater{}", "|": r"\textbar{}", STALE: r"\textsuperscript{\dag}", SHORT: r"\textsuperscript{\ddag}",
-    }  # fmt: skip
-    return "".join(special.get(character, character) for character in text)
-
-
-def write(table: Table, stem: Path) -> list[Path]:
-    """Writes `<stem>.md` and `<stem>.tex`, each whole or not at all."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for suffix, text in ((".md", markdown(table)), (".tex", latex(table))):
-        path = stem.with_name(stem.name + suffix)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(text.encode())
-        os.replace(part, path)
-        paths.append(path)
-    return paths
 
 
 if __name__ == "__main__":

@@ -21,6 +21,22 @@ def test_every_cell_of_table_1_has_an_experiment():
     assert wanted <= set(EXPERIMENTS)
 
 
+def test_every_cell_of_table_2_has_an_experiment():
+    wanted = {
+        f"{model}_{bits}_{method}"
+        for model in ("ddim", "ddim_small", "digits")
+        for bits in ("w8a8", "w8a7", "w8a6", "w8a5", "w8a4", "w4a8", "w4a6")
+        for method in ("minmax", "ptq4dm", "ptq4dm_tdq")
+    }
+    assert wanted <= set(EXPERIMENTS)
+
+
+def test_post_training_quantization_samples_with_its_own_number_of_steps():
+    assert compose(["+experiment=ddim_w8a5_ptq4dm_tdq"]).sampler.steps == 100
+    assert compose(["+experiment=ddim_w4a4_lsq_tdq"]).sampler.steps == 200
+    assert compose(["+experiment=ddim_w8a5_minmax", "sampler.steps=20"]).sampler.steps == 20
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_builds_and_is_named_after_what_it_contains(name):
     made = job.build(compose([f"+experiment={name}", *LOCAL]))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tdq_exp import assets, launch, plan, table_run, tables
+from tdq_exp import assets, launch, plan, rendering, table_run, tables
 from tdq_exp.compose import compose
 
 BITS = ("8/8", "4/8", "8/4", "4/4", "3/3")
@@ -49,7 +49,7 @@ def row_of(cell: tables.Cell, fid: float, **changes) -> dict:
         "images": cell.config["sampler"]["images"],
         "features": {"name": "digits", "weights": "a44b6f403d4e3f88"},
         "reference": {"content": "3082757e490b63aa", "images": 1437, "protocol": "centre crop, bicubic to 8x8x1"},
-        "weights": "7476fec3b9973589",
+        "weights": cell.weights or "7476fec3b9973589",
         "metrics": {"fid": fid, "isc_mean": 8.0},
         "held_out": {"fid": 1.5, "isc_mean": 9.25, "images": 360},
         "environment": {"commit": "0123456789ab", "machine": "Linux, 2 cores"},
@@ -79,7 +79,7 @@ def fill(cells) -> None:
 
 
 def render(manifest, cells) -> str:
-    return tables.markdown(tables.tabulate(manifest, "digits", [tables.find(cell) for cell in cells]))
+    return rendering.markdown(tables.tabulate(manifest, "digits", [tables.find(cell) for cell in cells]))
 
 
 def line_of(text: str, method: str) -> list[str]:
@@ -145,7 +145,7 @@ def test_the_same_rows_give_the_same_bytes(short_manifest, cells, tmp_path):
     written = []
     for folder in ("first", "second"):
         table = tables.tabulate(short_manifest, "digits", [tables.find(cell) for cell in cells])
-        written.append([p.read_bytes() for p in tables.write(table, tmp_path / folder / "table1-digits")])
+        written.append([p.read_bytes() for p in rendering.write(table, tmp_path / folder / "table1-digits")])
     assert written[0] == written[1]
     assert not list(tmp_path.rglob("*.part"))
 
@@ -194,6 +194,14 @@ def test_a_stale_row_is_marked_and_says_why(short_manifest, cells):
     text = render(short_manifest, cells)
     assert line_of(text, "LSQ |")[2] == "20.00†" and "1 stale" in text
     assert tables.find(cells[3]).changes == [f"fit.lr: 1.0 -> {cells[3].config['fit']['lr']}"]
+
+
+def test_a_row_of_another_float_net_is_stale(short_manifest, cells):
+    for cell in cells:
+        save(cell, row_of(cell, 20.0, weights="7476fec3b9973589"))
+    text = render(short_manifest, cells)
+    assert "20.00†" in text and f"{len(cells)} stale" in text
+    assert tables.find(cells[3]).changes == [f"float weights: 7476fec3b9973589 -> {cells[3].weights}"]
 
 
 def test_paths_labels_and_unused_groups_make_no_row_stale(short_manifest, cells):
@@ -249,8 +257,8 @@ def test_a_short_row_of_other_features_is_refused(short_manifest, cells):
 
 def test_latex_escapes_and_marks():
     notes = [r"50% of a_b & #1 {x} ~ ^ \ $ < > |"]
-    table = tables.Table("T", [("a_b", ""), ("b", "c & d"), ("c", "")], [[["10 %", "-", "1.00†‡"]]], notes)
-    text = tables.latex(table)
+    table = rendering.Table("T", [("a_b", ""), ("b", "c & d"), ("c", "")], [[["10 %", "-", "1.00†‡"]]], notes)
+    text = rendering.latex(table)
     assert r"a\_b & b & c \\" in text and r" & (c \& d) &  \\" in text
     assert r"10 \% & - & 1.00\textsuperscript{\dag}\textsuperscript{\ddag} \\" in text
     assert r"50\% of a\_b \& \#1 \{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} \$" in text
@@ -356,7 +364,7 @@ def test_overrides_show_in_the_footer_unless_they_are_paths(short_manifest, tmp_
         save(cell, row_of(cell, 9.0, report=cell.config["fit"]["report"]))
     found = [tables.find(cell) for cell in cells]
     assert all(cell.done and cell.short for cell in found), "the experiment alone asks for more"
-    text = tables.markdown(tables.tabulate(short_manifest, "digits", found, table_run.said(overrides)))
+    text = rendering.markdown(tables.tabulate(short_manifest, "digits", found, table_run.said(overrides)))
     assert "Asked for with sampler.images=100 fit.report=best_of_5." in text
 
 

@@ -46,7 +46,7 @@ from safetensors.torch import load_file, save_file
 
 from tdq_exp.models.inert_pickle import CheckpointError, read_tensors
 
-__all__ = ["NOT_WEIGHTS", "CheckpointError", "load_weights", "save_weights", "state_hash"]
+__all__ = ["NOT_WEIGHTS", "CheckpointError", "file_hash", "load_weights", "save_weights", "state_hash"]
 
 # Keys that a state dict may hold and no network needs. `logvar`: the original's `bayesian` type registers it, and its
 # forward pass never reads it.
@@ -125,6 +125,11 @@ def state_hash(state: Mapping[str, torch.Tensor]) -> str:
         # Bytes, because NumPy does not know bfloat16.
         digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(force=True).data)
     return digest.hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """The `state_hash` of a safetensors file in diffusers' names, as this project writes them."""
+    return state_hash(load_file(path))
 
 
 def save_weights(
