@@ -37,6 +37,7 @@ table1 table2: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python scripts/bench.py
+	$(VENV)/bin/python scripts/bench_ptq.py
 
 clean:
 	rm -rf $(VENV) results/demo

@@ -77,6 +77,38 @@ def intervals_over_time(tables: Mapping[str, Tensor], path: Path, title: str, mo
     _save(figure, path.with_suffix(".svg"))
 
 
+def distance_over_bits(
+    methods: Mapping[str, Mapping[int, float]], floor: float | None, path: Path, title: str, label: str
+) -> None:
+    """Distance over the activations' bit width, a line per method.
+
+    Args:
+        methods: name -> bits -> distance.
+        floor: the float model's distance, if known: a dashed line.
+        path: PNG to write; an SVG goes beside it.
+        title: of the picture.
+        label: of the distance, with its features.
+    """
+    figure = Figure(figsize=(6, 4), dpi=150)
+    axis = figure.subplots()
+    for (name, values), marker in zip(methods.items(), "osD^v<>", strict=False):
+        bits = sorted(values, reverse=True)
+        axis.plot(bits, [values[b] for b in bits], marker=marker, ms=4, lw=1.3, label=name)
+    if floor is not None:
+        axis.axhline(floor, color="0.4", ls="--", lw=1, label="float")
+    every = sorted({b for values in methods.values() for b in values}, reverse=True)
+    axis.set_xticks(every)
+    axis.invert_xaxis()
+    axis.set_yscale("log")
+    axis.set(xlabel="bits of activations", ylabel=label, title=title)
+    axis.title.set_fontsize(9)
+    axis.grid(axis="y", which="both", color="0.92")
+    axis.legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    _save(figure, path)
+    _save(figure, path.with_suffix(".svg"))
+
+
 def _smooth(curve: NDArray[Any]) -> NDArray[Any]:
     width = max(len(curve) // 40, 1)
     padded = np.pad(curve.astype(np.float64), width // 2, mode="edge")

@@ -77,21 +77,23 @@ def evaluate(job: Job, data: Data, fit: Fit, processes: Processes, tracker: Trac
     """Samples and measures a finished fit: one row, or with `best_of_5` the best of five by the distance itself."""
     folder = job.folder / job.sample_name
     if job.fit.report == "last":
-        row = _row(job, data, fit, folder, fit.net, processes)
+        row, measured = _row(job, data, fit, folder, fit.net, processes)
     else:
-        candidates = []
+        candidates, measured = [], False
         for update in fit.facts["best"]:
             net = partial(finished_net, job, processes.device, best_file(job.folder, update))
-            candidates.append(_row(job, data, fit, folder / f"update{update}", net, processes, update))
+            candidate, new = _row(job, data, fit, folder / f"update{update}", net, processes, update)
+            candidates.append(candidate)
+            measured = measured or new
         row = dict(min(candidates, key=lambda r: r["metrics"]["fid"]))
         row["candidates"] = [{"update": r["update"], "metrics": r["metrics"]} for r in candidates]
         processes.decide(lambda: _add_row(folder / "metrics.json", row))
         folder = folder / f"update{row['update']}"
     processes.decide(lambda: _pictures(job, fit, folder, row, processes))
-    tracker.summary(
-        {**row["metrics"], "held_out": row["held_out"], "features": row["features"], "images": row["images"]}
-    )
-    if processes.main:
+    if measured:
+        tracker.summary(
+            {**row["metrics"], "held_out": row["held_out"], "features": row["features"], "images": row["images"]}
+        )
         tracker.picture("samples", folder / "grid.png")
     return [row]
 
@@ -104,8 +106,8 @@ def _row(
     net: Callable[[], nn.Module],
     processes: Processes,
     update: int | None = None,
-) -> dict[str, Any]:
-    """The row of one sampled set; images and metrics that are there already are not made again."""
+) -> tuple[dict[str, Any], bool]:
+    """The row of one sampled set, and whether it is new; images and metrics that are there are not made again."""
     parts = {"fit": fit.fingerprint, "report": job.fit.report, "update": update, **job.part("sampler")}
     stage = folder / "samples.json"
     found = processes.decide(lambda: record.check_same(stage, parts, keep="sampler.label"))
@@ -121,18 +123,22 @@ def _row(
     rows = (processes.decide(lambda: record.read(folder / "metrics.json")) or {"rows": []})["rows"]
     for row in rows:
         if row["fingerprints"]["measure"] == mark:
-            return row
+            return row, False
     if found is None and processes.decide((folder / "images").exists):
         raise ValueError(f"{folder / 'images'}: images that no samples.json speaks of; remove them to sample again")
     earlier: float = found["seconds"] if found else 0.0
-    processes.decide(lambda: record.write(stage, {"fingerprint": sample_mark, "parts": parts, "seconds": earlier}))
+
+    def note(seconds: float) -> None:  # group by group, so that what a killed run took counts too
+        record.write(stage, {"fingerprint": sample_mark, "parts": parts, "seconds": earlier + seconds})
+
+    processes.decide(lambda: note(0.0))
     size = job.model.image_size
     store = ImageStore(folder / "images", job.sampling.images, job.sampling.batch, (size, size, job.model.channels))
     spent = earlier + sampling.sample_set(
         net(), job.model, job.sampler, store, seed=job.sampling.seed, processes=processes,
-        truncate=job.sampling.truncate,
+        truncate=job.sampling.truncate, on_group=note,
     )  # fmt: skip
-    processes.decide(lambda: record.write(stage, {"fingerprint": sample_mark, "parts": parts, "seconds": spent}))
+    processes.decide(lambda: note(spent - earlier))
     if job.sampling.png and processes.main:
         sampling.write_pngs(store.read(), folder / "png")
     begun = time.monotonic()
@@ -153,7 +159,7 @@ def _row(
         **measured,
     }  # fmt: skip
     processes.decide(lambda: _add_row(folder / "metrics.json", row))
-    return row
+    return row, True
 
 
 def _add_row(path: Path, row: dict[str, Any]) -> None:

@@ -106,6 +106,7 @@ class Processes:
         if self.world > 1:
             broadcast_object_list(answer)
         if isinstance(answer[1], Exception):
+            answer[1].told = not self.main  # type: ignore[attr-defined]  # the main process says it for all
             raise answer[1]
         return answer[0]  # type: ignore[return-value]
 

@@ -39,7 +39,8 @@ def _job(cfg: DictConfig) -> None:
     except (ValueError, OSError, FloatingPointError) as error:  # InterruptedError is an OSError
         if cfg.traceback:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if not getattr(error, "told", False):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped: to go on, run the same command again", file=sys.stderr)

@@ -60,8 +60,11 @@ def sample_set(
     seed: int,
     processes: Processes,
     truncate: bool = False,
+    on_group: Callable[[float], None] | None = None,
 ) -> float:
     """Fills a store with the groups that are missing; returns the seconds that it took.
+
+    `on_group` is called on the main process with the seconds so far, after each of its groups.
 
     Group g belongs to process g mod world, whoever made the others: the set is the same bits for any number of
     processes.
@@ -79,6 +82,8 @@ def sample_set(
                 net, model, sampler, every[group], seed=seed, device=processes.device, truncate=truncate
             )
             store.put(group, pixels)
+            if on_group is not None and processes.main:
+                on_group(time.monotonic() - began)
             for _ in range(processes.world):  # the others go at the same pace
                 if done < len(every):
                     done += 1

@@ -86,11 +86,26 @@ def make(options: argparse.Namespace) -> int:
             console.print(f"stale {cell.name}: {'; '.join(cell.changes)}", markup=False)
     table = tables.tabulate(manifest, options.scale, cells, said(options.overrides))
     paths = rendering.write(table, options.out.expanduser() / "tables" / f"{manifest.name}-{options.scale}")
+    if manifest.plot_weight_bits is not None:
+        paths += draw(manifest, cells, table.title, options.out.expanduser() / "figures")
     lines = [texts for group in table.groups for texts in group]
     print_table(table.title, [" ".join(header).strip() for header in table.headers], lines)
     for path in paths:
-        console.print(f"table    {path}", markup=False)
+        console.print(f"{'table' if path.parent.name == 'tables' else 'figure'}    {path}", markup=False)
     return 1 if failed else 0
+
+
+def draw(manifest: Manifest, cells: Sequence[Cell], title: str, folder: Path) -> list[Path]:
+    """The table's distances over the activations' bits, if there is anything to draw."""
+    methods, floor = tables.over_bits(manifest, cells)
+    if not methods:
+        return []
+    from tdq_exp import figures  # it imports matplotlib
+
+    path = folder / f"{manifest.name}-{title.rsplit(' ', 1)[-1]}.png"
+    said = f"{title}: weights at {manifest.plot_weight_bits} bits"
+    figures.distance_over_bits(methods, floor, path, said, tables.distance_name(cells))
+    return [path]
 
 
 def ask(manifest: Manifest, scale: str, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:

@@ -78,6 +78,9 @@ class Manifest:
     published: str
     float_model: Line
     lines: tuple[Line, ...]
+    plot_weight_bits: int | None = (
+        None  # also draw the distance over the activations' bits at this width of the weights
+    )
 
 
 @dataclass(frozen=True)
@@ -260,6 +263,31 @@ def tabulate(manifest: Manifest, scale: str, cells: Sequence[Cell], overrides: S
             groups.append([])
         groups[-1].append(_texts(line, of[line], reference))
     return Table(f"{manifest.title}, scale {scale}", headers, groups, _notes(manifest, cells, overrides))
+
+
+def over_bits(manifest: Manifest, cells: Sequence[Cell]) -> tuple[dict[str, dict[int, float]], float | None]:
+    """(method -> bits of activations -> distance, the float model's), of the lines of one width of the weights.
+
+    Stale and short rows are left out: a picture has no marks.
+    """
+    found: dict[str, dict[int, float]] = {}
+
+    def mean(line: Line) -> float | None:
+        values = _values([c for c in cells if c.line == line and not c.changes and not c.short], "fid")
+        return sum(values) / len(values) if values else None
+
+    for line in manifest.lines:
+        weight, act = (int(b) for b in line.bits.split("/"))
+        value = mean(line)
+        if weight == manifest.plot_weight_bits and value is not None:
+            found.setdefault(line.method, {})[act] = value
+    return found, mean(manifest.float_model)
+
+
+def distance_name(cells: Sequence[Cell]) -> str:
+    """`FID`, or the distance with the name of its features."""
+    name = next((c.row["features"]["name"] for c in cells if c.row), cells[0].config["eval"]["label"])
+    return "FID" if name.startswith("inception") else f"Frechet distance ({name} features)"
 
 
 def _used(cells: Sequence[Cell]) -> list[Cell]:

@@ -36,10 +36,15 @@ class Tracker:
             raise ValueError(f"tracker.kind={kind!r}: choose one of {', '.join(KINDS)}")
         self._run: Any = None
         self._wandb: ModuleType | None = None
-        if kind == "none":
-            return
+        self._start = None if kind == "none" else (kind, project, name, folder, dict(config))
+
+    def _started(self) -> Any:
+        """The run, begun with the first thing to say: a command that finds everything done leaves no second folder."""
+        if self._start is None or self._run is not None:
+            return self._run
         import wandb
 
+        kind, project, name, folder, config = self._start
         self._wandb = wandb
         folder.mkdir(parents=True, exist_ok=True)
         identity = folder / "wandb-id.json"
@@ -47,19 +52,20 @@ class Tracker:
         identity.write_text(json.dumps({"id": run_id}))
         online = kind == "wandb" and bool(wandb.setup().settings.api_key or wandb.api.api_key)
         self._run = wandb.init(
-            project=project, name=name, id=run_id, dir=str(folder), config=dict(config),
+            project=project, name=name, id=run_id, dir=str(folder), config=config,
             mode="online" if online else "offline", resume="allow" if online else None,
             settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
+        return self._run
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Numbers of an update."""
-        if self._run is not None:
+        if self._started() is not None:
             self._run.log({"update": step, **values})
 
     def intervals(self, tables: Mapping[str, Tensor], points: int = 100) -> None:
         """Every interval over t: one table of (quantizer, t, step size), thinned to about `points` time steps each."""
-        if self._run is None or self._wandb is None:
+        if self._started() is None or self._wandb is None:
             return
         rows = []
         for name, table in tables.items():
@@ -69,12 +75,12 @@ class Tracker:
 
     def picture(self, name: str, path: Path) -> None:
         """A picture file."""
-        if self._run is not None and self._wandb is not None:
+        if self._started() is not None and self._wandb is not None:
             self._run.log({name: self._wandb.Image(str(path))})
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Final numbers of the run."""
-        if self._run is not None:
+        if self._started() is not None:
             for key, value in values.items():
                 self._run.summary[key] = value
 

@@ -224,6 +224,9 @@ def test_an_offline_wandb_run_can_be_read_back(tmp_path, tiny_weights, command):
     assert read.returncode == 0, read.stderr
     assert "validation_loss" in read.stdout
     assert "fid" in read.stdout
+    again = command(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "tracker=offline")
+    assert again.returncode == 0, again.stderr
+    assert list(run.parent.glob("offline-run-*")) == [run]  # nothing was left to do, so nothing is said
 
 
 @pytest.mark.parametrize(

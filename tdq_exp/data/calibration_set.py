@@ -100,6 +100,10 @@ class CalibrationSet:
         x, t = self._open("x")[index], self._open("t")[index]
         return torch.from_numpy(np.array(x)), torch.from_numpy(np.array(t))
 
+    def times(self) -> Tensor:
+        """t of every sample, `[N]`."""
+        return torch.from_numpy(np.array(self._open("t")))
+
     def image(self) -> NDArray[np.int64]:
         """Trajectory of every sample, `[N]`."""
         return np.array(self._open("image"))

@@ -157,7 +157,7 @@ def _over_time(
         values = {name: observer.all() for name, observer in observers.items()}
         o = options.block
         before, after = fit_over_time(
-            everything.quantizers, values, samples.batch(slice(None))[1], net.time,  # type: ignore[arg-type]
+            everything.quantizers, values, samples.times(), net.time,  # type: ignore[arg-type]
             updates=o.updates, batch_size=o.batch_size, rates=Rates(0.0, 0.0, o.lr, o.lr_zero_point, o.lr_generator, 0.0),
             seed=seed, device=processes.device, show=processes.main,
         )  # fmt: skip
@@ -184,7 +184,7 @@ def _blocks(
     first_held_out = max(1, round(samples.images * (1 - HELD_OUT)))
     train, held_out = (image < first_held_out).nonzero()[:, 0], (image >= first_held_out).nonzero()[:, 0]
     held_out = held_out if len(held_out) else train  # a rehearsal's set may be of one trajectory
-    t = samples.batch(slice(None))[1]
+    t = samples.times()
     rounded = options.block.rounding == "adaround"
     each = options.block.updates + (options.block.rounding_updates if rounded else 0)
     folder = folder / "blocks"
@@ -197,7 +197,7 @@ def _blocks(
             if saved is None:
                 began = clock.monotonic()
                 torch.manual_seed((seed * 65537 + number) * 65537 + processes.rank)  # dropout of generators, if any
-                seen = _capture(net, float_net, model, shown, block, options, folder, processes)
+                seen = capture(net, float_net, model, shown, block, options, folder, processes)
                 data = BlockData(*seen, t, train, held_out)
                 work = Reconstruction(net, block, data, options.block, (seed, number), processes)
                 report = _reconstruct(net, float_net, block, work, grids, options, processes, advance)
@@ -254,7 +254,7 @@ def _reconstruct(
 
 
 @torch.no_grad()
-def _capture(
+def capture(
     net: nn.Module, float_net: nn.Module, model: DiffusionModel, shown: Shown, block: Block, options: PtqOptions,
     folder: Path, processes: Processes,
 ) -> tuple[Any, list[Spill], Spill]:  # fmt: skip
