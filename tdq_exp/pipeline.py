@@ -134,8 +134,12 @@ def _row(
     processes.decide(lambda: note(0.0))
     size = job.model.image_size
     store = ImageStore(folder / "images", job.sampling.images, job.sampling.batch, (size, size, job.model.channels))
+    running, engine = sampling.engine(
+        net(), job.model, job.sampling.engine, batch=job.sampling.batch, min_speedup=job.sampling.min_speedup,
+        folder=folder, processes=processes,
+    )  # fmt: skip
     spent = earlier + sampling.sample_set(
-        net(), job.model, job.sampler, store, seed=job.sampling.seed, processes=processes,
+        running, job.model, job.sampler, store, seed=job.sampling.seed, processes=processes,
         truncate=job.sampling.truncate, on_group=note,
     )  # fmt: skip
     processes.decide(lambda: note(spent - earlier))
@@ -153,7 +157,7 @@ def _row(
         "seconds": {"fit": fit.facts["seconds"], "sample": round(spent, 1),
                     "measure": round(time.monotonic() - begun, 1)},
         "peak_memory_gb": record.peak_memory_gb(), "processes": processes.world, "device": processes.device.type,
-        "threads": torch.get_num_threads(), "kernels": kernels.used(processes.device),
+        "threads": torch.get_num_threads(), "kernels": kernels.used(processes.device), "engine": engine,
         "environment": record.environment(),
         "config": job.recorded(),
         **measured,

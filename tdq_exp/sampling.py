@@ -18,7 +18,7 @@ from tdq_exp.diffusion.generate import groups, image_generators, starting_noise
 from tdq_exp.diffusion.sampler import Ddim
 from tdq_exp.models.model import DiffusionModel
 from tdq_exp.processes import Processes
-from tdq_exp.progress import track
+from tdq_exp.progress import console, track
 
 
 @torch.no_grad()
@@ -90,6 +90,46 @@ def sample_set(
                     advance(f"{min((group + 1) * store.batch, store.images)} images")
     processes.barrier()
     return time.monotonic() - began
+
+
+def engine(
+    net: nn.Module,
+    model: DiffusionModel,
+    name: str,
+    *,
+    batch: int,
+    min_speedup: float,
+    folder: Path,
+    processes: Processes,
+) -> tuple[nn.Module, str]:
+    """The network as an engine runs it, and what it is, for the row.
+
+    Args:
+        net: baked.
+        name: `fake` (simulated quantization) or `integer`.
+        batch: images at a time.
+        min_speedup: of a layer that is to run on integers.
+        folder: where the choice of layers is kept, beside the images that are made with it.
+
+    Raises:
+        ValueError: if the network has no quantized layers.
+    """
+    if name == "fake":
+        return net, "fake"
+    from tdq_exp.deploy import choose, integer  # not imported unless used
+
+    reason = integer.unavailable(processes.device)
+    if reason is not None:
+        if processes.main:
+            console.print(f"sampler.engine=integer: {reason}; quantization is simulated", markup=False)
+        return net, f"fake: {reason}"
+    if not integer.candidates(net):
+        raise ValueError("sampler.engine=integer: the network has no quantized layer that can run on integers")
+    x, t = torch.zeros(batch, *model.sample_shape), torch.tensor(model.schedule.steps // 2)
+    found = processes.decide(
+        lambda: choose.choice(net, lambda n: model.predict(n, x, t), min_speedup, folder / "engine.json")
+    )
+    return integer.integerize(net, found["layers"]), f"integer: {len(found['layers'])} of {found['of']} layers"
 
 
 def write_pngs(pixels: NDArray[np.uint8], folder: Path) -> None:

@@ -186,7 +186,8 @@ class SamplerConfig:
     batch: int = MISSING
     seed: int = 0
     truncate: bool = False
-    engine: str = "fake"
+    engine: str = "fake"  # simulated quantization, or integer
+    min_speedup: float = 1.0  # integer: least gain of a layer that runs on integers; 0 takes every one that can
     png: bool = False  # also write every image as a PNG
 
 
@@ -243,7 +244,7 @@ def fit_name(cfg: DictConfig) -> str:
     parts = [cfg.model.label, cfg.bits.label if cfg.method.quantized else "", cfg.method.label]
     parts += [cfg[group].label for group in ("tdq", "weight", "act", "plan", "habits", "data", "fit")]
     if cfg.calibration.label != cfg.method.calibration:
-        parts.append(cfg.calibration.label or "uncalibrated")
+        parts.append(cfg.calibration.label)
     parts += ["adaround" if cfg.fit.rounding == "adaround" else "", cfg.label]
     return "_".join(part for part in parts if part)
 
@@ -256,7 +257,9 @@ def sample_name(cfg: DictConfig) -> str:
     )
     name += f"_seed{s.seed}" if s.seed else ""
     name += "_best5" if cfg.fit.report == "best_of_5" else ""
-    return name + (f"_{s.engine}" if s.engine != "fake" else "")
+    if s.engine != "fake":
+        name += f"_{s.engine}" + (f"{s.min_speedup:g}" if s.min_speedup != 1 else "")
+    return name
 
 
 def run_folder(cfg: DictConfig) -> Path:
@@ -310,7 +313,15 @@ def validate(cfg: DictConfig) -> None:
         raise ValueError("fit.report=best_of_5 chooses by fid: eval.metrics must hold it")
     if cfg.tracker.kind not in TRACKERS:
         raise ValueError(f"tracker.kind={cfg.tracker.kind!r}: choose one of {', '.join(TRACKERS)}")
-    for key in ("fit.lr", "fit.warmup", "fit.grad_clip", "sampler.eta", "fit.weight_decay", "launcher.threads"):
+    for key in (
+        "fit.lr",
+        "fit.warmup",
+        "fit.grad_clip",
+        "sampler.eta",
+        "sampler.min_speedup",
+        "fit.weight_decay",
+        "launcher.threads",
+    ):
         if OmegaConf.select(cfg, key) < 0:
             raise ValueError(f"{key}={OmegaConf.select(cfg, key)}: must not be negative")
     if not 0 <= cfg.fit.real_rounding <= 1:
@@ -327,8 +338,10 @@ def validate(cfg: DictConfig) -> None:
         )
     if cfg.fit.report == "best_of_5" and cfg.fit.kind != "qat":
         raise ValueError("fit.report=best_of_5 needs a fit with checkpoints (fit=qat)")
-    if cfg.sampler.engine != "fake":
-        raise ValueError(f"sampler.engine={cfg.sampler.engine!r}: only `fake` (simulated quantization) is built so far")
+    if cfg.sampler.engine not in ("fake", "integer"):
+        raise ValueError(f"sampler.engine={cfg.sampler.engine!r}: choose fake (simulated quantization) or integer")
+    if cfg.sampler.engine == "integer" and not cfg.method.quantized:
+        raise ValueError(f"sampler.engine=integer does not go with method={cfg.method.label}, which is not quantized")
     total = OmegaConf.select(cfg, "model.definition.schedule.steps")
     if total is not None and cfg.sampler.steps > total:
         raise ValueError(f"sampler.steps={cfg.sampler.steps}: must be between 1 and the model's {total} time steps")

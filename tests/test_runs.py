@@ -264,3 +264,37 @@ def test_paper_scale_without_a_gpu_stops_and_says_what_to_do(tmp_path, command):
     assert done.returncode == 2
     assert "ddim_small" in done.stderr
     assert "35,746,307" in done.stdout
+
+
+def test_the_integer_engine_samples_the_same_fit_into_a_row_of_its_own(tmp_path, tiny_weights):
+    integers = ["sampler.engine=integer", "sampler.min_speedup=0"]
+    (simulated,) = pipeline.run(build(tmp_path, tiny_weights))
+    made = build(tmp_path, tiny_weights, *integers)
+    (row,) = pipeline.run(made)
+    assert row["fingerprints"]["fit"] == simulated["fingerprints"]["fit"]
+    assert row["sample"] == "ddim3_n12_integer0" and simulated["engine"] == "fake"
+    before = images(made).copy()
+    if row["engine"].startswith("integer"):
+        assert (made.folder / made.sample_name / "engine.json").exists()
+    fake = images(build(tmp_path, tiny_weights))
+    assert np.abs(before.astype(int) - fake).mean() < 3  # of 255: trajectories part, but not from the start
+    done = np.load(made.folder / made.sample_name / "images" / "groups.npy", mmap_mode="r+")
+    done[1] = 0
+    done.flush()
+    (made.folder / made.sample_name / "metrics.json").unlink()
+    pipeline.run(build(tmp_path, tiny_weights, *integers))
+    assert np.array_equal(images(made), before)
+
+
+def test_without_integer_kernels_quantization_is_simulated_and_a_line_says_why(
+    tmp_path, tiny_weights, monkeypatch, capsys
+):
+    from tdq_exp.deploy import integer
+
+    monkeypatch.setattr(integer, "unavailable", lambda device: "this CPU has no VNNI instructions")
+    made = build(tmp_path, tiny_weights, "sampler.engine=integer")
+    (row,) = pipeline.run(made)
+    assert row["engine"] == "fake: this CPU has no VNNI instructions"
+    assert "sampler.engine=integer: this CPU has no VNNI instructions" in capsys.readouterr().out
+    pipeline.run(build(tmp_path, tiny_weights))
+    assert np.array_equal(images(made), images(build(tmp_path, tiny_weights)))

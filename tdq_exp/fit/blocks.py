@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tdq_exp.models.model import DiffusionModel
 from tdq_exp.quant.convert import activation_quantizers
@@ -101,14 +102,8 @@ def inputs_of(net: nn.Module, name: str, run: Callable[[], object]) -> Call:
         found.append(Call(tensors, places, args, kwargs))
         raise _Reached
 
-    handle = net.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        run()
-    except _Reached:
-        return found[0]
-    finally:
-        handle.remove()
-    raise RuntimeError(f"{name}: the network does not call it")
+    _run_to(net.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True), name, run)
+    return found[0]
 
 
 @torch.no_grad()
@@ -120,11 +115,16 @@ def output_of(net: nn.Module, name: str, run: Callable[[], object]) -> Tensor:
         found.append(output)
         raise _Reached
 
-    handle = net.get_submodule(name).register_forward_hook(stop)
+    _run_to(net.get_submodule(name).register_forward_hook(stop), name, run)
+    return found[0]
+
+
+def _run_to(hook: RemovableHandle, name: str, run: Callable[[], object]) -> None:
+    """Runs until the hook of a block ends it."""
     try:
         run()
     except _Reached:
-        return found[0]
+        return
     finally:
-        handle.remove()
+        hook.remove()
     raise RuntimeError(f"{name}: the network does not call it")

@@ -71,15 +71,16 @@ class TrainOptions:
     def rate(self, update: int) -> float:
         """Share of the learning rates that an update (counted from 0) takes, in (0, 1].
 
-            u / warmup while warming up, then 1, or (1 + cos(pi (u - warmup) / (updates - warmup))) / 2
-
-        Warm-up counts from 1, so that the first update moves; the cosine from the first update after it.
+        (u + 1) / warmup while warming up, so that the first update moves; then 1, or a cosine over the rest.
         """
         if update < self.warmup:
             return (update + 1) / self.warmup
-        if self.lr_schedule == "constant":
-            return 1.0
-        return (1 + math.cos(math.pi * (update - self.warmup) / (self.updates - self.warmup))) / 2
+        return 1.0 if self.lr_schedule == "constant" else cosine(update - self.warmup, self.updates - self.warmup)
+
+
+def cosine(update: int, updates: int) -> float:
+    """`(1 + cos(pi u / updates)) / 2`: from 1 at the first update towards 0."""
+    return (1 + math.cos(math.pi * update / updates)) / 2
 
 
 @dataclass

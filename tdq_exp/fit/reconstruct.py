@@ -12,7 +12,6 @@ Source: Li et al., *BRECQ*, arXiv 2102.05426, section 3.2, and its published opt
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from tdq_exp.diffusion.objective import generator
 from tdq_exp.fit.blocks import Block, Call
+from tdq_exp.fit.loop import cosine
 from tdq_exp.fit.qat import Rates, optimizer_groups
 from tdq_exp.fit.spill import Spill
 from tdq_exp.processes import Processes
@@ -174,7 +174,7 @@ class Reconstruction:
 
         groups = [{"params": [r.V for r in rounding.values()], "lr": options.lr_rounding}]
         try:
-            self._descend(groups, options.rounding_updates, 1, total, 2.0, advance, cosine=False)
+            self._descend(groups, options.rounding_updates, 1, total, 2.0, advance, falling=False)
         finally:
             for quantizer in self.block.quantizers.values():
                 quantizer.observer = None
@@ -184,7 +184,7 @@ class Reconstruction:
 
     def _descend(
         self, groups: list[dict[str, Any]], updates: int, phase: int, total: Callable[[int, Tensor], Tensor],
-        power: float, advance: Callable[[str], None], cosine: bool = True,
+        power: float, advance: Callable[[str], None], falling: bool = True,
     ) -> None:  # fmt: skip
         parameters = [p for group in groups for p in group["params"]]
         optimizer = torch.optim.Adam(groups, fused=True)
@@ -192,7 +192,7 @@ class Reconstruction:
         rank, world, batch = self.processes.rank, self.processes.world, self.options.batch_size
         share = slice(rank * batch // world, (rank + 1) * batch // world)
         for update in range(updates):
-            factor = (1 + math.cos(math.pi * update / updates)) / 2 if cosine else 1.0
+            factor = cosine(update, updates) if falling else 1.0
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             g = generator(self.key[0], 6, self.key[1], phase, update)

@@ -7,7 +7,6 @@ x are random values of each tensor in the float network, kept with the t of thei
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.diffusion.objective import generator
+from tdq_exp.fit.loop import cosine
 from tdq_exp.fit.qat import Rates, optimizer_groups
 from tdq_exp.fit.reconstruct import trainable
 from tdq_exp.progress import track
@@ -96,7 +96,7 @@ def fit_over_time(
         full = [group["lr"] for group in optimizer.param_groups]
         for update in range(updates):
             for group, rate in zip(optimizer.param_groups, full, strict=True):
-                group["lr"] = rate * (1 + math.cos(math.pi * update / updates)) / 2
+                group["lr"] = rate * cosine(update, updates)
             loss = error(torch.randint(len(t), (batch_size,), generator=generator(seed, 10, update)))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

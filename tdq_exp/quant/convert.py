@@ -107,7 +107,7 @@ def quantize(net: nn.Module, roles: Mapping[str, Role], recipe: Recipe, steps: i
             leaf = net.get_submodule(name)
             cls = QuantConv2d if isinstance(leaf, nn.Conv2d) else QuantLinear
             reads = acts.get(f"{name}.input")
-            _replace(net, name, cls(leaf, _weight(recipe, bits.weight), reads))
+            replace_module(net, name, cls(leaf, _weight(recipe, bits.weight), reads))
     for block in dict.fromkeys(role.block for role in roles.values() if role.kind == "attention_qkv"):
         inside = [acts.get(f"{block}.{part}") for part in ("input", "q", "k", "v", "probabilities")]
         if any(quantizer is not None for quantizer in inside):
@@ -161,7 +161,8 @@ def _weight(recipe: Recipe, bits: int) -> Quantizer:
     return quantizer
 
 
-def _replace(net: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(net: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of the one of that name."""
     parent, _, last = name.rpartition(".")
     owner = net.get_submodule(parent)
     if isinstance(owner, nn.ModuleList | nn.Sequential):

@@ -6,6 +6,7 @@
 
 #include <math.h>
 #include <stddef.h>
+#include <stdint.h>
 
 enum { CHUNK = 4096, SMALL = 16384 };
 enum { LEARNED, CLIPPED, NOISE };
@@ -92,4 +93,17 @@ void backward(const float *restrict g, const float *restrict x, const float *res
     }
     if (!s_step) g_s[0] = (float)(total_s * scale);
     if (!z_step && g_z) g_z[0] = (float)total_z;
+}
+
+// round(clip(x / s, n - z, p - z)) + z + shift as bytes: codes of one step size for the whole tensor. The sum lies in
+// 0..255; a NaN, which has no code, becomes the smallest one.
+void codes(const float *restrict x, uint8_t *restrict q, long count, float s, float z, float n, float p, float shift,
+           int threads) {
+    const float low = n - z, high = p - z, offset = z + shift;
+#pragma omp parallel for simd num_threads(threads) if (parallel : count > SMALL)
+    for (long i = 0; i < count; i++) {
+        const float v = x[i] / s;
+        const float bounded = v > low ? v < high ? v : high : low;
+        q[i] = (uint8_t)(int)(nearbyintf(bounded) + offset);
+    }
 }

@@ -57,7 +57,8 @@ def library() -> ctypes.CDLL | str:
         return str(error)
     found.forward.argtypes = [*[_Pointer] * 5, *[_Long] * 4, _Float, _Float, _Int]
     found.backward.argtypes = [*[_Pointer] * 9, *[_Long] * 4, _Float, _Float, _Float, _Int, _Int]
-    found.forward.restype = found.backward.restype = None
+    found.codes.argtypes = [_Pointer, _Pointer, _Long, *[_Float] * 5, _Int]
+    found.forward.restype = found.backward.restype = found.codes.restype = None
     return found
 
 
@@ -144,3 +145,22 @@ def backward(
         torch.get_num_threads(),
     )  # fmt: skip
     return g_x, g_s, g_z
+
+
+def codes(x: Tensor, s: float, z: float, n: int, p: int, shift: int = 0) -> Tensor:
+    """Codes of a tensor as bytes, plus a shift that makes signed ones fit: uint8, in the layout of a dense x.
+
+    Args:
+        x: float32.
+        s, z: step size and zero point of the whole tensor.
+        n, p: smallest and largest code, n + shift >= 0 and p + shift <= 255.
+        shift: 128 for signed codes.
+    """
+    if not fit(x):
+        return ((x / s).clamp_(n - z, p - z).round_().nan_to_num_(n - z).add_(z + shift)).to(torch.uint8)
+    kernels = library()
+    assert not isinstance(kernels, str)
+    x = dense(x)
+    found = torch.empty_like(x, dtype=torch.uint8)
+    kernels.codes(x.data_ptr(), found.data_ptr(), x.numel(), s, z, n, p, shift, torch.get_num_threads())
+    return found

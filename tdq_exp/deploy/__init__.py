@@ -1,0 +1,1 @@
+"""What runs after a fit: integer execution. Nothing of it is imported unless it is used."""

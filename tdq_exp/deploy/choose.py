@@ -1,0 +1,167 @@
+"""Which layers run on codes: each kind and shape of layer is timed both ways at load time.
+
+Small layers can be slower on codes, where quantizing the input and calling the kernel cost more than the product saves.
+The choice changes the last bits of an image, so a sampled set keeps the choice that it was begun with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdq_exp import record
+from tdq_exp.deploy.integer import Coder, IntegerLayer, candidates
+from tdq_exp.progress import print_table
+from tdq_exp.quant.layers import QuantAttention, QuantLayer
+
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One shape of layer.
+
+    Args:
+        names: of the layers that share it.
+        shape: what they are, to print.
+        simulated, integer: median seconds of a call.
+    """
+
+    names: tuple[str, ...]
+    shape: str
+    simulated: float
+    integer: float
+
+    @property
+    def speedup(self) -> float:
+        return self.simulated / self.integer
+
+
+@torch.no_grad()
+def timed(net: nn.Module, run: Callable[[nn.Module], object]) -> list[Timed]:
+    """Times every candidate on the input that it gets in a run of the network, one layer of each shape.
+
+    Args:
+        net: baked, in eval mode.
+        run: a forward pass at the batch size and time step of interest.
+    """
+    found = candidates(net)
+    units = _units(net, found)
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen[name] = args[0].detach()
+
+        return hook
+
+    handles = []
+    for names, reader in units:
+        source = reader if reader is not None else net.get_submodule(names[0])
+        handles.append(source.register_forward_pre_hook(keep(names[0])))
+    run(net)
+    for handle in handles:
+        handle.remove()
+    shapes: dict[str, list[tuple[str, ...]]] = {}
+    readers = dict(units)
+    for names, _ in units:
+        if names[0] in seen:
+            shapes.setdefault(_shape(net, names, seen[names[0]]), []).append(names)
+    result = []
+    for shape, same in shapes.items():
+        names = same[0]
+        x, reader = seen[names[0]], readers[names]
+        layers = [net.get_submodule(name) for name in names]
+        coded = [found[name] for name in names]
+        last = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+        coder = Coder(reader) if reader is not None else None
+        both = {"simulated": partial(_call, layers, reader, x), "integer": partial(_call, coded, coder, last)}
+        seconds = _medians(both)
+        result.append(Timed(tuple(n for names in same for n in names), shape, seconds["simulated"], seconds["integer"]))
+    return result
+
+
+def chosen(times: list[Timed], min_speedup: float) -> list[str]:
+    """Names of the layers whose shape gains at least so much."""
+    return [name for entry in times if entry.speedup >= min_speedup for name in entry.names]
+
+
+def choice(net: nn.Module, run: Callable[[nn.Module], object], min_speedup: float, file: Path) -> dict[str, Any]:
+    """Which layers run on codes, from the file of an earlier choice, or measured, printed and written there.
+
+    Args:
+        net: baked, in eval mode.
+        run: see `timed`.
+        min_speedup: least gain of a layer; 0 takes every layer that can.
+        file: beside the images that are made with the choice.
+
+    Returns:
+        `layers`: their names; `of`: how many quantized layers there are; `shapes`: what was measured.
+    """
+    found = record.read(file)
+    if found is not None:
+        return found
+    times = timed(net, run)
+    names = chosen(times, min_speedup)
+    of = sum(isinstance(module, QuantLayer) for module in net.modules())
+    print_table(
+        f"{len(names)} of {of} quantized layers run on integers",
+        ["layer and input", "count", "simulated, ms", "integer, ms", "runs on"],
+        [
+            (e.shape, len(e.names), 1e3 * e.simulated, 1e3 * e.integer, "integers" if e.names[0] in names else "floats")
+            for e in times
+        ],
+    )
+    shapes = [dataclasses.asdict(entry) for entry in times]
+    made = {"layers": names, "of": of, "min_speedup": min_speedup, "shapes": shapes}
+    record.write(file, made)
+    return made
+
+
+def _units(net: nn.Module, found: dict[str, IntegerLayer]) -> list[tuple[tuple[str, ...], Any]]:
+    """(names, the quantizer that they share, if any): q, k and v of one attention are timed together."""
+    units: list[tuple[tuple[str, ...], Any]] = []
+    for name, module in net.named_modules():
+        if isinstance(module, QuantLayer) and name in found and module.input_quantizer is not None:
+            units.append(((name,), None))
+        elif isinstance(module, QuantAttention) and module.input_quantizer is not None:
+            names = tuple(f"{name.removesuffix('.processor')}.{leaf}" for leaf in ("to_q", "to_k", "to_v"))
+            if all(n in found for n in names):
+                units.append((names, module.input_quantizer))
+    return units
+
+
+def _shape(net: nn.Module, names: tuple[str, ...], x: Tensor) -> str:
+    layer: Any = net.get_submodule(names[0])
+    kind = "q, k, v" if len(names) > 1 else type(layer).__name__.removeprefix("Quant")
+    weight = "x".join(str(n) for n in layer.weight_quantizer.codes.shape)
+    affine = ", affine" if layer.weight_quantizer.zero_point is not None else ""
+    stride = (
+        f", stride {layer.layer.stride[0]}" if isinstance(layer.layer, nn.Conv2d) and layer.layer.stride[0] > 1 else ""
+    )
+    return f"{kind} {weight}{stride}{affine} on {'x'.join(str(n) for n in x.shape)}"
+
+
+def _call(layers: list[Any], reader: Any, x: Tensor) -> None:
+    value = x if reader is None else reader(x)
+    for layer in layers:
+        layer(value)
+
+
+def _medians(calls: Mapping[str, Callable[[], None]]) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(ROUNDS + 2):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            if number >= 2:
+                times[name].append(time.perf_counter() - began)
+    return {name: sorted(values)[ROUNDS // 2] for name, values in times.items()}

@@ -1,0 +1,244 @@
+"""Integer execution of a baked network: products of codes, with the step size of the current time step applied at the end.
+
+    y = s_x s_w [ sum (q_x - z_x) (q_w - shift) + (shift - z_w) sum (q_x - z_x) ] + b
+
+q_x are bytes, quantized from the layer's float input with s_x(t), z_x(t) from the table; q_w are signed bytes, packed once.
+The sum is exact in 32-bit integers, so the only rounding is the last multiplication: the output differs from the
+simulated layer's by what that one's float sum rounds. A step size that changes with t costs nothing: the kernel takes it
+at run time. For affine weights (post-training quantization) the shift of a channel is its zero point, if its codes then
+fit into signed bytes, which they do up to 7 bits, and else the nearest number with which they fit; only then is there a
+second sum, one more channel of ones for the whole layer.
+
+Convolutions and linear layers run so; attention products of two activations stay simulated, for there is no kernel that
+multiplies two batches of codes. Kernels: oneDNN's quantized convolution and linear layer, as torch ships them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdq_exp.quant import kernels
+from tdq_exp.quant.convert import replace_module
+from tdq_exp.quant.interval import Table
+from tdq_exp.quant.layers import CodedWeight, QuantAttention, QuantConv2d, QuantLayer
+from tdq_exp.quant.quantizer import Quantizer, TableZeroPoint
+
+SHIFT = 128
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why integer layers can't run on a device, in one line, or None."""
+    if device.type != "cpu":
+        return f"there are no integer kernels for {device.type} here"
+    if not hasattr(torch.ops.onednn, "qconv2d_pointwise"):
+        return "this torch has no oneDNN kernels"
+    if not torch.cpu._is_vnni_supported():
+        return "this CPU has no VNNI instructions"
+    return None
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A quantized tensor: x_hat = s (codes - z).
+
+    Args:
+        codes: uint8.
+        s: step size.
+        z: zero point of these bytes.
+    """
+
+    codes: Tensor
+    s: float
+    z: int
+
+
+class Coder(nn.Module):
+    """A baked quantizer that gives codes.
+
+    Args:
+        quantizer: of an activation, baked, its codes no wider than a byte.
+    """
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        interval, zero = quantizer.interval, quantizer.zero_point
+        assert isinstance(interval, Table) and isinstance(zero, TableZeroPoint)
+        self.n, self.p = quantizer.grid.n, quantizer.grid.p
+        self.shift = SHIFT if self.n < 0 else 0
+        self.time = interval.time
+        # As numbers, not tensors: the kernels take them by value.
+        self.steps, self.zeros = interval.step_sizes.tolist(), [int(z) for z in zero.zero_points.tolist()]
+
+    def forward(self, x: Tensor) -> Coded:
+        """Codes of x at the current time step.
+
+        Raises:
+            ValueError: if the samples of a batch have time steps of their own.
+        """
+        t = 0
+        if len(self.steps) > 1 or len(self.zeros) > 1:
+            assert self.time is not None
+            if self.time.t.numel() != 1:
+                raise ValueError("integer layers take one time step for the whole batch")
+            t = int(self.time.t)
+        s = self.steps[t if len(self.steps) > 1 else 0]
+        z = self.zeros[t if len(self.zeros) > 1 else 0]
+        return Coded(kernels.codes(x.float(), s, z, self.n, self.p, self.shift), s, z + self.shift)
+
+
+class IntegerLayer(nn.Module):
+    """A quantized convolution or linear layer on codes.
+
+    Args:
+        layer: baked; see `reason_against`.
+        coder: of its input; None if the input arrives as `Coded` (q, k and v share one).
+    """
+
+    def __init__(self, layer: QuantLayer, coder: Coder | None) -> None:
+        super().__init__()
+        original: Any = layer.layer
+        coded = layer.weight_quantizer
+        assert isinstance(coded, CodedWeight)
+        self.coder, self.conv = coder, isinstance(layer, QuantConv2d)
+        self.bias: Tensor | None = original.bias
+        out = len(coded.codes)
+        self.shape = None
+        if self.conv:
+            self.shape = (list(original.stride), list(original.padding), list(original.dilation), original.groups)
+        self.w_scale: Tensor
+        self.register_buffer("w_scale", coded.step_size.reshape(-1).expand(out).float().clone())
+        self.register_buffer("w_zero", torch.zeros(out, dtype=torch.int32))
+        codes, rest = signed_codes(coded)
+        self.packed = self._pack(codes, self.w_scale)
+        self.affine = bool(rest.any())
+        self.rest: Tensor
+        self.one: Tensor
+        self.none: Tensor
+        if self.affine:
+            self.ones = self._pack(torch.ones_like(codes[:1]), torch.ones(1))
+            rest = rest * self.w_scale
+            self.register_buffer("rest", rest.reshape(-1, 1, 1) if self.conv else rest)
+            self.register_buffer("one", torch.ones(1))
+            self.register_buffer("none", torch.zeros(1, dtype=torch.int32))
+
+    def _pack(self, weight: Tensor, scale: Tensor) -> Tensor:
+        if self.shape is None:
+            return torch.ops.onednn.qlinear_prepack(weight, None)
+        return torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, *self.shape, None)
+
+    def _product(self, x: Coded, packed: Tensor, scale: Any, zero: Any, bias: Tensor | None) -> Tensor:
+        if self.shape is None:
+            return torch.ops.onednn.qlinear_pointwise(
+                x.codes, x.s, x.z, packed, scale, zero, bias, 1.0, 0, torch.float32, "none", [], ""
+            )
+        return torch.ops.onednn.qconv2d_pointwise(
+            x.codes, x.s, x.z, packed, scale, zero, bias, *self.shape, 1.0, 0, torch.float32, "none", [], ""
+        )
+
+    def forward(self, x: Tensor | Coded) -> Tensor:
+        """Float or coded input -> float output."""
+        if isinstance(x, Coded):
+            coded = x
+        else:
+            assert self.coder is not None
+            coded = self.coder(x)
+        y = self._product(coded, self.packed, self.w_scale, self.w_zero, self.bias)
+        if self.affine:
+            y.addcmul_(self._product(coded, self.ones, self.one, self.none, None), self.rest)
+        return y
+
+
+def signed_codes(coded: CodedWeight) -> tuple[Tensor, Tensor]:
+    """(q_w - shift as int8, shift - z_w by output channel as float `[out]`); see the module."""
+    codes = coded.codes.to(torch.int16)
+    rows = codes.flatten(1)
+    if coded.zero_point is None:
+        return codes.to(torch.int8), torch.zeros(len(codes))
+    zero = coded.zero_point.reshape(-1).expand(len(codes)).to(torch.int16)
+    shift = torch.maximum(torch.minimum(zero, rows.amin(1) + 128), rows.amax(1) - 127)
+    shifted = rows - shift[:, None]
+    return shifted.to(torch.int8).reshape(codes.shape), (shift - zero).float()
+
+
+def reason_against(layer: QuantLayer) -> str | None:
+    """Why a layer can't run on codes, or None."""
+    quantizer, coded, original = layer.input_quantizer, layer.weight_quantizer, layer.layer
+    if not isinstance(coded, CodedWeight):
+        return "its weights are not integers times a step"
+    if coded.codes.dtype not in (torch.int8, torch.uint8):
+        return "its weights are wider than 8 bits"
+    if quantizer is not None and _too_wide(quantizer):
+        return "its input is wider than 8 bits"
+    if isinstance(original, nn.Conv2d):
+        if original.padding_mode != "zeros" or isinstance(original.padding, str):
+            return "its padding is not of zeros"
+        if original.groups > 1 and coded.zero_point is not None:
+            return "it has groups and affine weights"
+    return None
+
+
+def _too_wide(quantizer: Quantizer) -> bool:
+    return quantizer.grid.p - quantizer.grid.n > 255
+
+
+def candidates(net: nn.Module) -> dict[str, IntegerLayer]:
+    """Every layer of a baked network that can run on codes, in that form, by name.
+
+    q, k and v of one attention read one coded tensor, so they are candidates together or not at all.
+    """
+    shared: dict[str, QuantAttention] = {}
+    for name, module in net.named_modules():
+        if isinstance(module, QuantAttention) and module.input_quantizer is not None:
+            block = name.removesuffix(".processor")
+            shared |= {f"{block}.{leaf}": module for leaf in ("to_q", "to_k", "to_v")}
+    found = {}
+    for name, module in net.named_modules():
+        if isinstance(module, QuantLayer) and reason_against(module) is None:
+            if module.input_quantizer is not None:
+                found[name] = IntegerLayer(module, Coder(module.input_quantizer))
+            elif name in shared and not _too_wide(shared[name].input_quantizer):  # type: ignore[arg-type]
+                found[name] = IntegerLayer(module, None)
+    for module in set(shared.values()):
+        names = [name for name, owner in shared.items() if owner is module]
+        if any(name not in found for name in names):
+            for name in names:
+                found.pop(name, None)
+    return found
+
+
+@torch.no_grad()
+def integerize(net: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
+    """A copy of a baked network whose layers run on codes, in channels-last layout; its root forward sets the time as before.
+
+    Args:
+        net: baked, in eval mode, on the CPU.
+        names: which of the `candidates`; all if not given.
+
+    Raises:
+        ValueError: for a name that is not a candidate, or one of q, k and v without the others.
+        RuntimeError: where there are no integer kernels (see `unavailable`).
+    """
+    reason = unavailable(torch.device("cpu"))
+    if reason is not None:
+        raise RuntimeError(reason)
+    net = copy.deepcopy(net)
+    found = candidates(net)
+    chosen = set(found if names is None else names)
+    if unknown := sorted(chosen - found.keys()):
+        raise ValueError(f"{unknown[0]}: can't run on codes")
+    for name, module in list(net.named_modules()):
+        if isinstance(module, QuantAttention) and module.input_quantizer is not None:
+            leaves = {f"{name.removesuffix('.processor')}.{leaf}" for leaf in ("to_q", "to_k", "to_v")}
+            if leaves & chosen:
+                if not leaves <= chosen:
+                    raise ValueError(f"{name}: q, k and v read one coded tensor: choose all three or none")
+                module.input_quantizer = Coder(module.input_quantizer)  # type: ignore[assignment]
+    for name in chosen:
+        replace_module(net, name, found[name])
+    return net.to(memory_format=torch.channels_last)

@@ -1,0 +1,173 @@
+"""Integer layers against simulated quantization, layer by layer and as a whole."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from tdq_exp.deploy import choose, integer
+from tdq_exp.quant import kernels
+from tdq_exp.quant.convert import Recipe, bake
+from tdq_exp.quant.grid import Grid
+from tdq_exp.quant.habits import Habits
+from tdq_exp.quant.interval import StaticIntervals, Table, TemporalIntervals
+from tdq_exp.quant.layers import CodedWeight, QuantConv2d, QuantLayer, QuantLinear
+from tdq_exp.quant.lsq import Lsq
+from tdq_exp.quant.minmax import MinMax, MinMaxWeights
+from tdq_exp.quant.pact import DorefaWeights
+from tdq_exp.quant.plan import Plan
+from tdq_exp.quant.quantizer import TableZeroPoint
+from tdq_exp.quant.time import TimeContext
+from tests.quant.builders import inputs, load_model, make_net, randn
+
+HERE = torch.device("cpu")
+pytestmark = pytest.mark.skipif(integer.unavailable(HERE) is not None, reason=str(integer.unavailable(HERE)))
+
+RELEASE = Habits(reduced_grids=True, symmetric_activations=True, raw_step=True, start="moments", he=False)
+FLOATS = ("first", "last", "time_embedding", "time_projection")
+
+
+def temporal():
+    return TemporalIntervals(encoding=16, width=8)
+
+
+RECIPES = {
+    "lsq_tdq": lambda bits: Recipe(bits, bits, Lsq, Lsq, temporal()),
+    "lsq_edge8": lambda bits: Recipe(bits, bits, Lsq, Lsq, StaticIntervals(), plan=Plan(edge_bits=8)),
+    "lsq_release": lambda bits: Recipe(
+        bits, bits, Lsq, Lsq, temporal(), plan=Plan(keep_float=FLOATS, attention=False), habits=RELEASE
+    ),
+    "ptq_tdq": lambda bits: Recipe(bits, bits, MinMaxWeights, Lsq, temporal(), weight_interval="channel_range"),
+    "minmax": lambda bits: Recipe(bits, bits, MinMaxWeights, MinMax, weight_interval="channel_range"),
+}
+
+
+def answers(net: nn.Module, t: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """(input, output) of every quantized layer at one time step."""
+    seen = {}
+    handles = [
+        module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: (args[0], out)}))
+        for name, module in net.named_modules()
+        if isinstance(module, QuantLayer)
+    ]
+    with torch.no_grad():
+        net(inputs(3)[0], torch.tensor(t))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_layer_gives_what_the_simulated_one_gives(name, bits):
+    net = bake(make_net(RECIPES[name](bits)))
+    layers = integer.candidates(net)
+    assert layers.keys() == {n for n, module in net.named_modules() if isinstance(module, QuantLayer)}
+    for t in (0, 17, 500, 999):
+        for layer, (x, y) in answers(net, t).items():
+            made = layers[layer]
+            if made.coder is None:  # q, k and v: x is quantized already, and its codes are those of x itself
+                reader = net.get_submodule(layer.rpartition(".")[0]).processor.input_quantizer
+                x = integer.Coder(reader)(x)
+            found = made(x)
+            assert found.shape == y.shape
+            assert float((found - y).abs().max()) <= 2e-6 * float(y.abs().max()), (layer, t)
+
+
+@pytest.mark.parametrize("name", ["lsq_tdq", "ptq_tdq"])
+def test_a_whole_network_follows_the_simulated_one(name):
+    """One pass at 3 bits, where no sum of this net lies on the border of two codes: later layers see the same codes."""
+    net = bake(make_net(RECIPES[name](3)))
+    whole = integer.integerize(net)
+    assert not any(isinstance(module, QuantLayer) for module in whole.modules())
+    x = inputs(3)[0]
+    for t in (3, 700):
+        with torch.no_grad():
+            simulated, found = net(x, torch.tensor(t)).sample, whole(x, torch.tensor(t)).sample
+        torch.testing.assert_close(found, simulated, rtol=1e-4, atol=1e-5)
+    assert any(isinstance(module, QuantLayer) for module in net.modules())  # a copy: the net is as it was
+
+
+@pytest.mark.parametrize("zero", [0, 3, 15])
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"padding": 2, "dilation": 2}, {"groups": 3}])
+def test_zero_points_under_padding_stride_dilation_and_groups(zero, options):
+    time = TimeContext(10)
+    quantizer = Lsq(
+        Grid(4, symmetric=False), Table(torch.tensor([0.1]), time), TableZeroPoint(torch.tensor([float(zero)]), time)
+    )
+    conv = nn.Conv2d(6, 9, 3, **{"padding": 1, **options})
+    codes = torch.randint(-7, 8, conv.weight.shape, generator=torch.Generator().manual_seed(1)).to(torch.int8)
+    layer = QuantConv2d(conv, CodedWeight(codes, torch.tensor(0.05)), quantizer.eval())
+    x = randn(2, 6, 9, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            integer.IntegerLayer(layer, integer.Coder(quantizer))(x), layer(x), rtol=2e-6, atol=2e-6
+        )
+
+
+def test_affine_codes_fit_into_signed_bytes_and_only_wide_ones_need_a_second_sum():
+    generator = torch.Generator().manual_seed(0)
+    for bits, needed in ((4, False), (7, False), (8, True)):
+        codes = torch.randint(0, 2**bits, (5, 40), generator=generator).to(torch.uint8)
+        codes[:, 0], codes[:, 1] = 0, 2**bits - 1
+        zero = torch.randint(0, 2**bits, (5, 1), generator=generator).float()
+        signed, rest = integer.signed_codes(CodedWeight(codes, torch.full((5, 1), 0.1), zero))
+        assert signed.dtype == torch.int8
+        assert torch.equal(signed.float() + rest[:, None], codes.float() - zero)
+        assert bool(rest.any()) == needed
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_codes_are_the_quantizers_own(fused):
+    x = torch.cat([randn(500) * 3, torch.tensor([1e30, -1e30, 0.25, 0.75, float("nan")])]).reshape(1, -1)
+    expected = ((x / 0.5).clamp(-3, 12).round() + 3).nan_to_num(0)
+    with nullcontext() if fused else kernels.unfused():
+        found = kernels.codes(x, 0.5, 3.0, 0, 15)
+    assert found.dtype == torch.uint8
+    assert torch.equal(found.float(), expected)
+
+
+def test_weights_that_are_no_integers_and_wide_codes_stay_simulated():
+    wide = bake(make_net(Recipe(12, 4, Lsq, Lsq)))
+    assert integer.candidates(wide) == {}
+    assert integer.candidates(bake(make_net(Recipe(4, 9, Lsq, Lsq)))) == {}
+    dorefa = bake(make_net(Recipe(4, 4, DorefaWeights, Lsq, weight_interval="max_abs")))
+    assert integer.candidates(dorefa) == {}
+    layer = next(module for module in wide.modules() if isinstance(module, QuantLinear))
+    assert integer.reason_against(layer) == "its weights are wider than 8 bits"
+
+
+def test_what_can_not_run_on_codes_is_refused_by_name():
+    net = bake(make_net(RECIPES["lsq_tdq"](4)))
+    with pytest.raises(ValueError, match="conv_norm_out: can't run on codes"):
+        integer.integerize(net, ["conv_norm_out"])
+    name = next(name for name in integer.candidates(net) if name.endswith("to_q"))
+    with pytest.raises(ValueError, match="q, k and v"):
+        integer.integerize(net, [name])
+    with pytest.raises(ValueError, match="one time step for the whole batch"):
+        integer.integerize(net)(*inputs(2))
+
+
+def test_the_choice_is_measured_once_and_kept(tmp_path):
+    net, model = bake(make_net(RECIPES["lsq_tdq"](4))), load_model("tiny")
+    x = inputs(2)[0]
+
+    def run(other):
+        return model.predict(other, x, torch.tensor(500))
+
+    every = choose.choice(net, run, 0.0, tmp_path / "all.json")
+    assert set(every["layers"]) == integer.candidates(net).keys() and every["of"] == len(every["layers"])
+    assert choose.choice(net, run, 1e9, tmp_path / "none.json")["layers"] == []
+    kept = json.loads((tmp_path / "all.json").read_text())
+    assert choose.choice(net, run, 1e9, tmp_path / "all.json") == kept  # the file is what counts
+    times = choose.timed(net, run)
+    assert sum(len(entry.names) for entry in times) == len(every["layers"])
+    assert all(entry.simulated > 0 and entry.integer > 0 for entry in times)
+
+
+def test_another_device_or_cpu_says_why():
+    assert "cuda" in str(integer.unavailable(torch.device("cuda")))
