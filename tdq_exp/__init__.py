@@ -17,7 +17,7 @@ def load(run: str | Path) -> nn.Module:
     """The baked network of a finished run, in eval mode, on the CPU: `net(x_t, t, return_dict=False)[0]` is eps_hat.
 
     Args:
-        run: the run's folder, `results/runs/<name>/seed<k>`.
+        run: the run's folder, `results/runs/<name>/seed<k>`, or a packed network (`python -m tdq_exp.pack`).
 
     Raises:
         FileNotFoundError: if there is no finished run.
