@@ -75,7 +75,7 @@ def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
     net, weights = (None, None) if job.fit.kind == "pretrain" else float_net(job, processes)
     parts = fit_parts(job, data, weights)
     file = job.folder / "fit.json"
-    found = processes.decide(lambda: record.check_same(file, parts))
+    found = processes.decide(lambda: record.check_same(file, parts, job.recorded()))
     mark = record.fingerprint(parts)
     if not (found and found["done"]):
         processes.decide(lambda: _export_is_free(job))  # now, and not after an hour

@@ -69,12 +69,15 @@ def write(path: Path, content: Any) -> None:
         raise OSError(f"{path}: can't be written ({error.strerror}); free space or set out=FOLDER") from error
 
 
-def check_same(path: Path, parts: Parts, keep: str = "label") -> dict[str, Any] | None:
+def check_same(
+    path: Path, parts: Parts, config: Mapping[str, Any] | None = None, keep: str = "label"
+) -> dict[str, Any] | None:
     """The record of a stage that was begun or done under this name, or None.
 
     Args:
         path: the record.
         parts: what the stage depends on now.
+        config: as the record keeps it; says what changed where a part is the fingerprint of an earlier stage.
         keep: the key that would give the new result a name of its own.
 
     Raises:
@@ -83,7 +86,13 @@ def check_same(path: Path, parts: Parts, keep: str = "label") -> dict[str, Any] 
     found = read(path)
     if found is None or found["fingerprint"] == fingerprint(parts):
         return found
-    changed = differences(found["parts"], json.loads(json.dumps(parts)))
+    old, new = dict(found["parts"]), json.loads(json.dumps(parts))
+    config = config or {}
+    for name in old.keys() & new.keys() & config.keys():
+        kept, now = found["config"].get(name), json.loads(json.dumps(config[name]))
+        if isinstance(old[name], str) and old[name] != new[name] and kept != now:
+            old[name], new[name] = kept, now
+    changed = differences(old, new)
     listed = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
     raise ValueError(
         f"{path.parent} holds a result of another configuration ({listed}): set {keep}=NAME to keep both, or move it away"

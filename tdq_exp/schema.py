@@ -273,8 +273,8 @@ def plain(node: Any) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """A YAML file as dicts, lists and scalars."""
-    return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    """A YAML file as dicts, lists and scalars; `${...}` stays as written, for whoever composes a config of it."""
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
 
 
 def validate(cfg: DictConfig) -> None:
@@ -309,6 +309,10 @@ def validate(cfg: DictConfig) -> None:
     unknown = [metric for metric in cfg.eval.metrics if metric not in METRICS]
     if unknown or not cfg.eval.metrics:
         raise ValueError(f"eval.metrics={list(cfg.eval.metrics)}: choose from {', '.join(METRICS)}")
+    if cfg.fit.rounding != "nearest" and not cfg.fit.reconstruct:
+        raise ValueError(
+            f"fit.rounding={cfg.fit.rounding}: is learned by a block's reconstruction, and fit.reconstruct=false makes none"
+        )
     if cfg.fit.report == "best_of_5" and "fid" not in cfg.eval.metrics:
         raise ValueError("fit.report=best_of_5 chooses by fid: eval.metrics must hold it")
     if cfg.tracker.kind not in TRACKERS:

@@ -131,6 +131,19 @@ def test_every_line_asks_for_the_bits_that_it_shows(manifest):
     assert [cell.config["sampler"]["seed"] for cell in cells[:3]] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("scale", ["paper", "small", "digits"])
+def test_table_2_asks_for_post_training_quantization_at_one_number_of_steps(scale):
+    manifest = tables.read_manifest("table2")
+    short = dataclasses.replace(manifest, lines=(*manifest.lines[:3], *manifest.lines[-3:]))
+    cells = table_run.ask(short, scale, Path("results"))
+    steps = {cell.config["sampler"]["steps"] for cell in cells}
+    assert steps == {100 if scale == "paper" else 50}
+    for cell in cells[3:]:
+        weight, act = cell.line.bits.split("/")
+        assert (cell.config["bits"]["weight"], cell.config["bits"]["act"]) == (int(weight), int(act))
+        assert cell.config["fit"]["kind"] == "ptq"
+
+
 def test_rows_are_found_where_a_run_writes_them(short_manifest, tmp_path):
     only = dataclasses.replace(short_manifest, lines=short_manifest.lines[:1])
     cells = table_run.ask(only, "digits", tmp_path / "a b")

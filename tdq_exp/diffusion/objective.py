@@ -50,6 +50,17 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(state & (2**63 - 1))
 
 
+def share_of(batch: int, rank: int, world: int) -> slice:
+    """The part of a global batch that process `rank` of `world` works on.
+
+    Raises:
+        ValueError: if the batch can't be divided evenly, for then gradients would not average to the batch's mean.
+    """
+    if batch % world:
+        raise ValueError(f"fit.batch_size={batch} does not divide by the number of processes ({world})")
+    return slice(rank * batch // world, (rank + 1) * batch // world)
+
+
 @dataclass(frozen=True)
 class Draws:
     """What one update needs besides the images themselves. All of length B, on the CPU."""
@@ -63,12 +74,9 @@ class Draws:
         """The part of this batch that process `rank` of `world` works on: a consecutive slice.
 
         Raises:
-            ValueError: if the batch can't be divided evenly, for then gradients would not average to the batch's mean.
+            ValueError: see `share_of`.
         """
-        batch = len(self.t)
-        if batch % world:
-            raise ValueError(f"fit.batch_size={batch} does not divide by the number of processes ({world})")
-        part = slice(rank * batch // world, (rank + 1) * batch // world)
+        part = share_of(len(self.t), rank, world)
         return Draws(self.index[part], self.flip[part], self.t[part], self.eps[part])
 
 

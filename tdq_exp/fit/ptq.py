@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from tdq_exp.data.calibration_set import CalibrationSet
+from tdq_exp.diffusion.objective import share_of
 from tdq_exp.fit.blocks import Block, blocks_of, inputs_of, output_of
 from tdq_exp.fit.calibrated import BATCH, Shown, of_set, show
 from tdq_exp.fit.checkpoint import load_state, save_state
@@ -98,8 +99,11 @@ def ptq(
         log: receives losses, by number of the block.
 
     Raises:
+        ValueError: if the processes can't share a batch evenly.
         InterruptedError: see `PtqOptions.stop_after`.
     """
+    if options.reconstruct:
+        share_of(options.block.batch_size, processes.rank, processes.world)  # refused before any work is done
     quantizers = activation_quantizers(net)
     learned = {id(p) for q in quantizers.values() for p in q.parameters()}
     learned |= {

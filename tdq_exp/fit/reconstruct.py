@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.diffusion.objective import generator
+from tdq_exp.diffusion.objective import generator, share_of
 from tdq_exp.fit.blocks import Block, Call
 from tdq_exp.fit.loop import cosine
 from tdq_exp.fit.qat import Rates, optimizer_groups
@@ -189,8 +189,8 @@ class Reconstruction:
         parameters = [p for group in groups for p in group["params"]]
         optimizer = torch.optim.Adam(groups, fused=True)
         rates = [group["lr"] for group in optimizer.param_groups]
-        rank, world, batch = self.processes.rank, self.processes.world, self.options.batch_size
-        share = slice(rank * batch // world, (rank + 1) * batch // world)
+        batch = self.options.batch_size
+        share = share_of(batch, self.processes.rank, self.processes.world)
         for update in range(updates):
             factor = cosine(update, updates) if falling else 1.0
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -201,7 +201,7 @@ class Reconstruction:
             loss = total(update, output_loss(self.output(index), target, power))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            if world > 1:
+            if self.processes.world > 1:
                 self._average(parameters)
             optimizer.step()
             advance(f"{self.block.name} {float(loss.detach()):.3g}")

@@ -90,6 +90,7 @@ def fit_over_time(
             parts = torch.arange(len(t)).split(1024)
             return sum(float(error(part)) * len(part) for part in parts) / len(t)
 
+    torch.manual_seed((seed * 65537 + 10) * 65537)  # dropout of generators, if any: the same in every process
     before = whole()
     with trainable(quantizers) as learned, track("fitting over time", updates, show=show) as advance:
         optimizer = torch.optim.Adam(optimizer_groups(learned, rates), fused=True)

@@ -1,6 +1,6 @@
 """MinMax: the range is the minimum and the maximum, of a weight's output channel or of everything that calibration saw.
 
-    s = (max - min) / (p - n),   z = round(-min / s),   min <= 0 <= max
+    s = (max - min) / (p - n),   z = round(n - min / s),   min <= 0 <= max
 
 The range is widened to hold 0, so that z lies on the grid and a padded zero is exact. Weights follow their own range, one
 for each output channel, as PTQ4DM and BRECQ do by default.
@@ -22,10 +22,13 @@ from tdq_exp.quant.quantizer import Quantizer
 
 
 def affine_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """(s, z) of the ranges [low, high], widened to hold 0; of their shape."""
+    """(s, z) of the ranges [low, high], widened to hold 0, and on a symmetric grid to both sides; of their shape."""
     low, high = low.clamp(max=0), high.clamp(min=0)
+    if grid.symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
     s = ((high - low) / (grid.p - grid.n)).clamp(min=1e-10)
-    return s, (-low / s).round().clamp(grid.n, grid.p)
+    return s, (grid.n - low / s).round().clamp(grid.n, grid.p)
 
 
 class MinMax(Lsq):
