@@ -104,10 +104,11 @@ def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
         net, found_facts = fit(job, data, net, weights, mark, processes, log)
         facts |= found_facts
         tables = interval_tables(net)
-        title = f"{job.name}: step sizes over time"
-        processes.decide(lambda: figures.intervals_over_time(tables, job.folder / "intervals.png", title))
-        tracker.intervals(tables)
-        tracker.picture("intervals", job.folder / "intervals.png")
+        if tables:  # dynamic ones have no step size before they see an input
+            title = f"{job.name}: step sizes over time"
+            processes.decide(lambda: figures.intervals_over_time(tables, job.folder / "intervals.png", title))
+            tracker.intervals(tables)
+            tracker.picture("intervals", job.folder / "intervals.png")
         baked = bake(net)
         processes.decide(lambda: save_weights(baked, job.folder / "baked.safetensors", {"fit": mark}))
         net = baked

@@ -313,6 +313,10 @@ def validate(cfg: DictConfig) -> None:
         raise ValueError(
             f"fit.rounding={cfg.fit.rounding}: is learned by a block's reconstruction, and fit.reconstruct=false makes none"
         )
+    if cfg.fit.kind == "ptq" and cfg.fit.reconstruct and cfg.tdq.interval._target_.endswith("DynamicIntervals"):
+        raise ValueError(
+            f"tdq={cfg.tdq.label}: ranges that are read from the input can't be reconstructed; use method=minmax"
+        )
     if cfg.fit.report == "best_of_5" and "fid" not in cfg.eval.metrics:
         raise ValueError("fit.report=best_of_5 chooses by fid: eval.metrics must hold it")
     if cfg.tracker.kind not in TRACKERS:

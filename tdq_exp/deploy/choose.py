@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp import record
-from tdq_exp.deploy.integer import Coder, IntegerLayer, candidates
+from tdq_exp.deploy.coders import coder_of
+from tdq_exp.deploy.integer import IntegerLayer, candidates
 from tdq_exp.progress import print_table
 from tdq_exp.quant.layers import QuantAttention, QuantLayer
 
@@ -82,7 +83,7 @@ def timed(net: nn.Module, run: Callable[[nn.Module], object]) -> list[Timed]:
         layers = [net.get_submodule(name) for name in names]
         coded = [found[name] for name in names]
         last = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-        coder = Coder(reader) if reader is not None else None
+        coder = coder_of(reader) if reader is not None else None
         both = {"simulated": partial(_call, layers, reader, x), "integer": partial(_call, coded, coder, last)}
         seconds = _medians(both)
         result.append(Timed(tuple(n for names in same for n in names), shape, seconds["simulated"], seconds["integer"]))

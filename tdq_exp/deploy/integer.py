@@ -17,19 +17,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.quant import kernels
+from tdq_exp.deploy.coders import Coded, Coder, DynamicCoder, coder_of, too_wide
+from tdq_exp.deploy.fuse import fuse
 from tdq_exp.quant.convert import replace_module
-from tdq_exp.quant.interval import Table
 from tdq_exp.quant.layers import CodedWeight, QuantAttention, QuantConv2d, QuantLayer
-from tdq_exp.quant.quantizer import Quantizer, TableZeroPoint
-
-SHIFT = 128
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -43,55 +39,6 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Coded:
-    """A quantized tensor: x_hat = s (codes - z).
-
-    Args:
-        codes: uint8.
-        s: step size.
-        z: zero point of these bytes.
-    """
-
-    codes: Tensor
-    s: float
-    z: int
-
-
-class Coder(nn.Module):
-    """A baked quantizer that gives codes.
-
-    Args:
-        quantizer: of an activation, baked, its codes no wider than a byte.
-    """
-
-    def __init__(self, quantizer: Quantizer) -> None:
-        super().__init__()
-        interval, zero = quantizer.interval, quantizer.zero_point
-        assert isinstance(interval, Table) and isinstance(zero, TableZeroPoint)
-        self.n, self.p = quantizer.grid.n, quantizer.grid.p
-        self.shift = SHIFT if self.n < 0 else 0
-        self.time = interval.time
-        # As numbers, not tensors: the kernels take them by value.
-        self.steps, self.zeros = interval.step_sizes.tolist(), [int(z) for z in zero.zero_points.tolist()]
-
-    def forward(self, x: Tensor) -> Coded:
-        """Codes of x at the current time step.
-
-        Raises:
-            ValueError: if the samples of a batch have time steps of their own.
-        """
-        t = 0
-        if len(self.steps) > 1 or len(self.zeros) > 1:
-            assert self.time is not None
-            if self.time.t.numel() != 1:
-                raise ValueError("integer layers take one time step for the whole batch")
-            t = int(self.time.t)
-        s = self.steps[t if len(self.steps) > 1 else 0]
-        z = self.zeros[t if len(self.zeros) > 1 else 0]
-        return Coded(kernels.codes(x.float(), s, z, self.n, self.p, self.shift), s, z + self.shift)
-
-
 class IntegerLayer(nn.Module):
     """A quantized convolution or linear layer on codes.
 
@@ -100,7 +47,7 @@ class IntegerLayer(nn.Module):
         coder: of its input; None if the input arrives as `Coded` (q, k and v share one).
     """
 
-    def __init__(self, layer: QuantLayer, coder: Coder | None) -> None:
+    def __init__(self, layer: QuantLayer, coder: Coder | DynamicCoder | None) -> None:
         super().__init__()
         original: Any = layer.layer
         coded = layer.weight_quantizer
@@ -113,11 +60,13 @@ class IntegerLayer(nn.Module):
             self.shape = (list(original.stride), list(original.padding), list(original.dilation), original.groups)
         self.w_scale: Tensor
         self.register_buffer("w_scale", coded.step_size.reshape(-1).expand(out).float().clone())
+        self.w_zero: Tensor
         self.register_buffer("w_zero", torch.zeros(out, dtype=torch.int32))
         codes, rest = signed_codes(coded)
         self.packed = self._pack(codes, self.w_scale)
         self.affine = bool(rest.any())
         self.rest: Tensor
+        self.ones: Tensor
         self.one: Tensor
         self.none: Tensor
         if self.affine:
@@ -141,6 +90,20 @@ class IntegerLayer(nn.Module):
             x.codes, x.s, x.z, packed, scale, zero, bias, *self.shape, 1.0, 0, torch.float32, "none", [], ""
         )
 
+    def _sums(self, x: Coded, packed: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None = None) -> Tensor:
+        """scale s_x sum (q_x - z_x) w, plus a bias."""
+        if not isinstance(x.s, Tensor):
+            return self._product(x, packed, scale, zero, bias)
+        # One (s, z) for each sample: the kernel has one for all, so z's part, z sum w over what is not padding, is
+        # taken off afterwards.
+        y = self._product(Coded(x.codes, 1.0, 0), packed, scale, zero, None)
+        ones = self._product(Coded(torch.ones_like(x.codes[:1]), 1.0, 0), packed, scale, zero, None)
+        s, z = (v.reshape(-1, *[1] * (y.dim() - 1)) for v in (x.s, torch.as_tensor(x.z)))
+        y.addcmul_(ones, z, value=-1).mul_(s)
+        if bias is not None:
+            y.add_(bias.reshape(-1, 1, 1) if self.conv else bias)
+        return y
+
     def forward(self, x: Tensor | Coded) -> Tensor:
         """Float or coded input -> float output."""
         if isinstance(x, Coded):
@@ -148,9 +111,9 @@ class IntegerLayer(nn.Module):
         else:
             assert self.coder is not None
             coded = self.coder(x)
-        y = self._product(coded, self.packed, self.w_scale, self.w_zero, self.bias)
+        y = self._sums(coded, self.packed, self.w_scale, self.w_zero, self.bias)
         if self.affine:
-            y.addcmul_(self._product(coded, self.ones, self.one, self.none, None), self.rest)
+            y.addcmul_(self._sums(coded, self.ones, self.one, self.none), self.rest)
         return y
 
 
@@ -173,7 +136,7 @@ def reason_against(layer: QuantLayer) -> str | None:
         return "its weights are not integers times a step"
     if coded.codes.dtype not in (torch.int8, torch.uint8):
         return "its weights are wider than 8 bits"
-    if quantizer is not None and _too_wide(quantizer):
+    if quantizer is not None and too_wide(quantizer):
         return "its input is wider than 8 bits"
     if isinstance(original, nn.Conv2d):
         if original.padding_mode != "zeros" or isinstance(original.padding, str):
@@ -181,10 +144,6 @@ def reason_against(layer: QuantLayer) -> str | None:
         if original.groups > 1 and coded.zero_point is not None:
             return "it has groups and affine weights"
     return None
-
-
-def _too_wide(quantizer: Quantizer) -> bool:
-    return quantizer.grid.p - quantizer.grid.n > 255
 
 
 def candidates(net: nn.Module) -> dict[str, IntegerLayer]:
@@ -201,8 +160,8 @@ def candidates(net: nn.Module) -> dict[str, IntegerLayer]:
     for name, module in net.named_modules():
         if isinstance(module, QuantLayer) and reason_against(module) is None:
             if module.input_quantizer is not None:
-                found[name] = IntegerLayer(module, Coder(module.input_quantizer))
-            elif name in shared and not _too_wide(shared[name].input_quantizer):  # type: ignore[arg-type]
+                found[name] = IntegerLayer(module, coder_of(module.input_quantizer))
+            elif name in shared and not too_wide(shared[name].input_quantizer):  # type: ignore[arg-type]
                 found[name] = IntegerLayer(module, None)
     for module in set(shared.values()):
         names = [name for name, owner in shared.items() if owner is module]
@@ -238,7 +197,8 @@ def integerize(net: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
             if leaves & chosen:
                 if not leaves <= chosen:
                     raise ValueError(f"{name}: q, k and v read one coded tensor: choose all three or none")
-                module.input_quantizer = Coder(module.input_quantizer)  # type: ignore[assignment]
+                module.input_quantizer = coder_of(module.input_quantizer)  # type: ignore[assignment]
     for name in chosen:
         replace_module(net, name, found[name])
+    fuse(net)
     return net.to(memory_format=torch.channels_last)

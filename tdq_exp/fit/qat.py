@@ -117,4 +117,8 @@ def optimizer_groups(net: nn.Module, rates: Rates) -> list[dict[str, object]]:
 
 def interval_tables(net: nn.Module) -> dict[str, Tensor]:
     """Step size over t of every activation quantizer, by name, on the CPU."""
-    return {name: quantizer.tables()[0].cpu() for name, quantizer in activation_quantizers(net).items()}
+    return {
+        name: quantizer.tables()[0].cpu()
+        for name, quantizer in activation_quantizers(net).items()
+        if not quantizer.interval.dynamic
+    }

@@ -137,7 +137,7 @@ def _activation(recipe: Recipe, bits: int, after_silu: bool, interval: Interval)
     symmetric = habits.symmetric_activations and not after_silu
     grid = Grid(bits, symmetric=symmetric, reduced=habits.reduced_grids)
     zero_point: nn.Module | None
-    if symmetric:
+    if symmetric or interval.dynamic:
         zero_point = None
     elif habits.symmetric_activations:
         zero_point = LowerBound(grid, SILU_MINIMUM, learned=False)
@@ -193,6 +193,8 @@ def bake(net: nn.Module) -> nn.Module:
         if isinstance(module, QuantLayer):
             module.layer.register_parameter("weight", None)
     for quantizer in activation_quantizers(net).values():
+        if quantizer.interval.dynamic:
+            continue  # its ranges are those of its inputs
         s, z = quantizer.tables()
         quantizer.interval = Table(s, time)  # type: ignore[arg-type]
         quantizer.zero_point = TableZeroPoint(z, time)

@@ -5,6 +5,7 @@
 | `Static`   | softplus(rho)                       | one |
 | `PerStep`  | softplus(rho_g), g = floor(t G / T) | one for each of G groups of time steps |
 | `Temporal` | softplus(f(enc(t)))                 | TDQ: a small network of t; see `generators` |
+| `Dynamic`  | (max x - min x) / (p - n)           | none: read from the input |
 | `MaxAbs`   | max|x| / p                          | none |
 | `Table`    | s_t                                 | none: any of the above, baked |
 
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tdq_exp.quant import ops
 from tdq_exp.quant.generators import GeneratorBank
 from tdq_exp.quant.time import TimeContext
 
@@ -39,6 +41,7 @@ class Interval(nn.Module):
     """A source of step sizes. Calling it gives s > 0, 0-dim or `[B]`."""
 
     timed = False  # does s depend on t?
+    dynamic = False  # is s read from the input, and z with it?
 
     def start(self, s: float) -> None:
         """Sets the start value, for every time step alike."""
@@ -136,6 +139,29 @@ class Temporal(Interval):
         return self.bank.table()[self.row]
 
 
+class Dynamic(Interval):
+    """s and z from the minimum and the maximum of whatever is quantized, at run time: the opponent of the paper's Table 4.
+
+    Args:
+        per_sample: a range for each sample of a batch, or one for all, which makes an image depend on its companions.
+    """
+
+    dynamic = True
+
+    def __init__(self, per_sample: bool) -> None:
+        super().__init__()
+        self.per_sample = per_sample
+
+    def start(self, s: float) -> None:
+        """Nothing to set: s follows the input."""
+
+    def affine(self, x: Tensor, n: int, p: int) -> tuple[Tensor, Tensor]:
+        """(s, z) of an input, `[B]` or 0-dim, on codes n..p; without gradient."""
+        x = x.detach()
+        low, high = x.flatten(1).aminmax(dim=1) if self.per_sample else x.aminmax()
+        return ops.affine_range(low, high, n, p)
+
+
 class MaxAbs(Interval):
     """s = max|x| / p of whatever is quantized, as a constant: PACT's weights.
 
@@ -205,6 +231,21 @@ class PerStepIntervals:
     def make(self, names: Sequence[str], time: TimeContext, raw: bool = False) -> tuple[list[Interval], None]:
         """One interval for each name; no bank."""
         return [PerStep(self.groups, time) for _ in names], None
+
+
+class DynamicIntervals:
+    """Lets every activation quantizer read its range from its input.
+
+    Args:
+        per_sample: see `Dynamic`.
+    """
+
+    def __init__(self, per_sample: bool) -> None:
+        self.per_sample = per_sample
+
+    def make(self, names: Sequence[str], time: TimeContext, raw: bool = False) -> tuple[list[Interval], None]:
+        """One interval for each name; no bank."""
+        return [Dynamic(self.per_sample) for _ in names], None
 
 
 class TemporalIntervals:

@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { CHUNK = 4096, SMALL = 16384 };
+enum { CHUNK = 4096, SMALL = 16384, BLOCK = 64 };
 enum { LEARNED, CLIPPED, NOISE };
 
 static inline long least(long a, long b) { return a < b ? a : b; }
@@ -95,15 +95,188 @@ void backward(const float *restrict g, const float *restrict x, const float *res
     if (!z_step && g_z) g_z[0] = (float)total_z;
 }
 
-// round(clip(x / s, n - z, p - z)) + z + shift as bytes: codes of one step size for the whole tensor. The sum lies in
-// 0..255; a NaN, which has no code, becomes the smallest one.
-void codes(const float *restrict x, uint8_t *restrict q, long count, float s, float z, float n, float p, float shift,
-           int threads) {
-    const float low = n - z, high = p - z, offset = z + shift;
-#pragma omp parallel for simd num_threads(threads) if (parallel : count > SMALL)
-    for (long i = 0; i < count; i++) {
-        const float v = x[i] / s;
-        const float bounded = v > low ? v < high ? v : high : low;
-        q[i] = (uint8_t)(int)(nearbyintf(bounded) + offset);
+// round(clip(x / s, n - z, p - z)) + z + shift as bytes. The sum lies in 0..255; a NaN, which has no code, becomes the
+// smallest one. Step size and zero point are one for all rows (step 0) or one for each (step 1).
+void codes(const float *restrict x, uint8_t *restrict q, const float *restrict s, const float *restrict z, long rows,
+           long width, long step, float n, float p, float shift, int threads) {
+    const long chunks = (width + CHUNK - 1) / CHUNK;
+#pragma omp parallel for collapse(2) num_threads(threads) if (rows * width > SMALL)
+    for (long row = 0; row < rows; row++) {
+        for (long chunk = 0; chunk < chunks; chunk++) {
+            const float size = s[row * step], zero = z[row * step], low = n - zero, high = p - zero, add = zero + shift;
+            const long first = row * width + chunk * CHUNK, last = row * width + least((chunk + 1) * CHUNK, width);
+#pragma omp simd
+            for (long i = first; i < last; i++) {
+                const float v = x[i] / size;
+                const float bounded = v > low ? v < high ? v : high : low;
+                q[i] = (uint8_t)(int)(nearbyintf(bounded) + add);
+            }
+        }
+    }
+}
+
+#ifdef __FMA__
+#define MULTIPLY_ADD(a, b, c) __builtin_fmaf(a, b, c)
+#else
+#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
+#endif
+
+// e^x within 2 units of the last place, in a form that compilers turn into vector instructions (Cephes' polynomial).
+static inline float exponential(float x) {
+    x = x > -87.0f ? x : -87.0f;
+    x = x < 88.0f ? x : 88.0f;
+    const float k = nearbyintf(x * 1.44269504088896341f);
+    const float r = MULTIPLY_ADD(k, 2.12194440e-4f, MULTIPLY_ADD(k, -0.693359375f, x));
+    float y = 1.9875691500e-4f;
+    y = MULTIPLY_ADD(y, r, 1.3981999507e-3f);
+    y = MULTIPLY_ADD(y, r, 8.3334519073e-3f);
+    y = MULTIPLY_ADD(y, r, 4.1665795894e-2f);
+    y = MULTIPLY_ADD(y, r, 1.6666665459e-1f);
+    y = MULTIPLY_ADD(y, r, 5.0000001201e-1f);
+    y = MULTIPLY_ADD(y, r * r, r + 1.0f);
+    union { int32_t bits; float value; } power = {.bits = ((int32_t)k + 127) << 23};
+    return y * power.value;
+}
+
+// scale and offset of a group norm, [channels] each: y = x scale + offset. rows: [pixels, channels]. One pass: sums of
+// d = x - first pixel and of d^2, by channel, in single precision within a block of rows and in double between blocks.
+static void normalisation(const float *restrict rows, float *restrict scale, float *restrict offset,
+                          const float *restrict weight, const float *restrict bias, long pixels, long channels,
+                          long groups, double eps) {
+    const long width = channels / groups;
+    float part[channels], squares[channels];
+    double total[channels], spread[channels];
+    for (long c = 0; c < channels; c++) total[c] = spread[c] = 0.0;
+    for (long first = 0; first < pixels; first += BLOCK) {
+        const long last = least(first + BLOCK, pixels);
+        for (long c = 0; c < channels; c++) part[c] = squares[c] = 0.0f;
+        long row = first;
+        for (; row + 4 <= last; row += 4) {
+            const float *restrict v = rows + row * channels;
+#pragma omp simd
+            for (long c = 0; c < channels; c++) {
+                const float base = rows[c], a = v[c] - base, b = v[c + channels] - base,
+                            d = v[c + 2 * channels] - base, e = v[c + 3 * channels] - base;
+                part[c] += (a + b) + (d + e);
+                squares[c] += (a * a + b * b) + (d * d + e * e);
+            }
+        }
+        for (; row < last; row++) {
+            const float *restrict v = rows + row * channels;
+            for (long c = 0; c < channels; c++) {
+                const float a = v[c] - rows[c];
+                part[c] += a;
+                squares[c] += a * a;
+            }
+        }
+        for (long c = 0; c < channels; c++) {
+            total[c] += part[c];
+            spread[c] += squares[c];
+        }
+    }
+    for (long group = 0; group < groups; group++) {
+        double mean = 0.0, variance = 0.0;
+        for (long c = group * width; c < (group + 1) * width; c++) {
+            const double of_d = total[c] / (double)pixels;
+            spread[c] = spread[c] / (double)pixels - of_d * of_d;
+            total[c] = of_d + rows[c];
+            mean += total[c] / (double)width;
+        }
+        for (long c = group * width; c < (group + 1) * width; c++) {
+            const double apart = total[c] - mean;
+            variance += (spread[c] + apart * apart) / (double)width;
+        }
+        const float rstd = (float)(1.0 / sqrt((variance > 0.0 ? variance : 0.0) + eps));
+        for (long c = group * width; c < (group + 1) * width; c++) {
+            scale[c] = rstd * (weight ? weight[c] : 1.0f);
+            offset[c] = (bias ? bias[c] : 0.0f) - scale[c] * (float)mean;
+        }
+    }
+}
+
+// scale and offset of every sample, in `scratch`: 2 batch channels floats.
+static void normalisations(const float *restrict x, float *restrict scratch, const float *restrict weight,
+                           const float *restrict bias, long batch, long pixels, long channels, long groups, double eps,
+                           int threads) {
+#pragma omp parallel for num_threads(threads) if (batch > 1 && batch * pixels * channels > SMALL)
+    for (long sample = 0; sample < batch; sample++) {
+        float *scale = scratch + 2 * sample * channels;
+        normalisation(x + sample * pixels * channels, scale, scale + channels, weight, bias, pixels, channels, groups, eps);
+    }
+}
+
+// Every value v of a normalised row, in turn; BODY uses v and c.
+#define EACH_NORMALISED(BODY)                                                  \
+    _Pragma("omp simd")                                                        \
+    for (long c = 0; c < channels; c++) {                                      \
+        const float v = values[c] * scale[c] + offset[c];                      \
+        BODY;                                                                  \
+    }
+
+// Codes of silu(group_norm(x)), or of group_norm(x), for x [batch, pixels, channels] with channels innermost.
+void norm_codes(const float *restrict x, uint8_t *restrict q, float *restrict scratch, const float *restrict weight,
+                const float *restrict bias, long batch, long pixels, long channels, long groups, double eps, int silu,
+                float s, float z, float n, float p, float shift, int threads) {
+    const float low = n - z, high = p - z, add = z + shift;
+    const long blocks = (pixels + BLOCK - 1) / BLOCK;
+    normalisations(x, scratch, weight, bias, batch, pixels, channels, groups, eps, threads);
+#pragma omp parallel for collapse(2) num_threads(threads) if (batch * pixels * channels > SMALL)
+    for (long sample = 0; sample < batch; sample++) {
+        for (long block = 0; block < blocks; block++) {
+            const float *restrict scale = scratch + 2 * sample * channels, *restrict offset = scale + channels;
+            for (long row = block * BLOCK; row < least((block + 1) * BLOCK, pixels); row++) {
+                const float *restrict values = x + (sample * pixels + row) * channels;
+                uint8_t *restrict found = q + (sample * pixels + row) * channels;
+#define QUANTIZE(DIVIDED)                                                      \
+    const float w = (DIVIDED);                                                 \
+    const float bounded = w > low ? w < high ? w : high : low;                 \
+    found[c] = (uint8_t)(int)(nearbyintf(bounded) + add)
+                if (silu) {
+                    EACH_NORMALISED(QUANTIZE(v / ((1.0f + exponential(-v)) * s)))
+                } else {
+                    EACH_NORMALISED(QUANTIZE(v / s))
+                }
+#undef QUANTIZE
+            }
+        }
+    }
+}
+
+// silu(group_norm(x)), or group_norm(x), itself.
+void norm(const float *restrict x, float *restrict y, float *restrict scratch, const float *restrict weight,
+          const float *restrict bias, long batch, long pixels, long channels, long groups, double eps, int silu,
+          int threads) {
+    const long blocks = (pixels + BLOCK - 1) / BLOCK;
+    normalisations(x, scratch, weight, bias, batch, pixels, channels, groups, eps, threads);
+#pragma omp parallel for collapse(2) num_threads(threads) if (batch * pixels * channels > SMALL)
+    for (long sample = 0; sample < batch; sample++) {
+        for (long block = 0; block < blocks; block++) {
+            const float *restrict scale = scratch + 2 * sample * channels, *restrict offset = scale + channels;
+            for (long row = block * BLOCK; row < least((block + 1) * BLOCK, pixels); row++) {
+                const float *restrict values = x + (sample * pixels + row) * channels;
+                float *restrict found = y + (sample * pixels + row) * channels;
+                if (silu) {
+                    EACH_NORMALISED(found[c] = v / (1.0f + exponential(-v)))
+                } else {
+                    EACH_NORMALISED(found[c] = v)
+                }
+            }
+        }
+    }
+}
+#undef EACH_NORMALISED
+
+// Smallest and largest value of each row; 0 lies within.
+void ranges(const float *restrict x, float *restrict low, float *restrict high, long rows, long width, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 1 && rows * width > SMALL)
+    for (long row = 0; row < rows; row++) {
+        float least_seen = 0.0f, most_seen = 0.0f;
+#pragma omp simd reduction(min : least_seen) reduction(max : most_seen)
+        for (long i = row * width; i < (row + 1) * width; i++) {
+            least_seen = x[i] < least_seen ? x[i] : least_seen;
+            most_seen = x[i] > most_seen ? x[i] : most_seen;
+        }
+        low[row] = least_seen;
+        high[row] = most_seen;
     }
 }

@@ -24,7 +24,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 SOURCE = Path(__file__).with_name("kernels.c")
 CHUNK = 4096  # of kernels.c
@@ -57,8 +58,12 @@ def library() -> ctypes.CDLL | str:
         return str(error)
     found.forward.argtypes = [*[_Pointer] * 5, *[_Long] * 4, _Float, _Float, _Int]
     found.backward.argtypes = [*[_Pointer] * 9, *[_Long] * 4, _Float, _Float, _Float, _Int, _Int]
-    found.codes.argtypes = [_Pointer, _Pointer, _Long, *[_Float] * 5, _Int]
-    found.forward.restype = found.backward.restype = found.codes.restype = None
+    found.codes.argtypes = [*[_Pointer] * 4, *[_Long] * 3, *[_Float] * 3, _Int]
+    found.norm_codes.argtypes = [*[_Pointer] * 5, *[_Long] * 4, ctypes.c_double, _Int, *[_Float] * 5, _Int]
+    found.norm.argtypes = [*[_Pointer] * 5, *[_Long] * 4, ctypes.c_double, _Int, _Int]
+    found.ranges.argtypes = [*[_Pointer] * 3, _Long, _Long, _Int]
+    for kernel in (found.forward, found.backward, found.codes, found.norm_codes, found.norm, found.ranges):
+        kernel.restype = None
     return found
 
 
@@ -147,20 +152,84 @@ def backward(
     return g_x, g_s, g_z
 
 
-def codes(x: Tensor, s: float, z: float, n: int, p: int, shift: int = 0) -> Tensor:
+def codes(x: Tensor, s: Tensor, z: Tensor, n: int, p: int, shift: int = 0) -> Tensor:
     """Codes of a tensor as bytes, plus a shift that makes signed ones fit: uint8, in the layout of a dense x.
 
     Args:
         x: float32.
-        s, z: step size and zero point of the whole tensor.
+        s, z: step size and zero point, float32: of one element for the whole tensor, or `[B]` for each sample its own.
         n, p: smallest and largest code, n + shift >= 0 and p + shift <= 255.
         shift: 128 for signed codes.
     """
+    if not fit(x, s, z):
+        s, z = (value.reshape(-1, *[1] * (x.dim() - 1)) for value in (s, z))
+        v = (x / s).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
+        return (torch.minimum(torch.maximum(v, n - z), p - z).round_() + (z + shift)).to(torch.uint8)
+    kernels = library()
+    assert not isinstance(kernels, str)
+    x, rows = dense(x), len(x)
+    found = torch.empty_like(x, dtype=torch.uint8)
+    kernels.codes(
+        x.data_ptr(), found.data_ptr(), s.data_ptr(), z.data_ptr(), rows, x.numel() // rows, _step(s), n, p, shift,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return found
+
+
+def norm_codes(x: Tensor, norm: nn.GroupNorm, silu: bool, s: float, z: float, n: int, p: int, shift: int = 0) -> Tensor:
+    """Codes of a group norm's output, or of SiLU of it, in one go: uint8 in channels-last layout, of x's shape.
+
+    Args:
+        x: float32 `[B, C, H, W]`.
+        norm: what is applied to it.
+        silu: and SiLU after that?
+        s, z, n, p, shift: see `codes`; s and z as numbers.
+    """
     if not fit(x):
-        return ((x / s).clamp_(n - z, p - z).round_().nan_to_num_(n - z).add_(z + shift)).to(torch.uint8)
+        return codes(normalised(x, norm, silu), torch.tensor([s]), torch.tensor([float(z)]), n, p, shift)
+    kernels = library()
+    assert not isinstance(kernels, str)
+    x = x.contiguous(memory_format=torch.channels_last)
+    found = torch.empty_like(x, dtype=torch.uint8)
+    scratch = torch.empty(2 * x.shape[0] * x.shape[1])
+    kernels.norm_codes(*_norm_arguments(x, found, scratch, norm, silu), s, z, n, p, shift, torch.get_num_threads())
+    return found
+
+
+def normalised(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
+    """A group norm's output, or SiLU of it, in channels-last layout; arguments as `norm_codes`."""
+    if not fit(x):
+        y = norm(x)
+        return (F.silu(y) if silu else y).contiguous(memory_format=torch.channels_last)
+    kernels = library()
+    assert not isinstance(kernels, str)
+    x = x.contiguous(memory_format=torch.channels_last)
+    found = torch.empty_like(x)
+    scratch = torch.empty(2 * x.shape[0] * x.shape[1])
+    kernels.norm(*_norm_arguments(x, found, scratch, norm, silu), torch.get_num_threads())
+    return found
+
+
+def _norm_arguments(x: Tensor, found: Tensor, scratch: Tensor, norm: nn.GroupNorm, silu: bool) -> tuple[object, ...]:
+    batch, channels, height, width = x.shape
+    return (
+        x.data_ptr(), found.data_ptr(), scratch.data_ptr(), _address(norm.weight), _address(norm.bias), batch,
+        height * width, channels, norm.num_groups, norm.eps, silu,
+    )  # fmt: skip
+
+
+def ranges(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(smallest, largest) value of each sample, `[B]`, widened to hold 0.
+
+    Args:
+        x: float32 `[B, ...]`.
+    """
+    if not fit(x):
+        low, high = x.flatten(1).aminmax(dim=1)
+        return low.clamp(max=0), high.clamp(min=0)
     kernels = library()
     assert not isinstance(kernels, str)
     x = dense(x)
-    found = torch.empty_like(x, dtype=torch.uint8)
-    kernels.codes(x.data_ptr(), found.data_ptr(), x.numel(), s, z, n, p, shift, torch.get_num_threads())
-    return found
+    low, high = torch.empty(len(x)), torch.empty(len(x))
+    kernels.ranges(x.data_ptr(), low.data_ptr(), high.data_ptr(), len(x), x.numel() // len(x), torch.get_num_threads())
+    return low, high

@@ -153,10 +153,7 @@ class QuantAttention(nn.Module):
         """`[B, C, H, W]` -> the same shape, residual included where the original adds it."""
         residual = hidden_states
         batch, channels, height, width = hidden_states.shape
-        h = hidden_states.reshape(batch, channels, height * width)
-        h = attention.group_norm(h).transpose(1, 2)
-        if self.input_quantizer is not None:
-            h = self.input_quantizer(h)
+        h = self.read(attention, hidden_states)
         q, k, v = (self._heads(layer(h), attention.heads) for layer in (attention.to_q, attention.to_k, attention.to_v))
         if self.q is None:
             y = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
@@ -171,6 +168,11 @@ class QuantAttention(nn.Module):
         if attention.residual_connection:
             y = y + residual
         return y / attention.rescale_output_factor
+
+    def read(self, attention: Any, x: Tensor) -> Any:
+        """`[B, C, H, W]` -> what q, k and v read, `[B, H W, C]`."""
+        h = attention.group_norm(x.flatten(2)).transpose(1, 2)
+        return h if self.input_quantizer is None else self.input_quantizer(h)
 
     @staticmethod
     def _heads(x: Tensor, heads: int) -> Tensor:

@@ -21,16 +21,6 @@ from tdq_exp.quant.lsq import Lsq
 from tdq_exp.quant.quantizer import Quantizer
 
 
-def affine_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """(s, z) of the ranges [low, high], widened to hold 0, and on a symmetric grid to both sides; of their shape."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    if grid.symmetric:
-        high = torch.maximum(high, -low)
-        low = -high
-    s = ((high - low) / (grid.p - grid.n)).clamp(min=1e-10)
-    return s, (grid.n - low / s).round().clamp(grid.n, grid.p)
-
-
 class MinMax(Lsq):
     """Activations: the range of the calibration set. Where s depends on t, each quantizer's error is what it starts by."""
 
@@ -56,7 +46,7 @@ class ChannelRange(Interval):
     def forward(self, x: Tensor | None = None) -> Tensor:
         """`[out]`."""
         assert x is not None
-        return affine_range(*x.detach().flatten(1).aminmax(dim=1), self.grid)[0]
+        return ops.affine_range(*x.detach().flatten(1).aminmax(dim=1), self.grid.n, self.grid.p)[0]
 
 
 class MinMaxWeights(Quantizer):
@@ -66,7 +56,7 @@ class MinMaxWeights(Quantizer):
 
     def parameters_at(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(s, z), `[out, 1, ...]` each."""
-        s, z = affine_range(*x.detach().flatten(1).aminmax(dim=1), self.grid)
+        s, z = ops.affine_range(*x.detach().flatten(1).aminmax(dim=1), self.grid.n, self.grid.p)
         shape = (-1, *[1] * (x.dim() - 1))
         return s.reshape(shape), z.reshape(shape)
 
@@ -86,5 +76,5 @@ class MinMaxWeights(Quantizer):
 @torch.no_grad()
 def range_start(low: float, high: float, grid: Grid) -> tuple[float, int]:
     """(s, z) of a range, as numbers."""
-    s, z = affine_range(torch.tensor(low), torch.tensor(high), grid)
+    s, z = ops.affine_range(torch.tensor(low), torch.tensor(high), grid.n, grid.p)
     return float(s), int(z)

@@ -201,6 +201,23 @@ def _fake_quantize(
     return _FakeQuantize.apply(x, s, z, n, p, scale, kind == "clipped", noise)
 
 
+def affine_range(low: Tensor, high: Tensor, n: int, p: int) -> tuple[Tensor, Tensor]:
+    """(s, z) of the ranges [low, high], widened to hold 0, and on a symmetric grid to both sides; of their shape.
+
+        s = (high - low) / (p - n),   z = round(n - low / s),   low <= 0 <= high
+
+    Args:
+        low, high: smallest and largest value of what is quantized.
+        n, p: smallest and largest code.
+    """
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if n < 0:
+        high = torch.maximum(high, -low)
+        low = -high
+    s = ((high - low) / (p - n)).clamp(min=1e-10)
+    return s, (n - low / s).round().clamp(n, p)
+
+
 def fake_quantize_learned(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float = 1.0) -> Tensor:
     """x_hat with LSQ's gradients.
 

@@ -36,6 +36,8 @@ class Pact(Quantizer):
 
     def penalty(self) -> Tensor:
         """`decay mean(alpha^2)` at the current time steps."""
+        if self.interval.dynamic:
+            return self.zero  # nothing is clipped, and alpha is not learned
         alpha = self.interval() * ((self.grid.p - self.grid.n) / 2)
         return self.decay * alpha.square().mean()
 

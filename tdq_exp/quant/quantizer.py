@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tdq_exp.quant import ops
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.interval import Interval, at
+from tdq_exp.quant.interval import Dynamic, Interval, at
 
 
 class ZeroPoint(nn.Module):
@@ -126,11 +126,14 @@ class Quantizer(nn.Module):
 
     def parameters_at(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(s, z) for x at the current time step, broadcastable to x."""
-        s = self.interval(x)
-        if self.training and s.requires_grad:
-            # Before the zero point takes its part: where z follows s, both ways back to s must weigh alike.
-            s = ops.scale_gradient(s, self.gradient_scale(x))
-        z = self.zero if self.zero_point is None else self.zero_point(s)
+        if isinstance(self.interval, Dynamic):
+            s, z = self.interval.affine(x, self.grid.n, self.grid.p)
+        else:
+            s = self.interval(x)
+            if self.training and s.requires_grad:
+                # Before the zero point takes its part: where z follows s, both ways back to s must weigh alike.
+                s = ops.scale_gradient(s, self.gradient_scale(x))
+            z = self.zero if self.zero_point is None else self.zero_point(s)
         if s.dim():
             s = s.reshape(-1, *[1] * (x.dim() - 1))
         return s, z.reshape(-1, *[1] * (x.dim() - 1)) if z.dim() else z
@@ -142,7 +145,7 @@ class Quantizer(nn.Module):
             return x
         x = x.float()  # the arithmetic of quantizers stays in float32 under autocast
         s, z_or_zero = self.parameters_at(x)
-        z = None if self.zero_point is None else z_or_zero
+        z = None if self.zero_point is None and not self.interval.dynamic else z_or_zero
         if self.training:
             return self.rule(x, s, z)
         if torch.is_grad_enabled():  # evaluated inside of somebody's graph: the same numbers, differentiable
@@ -162,7 +165,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def tables(self) -> tuple[Tensor, Tensor]:
-        """(s, z) for every time step: `[T]` each, or `[1]` where they do not depend on t."""
+        """(s, z) for every time step: `[T]` each, or `[1]` where they do not depend on t; none for a `Dynamic` interval."""
         s = self.interval.table()
         if self.zero_point is None:
             return s, self.zero.reshape(1)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from tdq_exp.deploy import choose, integer
+from tdq_exp.deploy import choose, coders, integer
 from tdq_exp.quant import kernels
 from tdq_exp.quant.convert import Recipe, bake
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.habits import Habits
-from tdq_exp.quant.interval import StaticIntervals, Table, TemporalIntervals
+from tdq_exp.quant.interval import DynamicIntervals, StaticIntervals, Table, TemporalIntervals
 from tdq_exp.quant.layers import CodedWeight, QuantConv2d, QuantLayer, QuantLinear
 from tdq_exp.quant.lsq import Lsq
 from tdq_exp.quant.minmax import MinMax, MinMaxWeights
@@ -43,6 +43,11 @@ RECIPES = {
     ),
     "ptq_tdq": lambda bits: Recipe(bits, bits, MinMaxWeights, Lsq, temporal(), weight_interval="channel_range"),
     "minmax": lambda bits: Recipe(bits, bits, MinMaxWeights, MinMax, weight_interval="channel_range"),
+    "lsq_dynamic": lambda bits: Recipe(bits, bits, Lsq, Lsq, DynamicIntervals(per_sample=True)),
+    "ptq_dynamic": lambda bits: Recipe(
+        bits, bits, MinMaxWeights, MinMax, DynamicIntervals(per_sample=True), weight_interval="channel_range"
+    ),
+    "lsq_dynamic_tensor": lambda bits: Recipe(bits, bits, Lsq, Lsq, DynamicIntervals(per_sample=False)),
 }
 
 
@@ -72,7 +77,7 @@ def test_every_layer_gives_what_the_simulated_one_gives(name, bits):
             made = layers[layer]
             if made.coder is None:  # q, k and v: x is quantized already, and its codes are those of x itself
                 reader = net.get_submodule(layer.rpartition(".")[0]).processor.input_quantizer
-                x = integer.Coder(reader)(x)
+                x = coders.coder_of(reader)(x)
             found = made(x)
             assert found.shape == y.shape
             assert float((found - y).abs().max()) <= 2e-6 * float(y.abs().max()), (layer, t)
@@ -105,7 +110,7 @@ def test_zero_points_under_padding_stride_dilation_and_groups(zero, options):
     x = randn(2, 6, 9, 9)
     with torch.no_grad():
         torch.testing.assert_close(
-            integer.IntegerLayer(layer, integer.Coder(quantizer))(x), layer(x), rtol=2e-6, atol=2e-6
+            integer.IntegerLayer(layer, coders.coder_of(quantizer))(x), layer(x), rtol=2e-6, atol=2e-6
         )
 
 
@@ -126,7 +131,7 @@ def test_codes_are_the_quantizers_own(fused):
     x = torch.cat([randn(500) * 3, torch.tensor([1e30, -1e30, 0.25, 0.75, float("nan")])]).reshape(1, -1)
     expected = ((x / 0.5).clamp(-3, 12).round() + 3).nan_to_num(0)
     with nullcontext() if fused else kernels.unfused():
-        found = kernels.codes(x, 0.5, 3.0, 0, 15)
+        found = kernels.codes(x, torch.tensor([0.5]), torch.tensor([3.0]), 0, 15)
     assert found.dtype == torch.uint8
     assert torch.equal(found.float(), expected)
 

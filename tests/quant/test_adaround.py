@@ -5,7 +5,7 @@ import torch
 
 from tdq_exp.quant.adaround import AdaRound, beta_at
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.minmax import affine_range
+from tdq_exp.quant.ops import affine_range
 from tests.oracles import adaround as oracle
 from tests.quant.builders import randn
 
@@ -20,7 +20,7 @@ def made(bits=4, grid="affine", beyond=1.0, shape=(5, 3, 2, 2), seed=0):
         s = w.flatten(1).abs().amax(1) / codes.p / beyond
         z = torch.zeros_like(s)
     else:
-        s, z = affine_range(*(w / beyond).flatten(1).aminmax(dim=1), codes)
+        s, z = affine_range(*(w / beyond).flatten(1).aminmax(dim=1), codes.n, codes.p)
     s, z = (value.reshape(-1, 1, 1, 1) for value in (s, z))
     return w, AdaRound(w, s, z, codes.n, codes.p)
 

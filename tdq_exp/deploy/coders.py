@@ -1,0 +1,120 @@
+"""From floats to bytes: what integer layers read.
+
+A `Coder` takes s and z from a table of time steps, a `DynamicCoder` from the input itself, which costs a pass over it and
+keeps a norm before it from giving bytes at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from tdq_exp.quant import kernels, ops
+from tdq_exp.quant.interval import Dynamic, Table
+from tdq_exp.quant.quantizer import Quantizer, TableZeroPoint
+
+SHIFT = 128
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A quantized tensor: x_hat = s (codes - z).
+
+    Args:
+        codes: uint8, samples along the first axis.
+        s: step size, a number or one for each sample, `[B]`.
+        z: zero point of these bytes, likewise.
+    """
+
+    codes: Tensor
+    s: float | Tensor
+    z: int | Tensor
+
+
+class Coder(nn.Module):
+    """A baked quantizer that gives codes.
+
+    Args:
+        quantizer: of an activation, baked, its codes no wider than a byte.
+    """
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        interval, zero = quantizer.interval, quantizer.zero_point
+        assert isinstance(interval, Table) and isinstance(zero, TableZeroPoint)
+        self.n, self.p = quantizer.grid.n, quantizer.grid.p
+        self.shift = SHIFT if self.n < 0 else 0
+        self.time = interval.time
+        self.step_sizes: Tensor
+        self.zero_points: Tensor
+        self.register_buffer("step_sizes", interval.step_sizes.clone())
+        self.register_buffer("zero_points", zero.zero_points.clone())
+        # Also as numbers: oneDNN's kernels take them by value.
+        self.steps, self.zeros = interval.step_sizes.tolist(), [int(z) for z in zero.zero_points.tolist()]
+
+    def _now(self) -> tuple[int, int]:
+        """Rows of the two tables at the current time step.
+
+        Raises:
+            ValueError: if the samples of a batch have time steps of their own.
+        """
+        if len(self.steps) == len(self.zeros) == 1:
+            return 0, 0
+        assert self.time is not None
+        if self.time.t.numel() != 1:
+            raise ValueError("integer layers take one time step for the whole batch")
+        t = int(self.time.t)
+        return t if len(self.steps) > 1 else 0, t if len(self.zeros) > 1 else 0
+
+    def forward(self, x: Tensor) -> Coded:
+        """Codes of x at the current time step."""
+        i, j = self._now()
+        s, z = self.step_sizes[i : i + 1], self.zero_points[j : j + 1]
+        return Coded(
+            kernels.codes(x.float(), s, z, self.n, self.p, self.shift), self.steps[i], self.zeros[j] + self.shift
+        )
+
+    def of_norm(self, x: Tensor, norm: nn.GroupNorm, silu: bool) -> Coded:
+        """Codes of a group norm's output, or of SiLU of it; `[B, C, H, W]`."""
+        i, j = self._now()
+        codes = kernels.norm_codes(x, norm, silu, self.steps[i], self.zeros[j], self.n, self.p, self.shift)
+        return Coded(codes, self.steps[i], self.zeros[j] + self.shift)
+
+
+class DynamicCoder(nn.Module):
+    """A quantizer with a `Dynamic` interval that gives codes.
+
+    Args:
+        quantizer: its codes no wider than a byte.
+    """
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        assert isinstance(quantizer.interval, Dynamic)
+        self.n, self.p, self.per_sample = quantizer.grid.n, quantizer.grid.p, quantizer.interval.per_sample
+        self.shift = SHIFT if self.n < 0 else 0
+
+    def forward(self, x: Tensor) -> Coded:
+        """Codes of x on its own range."""
+        x = x.float()
+        low, high = kernels.ranges(x)
+        if not self.per_sample:
+            low, high = low.min().reshape(1), high.max().reshape(1)
+        s, z = ops.affine_range(low, high, self.n, self.p)
+        codes = kernels.codes(x, s, z, self.n, self.p, self.shift)
+        return Coded(codes, s, z + self.shift) if self.per_sample else Coded(codes, float(s), int(z) + self.shift)
+
+    def of_norm(self, x: Tensor, norm: nn.GroupNorm, silu: bool) -> Coded:
+        """As `Coder.of_norm`, in three passes: the range is known after the first."""
+        return self(kernels.normalised(x, norm, silu))
+
+
+def coder_of(quantizer: Quantizer) -> Coder | DynamicCoder:
+    """The coder of a baked quantizer."""
+    return DynamicCoder(quantizer) if quantizer.interval.dynamic else Coder(quantizer)
+
+
+def too_wide(quantizer: Quantizer) -> bool:
+    """Do its codes not fit into a byte?"""
+    return quantizer.grid.p - quantizer.grid.n > 255

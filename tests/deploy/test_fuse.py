@@ -1,0 +1,104 @@
+"""Norms that give codes: the kernel against double precision, and where it is put."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tdq_exp.deploy import fuse, integer
+from tdq_exp.quant import kernels
+from tdq_exp.quant.convert import Recipe, bake
+from tdq_exp.quant.interval import StaticIntervals
+from tdq_exp.quant.lsq import Lsq
+from tdq_exp.quant.plan import Plan
+from tests.quant.builders import inputs, make_net, randn
+
+HERE = torch.device("cpu")
+S, Z, P = 0.02, 90.0, 255
+SHAPES = [((3, 64, 16, 16), 16), ((1, 48, 5, 7), 12), ((2, 6, 1, 1), 3), ((5, 32, 3, 21), 1), ((2, 33, 8, 8), 33)]
+
+
+def made(channels: int, groups: int, affine: bool = True) -> nn.GroupNorm:
+    """A group norm with weights of its own."""
+    norm = nn.GroupNorm(groups, channels, eps=1e-6, affine=affine).requires_grad_(False)
+    if affine:
+        norm.weight.copy_(randn(channels, seed=1))
+        norm.bias.copy_(randn(channels, seed=2))
+    return norm
+
+
+def exact(x: torch.Tensor, norm: nn.GroupNorm, silu: bool) -> torch.Tensor:
+    """In double precision."""
+    weight, bias = (None if v is None else v.double() for v in (norm.weight, norm.bias))
+    y = F.group_norm(x.double(), norm.num_groups, weight, bias, norm.eps)
+    return F.silu(y) if silu else y
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize(("shape", "groups"), SHAPES)
+def test_norm_silu_and_codes_in_one_pass(shape, groups, silu, fused):
+    for affine in (True, False):
+        norm, x = made(shape[1], groups, affine), randn(*shape) * 3 + 20
+        x[:, 0] *= 100  # channels of very different size within a group
+        y = exact(x, norm, silu)
+        with nullcontext() if fused else kernels.unfused():
+            found = kernels.norm_codes(x, norm, silu, S, Z, 0, P)
+            normalised = kernels.normalised(x, norm, silu)
+        assert found.dtype == torch.uint8 and found.is_contiguous(memory_format=torch.channels_last)
+        assert float((normalised.double() - y).abs().max()) < 2e-5 * max(1.0, float(y.abs().max()))
+        v = y / float(torch.tensor(S)) + Z
+        expected = v.round().clamp(0, P)
+        border = ((v - v.floor()) - 0.5).abs() < 1e-2
+        assert torch.equal(found.double()[~border], expected[~border])
+        assert ((found.double() - expected).abs() <= 1).all()
+        assert expected.unique().numel() > 3 or x.numel() < 20
+
+
+def test_silu_is_right_for_every_size_of_input():
+    x = torch.linspace(-120, 120, 4001).reshape(1, 1, -1, 1).expand(1, 2, -1, 1)
+    wide = nn.GroupNorm(1, 2, eps=1e-6).requires_grad_(False)
+    wide.weight.fill_(60.0)  # from -100 to 100 after the norm
+    y = exact(x, wide, silu=True)
+    assert float(y.max()) > 90
+    torch.testing.assert_close(kernels.normalised(x, wide, True).double(), y, rtol=1e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_ranges_hold_zero(fused):
+    x = torch.stack([randn(3, 50, 50), randn(3, 50, 50).abs() + 1, -randn(3, 50, 50).abs() - 1])
+    with nullcontext() if fused else kernels.unfused():
+        low, high = kernels.ranges(x)
+    assert torch.equal(low, x.flatten(1).amin(1).clamp(max=0))
+    assert torch.equal(high, x.flatten(1).amax(1).clamp(min=0))
+    assert low[1] == 0 and high[2] == 0
+
+
+pytestmark = pytest.mark.skipif(integer.unavailable(HERE) is not None, reason=str(integer.unavailable(HERE)))
+
+
+def test_every_norm_before_an_integer_layer_is_fused_and_no_other():
+    net = bake(make_net(Recipe(4, 4, Lsq, Lsq, StaticIntervals())))
+    whole = integer.integerize(net)
+    norms = sum(isinstance(module, nn.GroupNorm) for module in net.modules())
+    fused = [module for module in whole.modules() if isinstance(module, fuse.CodedNorm)]
+    attentions = [module for module in whole.modules() if isinstance(module, fuse.CodedAttention)]
+    assert len(fused) + len(attentions) == norms and attentions
+    assert any(isinstance(module, fuse.Passing) for module in whole.modules())
+    some = [name for name in integer.candidates(net) if "conv2" in name]
+    part = integer.integerize(net, some)
+    assert sum(isinstance(module, fuse.CodedNorm) for module in part.modules()) == len(some)
+    x = inputs(2)[0]
+    with torch.no_grad():
+        simulated, found = net(x, torch.tensor(9)).sample, part(x, torch.tensor(9)).sample
+    assert float((found - simulated).abs().max()) < 0.2 * float(simulated.abs().max())
+
+
+def test_norms_before_float_layers_stay():
+    keep = ("conv", "first", "last")
+    net = bake(make_net(Recipe(4, 4, Lsq, Lsq, StaticIntervals(), plan=Plan(keep_float=keep, attention=False))))
+    assert not any(isinstance(module, fuse.CodedNorm) for module in integer.integerize(net).modules())
