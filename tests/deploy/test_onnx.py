@@ -1,0 +1,149 @@
+"""ONNX graphs against simulated quantization: one layer at a time exactly, and a whole network."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tdq_exp import export
+from tdq_exp.deploy import onnx, onnx_layers
+from tdq_exp.quant.convert import Recipe, bake
+from tdq_exp.quant.grid import Grid
+from tdq_exp.quant.interval import DynamicIntervals, Table, TemporalIntervals
+from tdq_exp.quant.layers import CodedWeight, QuantConv2d, QuantLinear
+from tdq_exp.quant.lsq import Lsq
+from tdq_exp.quant.minmax import MinMaxWeights
+from tdq_exp.quant.quantizer import TableZeroPoint
+from tdq_exp.quant.time import TimeContext
+from tests.quant.builders import make_net, randn
+
+STEPS = 10
+onnxruntime = pytest.importorskip("onnxruntime", reason="export is an optional extra")
+
+
+class Alone(nn.Module):
+    """One layer as a network of (x, t)."""
+
+    def __init__(self, layer: nn.Module, clock: onnx_layers.Clock) -> None:
+        super().__init__()
+        self.layer, self.clock = layer, clock
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.clock.t = t
+        return self.layer(x)
+
+
+def quantizer(bits: int, n: int, time: TimeContext) -> Lsq:
+    """Baked, with step sizes and zero points of t."""
+    grid = Grid(bits, symmetric=n < 0)
+    s = 0.5 / 2**bits * (1 + torch.arange(STEPS) / 3.0) * 8
+    z = torch.zeros(STEPS) if n < 0 else torch.arange(STEPS).float().clamp(max=grid.p)
+    return Lsq(grid, Table(s, time), TableZeroPoint(z, time)).eval()
+
+
+def coded(shape: tuple[int, ...], kind: str) -> CodedWeight:
+    """Signed codes, or affine ones that need one sum (4 bits) or two (8)."""
+    low, high = {"signed": (-7, 8), "affine4": (0, 16), "affine8": (0, 256)}[kind]
+    codes = torch.randint(low, high, shape, generator=torch.Generator().manual_seed(1))
+    codes.reshape(-1)[:2] = torch.tensor([low, high - 1])
+    out = (-1, *[1] * (len(shape) - 1))
+    if kind == "signed":
+        return CodedWeight(codes.to(torch.int8), torch.tensor(0.05))
+    zero = torch.randint(low, high, (shape[0],), generator=torch.Generator().manual_seed(2)).float()
+    return CodedWeight(
+        codes.to(torch.uint8), (randn(shape[0], seed=3).abs() + 0.1).reshape(out) / 50, zero.reshape(out)
+    )
+
+
+def run(layer: nn.Module, clock: onnx_layers.Clock, x: Tensor, file, t: int) -> Tensor:
+    if not file.exists():
+        onnx.write(Alone(layer, clock).eval(), tuple(x.shape[1:]), file)
+    return torch.from_numpy(export.session(file).run(None, {"x_t": x.numpy(), "t": np.array(t, dtype=np.int64)})[0])
+
+
+@pytest.mark.parametrize(
+    ("bits", "n", "kind", "options"),
+    [
+        (4, 0, "signed", {"stride": 2}),
+        (8, 0, "affine8", {}),
+        (8, -1, "signed", {"padding": 2, "dilation": 2}),
+        (3, 0, "affine4", {"groups": 1, "bias": False}),
+    ],
+)
+@torch.no_grad()
+def test_a_convolution_in_both_forms(bits, n, kind, options, tmp_path):
+    time, clock = TimeContext(STEPS), onnx_layers.Clock()
+    conv = nn.Conv2d(6, 9, 3, **{"padding": 1, **options})
+    reads = quantizer(bits, n, time)
+    layer = QuantConv2d(conv, coded(tuple(conv.weight.shape), kind), reads)
+    x = randn(3, 6, 9, 9)  # the graph is written for a batch of 2
+    expected = {}
+    seen = []
+    for t in (0, 9):
+        with time.at(t):
+            expected[t] = layer(x)
+            part = onnx.first_sum(layer, x, expected[t])
+            seen.append((t, float(part.min()), float(part.max())))
+    portable = onnx_layers.PortableLayer(layer, onnx_layers.Portable(reads, clock))
+    ranges = onnx.output_ranges({"conv": seen}, STEPS)["conv"]
+    integer = onnx_layers.IntegerConv(layer, onnx_layers.Codes(reads, clock), *ranges, clock)
+    for t, y in expected.items():
+        found = run(portable, clock, x, tmp_path / "portable.onnx", t)
+        assert float((found - y).abs().max()) <= 1e-5 * float(y.abs().max())
+        found = run(integer, clock, x, tmp_path / "integer.onnx", t)
+        step = float(ranges[1][t].clamp(min=0) - ranges[0][t].clamp(max=0)) / 255
+        assert float((found - y).abs().max()) <= 0.5001 * step + 1e-5 * float(y.abs().max())
+    assert export.optimised_operators(tmp_path / "integer.onnx").get("QLinearConv") == 1
+
+
+@pytest.mark.parametrize(("bits", "n", "kind"), [(4, 0, "signed"), (8, 0, "affine8"), (8, -1, "signed")])
+@torch.no_grad()
+def test_a_linear_layer_is_exact_in_both_forms(bits, n, kind, tmp_path):
+    time, clock = TimeContext(STEPS), onnx_layers.Clock()
+    linear = nn.Linear(20, 7)
+    reads = quantizer(bits, n, time)
+    layer = QuantLinear(linear, coded((7, 20), kind), reads)
+    x = randn(3, 5, 20)
+    for form, made in (
+        ("portable", onnx_layers.PortableLayer(layer, onnx_layers.Portable(reads, clock))),
+        ("integer", onnx_layers.IntegerLinear(layer, onnx_layers.Codes(reads, clock))),
+    ):
+        for t in (0, 9):
+            with time.at(t):
+                y = layer(x)
+            found = run(made, clock, x, tmp_path / f"{form}.onnx", t)
+            assert float((found - y).abs().max()) <= 1e-5 * float(y.abs().max())
+    kinds = export.optimised_operators(tmp_path / "integer.onnx")
+    assert kinds.get("MatMulIntegerToFloat", 0) + kinds.get("MatMulInteger", 0) == 1
+
+
+def test_ranges_between_and_beyond_what_was_seen():
+    low, high = onnx.output_ranges({"conv": [(6, -3.0, 4.0), (2, -1.0, 8.0)]}, STEPS)["conv"]
+    assert low.tolist() == [-1, -1, -1, -1.5, -2, -2.5, -3, -3, -3, -3]
+    assert high.tolist() == [8, 8, 8, 7, 6, 5, 4, 4, 4, 4]
+    low, high = onnx.output_ranges({"conv": [(4, -1.0, 2.0)]}, STEPS)["conv"]
+    assert low.tolist() == [-1] * STEPS and high.tolist() == [2] * STEPS
+
+
+def test_what_has_no_table_or_no_bytes_is_refused_by_name():
+    dynamic = bake(make_net(Recipe(4, 4, Lsq, Lsq, DynamicIntervals(True))))
+    with pytest.raises(ValueError, match="read from the input has no table"):
+        onnx.graph_of(dynamic, {}, "portable")
+    wide = bake(make_net(Recipe(4, 9, MinMaxWeights, Lsq, weight_interval="channel_range")))
+    with pytest.raises(ValueError, match="conv_in: can't be exported, its input is wider than 8 bits"):
+        onnx.graph_of(wide, {}, "portable")
+
+
+@torch.no_grad()
+def test_a_whole_network_in_the_portable_form(tmp_path):
+    """At 8 bits a code that falls on the other side of a border changes little."""
+    net = bake(make_net(Recipe(8, 8, Lsq, Lsq, TemporalIntervals(encoding=16, width=8))))
+    x = randn(3, 1, 8, 8)
+    file = tmp_path / "net.onnx"
+    onnx.write(onnx.graph_of(net, {}, "portable"), (1, 8, 8), file)
+    session = export.session(file)
+    for t in (0, 500, 999):
+        found = torch.from_numpy(session.run(None, {"x_t": x.numpy(), "t": np.array(t, dtype=np.int64)})[0])
+        assert onnx.parity(found, net(x, torch.tensor(t)).sample) < 0.02
