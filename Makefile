@@ -4,7 +4,7 @@ VENV ?= .venv
 SCALE ?= paper
 RUN = $(VENV)/bin/python -m tdq_exp.run
 
-.PHONY: help demo test lint table1 table2 bench clean
+.PHONY: help demo test lint table1 table2 bench bench-integer clean
 
 help:
 	@echo "make demo                    set up, then digits W4A4 LSQ+TDQ from float model to picture (minutes, CPU)"
@@ -13,6 +13,7 @@ help:
 	@echo "make table1 SCALE=digits     Table 1: run the cells that have no row, render (SCALE: paper, small, digits)"
 	@echo "make table2 SCALE=digits     Table 2, post-training quantization, likewise"
 	@echo "make bench                   speed of training and denoising steps -> results/bench/"
+	@echo "make bench-integer           a denoising step on integers, simulated, in float and in ONNX Runtime (half an hour)"
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +39,9 @@ table1 table2: $(VENV)/installed
 bench: $(VENV)/installed
 	$(VENV)/bin/python scripts/bench.py
 	$(VENV)/bin/python scripts/bench_ptq.py
+
+bench-integer: $(VENV)/installed
+	$(VENV)/bin/python scripts/bench_integer.py
 
 clean:
 	rm -rf $(VENV) results/demo

@@ -32,11 +32,11 @@ class Coded:
     z: int | Tensor
 
 
-class Coder(nn.Module):
-    """A baked quantizer that gives codes.
+class Tables(nn.Module):
+    """The two tables of a baked quantizer.
 
     Args:
-        quantizer: of an activation, baked, its codes no wider than a byte.
+        quantizer: of an activation.
     """
 
     def __init__(self, quantizer: Quantizer) -> None:
@@ -44,32 +44,43 @@ class Coder(nn.Module):
         interval, zero = quantizer.interval, quantizer.zero_point
         assert isinstance(interval, Table) and isinstance(zero, TableZeroPoint)
         self.n, self.p = quantizer.grid.n, quantizer.grid.p
-        self.shift = SHIFT if self.n < 0 else 0
         self.time = interval.time
         self.step_sizes: Tensor
         self.zero_points: Tensor
         self.register_buffer("step_sizes", interval.step_sizes.clone())
         self.register_buffer("zero_points", zero.zero_points.clone())
-        # Also as numbers: oneDNN's kernels take them by value.
-        self.steps, self.zeros = interval.step_sizes.tolist(), [int(z) for z in zero.zero_points.tolist()]
 
-    def _now(self) -> tuple[int, int]:
-        """Rows of the two tables at the current time step.
-
-        Raises:
-            ValueError: if the samples of a batch have time steps of their own.
-        """
-        if len(self.steps) == len(self.zeros) == 1:
+    def rows(self) -> tuple[int, int]:
+        """Of s and of z at the current time step."""
+        steps, zeros = len(self.step_sizes) > 1, len(self.zero_points) > 1
+        if not (steps or zeros):
             return 0, 0
         assert self.time is not None
-        if self.time.t.numel() != 1:
-            raise ValueError("integer layers take one time step for the whole batch")
-        t = int(self.time.t)
-        return t if len(self.steps) > 1 else 0, t if len(self.zeros) > 1 else 0
+        t = self.time.index
+        return t if steps else 0, t if zeros else 0
+
+
+class Rounder(Tables):
+    """Simulated quantization by a table, for factors of products that have no integer kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x_hat."""
+        i, j = self.rows()
+        return ops.fake_quantize(x, self.step_sizes[i : i + 1], self.zero_points[j : j + 1], self.n, self.p)
+
+
+class Coder(Tables):
+    """A baked quantizer that gives codes; they must be no wider than a byte."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__(quantizer)
+        self.shift = SHIFT if self.n < 0 else 0
+        # Also as numbers: oneDNN's kernels take them by value.
+        self.steps, self.zeros = self.step_sizes.tolist(), [int(z) for z in self.zero_points.tolist()]
 
     def forward(self, x: Tensor) -> Coded:
         """Codes of x at the current time step."""
-        i, j = self._now()
+        i, j = self.rows()
         s, z = self.step_sizes[i : i + 1], self.zero_points[j : j + 1]
         return Coded(
             kernels.codes(x.float(), s, z, self.n, self.p, self.shift), self.steps[i], self.zeros[j] + self.shift
@@ -77,7 +88,7 @@ class Coder(nn.Module):
 
     def of_norm(self, x: Tensor, norm: nn.GroupNorm, silu: bool) -> Coded:
         """Codes of a group norm's output, or of SiLU of it; `[B, C, H, W]`."""
-        i, j = self._now()
+        i, j = self.rows()
         codes = kernels.norm_codes(x, norm, silu, self.steps[i], self.zeros[j], self.n, self.p, self.shift)
         return Coded(codes, self.steps[i], self.zeros[j] + self.shift)
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdq_exp.deploy.coders import Coded, Coder, DynamicCoder
+from tdq_exp.deploy.coders import Coded, Coder, DynamicCoder, Rounder
+from tdq_exp.quant.convert import replace_module
 from tdq_exp.quant.layers import QuantAttention
 
 
@@ -49,6 +51,26 @@ class Passing(nn.Module):
         return x if isinstance(x, Coded) else self.module(x)
 
 
+class CodedUpsample(nn.Module):
+    """Nearest neighbours, then a convolution: a quarter of the pixels to quantize, a quarter of the bytes to copy.
+
+    Args:
+        conv: an integer layer.
+        coder: of its input.
+    """
+
+    def __init__(self, conv: nn.Module, coder: Coder | DynamicCoder) -> None:
+        super().__init__()
+        self.conv, self.coder = conv, coder
+
+    def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
+        """`[B, C, H, W]` -> twice the height and width, or the size."""
+        coded = self.coder(x)
+        factor = None if output_size is not None else 2.0
+        codes = F.interpolate(coded.codes, size=output_size, scale_factor=factor, mode="nearest")
+        return self.conv(Coded(codes, coded.s, coded.z))
+
+
 class CodedAttention(QuantAttention):
     """Quantized attention whose norm gives the codes of q, k and v. Arguments as `QuantAttention`, the coder first."""
 
@@ -68,15 +90,20 @@ def fuse(net: nn.Module) -> None:
             _fuse_pair(module, "norm1", "nonlinearity", "conv1")
         if whole and _fuse_pair(module, "norm2", "nonlinearity", "conv2"):
             module.dropout = Passing(module.dropout)  # type: ignore[arg-type]
+    for name, module in list(net.named_modules()):
+        conv = getattr(module, "conv", None)
+        coder = getattr(conv, "coder", None)
+        nearest = getattr(module, "interpolate", False) and getattr(module, "norm", True) is None
+        if nearest and isinstance(conv, nn.Module) and coder is not None:
+            conv.coder = None  # type: ignore[assignment]
+            replace_module(net, name, CodedUpsample(conv, coder))  # type: ignore[arg-type]
     for module in list(net.modules()):
         processor = getattr(module, "processor", None)
         if isinstance(processor, QuantAttention) and isinstance(processor.input_quantizer, Coder | DynamicCoder):
+            inside = (processor.q, processor.k, processor.v, processor.probabilities)
             module.processor = CodedAttention(
-                processor.input_quantizer,
-                processor.q,
-                processor.k,
-                processor.v,
-                processor.probabilities,  # type: ignore[arg-type]
+                processor.input_quantizer,  # type: ignore[arg-type]
+                *(q if q is None or q.interval.dynamic else Rounder(q) for q in inside),  # type: ignore[arg-type]
             )
 
 

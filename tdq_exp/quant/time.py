@@ -25,6 +25,7 @@ class TimeContext:
         self.steps = steps
         self.version = 0  # grows at every change: what is computed from t can be kept until then
         self._t: Tensor | None = None
+        self._index: int | None = None
 
     @property
     def t(self) -> Tensor:
@@ -36,6 +37,20 @@ class TimeContext:
         if self._t is None:
             raise RuntimeError("no time step is set: call the whole network, or wrap the call in `with time.at(t):`")
         return self._t
+
+    @property
+    def index(self) -> int:
+        """The current time step as a number; read once from its tensor.
+
+        Raises:
+            RuntimeError: if none is set.
+            ValueError: if the samples of a batch have time steps of their own.
+        """
+        if self._index is None:
+            if self.t.numel() != 1:
+                raise ValueError("integer layers take one time step for the whole batch")
+            self._index = int(self.t)
+        return self._index
 
     def set(self, t: Tensor | int | None) -> None:
         """Sets the time step until it is set again.
@@ -49,7 +64,7 @@ class TimeContext:
                 raise ValueError(
                     f"t must be an integer or a vector of integers, not {t.dtype} of shape {tuple(t.shape)}"
                 )
-        self._t = t
+        self._t, self._index = t, None
         self.version += 1
 
     @contextmanager

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tdq_exp.deploy import fuse, integer
+from tdq_exp.deploy import coders, fuse, integer
 from tdq_exp.quant import kernels
-from tdq_exp.quant.convert import Recipe, bake
-from tdq_exp.quant.interval import StaticIntervals
+from tdq_exp.quant.convert import Recipe, activation_quantizers, bake
+from tdq_exp.quant.interval import StaticIntervals, TemporalIntervals
 from tdq_exp.quant.lsq import Lsq
 from tdq_exp.quant.plan import Plan
 from tests.quant.builders import inputs, make_net, randn
@@ -102,3 +102,34 @@ def test_norms_before_float_layers_stay():
     keep = ("conv", "first", "last")
     net = bake(make_net(Recipe(4, 4, Lsq, Lsq, StaticIntervals(), plan=Plan(keep_float=keep, attention=False))))
     assert not any(isinstance(module, fuse.CodedNorm) for module in integer.integerize(net).modules())
+
+
+@torch.no_grad()
+def test_codes_are_copied_as_values_would_be():
+    net = bake(make_net(Recipe(4, 4, Lsq, Lsq, TemporalIntervals(encoding=16, width=8))))
+    whole = integer.integerize(net)
+    ups = {name for name, module in net.named_modules() if type(module).__name__ == "Upsample2D"}
+    assert ups and {n for n, m in whole.named_modules() if isinstance(m, fuse.CodedUpsample)} == ups
+    layers = integer.candidates(net)
+    for name in ups:
+        conv = layers[f"{name}.conv"]
+        x = randn(2, conv.w_scale.numel(), 4, 6).contiguous(memory_format=torch.channels_last)
+        assert conv.coder is not None
+        fused = fuse.CodedUpsample(conv, conv.coder)
+        with net.time.at(17):
+            plain = conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            assert torch.equal(fused(x), plain)
+            sized = conv(F.interpolate(x, size=(7, 12), mode="nearest"))
+            assert torch.equal(fused(x, (7, 12)), sized)
+
+
+@torch.no_grad()
+def test_a_rounder_gives_what_its_quantizer_gives():
+    net = bake(make_net(Recipe(4, 4, Lsq, Lsq, TemporalIntervals(encoding=16, width=8))))
+    for quantizer in activation_quantizers(net).values():
+        for t in (0, 17, 999):
+            with net.time.at(t):
+                x = randn(3, 5, 7)
+                assert torch.equal(coders.Rounder(quantizer)(x), quantizer(x))
+    with net.time.at(torch.tensor([1, 2])), pytest.raises(ValueError, match="one time step for the whole batch"):
+        coders.Rounder(quantizer)(x)
