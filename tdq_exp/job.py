@@ -179,7 +179,7 @@ def build(cfg: DictConfig, source: bool = True) -> Job:
         ),
         sampler=make(cfg, "sampler.method"),
         sampling=schema.SamplerConfig(**cfg.sampler),
-        features=lambda: _features(cfg),
+        features=lambda: features_of(cfg),
         evaluation=schema.EvalConfig(**schema.plain(cfg.eval)),
         tracker=schema.TrackerConfig(**cfg.tracker),
         launcher=schema.LauncherConfig(**cfg.launcher),
@@ -207,7 +207,8 @@ def _shipped(weights: str | None) -> str | None:
     return str(assets.weights(weights)) if weights is not None and weights.startswith("shipped:") else weights
 
 
-def _features(cfg: DictConfig) -> FeatureNetwork:
+def features_of(cfg: DictConfig) -> FeatureNetwork:
+    """The feature network that a config names."""
     cfg = cfg.copy()
     if cfg.eval.features.get("weights") is not None:
         cfg.eval.features.weights = _shipped(cfg.eval.features.weights)
