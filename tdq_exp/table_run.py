@@ -103,7 +103,7 @@ def draw(manifest: Manifest, cells: Sequence[Cell], title: str, folder: Path) ->
     from tdq_exp import figures  # it imports matplotlib
 
     path = folder / f"{manifest.name}-{title.rsplit(' ', 1)[-1]}.png"
-    said = f"{title}: weights at {manifest.plot_weight_bits} bits"
+    said = f"{title}:\nweights at {manifest.plot_weight_bits} bits"
     figures.distance_over_bits(methods, floor, path, said, tables.distance_name(cells))
     return [path]
 
