@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tdq_exp import export
+from tdq_exp import export, job, pipeline
+from tdq_exp.compose import compose
 from tdq_exp.deploy import onnx, onnx_layers
+from tdq_exp.models.checkpoints import save_weights
 from tdq_exp.quant.convert import Recipe, bake
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.interval import DynamicIntervals, Table, TemporalIntervals
@@ -17,7 +19,8 @@ from tdq_exp.quant.lsq import Lsq
 from tdq_exp.quant.minmax import MinMaxWeights
 from tdq_exp.quant.quantizer import TableZeroPoint
 from tdq_exp.quant.time import TimeContext
-from tests.quant.builders import make_net, randn
+from tdq_exp.sample import load
+from tests.quant.builders import load_model, make_net, randn
 
 STEPS = 10
 onnxruntime = pytest.importorskip("onnxruntime", reason="export is an optional extra")
@@ -147,3 +150,44 @@ def test_a_whole_network_in_the_portable_form(tmp_path):
     for t in (0, 500, 999):
         found = torch.from_numpy(session.run(None, {"x_t": x.numpy(), "t": np.array(t, dtype=np.int64)})[0])
         assert onnx.parity(found, net(x, torch.tensor(t)).sample) < 0.02
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A finished run of the tiny network."""
+    folder = tmp_path_factory.mktemp("run")
+    net = load_model("tiny").build()
+    save_weights(net.state_dict(), folder / "tiny.safetensors", {})
+    arguments = [
+        "model=tiny", "method=minmax", "tdq=none", "bits=w8a8", f"model.weights={folder / 'tiny.safetensors'}", f"out={folder}",
+        "debug=smoke", "tracker=none",
+    ]  # fmt: skip
+    made = job.build(compose(arguments))
+    pipeline.run(made)
+    return made.folder
+
+
+def test_the_command_writes_and_says_what_runs_on_integers(run_folder, tmp_path, capsys):
+    file = tmp_path / "net.onnx"
+    export.export(run_folder, file, images=2)
+    said = capsys.readouterr().out
+    assert "integer form" in said and "QLinearConv" in said and "control" in said
+    convolutions = sum(isinstance(m, QuantConv2d) for m in load(run_folder)[1].modules())
+    assert export.optimised_operators(file)["QLinearConv"] == convolutions - 1  # all but the last
+    with pytest.raises(ValueError, match="exists; remove it or name another file"):
+        export.export(run_folder, file)
+
+
+def test_bad_options_of_the_command_are_one_line(run_folder, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="--form=other: choose integer or portable"):
+        export.export(run_folder, tmp_path / "a.onnx", "other")
+    with pytest.raises(ValueError, match="must end in .onnx"):
+        export.export(run_folder, tmp_path / "a.bin")
+    with pytest.raises(ValueError, match="--images=0"):
+        export.export(run_folder, tmp_path / "a.onnx", images=0)
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        export.export(tmp_path, tmp_path / "a.onnx")
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"export needs onnx, onnxruntime, onnxscript: pip install 'tdq_exp\[onnx\]'"):
+        export.export(run_folder, tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
