@@ -108,7 +108,7 @@ PARTS = {
 }  # fmt: skip
 # Keys that came later, with the value that every earlier result was made with: they are parts where they differ from it.
 LATER: dict[str, dict[str, Any]] = {
-    "pretrain": {"lr_schedule": "constant"}, "qat": {"lr_schedule": "constant"}, "sampler": {"min_speedup": 1.0},
+    "pretrain": {"lr_schedule": "constant"}, "qat": {"lr_schedule": "constant"}, "ptq": {"balance": False}, "sampler": {"min_speedup": 1.0},
 }  # fmt: skip
 
 
@@ -189,8 +189,8 @@ def build(cfg: DictConfig, source: bool = True) -> Job:
 
 def _ptq_options(fit: schema.FitConfig) -> PtqOptions:
     names = (
-        "updates", "batch_size", "lr", "lr_zero_point", "lr_generator", "power", "rounding", "rounding_updates",
-        "lr_rounding", "rounding_weight",
+        "updates", "batch_size", "lr", "lr_zero_point", "lr_generator", "power", "balance", "rounding",
+        "rounding_updates", "lr_rounding", "rounding_weight",
     )  # fmt: skip
     block = ReconstructOptions(**{name: getattr(fit, name) for name in names})
     return PtqOptions(fit.reconstruct, block, fit.memory_gb, fit.stop_after)

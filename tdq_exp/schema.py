@@ -162,6 +162,7 @@ class FitConfig(FitNumbers):
     calibration_samples: int = 1024
     reconstruct: bool = False  # ptq: block by block, or calibration alone
     power: float = 2.4  # ptq: of a block's loss
+    balance: bool = False  # ptq: let every time step weigh alike in a block's loss
     rounding: str = "nearest"  # ptq: of weights, or adaround
     rounding_updates: int = 20000  # adaround: updates of each block, as published
     lr_rounding: float = 1.0e-3
@@ -245,7 +246,7 @@ def fit_name(cfg: DictConfig) -> str:
     parts += [cfg[group].label for group in ("tdq", "weight", "act", "plan", "habits", "data", "fit")]
     if cfg.calibration.label != cfg.method.calibration:
         parts.append(cfg.calibration.label)
-    parts += ["adaround" if cfg.fit.rounding == "adaround" else "", cfg.label]
+    parts += ["balanced" if cfg.fit.balance else "", "adaround" if cfg.fit.rounding == "adaround" else "", cfg.label]
     return "_".join(part for part in parts if part)
 
 

@@ -243,6 +243,8 @@ def _reconstruct(
         return processes.decide(lambda: (work.loss(looked_at, power), work.loss(work.data.held_out, power)))
 
     rounded = options.block.rounding == "adaround"
+    if options.block.balance:
+        work.balance(looked_at)
     before, start = losses(), _state(net, block, rounded)
     if rounded:
         layers = _layers(work.module, block.name)

@@ -7,6 +7,10 @@ First, if asked for, each weight's rounding (AdaRound, p = 2); then step sizes a
 TDQ's generators. Adam, its rate falling to zero along a cosine. A block whose loss on held-out samples did not fall keeps
 its start values.
 
+L counts every sample alike, but a diffusion network's errors differ over t by orders of magnitude: the few samples of the
+smallest t may be nearly all of the sum, while it is at large t that an error becomes an image. `balance` divides each
+sample's part by what samples of like t lose at the start, so that every time step counts alike.
+
 Source: Li et al., *BRECQ*, arXiv 2102.05426, section 3.2, and its published options.
 """
 
@@ -47,6 +51,7 @@ class ReconstructOptions:
         lr_zero_point: of zeta, the share of the grid that one update can move.
         lr_generator: of TDQ's generators.
         power: p of the activations' loss.
+        balance: weigh time steps alike, see the module.
         rounding: `nearest`, or `adaround`.
         rounding_updates, lr_rounding, rounding_weight: AdaRound's number of updates, rate of V, and lambda.
         beta_start, beta_end, rounding_warmup: see `adaround.beta_at`.
@@ -58,6 +63,7 @@ class ReconstructOptions:
     lr_zero_point: float
     lr_generator: float
     power: float = 2.4
+    balance: bool = False
     rounding: str = "nearest"
     rounding_updates: int = 20000
     lr_rounding: float = 1e-3
@@ -94,9 +100,44 @@ class BlockData:
     held_out: Tensor
 
 
-def output_loss(found: Tensor, target: Tensor, power: float) -> Tensor:
-    """`mean sum_c |found - target|^p` of `[B, C, ...]`, scalar."""
-    return (found - target).abs().pow(power).sum(1).mean()
+def output_loss(found: Tensor, target: Tensor, power: float, weights: Tensor | None = None) -> Tensor:
+    """`mean sum_c |found - target|^p` of `[B, C, ...]`, scalar.
+
+    Args:
+        weights: multiply each sample's part, `[B]`.
+    """
+    if weights is None:
+        return (found - target).abs().pow(power).sum(1).mean()
+    return (sample_losses(found, target, power) * weights).mean()
+
+
+def sample_losses(found: Tensor, target: Tensor, power: float) -> Tensor:
+    """As `output_loss`, of each sample, `[B]`."""
+    each = (found - target).abs().pow(power).sum(1)
+    return each.flatten(1).mean(1) if each.dim() > 1 else each
+
+
+def balancing_weights(t: Tensor, losses: Tensor, at: Tensor, groups: int = 20) -> Tensor:
+    """1 / the mean loss of samples of like t, over their mean, `[N]`: the weighted loss is of the plain one's size.
+
+    Args:
+        t: time steps of the samples whose losses are known, `[M]`.
+        losses: theirs, positive.
+        at: time steps to give weights to, `[N]`.
+        groups: neighbours in t are averaged in so many groups of equal size; equal t are never parted.
+    """
+    order = t.argsort(stable=True)
+    edges = t[order][[round(g * (len(t) - 1) / groups) for g in range(1, groups)]].unique()
+    group = torch.bucketize(t, edges)  # edges[g - 1] < t <= edges[g]
+    sums = torch.zeros(len(edges) + 1).index_add_(0, group, losses)
+    counts = torch.zeros(len(edges) + 1).index_add_(0, group, torch.ones_like(losses))
+    means = sums / counts.clamp(min=1)
+    means = torch.where(counts > 0, means, means[counts > 0].mean())
+    means = means.clamp(
+        min=max(1e-4 * float(means.max()), 1e-30)
+    )  # what is next to nothing gets no weight without bound
+    weights = (1 / means)[torch.bucketize(at, edges)]
+    return weights * (losses.mean() / (losses * (1 / means)[group]).mean())
 
 
 class Reconstruction:
@@ -118,6 +159,24 @@ class Reconstruction:
         self.module, self.block, self.data, self.options = net.get_submodule(block.name), block, data, options
         self.key, self.processes = key, processes
         self.time: TimeContext = net.time  # type: ignore[assignment]
+        self.weights: Tensor | None = None  # of the samples, if time steps are balanced
+
+    @torch.no_grad()
+    def balance(self, index: Tensor) -> None:
+        """Weighs samples by what those of `index` lose now, which every process learns from the main one."""
+        o = self.options
+
+        def each() -> Tensor:
+            parts = index.split(o.batch_size)
+            targets = (self.data.target.take(part).to(self.processes.device) for part in parts)
+            found = (sample_losses(self.output(p), y, o.power) for p, y in zip(parts, targets, strict=True))
+            return torch.cat(list(found))
+
+        losses = self.processes.decide(lambda: each().cpu())
+        self.weights = balancing_weights(self.data.t[index], losses, self.data.t)
+
+    def _weights(self, index: Tensor) -> Tensor | None:
+        return None if self.weights is None else self.weights[index].to(self.processes.device)
 
     def output(self, index: Tensor) -> Tensor:
         """y_hat of some samples; their time steps stay set, for the backward pass."""
@@ -131,7 +190,7 @@ class Reconstruction:
         total = 0.0
         for part in index.split(self.options.batch_size):
             target = self.data.target.take(part).to(self.processes.device)
-            total += float(output_loss(self.output(part), target, power)) * len(part)
+            total += float(output_loss(self.output(part), target, power, self._weights(part))) * len(part)
         return total / len(index)
 
     def train_activations(self, advance: Callable[[str], None]) -> None:
@@ -198,7 +257,7 @@ class Reconstruction:
             g = generator(self.key[0], 6, self.key[1], phase, update)
             index = self.data.train[torch.randint(len(self.data.train), (batch,), generator=g)][share]
             target = self.data.target.take(index).to(self.processes.device)
-            loss = total(update, output_loss(self.output(index), target, power))
+            loss = total(update, output_loss(self.output(index), target, power, self._weights(index)))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if self.processes.world > 1:

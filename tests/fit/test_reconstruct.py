@@ -12,7 +12,15 @@ from torch import nn
 
 from tdq_exp.diffusion.objective import generator
 from tdq_exp.fit.blocks import blocks_of, inputs_of, output_of
-from tdq_exp.fit.reconstruct import BlockData, Reconstruction, ReconstructOptions, output_loss, trainable
+from tdq_exp.fit.reconstruct import (
+    BlockData,
+    Reconstruction,
+    ReconstructOptions,
+    balancing_weights,
+    output_loss,
+    sample_losses,
+    trainable,
+)
 from tdq_exp.fit.spill import Spill
 from tdq_exp.quant.adaround import AdaRound
 from tdq_exp.quant.convert import Recipe, activation_quantizers, code_weights
@@ -37,6 +45,9 @@ class Alone:
 
     rank, world, main = 0, 1, True
     device = torch.device("cpu")
+
+    def decide(self, make):
+        return make()
 
 
 class Together(Alone):
@@ -229,6 +240,46 @@ def test_the_loss_over_many_samples_is_that_of_each_averaged():
     with torch.no_grad():
         each = [float(output_loss(work.output(i[None]), work.data.target.take(i[None]), 2.4)) for i in index]
     assert work.loss(index, 2.4) == pytest.approx(sum(each) / 19, rel=1e-4)
+
+
+def test_balanced_time_steps_weigh_alike_and_equal_ones_are_never_parted():
+    t = torch.tensor([0] * 30 + list(range(10, 100, 10)) * 10)
+    losses = torch.where(t == 0, 500.0, 1.0 + t / 100)
+    weights = balancing_weights(t, losses, t, groups=10)
+    weighted = weights * losses
+    assert float(weighted.mean()) == pytest.approx(float(losses.mean()), rel=1e-5)
+    of_each = [float(weighted[t == step].mean()) for step in t.unique()]
+    assert max(of_each) < 1.2 * min(of_each)  # up to the neighbours that share a group
+    assert weights[:30].unique().numel() == 1
+    assert torch.equal(balancing_weights(t, losses, torch.tensor([0, 5, 95, 999]), 10)[[0, 2]], weights[[0, -1]])
+    flat = balancing_weights(t, torch.full_like(losses, 3.0), t)
+    assert torch.allclose(flat, torch.ones_like(flat))
+    assert balancing_weights(t, torch.where(t == 0, 0.0, 1.0), t).isfinite().all()
+
+
+def test_the_balanced_loss_is_each_samples_times_its_weight():
+    work, _, _ = reconstruction("temporal", balance=True)
+    index = torch.arange(19)
+    with torch.no_grad():
+        each = torch.tensor(
+            [float(output_loss(work.output(i[None]), work.data.target.take(i[None]), 2.4)) for i in index]
+        )
+    plain = work.loss(index, 2.4)
+    work.balance(work.data.train)
+    assert work.weights is not None and work.weights.unique().numel() > 1
+    assert work.loss(index, 2.4) == pytest.approx(float((each * work.weights[index]).mean()), rel=1e-4)
+    assert work.loss(index, 2.4) != pytest.approx(plain, rel=1e-3)
+    before = work.loss(work.data.train, 2.4)
+    work.train_activations(lambda said: None)
+    assert work.loss(work.data.train, 2.4) < before
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2, 5), (6, 7)])
+def test_losses_of_samples_average_to_the_loss(shape):
+    found, target = randn(*shape, seed=1), randn(*shape, seed=2)
+    each = sample_losses(found, target, 2.4)
+    assert each.shape == shape[:1]
+    assert float(each.mean()) == pytest.approx(float(output_loss(found, target, 2.4)), rel=1e-5)
 
 
 @pytest.mark.parametrize("interval", ["static", "temporal"])
