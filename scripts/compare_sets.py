@@ -2,7 +2,7 @@
 
     python scripts/compare_sets.py results/runs/NAME/seed0/ddim50_n5000 results/runs/NAME/seed0/ddim50_n5000_integer ...
 
-The first set is compared with each of the others. Use it to judge another engine by a control, the same engine at another
+The first set is compared with each of the others, all on as many images as the smallest one holds. Use it to judge another engine by a control, the same engine at another
 batch size: whole trajectories part after many steps for any two orders of summation.
 """
 
@@ -48,6 +48,11 @@ def main() -> None:
         sets = [read(folder) for folder in options.sets]
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    shapes = {s.shape[1:] for s in sets}
+    if len(shapes) > 1:
+        sys.exit(f"error: the sets' images are of different shapes: {', '.join(map(str, sorted(shapes)))}")
+    count = min(len(s) for s in sets)
+    sets = [s[:count] for s in sets]
     try:
         network, processes = jobs.features_of(compose([f"eval={options.features}"])), Processes(cpu=True)
     except ValueError as error:
@@ -56,14 +61,12 @@ def main() -> None:
     stats = [Statistics.of(features_of(network, s, options.batch, processes, "features")[layer]) for s in sets]
     rows = []
     for folder, other, of in zip(options.sets[1:], sets[1:], stats[1:], strict=True):
-        if other.shape != sets[0].shape:
-            sys.exit(f"error: {folder}: holds {other.shape}, {options.sets[0]} holds {sets[0].shape}")
         apart = np.abs(sets[0].astype(np.int16) - other)
         rows.append(
             (folder.name, float((apart == 0).mean()), float(apart.mean()), float(frechet_distance(stats[0], of)))
         )
     print_table(
-        f"{options.sets[0]} against",
+        f"{options.sets[0]} against, {count} images",
         ["set", "equal pixels", "mean difference, of 255", f"Frechet distance ({network.name} features)"],
         rows,
     )
