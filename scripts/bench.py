@@ -126,11 +126,16 @@ def unfused(step: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def medians(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
-    """Runs everything in turn; minimum, median and maximum in milliseconds."""
+def medians(steps: dict[str, Callable[[], object]], rounds: int, pause: float = 0.0) -> dict[str, dict[str, float]]:
+    """Runs everything in turn; minimum, median and maximum in milliseconds.
+
+    Args:
+        pause: seconds before each, for steps of different thread pools, which go on spinning for a while.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(rounds + 2):
         for name, step in steps.items():
+            time.sleep(pause)
             began = time.perf_counter()
             step()
             if round_ >= 2:  # two rounds to warm up

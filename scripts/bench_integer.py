@@ -117,7 +117,7 @@ class Nets:
         last = x.contiguous(memory_format=torch.channels_last)
         if variant.startswith("ONNX"):
             file = self.get("integer.onnx" if "integer" in variant else "float.onnx")
-            session = export.session(file)
+            session = export.session(file, spinning=False)
             feed = {"x_t": x.numpy(), "t": np.array(T, dtype=np.int64)}
             return lambda: session.run(None, feed)
         if variant == "float32 eager":
@@ -143,7 +143,7 @@ def timed(nets: Nets, batch: int, variants: list[str]) -> dict[str, dict[str, fl
         for step in steps.values():
             step()
     once = (time.perf_counter() - began) / 2
-    return medians(steps, max(3, min(ROUNDS, int(BUDGET / once) - 2)))
+    return medians(steps, max(3, min(ROUNDS, int(BUDGET / once) - 2)), pause=0.03)
 
 
 class Stopwatches:

@@ -1,6 +1,6 @@
 """Speed of block reconstruction on `ddim_small`, and of MinMax on `ddim_cifar10` -> results/bench/ptq.md.
 
-    python scripts/bench_ptq.py [--threads 2] [--updates 6] [--rounds 5]
+    python scripts/bench_ptq.py [--threads 2] [--updates 30] [--rounds 5]
 
 Static and TDQ's reconstruction of the same block are timed in turn in one process. The whole fits of
 `ddim_small` are read from their rows. Weights are random: they do not change how long anything takes.
@@ -123,7 +123,9 @@ def main() -> None:
     """The command; `--help` lists its options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
-    parser.add_argument("--updates", type=int, default=6, help="updates of a stretch (default: 6)")
+    parser.add_argument(
+        "--updates", type=int, default=30, help="updates of a stretch; each makes its optimiser anew (default: 30)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="counted stretches of each (default: 5)")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results (default: results)")
     options = parser.parse_args()

@@ -163,19 +163,22 @@ def compare(job: jobs.Job, net: nn.Module, file: Path) -> list[tuple[int, float,
     return rows
 
 
-def session(file: Path, optimised: Path | None = None, threads: int = 0) -> InferenceSession:
+def session(file: Path, optimised: Path | None = None, threads: int = 0, spinning: bool = True) -> InferenceSession:
     """A session of ONNX Runtime on the CPU.
 
     Args:
         file: the graph.
         optimised: where to write it as it will run.
         threads: of one operator; 0 leaves it to torch's number.
+        spinning: may its threads wait busily? Not where others are timed beside it.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
