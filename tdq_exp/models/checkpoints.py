@@ -28,7 +28,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,9 @@ _ORIGINAL_LAYERS = {
 _FIRST_DIFFUSERS_LAYERS = {"attentions": {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}}
 
 
-def load_weights(net: torch.nn.Module, source: str, *, ema: bool = True) -> str:
+def load_weights(
+    net: torch.nn.Module, source: str, *, ema: bool = True, overruled: Collection[str] = frozenset()
+) -> str:
     """Fills a network, all of it, and returns the hash of its weights.
 
     Args:
@@ -89,6 +91,7 @@ def load_weights(net: torch.nn.Module, source: str, *, ema: bool = True) -> str:
         source: path of a file or folder, or an id on the model hub (see the module's docstring).
         ema: of a training list take the exponential moving average (element 4), not the raw weights (element 0). Sources
             with one set of weights have no say in which it is.
+        overruled: keys of a folder's config that the caller sets by other means, so that they need not agree.
 
     Returns:
         The `state_hash` of the network's weights after the load.
@@ -99,11 +102,11 @@ def load_weights(net: torch.nn.Module, source: str, *, ema: bool = True) -> str:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        found = _read_folder(net, path)
+        found = _read_folder(net, path, overruled)
     elif path.exists():
         found = _read_file(path, ema)
     elif _HUB_ID.fullmatch(source) and not source.endswith(_FILE_SUFFIXES):
-        found = _read_folder(net, _download(source))
+        found = _read_folder(net, _download(source), overruled)
     else:
         raise CheckpointError(f"{source}: no such file or folder")
     state = _fitted(source, _diffusers_names(source, found), net.state_dict())
@@ -206,7 +209,7 @@ def _without_module(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in named.items() if name not in NOT_WEIGHTS}
 
 
-def _read_folder(net: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+def _read_folder(net: torch.nn.Module, folder: Path, overruled: Collection[str]) -> dict[str, torch.Tensor]:
     """The state dict of a diffusers folder, whose config agrees with the network's."""
     # A pipeline's folder has the network in unet/, next to others' folders.
     for place in (folder, folder / "unet"):
@@ -214,14 +217,14 @@ def _read_folder(net: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
             break
     else:
         raise CheckpointError(f"{folder}: no diffusers folder, it has neither config.json nor unet/config.json")
-    _require_same_architecture(net, place / "config.json")
+    _require_same_architecture(net, place / "config.json", overruled)
     for name in _WEIGHT_FILES:
         if (place / name).is_file():
             return _read_file(place / name, ema=True)
     raise CheckpointError(f"{place}: has neither {' nor '.join(_WEIGHT_FILES)}")
 
 
-def _require_same_architecture(net: torch.nn.Module, path: Path) -> None:
+def _require_same_architecture(net: torch.nn.Module, path: Path, overruled: Collection[str]) -> None:
     """Compares a folder's config with the network's, key by key; what it does not say has the class's default."""
     try:
         found = dict(json.loads(path.read_text()))
@@ -233,7 +236,7 @@ def _require_same_architecture(net: torch.nn.Module, path: Path) -> None:
     parameters = inspect.signature(type(net).__init__).parameters
     wanted: Mapping[str, Any] = getattr(net, "config", {})
     for key in sorted(parameters.keys() & wanted.keys() | found.keys()):
-        if key.startswith("_") or key in _NOT_ARCHITECTURE:
+        if key.startswith("_") or key in _NOT_ARCHITECTURE or key in overruled:
             continue
         if key not in parameters and found[key] not in (None, False):
             raise CheckpointError(f"{path}: {key} is {found[key]}, wanted no such key")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
@@ -25,10 +26,20 @@ class DiffusionModel:
         schedule: T and the betas.
         loss: `l2` or `l1`, as the model was (or is to be) trained.
         flip: mirror training images?
+        attention_heads: of every attention, whatever its width; None leaves what the network's `attention_head_dim`
+            says, which is one width of a head for all of them.
     """
 
-    def __init__(self, network: Mapping[str, Any], schedule: Schedule, loss: str = "l2", flip: bool = True) -> None:
+    def __init__(
+        self,
+        network: Mapping[str, Any],
+        schedule: Schedule,
+        loss: str = "l2",
+        flip: bool = True,
+        attention_heads: int | None = None,
+    ) -> None:
         self.network, self.schedule, self.loss, self.flip = dict(network), schedule, loss, flip
+        self.attention_heads = attention_heads
 
     @property
     def image_size(self) -> int:
@@ -49,11 +60,17 @@ class DiffusionModel:
         """The network with random weights, a function of the seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return UNet2DModel(**self.network)
+            net = UNet2DModel(**self.network)
+        if self.attention_heads is not None:
+            set_heads(net, self.attention_heads)
+        return net
 
     def load(self, net: nn.Module, weights: str, ema: bool = True) -> str:
         """Fills the network; returns the content hash of what was loaded. See `checkpoints.load_weights`."""
-        return load_weights(net, weights, ema=ema)
+        if self.attention_heads is None:
+            return load_weights(net, weights, ema=ema)
+        set_heads(net, self.attention_heads)  # a network that came from elsewhere has what its config could say
+        return load_weights(net, weights, ema=ema, overruled={"attention_head_dim"})
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor) -> Tensor:
         """eps_hat for x_t, `[B, C, H, W]`; t is `[B]`, or 0-dim for a batch at one time step."""
@@ -70,6 +87,23 @@ class DiffusionModel:
     def decode(self, x_0: Tensor) -> Tensor:
         """What the network denoises -> images in [-1, 1]."""
         return x_0
+
+
+def set_heads(net: nn.Module, heads: int) -> None:
+    """Divides every attention of a network into so many heads: h of width C / h, `scale = 1 / sqrt(C / h)`.
+
+    No parameter shows the number of heads, and diffusers' config can't say it, so saving a network loses it.
+
+    Raises:
+        ValueError: if a width does not divide.
+    """
+    for name, module in net.named_modules():
+        if isinstance(module, Attention):
+            width = module.inner_dim
+            if heads < 1 or width % heads:
+                raise ValueError(f"model.definition.attention_heads={heads}: does not divide {name}'s {width} channels")
+            module.heads = module.sliceable_head_dim = heads
+            module.scale = (width // heads) ** -0.5
 
 
 def unet_roles(net: nn.Module) -> dict[str, Role]:
