@@ -24,7 +24,7 @@ from tdq_exp.fit.ptq import PtqOptions
 from tdq_exp.fit.qat import Rates
 from tdq_exp.fit.reconstruct import ReconstructOptions
 from tdq_exp.metrics.features import FeatureNetwork
-from tdq_exp.models.model import DiffusionModel
+from tdq_exp.models.model import DiffusionModel, Trainable
 from tdq_exp.quant.convert import Recipe
 
 
@@ -56,6 +56,11 @@ class Job:
     tracker: schema.TrackerConfig
     launcher: schema.LauncherConfig
     seed: int
+
+    @property
+    def subject(self) -> Trainable:
+        """What the fit trains: the model, or a part of it."""
+        return self.model.part(self.fit.part)
 
     @property
     def smoke(self) -> bool:
@@ -108,7 +113,7 @@ PARTS = {
 }  # fmt: skip
 # Keys that came later, with the value that every earlier result was made with: they are parts where they differ from it.
 LATER: dict[str, dict[str, Any]] = {
-    "pretrain": {"lr_schedule": "constant"}, "qat": {"lr_schedule": "constant"}, "sampler": {"min_speedup": 1.0},
+    "pretrain": {"lr_schedule": "constant", "part": "network"}, "qat": {"lr_schedule": "constant"}, "sampler": {"min_speedup": 1.0},
 }  # fmt: skip
 
 
@@ -155,6 +160,9 @@ def build(cfg: DictConfig, source: bool = True) -> Job:
             precision=fit.precision, stop_after=fit.stop_after, keep_best=5 if fit.kind == "qat" else 0,
         )  # fmt: skip
     model = make(cfg, "model.definition")
+    model.part(fit.part)  # refused here if there is none
+    if fit.part == "network":
+        model.attach(_shipped(cfg.model.autoencoder))
     if cfg.model.weights is None and fit.kind != "pretrain":
         raise ValueError("model.weights has no value: name a file, or train the model first (method=fp fit=pretrain)")
     return Job(

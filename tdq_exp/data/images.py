@@ -48,8 +48,13 @@ class Images:
         height, width, channels = self.pixels.shape[1:]
         return channels, height, width
 
-    def batch(self, index: Tensor, flip: Tensor) -> Tensor:
-        """Float images in [-1, 1], `[B, C, H, W]`, those with `flip` mirrored left to right."""
+    @property
+    def random(self) -> bool:
+        """Nothing is drawn: an image is its pixels."""
+        return False
+
+    def batch(self, index: Tensor, flip: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Float images in [-1, 1], `[B, C, H, W]`, those with `flip` mirrored left to right; `noise` is not used."""
         picked = torch.from_numpy(self.pixels[index.numpy()])
         images = picked.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
         return torch.where(flip[:, None, None, None], images.flip(-1), images).contiguous()

@@ -6,15 +6,19 @@ A third model is one file like this one's `DiffusionModel`, or just one config: 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
+from tdq_exp.data.images import Images
+from tdq_exp.diffusion.objective import Samples, noise_prediction_loss
 from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.models.checkpoints import load_weights
+from tdq_exp.processes import Processes
 from tdq_exp.quant.roles import Role
 
 
@@ -54,7 +58,17 @@ class DiffusionModel:
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what the network denoises."""
-        return self.channels, self.image_size, self.image_size
+        return int(self.network["in_channels"]), int(self.network["sample_size"]), int(self.network["sample_size"])
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of x_0, as `training_loss` takes it."""
+        return self.sample_shape
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.schedule.steps
 
     def build(self, seed: int = 0) -> nn.Module:
         """The network with random weights, a function of the seed alone."""
@@ -76,17 +90,81 @@ class DiffusionModel:
         """eps_hat for x_t, `[B, C, H, W]`; t is `[B]`, or 0-dim for a batch at one time step."""
         return net(x_t, t, return_dict=False)[0]
 
+    def training_loss(self, net: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The noise-prediction loss of a batch: x_0 and eps `[B, C, H, W]`, t `[B]`."""
+        eps_hat = self.predict(net, self.schedule.add_noise(x_0, eps, t), t)
+        return noise_prediction_loss(eps_hat, eps, self.loss)
+
     def roles(self, net: nn.Module) -> dict[str, Role]:
         """What each convolution and linear layer is for."""
         return unet_roles(net)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images in [-1, 1] -> what the network denoises. Here the same thing."""
+    def part(self, name: str) -> Trainable:
+        """What `fit.part` trains: `network` is this model itself.
+
+        Raises:
+            ValueError: for a part that it does not have.
+        """
+        if name == "network":
+            return self
+        raise ValueError(f"fit.part={name}: this model has no such part")
+
+    def attach(self, autoencoder: str | None) -> None:
+        """Says where the weights of the model's autoencoder are, which has none.
+
+        Raises:
+            ValueError: if there are any.
+        """
+        if autoencoder is not None:
+            raise ValueError(f"model.autoencoder={autoencoder}: this model has none")
+
+    def parts(self) -> dict[str, str]:
+        """For fingerprints: hashes of what its samples and images depend on beside the network. Here nothing."""
+        return {}
+
+    def samples(self, images: Images, *, mirror: bool, cache: Path, processes: Processes) -> Samples:
+        """A set of images as the x_0 that the network is trained on. Here the same thing.
+
+        Args:
+            images: in pixels.
+            mirror: will mirrored ones be asked for?
+            cache: folder in which what takes long is kept between runs.
+            processes: who shares the work.
+        """
         return images
 
+    def settle(self, net: nn.Module, samples: Samples, device: torch.device) -> None:
+        """Called after training, with the net that is kept. Nothing is left to do."""
+
     def decode(self, x_0: Tensor) -> Tensor:
-        """What the network denoises -> images in [-1, 1]."""
+        """What the network denoises, `[B, *sample_shape]` -> images in [-1, 1], `[B, C, H, W]`. Here the same thing."""
         return x_0
+
+
+class Trainable(Protocol):
+    """A network with a description: what `fit=pretrain` knows of what it trains. `DiffusionModel` says what each is."""
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def flip(self) -> bool: ...
+
+    def build(self, seed: int = 0) -> nn.Module: ...
+
+    def training_loss(self, net: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor: ...
+
+    def parts(self) -> dict[str, str]: ...
+
+    def samples(self, images: Images, *, mirror: bool, cache: Path, processes: Processes) -> Samples: ...
+
+    def settle(self, net: nn.Module, samples: Samples, device: torch.device) -> None: ...
 
 
 def set_heads(net: nn.Module, heads: int) -> None:
