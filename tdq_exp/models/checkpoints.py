@@ -8,9 +8,10 @@ Sources:
     PATH.safetensors            a state dict in diffusers' names: this project's own files
     PATH (.ckpt, .pth, ...)     a PyTorch file: a state dict, one inside {"state_dict": ...}, or the training list
                                 [network, optimiser, epoch, step, EMA] of the original DDIM code; names of diffusers or
-                                of the original, with or without the `module.` of a data-parallel network
+                                of the original, with or without the `module.` of a data-parallel network; or all
+                                networks of CompVis' latent diffusion (see `compvis`)
 
-A load is strict: each key of the file goes to one of the network, or is written down in `NOT_WEIGHTS`. No file is
+A load is strict: each key of the file goes to one of the network, or is written down in a `NOT_WEIGHTS`. No file is
 executed (see `inert_pickle`). Weights are cast to the network's type, and hashed after that: `load_weights` returns what
 `state_hash(net.state_dict())` would, for every source.
 
@@ -41,6 +42,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from tdq_exp.models import compvis
 from tdq_exp.models.inert_pickle import CheckpointError, read_tensors
 from tdq_exp.models.names import diffusers_names
 
@@ -92,8 +94,8 @@ def load_weights(
             architecture, or has missing, left-over or misshapen keys. The network is then as it was.
     """
     path = _located(source, _subfolder(net))
-    found = _read_folder(net, path, overruled) if path.is_dir() else _read_file(path, ema)
-    state = _fitted(source, diffusers_names(source, found), net.state_dict())
+    found = _read_folder(net, path, overruled) if path.is_dir() else _read_file(path, ema, _subfolder(net))
+    state = _fitted(source, diffusers_names(source, found, net), net.state_dict())
     net.load_state_dict(state, strict=True)
     return state_hash(state)
 
@@ -110,7 +112,7 @@ def load_autoencoder(net: torch.nn.Module, source: str, scale: float | None = No
         CheckpointError: as `load_weights`; or if neither the source nor the caller says what the scale is.
     """
     path, kl = _located(source, "vae"), net.get_submodule("kl")
-    if path.suffix == ".safetensors" and "scale" in _read_file(path, ema=True):
+    if path.suffix == ".safetensors" and "scale" in _read_file(path, True, "vae"):
         load_weights(net, source)
     else:
         found = scale if scale is not None else _scale_of(kl, path)
@@ -125,10 +127,19 @@ def load_autoencoder(net: torch.nn.Module, source: str, scale: float | None = No
 
 def _scale_of(kl: torch.nn.Module, path: Path) -> float | None:
     """What a source of an autoencoder says about the scale of its latents, if it does."""
-    if not path.is_dir():
+    if path.suffix == ".safetensors":
         return None
+    if not path.is_dir():
+        found = read_tensors(path, _stored_scale)
+        return float(found[compvis.SCALE]) if found else None
     default = inspect.signature(type(kl).__init__).parameters["scaling_factor"].default
     return float(_config(_place(path, "vae") / "config.json").get("scaling_factor", default))
+
+
+def _stored_scale(tree: Any) -> dict[str, Any]:
+    """The scale in a file of CompVis' latent diffusion, if it is one."""
+    state = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
+    return {compvis.SCALE: state[compvis.SCALE]} if isinstance(state, dict) and compvis.SCALE in state else {}
 
 
 def state_hash(state: Mapping[str, torch.Tensor]) -> str:
@@ -191,10 +202,10 @@ def _sort_metadata(path: Path) -> None:
             stream.write(content)
 
 
-def _read_file(path: Path, ema: bool) -> dict[str, torch.Tensor]:
-    """The state dict of a file, its names as they are but for `module.`."""
+def _read_file(path: Path, ema: bool, part: str) -> dict[str, torch.Tensor]:
+    """The state dict of a network, `unet` or `vae`, in a file; its names as they are but for prefixes."""
     if path.suffix != ".safetensors":
-        return read_tensors(path, lambda tree: _state_of(path, tree, ema))
+        return read_tensors(path, lambda tree: _state_of(path, tree, ema, part))
     try:
         return _without_module(load_file(path))
     except (OSError, SafetensorError) as error:
@@ -202,7 +213,7 @@ def _read_file(path: Path, ema: bool) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: {reason}") from error
 
 
-def _state_of(path: Path, tree: Any, ema: bool) -> dict[str, Any]:
+def _state_of(path: Path, tree: Any, ema: bool, part: str) -> dict[str, Any]:
     """The state dict in the object of a PyTorch file."""
     if isinstance(tree, list):
         if len(tree) not in (4, 5):
@@ -216,7 +227,9 @@ def _state_of(path: Path, tree: Any, ema: bool) -> dict[str, Any]:
         tree = tree["state_dict"]
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise CheckpointError(f"{path}: holds no state dict")
-    return _without_module(tree)
+    if compvis.is_whole(tree):
+        return compvis.part_of(path, tree, part, ema)
+    return compvis.without_loss(tree) if compvis.is_autoencoder(tree) else _without_module(tree)
 
 
 def _without_module(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +275,7 @@ def _read_folder(net: torch.nn.Module, folder: Path, overruled: Collection[str])
     _require_same_architecture(net, place / "config.json", overruled)
     for name in _WEIGHT_FILES:
         if (place / name).is_file():
-            return _read_file(place / name, ema=True)
+            return _read_file(place / name, True, _subfolder(net))
     raise CheckpointError(f"{place}: has neither {' nor '.join(_WEIGHT_FILES)}")
 
 
@@ -331,8 +344,8 @@ def _fitted(
     misshapen, mistyped = [], []
     for name in found.keys() & wanted.keys():
         tensor, target = found[name], wanted[name]
-        if target.ndim == 2 and tensor.shape == (*target.shape, 1, 1):
-            tensor = tensor.reshape(target.shape)  # a 1x1 convolution is a linear layer
+        if target.ndim == 2 and tensor.shape in ((*target.shape, 1), (*target.shape, 1, 1)):
+            tensor = tensor.reshape(target.shape)  # a convolution of size 1 is a linear layer
         if tensor.shape != target.shape:
             misshapen.append(f"{name} {list(tensor.shape)}, wanted {list(target.shape)}")
         elif target.is_floating_point() != tensor.is_floating_point():
