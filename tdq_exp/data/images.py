@@ -11,10 +11,10 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 SPLITS = ("train", "validation")
+_HEADER = 128  # bytes, of a .npy file of images
 
 
 @dataclass(frozen=True)
@@ -249,26 +250,54 @@ def load_images(
     root = (Path(cache).expanduser() if cache else default_cache()) / "images"
     pixels, meta = root / f"{key}.npy", root / f"{key}.json"
     if not meta.exists():
-        decoded = []
-        for image in source.read(split):
-            square = resize_center(image.convert("L" if channels == 1 else "RGB"), size)
-            decoded.append(np.asarray(square, dtype=np.uint8).reshape(size, size, channels))
-            if progress is not None:
-                progress(len(decoded))
-        if not decoded:
-            raise ValueError(f"data: the {split} split holds no image")
-        array = np.stack(decoded)
         root.mkdir(parents=True, exist_ok=True)
-        _replace(pixels, lambda f: np.save(f, array))
-        content = hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()[:16]
-        about = {"source": source.key(split), "split": split, "content": content, "images": len(array)}
+
+        def decoded() -> Iterator[NDArray[np.uint8]]:
+            for number, image in enumerate(source.read(split), 1):
+                square = resize_center(image.convert("L" if channels == 1 else "RGB"), size)
+                yield np.asarray(square, dtype=np.uint8).reshape(size, size, channels)
+                if progress is not None:
+                    progress(number)
+
+        _replace(pixels, lambda f: _write_rows(f, decoded(), (size, size, channels), split))
+        array = np.load(pixels, mmap_mode="r")
+        about = {"source": source.key(split), "split": split, "content": _hash(array), "images": len(array)}
         _replace(meta, lambda f: f.write(json.dumps(about, indent=1).encode()))
     about = json.loads(meta.read_text())
     return Images(np.load(pixels, mmap_mode="r"), about["content"], protocol)
 
 
+def _write_rows(file: BinaryIO, rows: Iterable[NDArray[np.uint8]], shape: tuple[int, int, int], split: str) -> None:
+    """Writes images as one `.npy`, one at a time: a set may be larger than the memory. Its header comes last."""
+    file.write(bytes(_HEADER))
+    count = 0
+    for row in rows:
+        file.write(row.tobytes())
+        count += 1
+    if not count:
+        raise ValueError(f"data: the {split} split holds no image")
+    header = io.BytesIO()
+    description = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+    np.lib.format.write_array_header_1_0(header, description)
+    assert len(header.getvalue()) == _HEADER
+    file.seek(0)
+    file.write(header.getvalue())
+
+
+def _hash(array: NDArray[np.uint8]) -> str:
+    """Of shape and pixels, read piece by piece."""
+    digest = hashlib.sha256(repr(array.shape).encode())
+    for start in range(0, len(array), 1024):
+        digest.update(array[start : start + 1024].tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _replace(path: Path, write: Callable[[Any], object]) -> None:
     """Writes beside the target and renames: a reader finds the whole file or none."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        write(file)
+        try:
+            write(file)
+        except BaseException:
+            os.unlink(file.name)
+            raise
     os.replace(file.name, path)
