@@ -41,6 +41,7 @@ class Job:
     ema: bool
     source: Source | None
     cache: str | None
+    limit: int | None
     fit: schema.FitConfig
     train: TrainOptions | None
     ptq: PtqOptions | None
@@ -175,6 +176,7 @@ def build(cfg: DictConfig, source: bool = True) -> Job:
         ema=cfg.model.ema,
         source=make(cfg, "data.source") if source else None,
         cache=cfg.data.cache,
+        limit=cfg.data.limit,
         fit=fit,
         train=train,
         ptq=ptq,

@@ -41,6 +41,7 @@ class DataConfig:
     label: str = ""
     source: Any = MISSING
     cache: str | None = None  # folder of decoded sets; default ~/.cache/tdq_exp
+    limit: int | None = None  # only the first so many images of each split, for rehearsals
 
 
 @dataclass
@@ -369,3 +370,5 @@ def validate(cfg: DictConfig) -> None:
         raise ValueError(f"launcher.nproc={cfg.launcher.nproc}: a positive number, or auto")
     if cfg.seed < 0 or cfg.sampler.seed < 0:
         raise ValueError("seed and sampler.seed must not be negative")
+    if cfg.data.limit is not None and cfg.data.limit < 1:
+        raise ValueError(f"data.limit={cfg.data.limit}: must be at least 1")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import tempfile
@@ -230,6 +231,7 @@ def load_images(
     size: int,
     channels: int,
     cache: str | None = None,
+    limit: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Images:
     """The images of a split, decoded on first use. One process calls this first; the others find the cache.
@@ -240,20 +242,22 @@ def load_images(
         size: side in pixels after centre crop and resize.
         channels: 1 (gray) or 3.
         cache: folder for decoded sets; `default_cache()` if not given.
+        limit: only the first so many; all of them if not given.
         progress: called with the number of images decoded so far.
 
     Raises:
         ValueError: for an unreadable source or image, naming it.
     """
     protocol = f"centre crop, bicubic to {size}x{size}x{channels}"
-    key = hashlib.sha256(f"1|{source.key(split)}|{protocol}".encode()).hexdigest()[:20]
+    some = f"|{limit}" if limit is not None else ""
+    key = hashlib.sha256(f"1|{source.key(split)}|{protocol}{some}".encode()).hexdigest()[:20]
     root = (Path(cache).expanduser() if cache else default_cache()) / "images"
     pixels, meta = root / f"{key}.npy", root / f"{key}.json"
     if not meta.exists():
         root.mkdir(parents=True, exist_ok=True)
 
         def decoded() -> Iterator[NDArray[np.uint8]]:
-            for number, image in enumerate(source.read(split), 1):
+            for number, image in enumerate(itertools.islice(source.read(split), limit), 1):
                 square = resize_center(image.convert("L" if channels == 1 else "RGB"), size)
                 yield np.asarray(square, dtype=np.uint8).reshape(size, size, channels)
                 if progress is not None:

@@ -56,6 +56,13 @@ def test_a_cache_is_what_numpy_writes_and_its_hash_is_of_shape_and_pixels(folder
     assert found.content == hashlib.sha256(whole).hexdigest()[:16]  # as every row so far cites it
 
 
+def test_a_limit_takes_the_first_images_and_has_a_cache_of_its_own(folder, tmp_path):
+    kwargs = {"size": 8, "channels": 3, "cache": str(tmp_path / "cache")}
+    whole, few, more = (load_images(Folder(str(folder), holdout=4), "train", **kwargs, limit=n) for n in (None, 5, 99))
+    assert (len(whole), len(few)) == (9, 5)
+    assert np.array_equal(few.pixels, whole.pixels[:5]) and few.content != whole.content == more.content
+
+
 def test_images_are_written_as_they_are_decoded(folder, tmp_path, monkeypatch):
     # A set may be larger than the memory: at the last image the file holds all others.
     sizes = []
