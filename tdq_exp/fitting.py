@@ -19,7 +19,7 @@ from torch import nn
 
 from tdq_exp import figures, record
 from tdq_exp.data.images import Images, default_cache
-from tdq_exp.diffusion.objective import fixed_draws
+from tdq_exp.diffusion.objective import Samples, fixed_draws
 from tdq_exp.fit.calibrated import BATCH, Shown, drawn, of_set, quantized_and_calibrated
 from tdq_exp.fit.calibration_sets import make_set
 from tdq_exp.fit.loop import History, Log, validation_loss
@@ -43,6 +43,11 @@ class Data:
     def parts(self) -> dict[str, Any]:
         """For fingerprints: what the pixels are, never where they lie."""
         return {"train": self.train.content, "held_out": self.held_out.content, "protocol": self.train.protocol}
+
+
+def samples_of(job: Job, images: Images, processes: Processes, mirror: bool = False) -> Samples:
+    """A set of images as what the job's fit trains on; `mirror` if mirrored ones may be asked for."""
+    return job.subject.samples(images, mirror=mirror and job.subject.flip, cache=cache_folder(job), processes=processes)
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ def float_net(job: Job, processes: Processes) -> tuple[nn.Module, str]:
 def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
     """The network of a run: loaded, trained, or found where an earlier run left it."""
     net, weights = (None, None) if job.fit.kind == "pretrain" else float_net(job, processes)
+    processes.decide(job.subject.parts)  # another download, or complaint
     parts = fit_parts(job, data, weights)
     file = job.folder / "fit.json"
     found = processes.decide(lambda: record.check_same(file, parts, job.recorded()))
@@ -92,9 +98,10 @@ def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
     facts: dict[str, Any] = {"weights": weights, "seconds": 0.0, "validation_loss": None}
     if job.fit.kind == "pretrain":
         assert job.train is not None
+        train, held_out = samples_of(job, data.train, processes, True), samples_of(job, data.held_out, processes)
         average, history = pretrain(
-            job.model, data.train, data.held_out, job.train, lr=job.fit.lr, seed=job.seed, folder=job.folder,
-            mark=mark, processes=processes, log=log,
+            job.subject, train, held_out, job.train, lr=job.fit.lr, seed=job.seed, folder=job.folder, mark=mark,
+            processes=processes, log=log,
         )  # fmt: skip
         processes.decide(lambda: _ship(job, average, history))
         net, facts = average, facts | _history_facts(history)
@@ -124,7 +131,10 @@ def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
 
 def fit_parts(job: Job, data: Data, weights: str | None) -> dict[str, Any]:
     """What a fit depends on. A float model that is only loaded depends on its weights alone."""
-    parts: dict[str, Any] = {"weights": weights, **job.part("model")}
+    definition = job.part("model")["model"]["definition"]
+    if job.fit.part != "network":  # of the rest of the model it knows nothing
+        definition = definition[job.fit.part]
+    parts: dict[str, Any] = {"weights": weights, "model": {"definition": definition}, **job.subject.parts()}
     if job.fit.kind == "none":
         return parts
     parts |= {"data": data.parts(), "seed": job.seed, **job.part("fit")}
@@ -139,7 +149,7 @@ def fit_parts(job: Job, data: Data, weights: str | None) -> dict[str, Any]:
 def set_parts(job: Job, data: Data, weights: str) -> dict[str, Any]:
     """What a job's calibration set depends on."""
     assert job.calibration is not None
-    model = job.part("model")["model"]
+    model = job.part("model")["model"] | job.model.parts()
     return job.calibration.parts(model, weights, dataclasses.asdict(job.trajectory), data.train.content)
 
 
@@ -157,7 +167,7 @@ def _calibrated(
     key = {
         "version": 2,  # of the search for start values
         "weights": weights, **parts, "seed": job.seed,
-        **job.part("model", "bits", "weight", "act", "tdq", "plan", "habits"),
+        **job.part("model", "bits", "weight", "act", "tdq", "plan", "habits"), **job.model.parts(),
     }  # fmt: skip
     net = quantized_and_calibrated(
         net, job.model, job.recipe, shown, seed=job.seed, processes=processes, cache=cache_folder(job), key=key
@@ -172,10 +182,11 @@ def _trained(
     """Quantization-aware training."""
     assert job.train is not None
     samples = job.fit.calibration_samples
-    shown = drawn(job.model, data.train, samples, job.seed)
+    train, held_out = samples_of(job, data.train, processes, True), samples_of(job, data.held_out, processes)
+    shown = drawn(job.model, train, samples, job.seed)
     net = _calibrated(job, net, shown, {"data": data.parts(), "samples": samples}, weights, processes)
     net, history = qat(
-        net, job.model, data.train, data.held_out, job.train, job.rates, real_rounding=job.fit.real_rounding,
+        net, job.model, train, held_out, job.train, job.rates, real_rounding=job.fit.real_rounding,
         seed=job.seed, folder=job.folder, mark=mark, processes=processes, log=log,
     )  # fmt: skip
     return net, _history_facts(history)
@@ -188,8 +199,10 @@ def _reconstructed(
     assert job.ptq is not None and job.calibration is not None
     parts = set_parts(job, data, weights)
     path = Path(job.calibration_path).expanduser() if job.calibration_path else None
+    train = samples_of(job, data.train, processes) if job.calibration.kind == "forward" else None
+    held_out = samples_of(job, data.held_out, processes)
     samples = make_set(
-        job.calibration, net, job.model, job.trajectory, data.train, parts=parts, cache=cache_folder(job),
+        job.calibration, net, job.model, job.trajectory, train, parts=parts, cache=cache_folder(job),
         processes=processes, path=path,
     )  # fmt: skip
     began = time.monotonic()
@@ -201,10 +214,10 @@ def _reconstructed(
         log=log,
     )  # fmt: skip
     draws = fixed_draws(
-        job.seed + 1, samples=job.fit.validation_samples, images=len(data.held_out), shape=job.model.sample_shape,
-        steps=job.model.schedule.steps,
+        job.seed + 1, samples=job.fit.validation_samples, images=len(held_out), shape=job.model.sample_shape,
+        steps=job.model.steps, random=held_out.random,
     )  # fmt: skip
-    loss = validation_loss(net, job.model, data.held_out, draws, BATCH, processes)
+    loss = validation_loss(net, job.model, held_out, draws, BATCH, processes)
     worse = [block["block"] for block in history.blocks if not block["kept"]]
     return net, {
         "seconds": round(calibrated + history.seconds, 1), "validation_loss": loss, "blocks": history.blocks,
@@ -248,7 +261,7 @@ def finished_net(job: Job, device: torch.device, checkpoint: Path | None = None)
         FileNotFoundError, ValueError: if the file is missing, or is not of this fit.
     """
     if job.fit.kind == "pretrain":
-        net = job.model.build()
+        net = job.subject.build()
         load_weights(net, str(job.folder / "weights.safetensors"))
         return net.to(device).eval()
     assert job.recipe is not None

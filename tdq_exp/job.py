@@ -24,7 +24,7 @@ from tdq_exp.fit.ptq import PtqOptions
 from tdq_exp.fit.qat import Rates
 from tdq_exp.fit.reconstruct import ReconstructOptions
 from tdq_exp.metrics.features import FeatureNetwork
-from tdq_exp.models.model import DiffusionModel
+from tdq_exp.models.model import DiffusionModel, Trainable
 from tdq_exp.quant.convert import Recipe
 
 
@@ -41,6 +41,7 @@ class Job:
     ema: bool
     source: Source | None
     cache: str | None
+    limit: int | None
     fit: schema.FitConfig
     train: TrainOptions | None
     ptq: PtqOptions | None
@@ -56,6 +57,11 @@ class Job:
     tracker: schema.TrackerConfig
     launcher: schema.LauncherConfig
     seed: int
+
+    @property
+    def subject(self) -> Trainable:
+        """What the fit trains: the model, or a part of it."""
+        return self.model.part(self.fit.part)
 
     @property
     def smoke(self) -> bool:
@@ -108,7 +114,8 @@ PARTS = {
 }  # fmt: skip
 # Keys that came later, with the value that every earlier result was made with: they are parts where they differ from it.
 LATER: dict[str, dict[str, Any]] = {
-    "pretrain": {"lr_schedule": "constant"}, "qat": {"lr_schedule": "constant"}, "ptq": {"balance": False}, "sampler": {"min_speedup": 1.0},
+    "pretrain": {"lr_schedule": "constant", "part": "network"}, "qat": {"lr_schedule": "constant"},
+    "ptq": {"balance": False}, "sampler": {"min_speedup": 1.0},
 }  # fmt: skip
 
 
@@ -155,6 +162,9 @@ def build(cfg: DictConfig, source: bool = True) -> Job:
             precision=fit.precision, stop_after=fit.stop_after, keep_best=5 if fit.kind == "qat" else 0,
         )  # fmt: skip
     model = make(cfg, "model.definition")
+    model.part(fit.part)  # refused here if there is none
+    if fit.part == "network":
+        model.attach(_shipped(cfg.model.autoencoder))
     if cfg.model.weights is None and fit.kind != "pretrain":
         raise ValueError("model.weights has no value: name a file, or train the model first (method=fp fit=pretrain)")
     return Job(
@@ -167,6 +177,7 @@ def build(cfg: DictConfig, source: bool = True) -> Job:
         ema=cfg.model.ema,
         source=make(cfg, "data.source") if source else None,
         cache=cfg.data.cache,
+        limit=cfg.data.limit,
         fit=fit,
         train=train,
         ptq=ptq,

@@ -64,7 +64,9 @@ def load_data(job: Job, processes: Processes) -> Data:
 
     def load() -> Data:
         sets = [
-            load_images(source, split, size=job.model.image_size, channels=job.model.channels, cache=job.cache)
+            load_images(
+                source, split, size=job.model.image_size, channels=job.model.channels, cache=job.cache, limit=job.limit
+            )
             for split in ("train", "validation")
         ]
         return Data(*sets)

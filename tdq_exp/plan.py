@@ -40,16 +40,15 @@ class Cost:
 def estimate(job: Job) -> Cost:
     """The cost of a job on this machine with the processes that it would have, stages that are done not counted."""
     device = launch.device(job.launcher)
-    net = job.model.build().to(device).eval()
-    x, t = (
-        torch.randn(PROBE, *job.model.sample_shape, device=device),
-        torch.zeros(PROBE, dtype=torch.long, device=device),
-    )
-    float(job.model.predict(net, x, t).sum())
+    subject = job.subject
+    net = subject.build().to(device).eval()
+    x, eps = (torch.randn(PROBE, *s, device=device) for s in (subject.input_shape, subject.sample_shape))
+    t = torch.zeros(PROBE, dtype=torch.long, device=device)
+    float(subject.training_loss(net, x, t, eps))
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        float(job.model.predict(net, x, t).sum())  # a number: waits for an accelerator to finish
+        float(subject.training_loss(net, x, t, eps))  # a number: waits for an accelerator to finish
         seconds.append(time.perf_counter() - began)
     per_image = sorted(seconds)[1] / PROBE / launch.wanted(job.launcher)
     fit_done, sample_done = stages_done(job)

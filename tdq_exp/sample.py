@@ -33,6 +33,9 @@ def load(run: str | Path) -> tuple[jobs.Job, nn.Module]:
         raise FileNotFoundError(f"{folder} {state}")
     job = jobs.rebuild(found["config"])
     job = dataclasses.replace(job, folder=folder)
+    for part, value in job.subject.parts().items():
+        if found["parts"].get(part) != value:
+            raise ValueError(f"model.{part}: is not the one of {folder} ({value}, wanted {found['parts'].get(part)})")
     if job.fit.kind != "none":
         return job, fitting.finished_net(job, torch.device("cpu"))
     assert job.weights is not None
@@ -93,6 +96,8 @@ def draw(options: argparse.Namespace) -> None:
     if options.engine not in ("fake", "integer"):
         raise ValueError(f"--engine={options.engine}: choose fake or integer")
     job, net = load(options.run)
+    if job.fit.part != "network":
+        raise ValueError(f"{options.run}: is the model's {job.fit.part}; images are drawn from its network")
     sampler = job.sampler if options.steps is None else dataclasses.replace(job.sampler, steps=options.steps)
     size = job.model.image_size
     processes = Processes(cpu=options.cpu)

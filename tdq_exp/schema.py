@@ -32,6 +32,7 @@ class ModelConfig:
     definition: Any = MISSING  # _target_: a class like tdq_exp.models.model.DiffusionModel
     weights: str | None = None  # safetensors, .ckpt, diffusers folder, hub id, or shipped:NAME
     ema: bool = True  # of a .ckpt that holds both
+    autoencoder: str | None = None  # weights of a latent model's first stage, from the same kinds of source
     sampling: Sampling = field(default_factory=Sampling)
 
 
@@ -40,6 +41,7 @@ class DataConfig:
     label: str = ""
     source: Any = MISSING
     cache: str | None = None  # folder of decoded sets; default ~/.cache/tdq_exp
+    limit: int | None = None  # only the first so many images of each split, for rehearsals
 
 
 @dataclass
@@ -56,6 +58,13 @@ class FitNumbers:
     validate_every: int = 1000
     validation_samples: int = 1024
     precision: str = "float32"
+
+
+@dataclass
+class AutoencoderNumbers(FitNumbers):
+    updates: int = 0
+    batch_size: int = 1
+    lr: float = 0.0
 
 
 @dataclass
@@ -85,6 +94,7 @@ class Protocol:
 
     scale: str = MISSING  # paper, small, digits, tiny
     pretrain: FitNumbers = field(default_factory=FitNumbers)
+    autoencoder: AutoencoderNumbers = field(default_factory=AutoencoderNumbers)  # where a model has one to be trained
     qat: FitNumbers = field(default_factory=FitNumbers)
     ptq: PtqNumbers = field(default_factory=PtqNumbers)
     sampling: SampleNumbers = field(default_factory=SampleNumbers)
@@ -150,6 +160,7 @@ class MethodConfig:
 class FitConfig(FitNumbers):
     label: str = ""
     kind: str = MISSING  # none, pretrain, qat, ptq
+    part: str = "network"  # pretrain: which part of the model; network, or autoencoder
     updates: int = 0
     batch_size: int = 1
     lr: float = 0.0
@@ -303,6 +314,8 @@ def validate(cfg: DictConfig) -> None:
             raise ValueError(f"{key}={OmegaConf.select(cfg, key)}: must be at least 1")
     if cfg.fit.kind not in ("none", "pretrain", "qat", "ptq"):
         raise ValueError(f"fit.kind={cfg.fit.kind!r}: choose none, pretrain, qat or ptq")
+    if cfg.fit.part != "network" and cfg.fit.kind != "pretrain":
+        raise ValueError(f"fit.part={cfg.fit.part}: only a pre-training has a choice (fit=pretrain_autoencoder)")
     if (cfg.fit.kind in ("qat", "ptq")) != cfg.method.quantized:
         raise ValueError(f"fit.kind={cfg.fit.kind} does not go with method={cfg.method.label}")
     if cfg.fit.report not in REPORTS:
@@ -358,3 +371,5 @@ def validate(cfg: DictConfig) -> None:
         raise ValueError(f"launcher.nproc={cfg.launcher.nproc}: a positive number, or auto")
     if cfg.seed < 0 or cfg.sampler.seed < 0:
         raise ValueError("seed and sampler.seed must not be negative")
+    if cfg.data.limit is not None and cfg.data.limit < 1:
+        raise ValueError(f"data.limit={cfg.data.limit}: must be at least 1")

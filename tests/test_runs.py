@@ -13,8 +13,8 @@ import tdq_exp
 from tdq_exp import fitting, job, pipeline
 from tdq_exp.compose import compose
 from tdq_exp.diffusion.objective import noise_prediction_loss
-from tdq_exp.fit import loop
 from tdq_exp.fit.loop import Interrupted
+from tdq_exp.models import model
 
 QUICK = ["model=tiny", "tracker=none", "launcher=cpu", "fit.calibration_samples=64"]
 
@@ -137,7 +137,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path,
         # updates 1 and 2, two batches of validation, update 3
         return noise_prediction_loss(eps_hat, eps, kind) * (float("nan") if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(loop, "noise_prediction_loss", spoiled)
+    monkeypatch.setattr(model, "noise_prediction_loss", spoiled)
     with pytest.raises(FloatingPointError, match=r"loss is nan at update 3: .*update 2 is kept"):
         pipeline.run(build(tmp_path, tiny_weights))
     state = torch.load(tmp_path / "runs/tiny_w4a4_lsq_tdq/seed0/state.pt", weights_only=True)

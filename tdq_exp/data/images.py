@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 SPLITS = ("train", "validation")
+_HEADER = 128  # bytes, of a .npy file of images
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,13 @@ class Images:
         height, width, channels = self.pixels.shape[1:]
         return channels, height, width
 
-    def batch(self, index: Tensor, flip: Tensor) -> Tensor:
-        """Float images in [-1, 1], `[B, C, H, W]`, those with `flip` mirrored left to right."""
+    @property
+    def random(self) -> bool:
+        """Nothing is drawn: an image is its pixels."""
+        return False
+
+    def batch(self, index: Tensor, flip: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Float images in [-1, 1], `[B, C, H, W]`, those with `flip` mirrored left to right; `noise` is not used."""
         picked = torch.from_numpy(self.pixels[index.numpy()])
         images = picked.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
         return torch.where(flip[:, None, None, None], images.flip(-1), images).contiguous()
@@ -224,6 +231,7 @@ def load_images(
     size: int,
     channels: int,
     cache: str | None = None,
+    limit: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Images:
     """The images of a split, decoded on first use. One process calls this first; the others find the cache.
@@ -234,36 +242,66 @@ def load_images(
         size: side in pixels after centre crop and resize.
         channels: 1 (gray) or 3.
         cache: folder for decoded sets; `default_cache()` if not given.
+        limit: only the first so many; all of them if not given.
         progress: called with the number of images decoded so far.
 
     Raises:
         ValueError: for an unreadable source or image, naming it.
     """
     protocol = f"centre crop, bicubic to {size}x{size}x{channels}"
-    key = hashlib.sha256(f"1|{source.key(split)}|{protocol}".encode()).hexdigest()[:20]
+    some = f"|{limit}" if limit is not None else ""
+    key = hashlib.sha256(f"1|{source.key(split)}|{protocol}{some}".encode()).hexdigest()[:20]
     root = (Path(cache).expanduser() if cache else default_cache()) / "images"
     pixels, meta = root / f"{key}.npy", root / f"{key}.json"
     if not meta.exists():
-        decoded = []
-        for image in source.read(split):
-            square = resize_center(image.convert("L" if channels == 1 else "RGB"), size)
-            decoded.append(np.asarray(square, dtype=np.uint8).reshape(size, size, channels))
-            if progress is not None:
-                progress(len(decoded))
-        if not decoded:
-            raise ValueError(f"data: the {split} split holds no image")
-        array = np.stack(decoded)
         root.mkdir(parents=True, exist_ok=True)
-        _replace(pixels, lambda f: np.save(f, array))
-        content = hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()[:16]
-        about = {"source": source.key(split), "split": split, "content": content, "images": len(array)}
+
+        def decoded() -> Iterator[NDArray[np.uint8]]:
+            for number, image in enumerate(itertools.islice(source.read(split), limit), 1):
+                square = resize_center(image.convert("L" if channels == 1 else "RGB"), size)
+                yield np.asarray(square, dtype=np.uint8).reshape(size, size, channels)
+                if progress is not None:
+                    progress(number)
+
+        _replace(pixels, lambda f: _write_rows(f, decoded(), (size, size, channels), split))
+        array = np.load(pixels, mmap_mode="r")
+        about = {"source": source.key(split), "split": split, "content": _hash(array), "images": len(array)}
         _replace(meta, lambda f: f.write(json.dumps(about, indent=1).encode()))
     about = json.loads(meta.read_text())
     return Images(np.load(pixels, mmap_mode="r"), about["content"], protocol)
 
 
+def _write_rows(file: BinaryIO, rows: Iterable[NDArray[np.uint8]], shape: tuple[int, int, int], split: str) -> None:
+    """Writes images as one `.npy`, one at a time: a set may be larger than the memory. Its header comes last."""
+    file.write(bytes(_HEADER))
+    count = 0
+    for row in rows:
+        file.write(row.tobytes())
+        count += 1
+    if not count:
+        raise ValueError(f"data: the {split} split holds no image")
+    header = io.BytesIO()
+    description = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+    np.lib.format.write_array_header_1_0(header, description)
+    assert len(header.getvalue()) == _HEADER
+    file.seek(0)
+    file.write(header.getvalue())
+
+
+def _hash(array: NDArray[np.uint8]) -> str:
+    """Of shape and pixels, read piece by piece."""
+    digest = hashlib.sha256(repr(array.shape).encode())
+    for start in range(0, len(array), 1024):
+        digest.update(array[start : start + 1024].tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _replace(path: Path, write: Callable[[Any], object]) -> None:
     """Writes beside the target and renames: a reader finds the whole file or none."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        write(file)
+        try:
+            write(file)
+        except BaseException:
+            os.unlink(file.name)
+            raise
     os.replace(file.name, path)

@@ -25,6 +25,32 @@ class Denoiser(Protocol):
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor: ...
 
 
+class Samples(Protocol):
+    """A training set, as what the network denoises: for each image an x_0, or a distribution of it."""
+
+    @property
+    def content(self) -> str:
+        """Hash of what the samples are."""
+        ...
+
+    @property
+    def random(self) -> bool:
+        """Is each sample a distribution, of which every batch draws anew?"""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def batch(self, index: Tensor, flip: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x_0 of some samples, `[B, C, H, W]`, those with `flip` of the mirrored image.
+
+        Args:
+            index: `[B]`, int64.
+            flip: `[B]`, bool.
+            noise: `[B, C, H, W]`, standard normal; where samples are random, what they are drawn with.
+        """
+        ...
+
+
 def noise_prediction_loss(eps_hat: Tensor, eps: Tensor, kind: str = "l2") -> Tensor:
     """Mean over all elements of `|eps - eps_hat|^p`; scalar, float32.
 
@@ -69,6 +95,12 @@ class Draws:
     flip: Tensor  # [B] mirror it?, bool
     t: Tensor  # [B] time step, int64
     eps: Tensor  # [B, C, H, W] standard normal
+    noise: Tensor | None = None  # [B, C, H, W] standard normal, for samples that are random
+
+    def of(self, part: slice) -> Draws:
+        """Those of a part of the batch."""
+        noise = None if self.noise is None else self.noise[part]
+        return Draws(self.index[part], self.flip[part], self.t[part], self.eps[part], noise)
 
     def shard(self, rank: int, world: int) -> Draws:
         """The part of this batch that process `rank` of `world` works on: a consecutive slice.
@@ -76,13 +108,13 @@ class Draws:
         Raises:
             ValueError: see `share_of`.
         """
-        part = share_of(len(self.t), rank, world)
-        return Draws(self.index[part], self.flip[part], self.t[part], self.eps[part])
+        return self.of(share_of(len(self.t), rank, world))
 
 
 def draw_batch(
-    seed: int, update: int, *, batch_size: int, images: int, shape: tuple[int, ...], steps: int, flip: bool
-) -> Draws:
+    seed: int, update: int, *, batch_size: int, images: int, shape: tuple[int, ...], steps: int, flip: bool,
+    random: bool = False,
+) -> Draws:  # fmt: skip
     """The draws of one update.
 
     Images are visited in a new permutation every epoch; t is uniform over 0..T-1.
@@ -95,6 +127,7 @@ def draw_batch(
         shape: of one sample, `(C, H, W)`.
         steps: T.
         flip: mirror half of the images?
+        random: draw noise for the samples, too? After all else, so that the rest is the same numbers without it.
 
     Raises:
         ValueError: if the training set is smaller than a batch.
@@ -110,10 +143,13 @@ def draw_batch(
     g = generator(seed, 2, update)
     t = torch.randint(steps, (batch_size,), generator=g)
     mirrored = torch.rand(batch_size, generator=g) < (0.5 if flip else 0.0)
-    return Draws(index, mirrored, t, torch.randn(batch_size, *shape, generator=g))
+    eps = torch.randn(batch_size, *shape, generator=g)
+    return Draws(index, mirrored, t, eps, torch.randn(batch_size, *shape, generator=g) if random else None)
 
 
-def fixed_draws(seed: int, *, samples: int, images: int, shape: tuple[int, ...], steps: int) -> Draws:
+def fixed_draws(
+    seed: int, *, samples: int, images: int, shape: tuple[int, ...], steps: int, random: bool = False
+) -> Draws:
     """Draws that cover all of time evenly, for validation and calibration: t is stratified, nothing is mirrored.
 
     Sample i has t = floor((i + u_i) T / samples), so any 1,000 samples see every tenth of the time steps alike; images
@@ -126,7 +162,11 @@ def fixed_draws(seed: int, *, samples: int, images: int, shape: tuple[int, ...],
     repeats = -(-samples // images)
     index = torch.cat([torch.randperm(images, generator=g) for _ in range(repeats)])[:samples]
     eps = torch.randn(samples, *shape, generator=g)
-    return Draws(index, torch.zeros(samples, dtype=torch.bool), t, eps)
+    noise = torch.randn(samples, *shape, generator=g) if random else None
+    return Draws(index, torch.zeros(samples, dtype=torch.bool), t, eps, noise)
 
 
-__all__ = ["LOSSES", "Denoiser", "Draws", "Schedule", "draw_batch", "fixed_draws", "generator", "noise_prediction_loss"]
+__all__ = [
+    "LOSSES", "Denoiser", "Draws", "Samples", "Schedule", "draw_batch", "fixed_draws", "generator",
+    "noise_prediction_loss",
+]  # fmt: skip

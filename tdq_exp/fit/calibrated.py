@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from tdq_exp import record
 from tdq_exp.data.calibration_set import CalibrationSet
-from tdq_exp.data.images import Images
-from tdq_exp.diffusion.objective import fixed_draws
+from tdq_exp.diffusion.objective import Samples, fixed_draws
 from tdq_exp.models.model import DiffusionModel
 from tdq_exp.processes import Processes
 from tdq_exp.progress import track
@@ -41,16 +40,16 @@ class Shown:
         return -(-self.samples // BATCH)
 
 
-def drawn(model: DiffusionModel, images: Images, samples: int, seed: int) -> Shown:
-    """Training images noised to t, stratified over all of time."""
+def drawn(model: DiffusionModel, images: Samples, samples: int, seed: int) -> Shown:
+    """Training samples noised to t, stratified over all of time."""
     draws = fixed_draws(
-        seed + 2, samples=samples, images=len(images), shape=model.sample_shape, steps=model.schedule.steps
-    )
+        seed + 2, samples=samples, images=len(images), shape=model.sample_shape, steps=model.steps,
+        random=images.random,
+    )  # fmt: skip
 
     def get(number: int) -> tuple[Tensor, Tensor]:
-        part = slice(number * BATCH, (number + 1) * BATCH)
-        x_0 = model.encode(images.batch(draws.index[part], draws.flip[part]))
-        return model.schedule.add_noise(x_0, draws.eps[part], draws.t[part]), draws.t[part]
+        part = draws.of(slice(number * BATCH, (number + 1) * BATCH))
+        return model.schedule.add_noise(images.batch(part.index, part.flip, part.noise), part.eps, part.t), part.t
 
     return Shown(samples, get)
 

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 
 from tdq_exp import record
 from tdq_exp.data.calibration_set import CalibrationSet, check
-from tdq_exp.data.images import Images
 from tdq_exp.diffusion.generate import groups, starting_noise
-from tdq_exp.diffusion.objective import fixed_draws, generator
+from tdq_exp.diffusion.objective import Samples, fixed_draws, generator
 from tdq_exp.diffusion.sampler import Ddim
 from tdq_exp.models.model import DiffusionModel
 from tdq_exp.processes import Processes
@@ -121,7 +120,7 @@ def make_set(
     net: nn.Module,
     model: DiffusionModel,
     sampler: Ddim,
-    images: Images,
+    images: Samples | None,
     *,
     parts: Mapping[str, Any],
     cache: Path,
@@ -133,7 +132,7 @@ def make_set(
     Args:
         net: the float network, on the processes' device, in eval mode.
         sampler: of the trajectories.
-        images: training images, for `forward`.
+        images: the training set, for `forward`; the others need none.
         parts: see `CalibrationSpec.parts`.
         cache: where sets are kept, each under its fingerprint.
         path: of a finished set that is to be used; it is refused if it is of other parts.
@@ -160,10 +159,11 @@ def make_set(
 
 
 def _noised(
-    spec: CalibrationSpec, net: nn.Module, model: DiffusionModel, sampler: Ddim, images: Images, indices: range,
+    spec: CalibrationSpec, net: nn.Module, model: DiffusionModel, sampler: Ddim, images: Samples | None, indices: range,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Training images, each noised to several t."""
+    assert images is not None
     each = spec.samples // spec.images
     draws = fixed_draws(
         spec.seed + 4, samples=spec.samples, images=spec.samples, shape=(1,), steps=model.schedule.steps
@@ -171,14 +171,17 @@ def _noised(
     t = draws.t[indices.start * each : indices.stop * each]
     order = torch.randperm(len(images), generator=generator(spec.seed, 7))
     pick = order[torch.tensor(list(indices)) % len(images)]
-    x_0 = model.encode(images.batch(pick, torch.zeros(len(pick), dtype=torch.bool)).to(device)).cpu()
+    noise = None
+    if images.random:
+        noise = torch.stack([torch.randn(model.sample_shape, generator=generator(spec.seed, 11, i)) for i in indices])
+    x_0 = images.batch(pick, torch.zeros(len(pick), dtype=torch.bool), noise)
     eps = torch.cat([torch.randn(each, *model.sample_shape, generator=generator(spec.seed, 8, i)) for i in indices])
     image = torch.tensor(list(indices)).repeat_interleave(each)
     return model.schedule.add_noise(x_0.repeat_interleave(each, 0), eps, t), t, image, x_0
 
 
 def _trajectories(
-    spec: CalibrationSpec, net: nn.Module, model: DiffusionModel, sampler: Ddim, images: Images, indices: range,
+    spec: CalibrationSpec, net: nn.Module, model: DiffusionModel, sampler: Ddim, images: Samples | None, indices: range,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Denoising runs, of which the chosen steps are kept. The last group is padded, so that every run is in a whole one."""

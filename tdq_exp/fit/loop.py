@@ -1,7 +1,7 @@
 """The training loop of every fit: float pre-training and quantization-aware training differ in what they pass to it.
 
-One update: draw (images, t, eps) for the global batch, take this process' shard, predict eps, step the optimiser, take
-the weights into the average. Validation is the average's loss over fixed (x, t, eps). Killed and started again, the
+One update: draw (images, t, eps) for the global batch, take this process' shard, compute the model's loss, step the
+optimiser, take the weights into the average. Validation is the average's loss over fixed (x, t, eps). Killed and started again, the
 loop ends with the same bits as one that was never killed.
 """
 
@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.data.images import Images
-from tdq_exp.diffusion.objective import Draws, draw_batch, fixed_draws, noise_prediction_loss
+from tdq_exp.diffusion.objective import Draws, Samples, draw_batch, fixed_draws
 from tdq_exp.fit.checkpoint import load_state, save_state
 from tdq_exp.fit.ema import Ema
 from tdq_exp.models.checkpoints import save_weights
-from tdq_exp.models.model import DiffusionModel
+from tdq_exp.models.model import Trainable
 from tdq_exp.processes import Processes
 from tdq_exp.progress import track
 
@@ -98,9 +97,9 @@ class Interrupted(InterruptedError):
 
 def train(
     net: nn.Module,
-    model: DiffusionModel,
-    images: Images,
-    held_out: Images,
+    model: Trainable,
+    images: Samples,
+    held_out: Samples,
     optimizer: torch.optim.Optimizer,
     options: TrainOptions,
     *,
@@ -118,7 +117,7 @@ def train(
         net: network in its starting state, on the processes' device.
         model: its description.
         images: training set.
-        held_out: images for the validation loss; never trained on.
+        held_out: samples for the validation loss; never trained on.
         optimizer: over the parameters of `net`; its groups' `lr` are the rates after warm-up.
         options: numbers of the loop.
         seed: of the draws and of dropout.
@@ -143,7 +142,7 @@ def train(
     shared = processes.wrap(net)
     validation = fixed_draws(
         seed + 1, samples=options.validation_samples, images=len(held_out), shape=model.sample_shape,
-        steps=model.schedule.steps,
+        steps=model.steps, random=held_out.random,
     )  # fmt: skip
     net.train()
     began, before = time.monotonic(), history.seconds
@@ -156,7 +155,7 @@ def train(
                 group["lr"] = rate * share
             draws = draw_batch(
                 seed, update, batch_size=options.batch_size, images=len(images), shape=model.sample_shape,
-                steps=model.schedule.steps, flip=model.flip,
+                steps=model.steps, flip=model.flip, random=images.random,
             ).shard(processes.rank, processes.world)  # fmt: skip
             loss = _loss(shared, model, images, draws, device, options.precision)
             total = loss if penalty is None else loss + penalty()
@@ -188,19 +187,16 @@ def train(
 
 
 def _loss(
-    net: nn.Module, model: DiffusionModel, images: Images, draws: Draws, device: torch.device, precision: str
+    net: nn.Module, model: Trainable, images: Samples, draws: Draws, device: torch.device, precision: str
 ) -> Tensor:
-    x_0 = model.encode(images.batch(draws.index, draws.flip).to(device))
-    t, eps = draws.t.to(device), draws.eps.to(device)
-    x_t = model.schedule.add_noise(x_0, eps, t)
+    x_0 = images.batch(draws.index, draws.flip, draws.noise).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        eps_hat = model.predict(net, x_t, t)
-    return noise_prediction_loss(eps_hat, eps, model.loss)
+        return model.training_loss(net, x_0, draws.t.to(device), draws.eps.to(device))
 
 
 @torch.no_grad()
 def validation_loss(
-    net: nn.Module, model: DiffusionModel, images: Images, draws: Draws, batch_size: int, processes: Processes
+    net: nn.Module, model: Trainable, images: Samples, draws: Draws, batch_size: int, processes: Processes
 ) -> float:
     """Mean loss over fixed draws, in float32. Batches are dealt out to the processes in turn."""
     was_training = net.training
@@ -208,8 +204,7 @@ def validation_loss(
     total, samples = torch.zeros((), dtype=torch.float64), len(draws.t)
     for number, start in enumerate(range(0, samples, batch_size)):
         if number % processes.world == processes.rank:
-            part = slice(start, min(start + batch_size, samples))
-            batch = Draws(draws.index[part], draws.flip[part], draws.t[part], draws.eps[part])
+            batch = draws.of(slice(start, min(start + batch_size, samples)))
             total += float(_loss(net, model, images, batch, processes.device, "float32")) * len(batch.t)
     net.train(was_training)
     return float(processes.sum(total.float().to(processes.device))) / samples

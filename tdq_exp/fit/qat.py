@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.data.images import Images
+from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.loop import History, Log, TrainOptions, train
 from tdq_exp.models.model import DiffusionModel
 from tdq_exp.processes import Processes
@@ -48,8 +48,8 @@ class Rates:
 def qat(
     net: nn.Module,
     model: DiffusionModel,
-    images: Images,
-    held_out: Images,
+    images: Samples,
+    held_out: Samples,
     options: TrainOptions,
     rates: Rates,
     *,

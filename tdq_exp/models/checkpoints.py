@@ -1,19 +1,17 @@
-"""Fills a diffusers `UNet2DModel` with weights, whatever they were saved by, and names them by their content.
+"""Fills a network of diffusers with weights, whatever they were saved by, and names them by their content.
 
 Sources:
 
-    PATH/ or PATH/unet/         a diffusers folder: config.json, diffusion_pytorch_model.safetensors or .bin
+    PATH/ or PATH/unet/         a diffusers folder: config.json, diffusion_pytorch_model.safetensors or .bin; an
+                                autoencoder's lies in vae/
     owner/name                  the same on the model hub
     PATH.safetensors            a state dict in diffusers' names: this project's own files
     PATH (.ckpt, .pth, ...)     a PyTorch file: a state dict, one inside {"state_dict": ...}, or the training list
                                 [network, optimiser, epoch, step, EMA] of the original DDIM code; names of diffusers or
-                                of the original, with or without the `module.` of a data-parallel network
+                                of the original, with or without the `module.` of a data-parallel network; or all
+                                networks of CompVis' latent diffusion (see `compvis`)
 
-The original network counts its up levels by resolution and diffusers by execution: up.i is up_blocks.(L-1-i) of L
-levels. Its attention is made of 1x1 convolutions and diffusers' of linear layers, [C, C, 1, 1] and [C, C]; so was
-diffusers' own at first, under other names, which the hub's DDPM weights still have.
-
-A load is strict: each key of the file goes to one of the network, or is written down in `NOT_WEIGHTS`. No file is
+A load is strict: each key of the file goes to one of the network, or is written down in a `NOT_WEIGHTS`. No file is
 executed (see `inert_pickle`). Weights are cast to the network's type, and hashed after that: `load_weights` returns what
 `state_hash(net.state_dict())` would, for every source.
 
@@ -28,7 +26,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +42,19 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from tdq_exp.models import compvis
 from tdq_exp.models.inert_pickle import CheckpointError, read_tensors
+from tdq_exp.models.names import diffusers_names
 
-__all__ = ["NOT_WEIGHTS", "CheckpointError", "file_hash", "load_weights", "save_weights", "state_hash"]
+__all__ = [
+    "NOT_WEIGHTS",
+    "CheckpointError",
+    "file_hash",
+    "load_autoencoder",
+    "load_weights",
+    "save_weights",
+    "state_hash",
+]
 
 # Keys that a state dict may hold and no network needs. `logvar`: the original's `bayesian` type registers it, and its
 # forward pass never reads it.
@@ -58,30 +66,17 @@ _NOT_ARCHITECTURE = frozenset(
     ["dropout", "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"]
 )
 
+# Of an autoencoder's config: how large its images were, and how its latents are scaled, which `load_autoencoder` reads.
+_NOT_THE_AUTOENCODERS = frozenset(["sample_size", "scaling_factor", "force_upcast"])
+
 _WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 
-_ORIGINAL_MODULES = {
-    r"temb\.dense\.0": "time_embedding.linear_1",
-    r"temb\.dense\.1": "time_embedding.linear_2",
-    r"norm_out": "conv_norm_out",
-    r"mid\.block_1": "mid_block.resnets.0",
-    r"mid\.attn_1": "mid_block.attentions.0",
-    r"mid\.block_2": "mid_block.resnets.1",
-    r"(?P<side>down|up)\.(?P<level>\d+)\.block\.(?P<index>\d+)": "{side}_blocks.{level}.resnets.{index}",
-    r"(?P<side>down|up)\.(?P<level>\d+)\.attn\.(?P<index>\d+)": "{side}_blocks.{level}.attentions.{index}",
-    r"(?P<side>down)\.(?P<level>\d+)\.downsample": "{side}_blocks.{level}.downsamplers.0",
-    r"(?P<side>up)\.(?P<level>\d+)\.upsample": "{side}_blocks.{level}.upsamplers.0",
-}
-_ORIGINAL_LAYERS = {
-    "resnets": {"temb_proj": "time_emb_proj", "nin_shortcut": "conv_shortcut"},
-    "attentions": {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"},
-}
-_FIRST_DIFFUSERS_LAYERS = {"attentions": {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}}
 
-
-def load_weights(net: torch.nn.Module, source: str, *, ema: bool = True) -> str:
+def load_weights(
+    net: torch.nn.Module, source: str, *, ema: bool = True, overruled: Collection[str] = frozenset()
+) -> str:
     """Fills a network, all of it, and returns the hash of its weights.
 
     Args:
@@ -89,6 +84,7 @@ def load_weights(net: torch.nn.Module, source: str, *, ema: bool = True) -> str:
         source: path of a file or folder, or an id on the model hub (see the module's docstring).
         ema: of a training list take the exponential moving average (element 4), not the raw weights (element 0). Sources
             with one set of weights have no say in which it is.
+        overruled: keys of a folder's config that the caller sets by other means, so that they need not agree.
 
     Returns:
         The `state_hash` of the network's weights after the load.
@@ -97,18 +93,53 @@ def load_weights(net: torch.nn.Module, source: str, *, ema: bool = True) -> str:
         CheckpointError: one line, that begins with the source, if it can't be found or read, was made for another
             architecture, or has missing, left-over or misshapen keys. The network is then as it was.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        found = _read_folder(net, path)
-    elif path.exists():
-        found = _read_file(path, ema)
-    elif _HUB_ID.fullmatch(source) and not source.endswith(_FILE_SUFFIXES):
-        found = _read_folder(net, _download(source))
-    else:
-        raise CheckpointError(f"{source}: no such file or folder")
-    state = _fitted(source, _diffusers_names(source, found), net.state_dict())
+    path = _located(source, _subfolder(net))
+    found = _read_folder(net, path, overruled) if path.is_dir() else _read_file(path, ema, _subfolder(net))
+    state = _fitted(source, diffusers_names(source, found, net), net.state_dict())
     net.load_state_dict(state, strict=True)
     return state_hash(state)
+
+
+def load_autoencoder(net: torch.nn.Module, source: str, scale: float | None = None) -> str:
+    """Fills an autoencoder with its scale (`kl.*` and `scale`), all of it, and returns the hash of its weights.
+
+    Args:
+        net: see `autoencoder.ScaledAutoencoder`.
+        source: as for `load_weights`. A diffusers folder (PATH/ or PATH/vae/) has the scale in its config.
+        scale: in place of the source's.
+
+    Raises:
+        CheckpointError: as `load_weights`; or if neither the source nor the caller says what the scale is.
+    """
+    path, kl = _located(source, "vae"), net.get_submodule("kl")
+    if path.suffix == ".safetensors" and "scale" in _read_file(path, True, "vae"):
+        load_weights(net, source)
+    else:
+        found = scale if scale is not None else _scale_of(kl, path)
+        if found is None:
+            raise CheckpointError(f"{source}: names no scale of the latents; set model.definition.autoencoder.scale")
+        load_weights(kl, source, overruled=_NOT_THE_AUTOENCODERS)
+        net.get_buffer("scale").fill_(found)
+    if scale is not None:
+        net.get_buffer("scale").fill_(scale)
+    return state_hash(net.state_dict())
+
+
+def _scale_of(kl: torch.nn.Module, path: Path) -> float | None:
+    """What a source of an autoencoder says about the scale of its latents, if it does."""
+    if path.suffix == ".safetensors":
+        return None
+    if not path.is_dir():
+        found = read_tensors(path, _stored_scale)
+        return float(found[compvis.SCALE]) if found else None
+    default = inspect.signature(type(kl).__init__).parameters["scaling_factor"].default
+    return float(_config(_place(path, "vae") / "config.json").get("scaling_factor", default))
+
+
+def _stored_scale(tree: Any) -> dict[str, Any]:
+    """The scale in a file of CompVis' latent diffusion, if it is one."""
+    state = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
+    return {compvis.SCALE: state[compvis.SCALE]} if isinstance(state, dict) and compvis.SCALE in state else {}
 
 
 def state_hash(state: Mapping[str, torch.Tensor]) -> str:
@@ -171,10 +202,10 @@ def _sort_metadata(path: Path) -> None:
             stream.write(content)
 
 
-def _read_file(path: Path, ema: bool) -> dict[str, torch.Tensor]:
-    """The state dict of a file, its names as they are but for `module.`."""
+def _read_file(path: Path, ema: bool, part: str) -> dict[str, torch.Tensor]:
+    """The state dict of a network, `unet` or `vae`, in a file; its names as they are but for prefixes."""
     if path.suffix != ".safetensors":
-        return read_tensors(path, lambda tree: _state_of(path, tree, ema))
+        return read_tensors(path, lambda tree: _state_of(path, tree, ema, part))
     try:
         return _without_module(load_file(path))
     except (OSError, SafetensorError) as error:
@@ -182,7 +213,7 @@ def _read_file(path: Path, ema: bool) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: {reason}") from error
 
 
-def _state_of(path: Path, tree: Any, ema: bool) -> dict[str, Any]:
+def _state_of(path: Path, tree: Any, ema: bool, part: str) -> dict[str, Any]:
     """The state dict in the object of a PyTorch file."""
     if isinstance(tree, list):
         if len(tree) not in (4, 5):
@@ -196,7 +227,9 @@ def _state_of(path: Path, tree: Any, ema: bool) -> dict[str, Any]:
         tree = tree["state_dict"]
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise CheckpointError(f"{path}: holds no state dict")
-    return _without_module(tree)
+    if compvis.is_whole(tree):
+        return compvis.part_of(path, tree, part, ema)
+    return compvis.without_loss(tree) if compvis.is_autoencoder(tree) else _without_module(tree)
 
 
 def _without_module(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,34 +239,56 @@ def _without_module(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in named.items() if name not in NOT_WEIGHTS}
 
 
-def _read_folder(net: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a diffusers folder, whose config agrees with the network's."""
-    # A pipeline's folder has the network in unet/, next to others' folders.
-    for place in (folder, folder / "unet"):
+def _subfolder(net: torch.nn.Module) -> str:
+    """Where a pipeline's folder has such a network, next to others."""
+    return "vae" if type(net).__name__ == "AutoencoderKL" else "unet"
+
+
+def _located(source: str, subfolder: str) -> Path:
+    """The file or folder that a source means, downloaded if it is a network of the hub."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if _HUB_ID.fullmatch(source) and not source.endswith(_FILE_SUFFIXES):
+        return _download(source, subfolder)
+    raise CheckpointError(f"{source}: no such file or folder")
+
+
+def _place(folder: Path, subfolder: str) -> Path:
+    """The folder itself, or the subfolder, whichever has a config."""
+    for place in (folder, folder / subfolder):
         if (place / "config.json").is_file():
-            break
-    else:
-        raise CheckpointError(f"{folder}: no diffusers folder, it has neither config.json nor unet/config.json")
-    _require_same_architecture(net, place / "config.json")
+            return place
+    raise CheckpointError(f"{folder}: no diffusers folder, it has neither config.json nor {subfolder}/config.json")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a JSON config ({error})") from error
+
+
+def _read_folder(net: torch.nn.Module, folder: Path, overruled: Collection[str]) -> dict[str, torch.Tensor]:
+    """The state dict of a diffusers folder, whose config agrees with the network's."""
+    place = _place(folder, _subfolder(net))
+    _require_same_architecture(net, place / "config.json", overruled)
     for name in _WEIGHT_FILES:
         if (place / name).is_file():
-            return _read_file(place / name, ema=True)
+            return _read_file(place / name, True, _subfolder(net))
     raise CheckpointError(f"{place}: has neither {' nor '.join(_WEIGHT_FILES)}")
 
 
-def _require_same_architecture(net: torch.nn.Module, path: Path) -> None:
+def _require_same_architecture(net: torch.nn.Module, path: Path, overruled: Collection[str]) -> None:
     """Compares a folder's config with the network's, key by key; what it does not say has the class's default."""
-    try:
-        found = dict(json.loads(path.read_text()))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a JSON config ({error})") from error
+    found = _config(path)
     class_name = type(net).__name__
     if found.get("_class_name", class_name) != class_name:
         raise CheckpointError(f"{path}: _class_name is {found['_class_name']}, wanted {class_name}")
     parameters = inspect.signature(type(net).__init__).parameters
     wanted: Mapping[str, Any] = getattr(net, "config", {})
     for key in sorted(parameters.keys() & wanted.keys() | found.keys()):
-        if key.startswith("_") or key in _NOT_ARCHITECTURE:
+        if key.startswith("_") or key in _NOT_ARCHITECTURE or key in overruled:
             continue
         if key not in parameters and found[key] not in (None, False):
             raise CheckpointError(f"{path}: {key} is {found[key]}, wanted no such key")
@@ -252,23 +307,23 @@ def _comparable(value: Any) -> Any:
     return value.removeprefix("UNetRes") if isinstance(value, str) else value
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, subfolder: str) -> Path:
     """The local folder of a network on the model hub; what was downloaded before is not downloaded again."""
     advice = "give a local file or folder with model.weights=PATH"
     try:
         try:
             folder = Path(hf_hub_download(repository, "config.json")).parent
-            subfolder = None
+            inside = None
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError:
-            folder = Path(hf_hub_download(repository, "config.json", subfolder="unet")).parent
-            subfolder = "unet"
+            folder = Path(hf_hub_download(repository, "config.json", subfolder=subfolder)).parent
+            inside = subfolder
         try:
-            hf_hub_download(repository, _WEIGHT_FILES[0], subfolder=subfolder)
+            hf_hub_download(repository, _WEIGHT_FILES[0], subfolder=inside)
         except EntryNotFoundError:
             # Also when off line: the cache may hold the other file.
-            hf_hub_download(repository, _WEIGHT_FILES[1], subfolder=subfolder)
+            hf_hub_download(repository, _WEIGHT_FILES[1], subfolder=inside)
         return folder
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise CheckpointError(f"{repository}: no local path, and no model of this id on the hub; {advice}") from error
@@ -281,39 +336,6 @@ def _download(repository: str) -> Path:
         raise CheckpointError(f"{repository}: no local path, and {reason}; {advice}") from error
 
 
-def _diffusers_names(source: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames a state dict in the original's names, or in diffusers' first ones; other names stay as they are."""
-    original = any(name.startswith("temb.") for name in state)
-    levels = 1 + max((int(match[1]) for name in state if (match := re.match(r"up\.(\d+)\.", name))), default=-1)
-    renamed: dict[str, torch.Tensor] = {}
-    for name, tensor in state.items():
-        new_name = _from_original(name, levels) if original else _rename_layer(name, _FIRST_DIFFUSERS_LAYERS)
-        if new_name in renamed:
-            raise CheckpointError(f"{source}: two keys for {new_name}, one of them is {name}")
-        renamed[new_name] = tensor
-    return renamed
-
-
-def _from_original(name: str, levels: int) -> str:
-    """The name in diffusers of a key of the original network with so many levels."""
-    for pattern, module in _ORIGINAL_MODULES.items():
-        if match := re.match(rf"{pattern}\.", name):
-            place = match.groupdict()
-            if place.get("side") == "up":
-                place["level"] = str(levels - 1 - int(place["level"]))
-            return _rename_layer(f"{module.format(**place)}.{name[match.end() :]}", _ORIGINAL_LAYERS)
-    return name
-
-
-def _rename_layer(name: str, layers: Mapping[str, Mapping[str, str]]) -> str:
-    """Renames `<...>.<kind>.<index>.<layer>.<parameter>` by the table of its kind."""
-    match = re.fullmatch(r"(.*\.(\w+)\.\d+)\.(\w+)\.(\w+)", name)
-    if match is None:
-        return name
-    module, kind, layer, parameter = match.groups()
-    return f"{module}.{layers.get(kind, {}).get(layer, layer)}.{parameter}"
-
-
 def _fitted(
     source: str, found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
@@ -322,8 +344,8 @@ def _fitted(
     misshapen, mistyped = [], []
     for name in found.keys() & wanted.keys():
         tensor, target = found[name], wanted[name]
-        if target.ndim == 2 and tensor.shape == (*target.shape, 1, 1):
-            tensor = tensor.reshape(target.shape)  # a 1x1 convolution is a linear layer
+        if target.ndim == 2 and tensor.shape in ((*target.shape, 1), (*target.shape, 1, 1)):
+            tensor = tensor.reshape(target.shape)  # a convolution of size 1 is a linear layer
         if tensor.shape != target.shape:
             misshapen.append(f"{name} {list(tensor.shape)}, wanted {list(target.shape)}")
         elif target.is_floating_point() != tensor.is_floating_point():

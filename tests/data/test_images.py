@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,37 @@ def test_a_cache_is_decoded_once_and_again_when_a_file_changes(folder, tmp_path,
     monkeypatch.undo()
     picture(99).save(folder / "02.png")
     assert load_images(Folder(str(folder), holdout=4), "train", **kwargs).content != first.content
+
+
+def test_a_cache_is_what_numpy_writes_and_its_hash_is_of_shape_and_pixels(folder, tmp_path):
+    source = Folder(str(folder), holdout=4)
+    found = load_images(source, "train", size=8, channels=3, cache=str(tmp_path / "cache"))
+    (path,) = (tmp_path / "cache").rglob("*.npy")
+    np.save(tmp_path / "whole.npy", np.array(found.pixels))
+    assert path.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    whole = repr(found.pixels.shape).encode() + found.pixels.tobytes()
+    assert found.content == hashlib.sha256(whole).hexdigest()[:16]  # as every row so far cites it
+
+
+def test_a_limit_takes_the_first_images_and_has_a_cache_of_its_own(folder, tmp_path):
+    kwargs = {"size": 8, "channels": 3, "cache": str(tmp_path / "cache")}
+    whole, few, more = (load_images(Folder(str(folder), holdout=4), "train", **kwargs, limit=n) for n in (None, 5, 99))
+    assert (len(whole), len(few)) == (9, 5)
+    assert np.array_equal(few.pixels, whole.pixels[:5]) and few.content != whole.content == more.content
+
+
+def test_images_are_written_as_they_are_decoded(folder, tmp_path, monkeypatch):
+    # A set may be larger than the memory: at the last image the file holds all others.
+    sizes = []
+
+    def watched(self, split, read=Folder.read):
+        for image in read(self, split):
+            sizes.extend(f.stat().st_size for f in (tmp_path / "cache" / "images").iterdir())
+            yield image
+
+    monkeypatch.setattr(Folder, "read", watched)
+    load_images(Folder(str(folder), holdout=4), "train", size=64, channels=3, cache=str(tmp_path / "cache"))
+    assert len(sizes) == 9 and sizes[-1] >= 7 * 64 * 64 * 3
 
 
 def test_train_and_validation_of_a_folder_never_mix(folder):
@@ -117,7 +150,7 @@ def test_a_truncated_or_foreign_file_is_one_line_that_names_it(folder, tmp_path,
     with pytest.raises(ValueError, match=r"03\.png: not a whole image") as caught:
         load_images(Folder(str(folder), holdout=4), "train", size=8, channels=3, cache=str(tmp_path / "cache"))
     assert "\n" not in str(caught.value)
-    assert not list((tmp_path / "cache").rglob("*.json"))  # nothing half made is left to be found later
+    assert not [f for f in (tmp_path / "cache").rglob("*") if f.is_file()]  # nothing half made is left
 
 
 def test_empty_and_missing_folders_are_errors_that_name_the_key(tmp_path):

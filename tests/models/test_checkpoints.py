@@ -8,13 +8,11 @@ CIFAR-10 network and for a small one whose levels, blocks and attention differ f
 import copy
 import hashlib
 import json
-import math
 import os
 import pickle
 import shutil
 import struct
 import zipfile
-import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from tdq_exp.models import checkpoints
 from tdq_exp.models.checkpoints import CheckpointError, load_weights, save_weights, state_hash
 from tdq_exp.models.inert_pickle import Placeholder, StoredTensor, read_tensors
+from tests.models.formula import formula, ramp
 
 RECORDED = Path(__file__).with_name("ddim_original.safetensors")
 TIMES = torch.tensor([1, 400, 999])
@@ -66,26 +65,6 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 def build(name: str, **changes) -> UNet2DModel:
     return UNet2DModel(**{**NETWORKS[name], **changes}).eval()
-
-
-def ramp(key: str, count: int) -> torch.Tensor:
-    """Numbers in [-1, 1), from integers alone, so that they are the same bits everywhere; float64, [count]."""
-    prime = 65521
-    start = zlib.crc32(key.encode()) % prime
-    index = torch.arange(count, dtype=torch.int64) + start
-    return (index**2 * (1 + start % 97) % prime).double() / prime * 2 - 1
-
-
-def formula(key: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A weight of the original network as a function of its name; small enough that norm_eps shows in the output."""
-    values = ramp(key, math.prod(shape))
-    if len(shape) > 1:
-        values = 0.35 * math.sqrt(3 / math.prod(shape[1:])) * values
-    elif key.endswith("weight"):
-        values = 1 + 0.1 * values
-    else:
-        values = 0.02 * values
-    return values.float().reshape(shape)
 
 
 def original_shapes(channels: tuple[int, ...], blocks: int, attention: tuple[bool, ...]) -> dict[str, tuple[int, ...]]:

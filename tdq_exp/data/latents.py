@@ -1,0 +1,168 @@
+"""A training set in the latent space of an autoencoder: for each image, and its mirror, the distribution of x_0.
+
+    x_0 = mean + deviation * noise,   noise ~ N(0, I), drawn anew at every step
+
+Encoding takes longer than a training step, and is the same every time: mean and deviation are computed once. On disk:
+
+    moments.npy  float32 [N, M, 2, C, H, W]   M = 2: image and mirror, or 1: image alone; then mean, deviation
+    groups.npy   uint8                        which groups of images are finished
+    about.json                                what was encoded, by what
+
+The folder is named after the content of the images and the hash of the autoencoder, so that neither is ever paired with
+another one's moments. LSUN-Churches, 4x32x32, with mirrors: 8.3 GB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tdq_exp import record
+from tdq_exp.data.images import Images
+from tdq_exp.processes import Processes
+from tdq_exp.progress import track
+
+GROUP = 64  # images that are encoded, and resumed, at a time
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Latents:
+    """Args:
+        folder: of the files.
+        images: N.
+        mirrors: M.
+        shape: (C, H, W) of x_0.
+        content: hash of images and autoencoder.
+
+    Raises:
+        ValueError: if the files are damaged, or another set's.
+    """
+
+    def __init__(self, folder: Path, images: int, mirrors: int, shape: tuple[int, int, int], content: str) -> None:
+        self.folder, self.content, self._images = folder, content, images
+        self._shapes = {"moments": (images, mirrors, 2, *shape), "groups": (-(-images // GROUP),)}
+        self._moments: NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return self._images
+
+    @property
+    def random(self) -> bool:
+        """A batch draws from each sample's distribution."""
+        return True
+
+    def batch(self, index: Tensor, flip: Tensor, noise: Tensor | None = None) -> Tensor:
+        """`mean + deviation * noise`, `[B, C, H, W]`, of the images, those with `flip` of their mirrors.
+
+        Raises:
+            ValueError: without noise, or for the mirror of an image whose mirror was not encoded.
+        """
+        if noise is None:
+            raise ValueError("latents are drawn: a batch needs noise")
+        if self._moments is None:
+            self._moments = self._open("moments")
+        mirrors = self._moments.shape[1]
+        if mirrors == 1 and bool(flip.any()):
+            raise ValueError(f"{self.folder}: mirrored images were not encoded")
+        mean, deviation = torch.from_numpy(self._moments[index.numpy(), flip.long().numpy()]).unbind(1)
+        return mean + deviation * noise
+
+    def create(self) -> None:
+        """Makes the files, empty, if there are none yet; one process does this before any opens them.
+
+        Raises:
+            OSError: if the folder can't be written or is full.
+        """
+        types = {"moments": np.float32, "groups": np.uint8}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name, shape in self._shapes.items():
+                path = self.folder / f"{name}.npy"
+                if not path.exists():
+                    part = path.with_suffix(".part")
+                    with part.open("wb") as file:  # really written: a full disk is an error now, not a crash later
+                        np.lib.format.write_array(file, np.zeros(shape, types[name]))
+                    os.replace(part, path)
+        except OSError as error:
+            raise OSError(
+                f"{self.folder}: can't be written ({error.strerror}); free space or set data.cache=FOLDER"
+            ) from error
+
+    def missing(self) -> list[int]:
+        """Groups that are not encoded."""
+        return [int(i) for i in np.flatnonzero(self._open("groups") == 0)]
+
+    def put(self, group: int, moments: Tensor) -> None:
+        """Stores a group, `[GROUP or fewer, M, 2, C, H, W]`; its byte is set after its numbers are flushed."""
+        array, done = self._open("moments", "r+"), self._open("groups", "r+")
+        array[group * GROUP : group * GROUP + len(moments)] = moments.numpy()
+        array.flush()  # type: ignore[attr-defined]
+        done[group] = 1
+        done.flush()  # type: ignore[attr-defined]
+
+    def _open(self, name: str, mode: str = "r") -> NDArray[np.float32]:
+        path = self.folder / f"{name}.npy"
+        try:
+            array = np.load(path, mmap_mode=mode)  # type: ignore[arg-type]
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{path}: damaged; remove {self.folder} to encode again") from error
+        if array.shape != self._shapes[name]:
+            raise ValueError(f"{path}: holds {array.shape}, expected {self._shapes[name]}; remove {self.folder}")
+        return array
+
+
+@torch.no_grad()
+def encoded(
+    images: Images,
+    encode: Encode,
+    shape: tuple[int, int, int],
+    *,
+    mirror: bool,
+    by: str,
+    cache: Path,
+    processes: Processes,
+) -> Latents:
+    """The moments of a set of images: found, or made, or continued where an interrupted run left them.
+
+    Args:
+        images: what to encode.
+        encode: images in [-1, 1] on the processes' device -> mean and deviation of x_0, `[B, *shape]` each.
+        shape: (C, H, W) of x_0.
+        mirror: encode the mirrored images, too?
+        by: hash of the autoencoder.
+        cache: folder under which they are kept.
+
+    Groups are dealt out to the processes in turn, and no group depends on another one: the files are the same bits for
+    any number of processes and after any interruption.
+    """
+    parts = {"version": 1, "images": images.content, "autoencoder": by, "mirror": mirror, "shape": list(shape)}
+    content = hashlib.sha256(f"{images.content}|{by}".encode()).hexdigest()[:16]
+    folder = cache / "latents" / record.fingerprint(parts)
+    found = Latents(folder, len(images), 1 + mirror, shape, content)
+
+    def begin() -> list[int]:
+        found.create()
+        record.write(folder / "about.json", parts)
+        return found.missing()
+
+    missing = processes.decide(begin)
+    groups = -(-len(images) // GROUP)
+    done = groups - len(missing)
+    with track("encoding images", groups, done, show=processes.main and bool(missing)) as advance:
+        for group in missing[processes.rank :: processes.world]:
+            index = torch.arange(group * GROUP, min((group + 1) * GROUP, len(images)))
+            sides = []
+            for side in range(1 + mirror):
+                batch = images.batch(index, torch.full((len(index),), bool(side)))
+                sides.append(torch.stack([value.cpu() for value in encode(batch.to(processes.device))], 1))
+            found.put(group, torch.stack(sides, 1))
+            advance(f"{int(index[-1]) + 1} images")
+    processes.barrier()
+    return found

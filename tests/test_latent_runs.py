@@ -1,0 +1,147 @@
+"""Whole runs of a tiny latent model, through the stages of any other: its autoencoder, its network, quantized fits."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tdq_exp import fitting, job, pipeline
+from tdq_exp import sample as sample_command
+from tdq_exp.compose import compose
+from tdq_exp.fit.loop import Interrupted
+from tdq_exp.models.checkpoints import save_weights
+
+QUICK = ["model=tiny_latent", "tracker=none", "launcher=cpu", "fit.calibration_samples=64"]
+
+
+def build(out, *overrides):
+    return job.build(compose([*QUICK, f"out={out}", *overrides]))
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    """A tiny autoencoder, trained for four updates."""
+    made = build(tmp_path_factory.mktemp("autoencoder"), "method=fp", "fit=pretrain_autoencoder")
+    assert pipeline.run(made) == [] and made.name == "tiny_latent_fp_autoencoder"
+    return made.folder / "weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, autoencoder):
+    """The overrides that name a float net and its autoencoder."""
+    out = tmp_path_factory.mktemp("float")
+    made = build(out, "method=fp", "fit=pretrain", f"model.autoencoder={autoencoder}")
+    assert pipeline.run(made) == []
+    return [f"model.weights={made.folder / 'weights.safetensors'}", f"model.autoencoder={autoencoder}"]
+
+
+def state(made, name="baked"):
+    return load_file(made.folder / f"{name}.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_an_autoencoder_ends_with_a_scale_and_knows_nothing_of_the_network(autoencoder):
+    found = load_file(autoencoder)
+    assert found["scale"].shape == () and float(found["scale"]) not in (0.0, 1.0)
+    parts = json.loads((autoencoder.parent / "fit.json").read_text())["parts"]
+    assert parts["fit"]["part"] == "autoencoder" and parts["model"]["definition"]["network"]["latent_channels"] == 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["tdq=temporal"],
+        ["method=minmax", "tdq=none", "plan=float_attention"],
+        ["method=ptq4dm", "calibration=forward"],
+    ],
+    ids=["trained", "post-training", "forward"],
+)
+def test_a_latent_model_goes_from_float_net_to_row(tmp_path, weights, overrides):
+    made = build(tmp_path, *weights, *overrides)
+    (row,) = pipeline.run(made)
+    assert row["images"] == 12 and np.isfinite(list(row["metrics"].values())).all()
+    pixels = np.load(made.folder / made.sample_name / "images" / "images.npy")
+    assert pixels.shape == (12, 8, 8, 1)  # decoded
+    layers = json.loads((made.folder / "layers.json").read_text())["layers"]
+    assert not any("encoder" in layer["layer"] for layer in layers)  # the first stage is not quantized
+    assert pipeline.run(build(tmp_path, *weights, *overrides)) == [row]
+
+
+@pytest.mark.parametrize("kind", ["qat", "autoencoder"])
+def test_a_killed_fit_ends_with_the_bits_of_one_that_was_not(tmp_path, weights, kind):
+    if kind == "qat":
+        overrides, name, cache = [*weights, "bits=w4a4"], "baked", "data.cache="
+    else:
+        overrides, name, cache = ["method=fp", "fit=pretrain_autoencoder"], "weights", "data.cache="
+    whole = build(tmp_path / "whole", *overrides, f"{cache}{tmp_path / 'one'}")
+    pipeline.run(whole)
+    with pytest.raises(Interrupted):
+        pipeline.run(build(tmp_path / "killed", *overrides, f"{cache}{tmp_path / 'other'}", "fit.stop_after=3"))
+    killed = build(tmp_path / "killed", *overrides, f"{cache}{tmp_path / 'other'}")
+    pipeline.run(killed)
+    assert same(state(whole, name), state(killed, name))
+
+
+def test_latents_are_encoded_once_for_all_fits(tmp_path, weights, monkeypatch):
+    cache = f"data.cache={tmp_path / 'cache'}"
+    pipeline.run(build(tmp_path / "a", *weights, cache))
+    monkeypatch.setattr("tdq_exp.models.autoencoder.ScaledAutoencoder.encode", None)
+    pipeline.run(build(tmp_path / "b", *weights, cache, "bits=w8a8"))
+
+
+def test_another_autoencoder_under_the_same_name_is_refused(tmp_path, weights, autoencoder):
+    made = build(tmp_path, *weights)
+    pipeline.run(made)
+    other = load_file(autoencoder)
+    other["scale"] = other["scale"] * 2
+    save_weights(other, tmp_path / "other.safetensors", {})
+    with pytest.raises(ValueError, match=r"autoencoder: \w{16} -> \w{16}.*label=NAME"):
+        pipeline.run(build(tmp_path, weights[0], f"model.autoencoder={tmp_path / 'other.safetensors'}"))
+    save_weights(other, tmp_path / "kept.safetensors", {})
+    moved = json.loads((made.folder / "fit.json").read_text())
+    moved["config"]["model"]["autoencoder"] = str(tmp_path / "kept.safetensors")
+    (made.folder / "fit.json").write_text(json.dumps(moved))
+    with pytest.raises(ValueError, match="model.autoencoder: is not the one of"):
+        sample_command.load(made.folder)
+
+
+def test_mistakes_are_one_line_that_names_the_key(tmp_path, weights, autoencoder):
+    with pytest.raises(ValueError, match="model.autoencoder has no value"):
+        pipeline.run(build(tmp_path, weights[0]))
+    with pytest.raises(ValueError, match="autoencoder=net.safetensors: this model has none"):
+        job.build(compose(["model=tiny", "model.weights=x.safetensors", "model.autoencoder=net.safetensors"]))
+    with pytest.raises(ValueError, match="fit.part=autoencoder: this model has no such part"):
+        job.build(compose(["model=tiny", "method=fp", "fit=pretrain_autoencoder"]))
+    with pytest.raises(ValueError, match="fit.part=autoencoder: only a pre-training has a choice"):
+        build(tmp_path, *weights, "fit.part=autoencoder")
+
+
+def test_images_are_drawn_from_a_finished_run_but_not_from_an_autoencoder(tmp_path, weights, autoencoder, command):
+    pipeline.run(build(tmp_path, *weights))
+    run = tmp_path / "runs" / "tiny_latent_w4a4_lsq_tdq" / "seed0"
+    done = command(str(run), "--images", "3", "--cpu", "--out", "drawn", module="tdq_exp.sample")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "drawn").glob("0*.png"))) == 3
+    done = command(str(autoencoder.parent), "--out", "other", module="tdq_exp.sample")
+    assert done.returncode == 2 and "is the model's autoencoder" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_plan_of_an_autoencoder_counts_its_own_parameters(tmp_path, command):
+    done = command(*QUICK, "method=fp", "fit=pretrain_autoencoder", f"out={tmp_path}", "plan_only=true")
+    assert done.returncode == 0, done.stderr
+    made = build(tmp_path, "method=fp", "fit=pretrain_autoencoder")
+    count = sum(p.numel() for p in made.subject.build().parameters())
+    assert f"{count:,} parameters" in done.stdout
+
+
+def test_finished_networks_are_read_back(autoencoder):
+    made = build(autoencoder.parents[3], "method=fp", "fit=pretrain_autoencoder")
+    net = fitting.finished_net(made, torch.device("cpu"))
+    assert same(net.state_dict(), load_file(autoencoder))
