@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import gc
 import platform
 import subprocess
@@ -220,6 +221,7 @@ def working_memory(step: Callable[[], object]) -> float:
         return float(line.split()[1]) / 1e3
 
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what building the network freed is not there for the step
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     step()
@@ -332,6 +334,13 @@ def report(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def save(content: dict[str, Any], out: Path) -> None:
+    """Writes `integer.json` and the page, and prints it."""
+    record.write(out / "integer.json", content)
+    (out / "integer.md").write_text(report(content))
+    print(report(content))
+
+
 def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -339,6 +348,9 @@ def main() -> None:
     parser.add_argument("--models", default="ddim_small,ddim_cifar10")
     parser.add_argument("--batches", default="1,8,64")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
+    parser.add_argument(
+        "--only-memory", action="store_true", help="measure memory anew and keep the times of integer.json"
+    )
     parser.add_argument("--memory", metavar="VARIANT", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
     options = parser.parse_args()
@@ -351,6 +363,14 @@ def main() -> None:
         if options.memory:
             step = Nets(names[0], Path(scratch)).step(options.memory, batches[0])
             print(working_memory(step))
+            return
+        if options.only_memory:
+            content = record.read(options.out / "integer.json")
+            if content is None:
+                raise SystemExit(f"error: {options.out / 'integer.json'}: is not there; measure the times first")
+            for name, of in content["models"].items():
+                of["memory_mb"] = {v: memory(name, v, of["memory_batch"], options.threads) for v in of["memory_mb"]}
+            save(content, options.out)
             return
         variants = [v for v in VARIANTS if not (options.no_compile and "compiled" in v)]
         content: dict[str, Any] = {"about": {"threads": options.threads, **record.environment()}, "models": {}}
@@ -372,9 +392,7 @@ def main() -> None:
                 if "compiled" not in variant:  # its peak is the compiler's
                     of["memory_mb"][variant] = memory(name, variant, 8, options.threads)
             content["models"][name] = of
-        record.write(options.out / "integer.json", content)
-        (options.out / "integer.md").write_text(report(content))
-        print(report(content))
+        save(content, options.out)
 
 
 if __name__ == "__main__":
