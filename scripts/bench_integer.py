@@ -341,6 +341,16 @@ def save(content: dict[str, Any], out: Path) -> None:
     print(report(content))
 
 
+def memory_anew(out: Path, threads: int) -> None:
+    """Measures the memory of what `integer.json` has times of, and writes both files again."""
+    content = record.read(out / "integer.json")
+    if content is None:
+        raise SystemExit(f"error: {out / 'integer.json'}: is not there; measure the times first")
+    for name, of in content["models"].items():
+        of["memory_mb"] = {v: memory(name, v, of["memory_batch"], threads) for v in of["memory_mb"]}
+    save(content, out)
+
+
 def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -365,12 +375,7 @@ def main() -> None:
             print(working_memory(step))
             return
         if options.only_memory:
-            content = record.read(options.out / "integer.json")
-            if content is None:
-                raise SystemExit(f"error: {options.out / 'integer.json'}: is not there; measure the times first")
-            for name, of in content["models"].items():
-                of["memory_mb"] = {v: memory(name, v, of["memory_batch"], options.threads) for v in of["memory_mb"]}
-            save(content, options.out)
+            memory_anew(options.out, options.threads)
             return
         variants = [v for v in VARIANTS if not (options.no_compile and "compiled" in v)]
         content: dict[str, Any] = {"about": {"threads": options.threads, **record.environment()}, "models": {}}
