@@ -27,7 +27,7 @@ demo: $(VENV)/installed
 	$(RUN) +experiment=digits_w4a4_lsq_tdq out=results/demo
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -341,14 +341,22 @@ def save(content: dict[str, Any], out: Path) -> None:
     print(report(content))
 
 
-def memory_anew(out: Path, threads: int) -> None:
-    """Measures the memory of what `integer.json` has times of, and writes both files again."""
-    content = record.read(out / "integer.json")
-    if content is None:
-        raise SystemExit(f"error: {out / 'integer.json'}: is not there; measure the times first")
-    for name, of in content["models"].items():
-        of["memory_mb"] = {v: memory(name, v, of["memory_batch"], threads) for v in of["memory_mb"]}
-    save(content, out)
+def besides_times(nets: Nets, variants: list[str], threads: int) -> dict[str, Any]:
+    """Everything about a model but how long its steps take side by side."""
+    shown = 8 if nets.name == "ddim_cifar10" else 64
+    parts = ("integer TDQ", "integer Dynamic, per tensor")
+    kinds = export.optimised_operators(nets.get("integer.onnx"))
+    measured = [v for v in variants if "compiled" not in v]  # its peak is the compiler's
+    return {
+        "breakdown": {f"{variant}, batch {shown}": breakdown(nets, variant, shown) for variant in parts},
+        "sizes_mb": sizes(nets),
+        "exactness": exactness(nets),
+        "operators": ", ".join(
+            f"{kinds[k]} {k}" for k in ("QLinearConv", "MatMulIntegerToFloat", "Conv") if k in kinds
+        ),
+        "memory_batch": 8,
+        "memory_mb": {v: memory(nets.name, v, 8, threads) for v in measured},
+    }
 
 
 def main() -> None:
@@ -358,9 +366,7 @@ def main() -> None:
     parser.add_argument("--models", default="ddim_small,ddim_cifar10")
     parser.add_argument("--batches", default="1,8,64")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
-    parser.add_argument(
-        "--only-memory", action="store_true", help="measure memory anew and keep the times of integer.json"
-    )
+    parser.add_argument("--keep-times", action="store_true", help="take the times from integer.json, measure the rest")
     parser.add_argument("--memory", metavar="VARIANT", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
     options = parser.parse_args()
@@ -374,29 +380,20 @@ def main() -> None:
             step = Nets(names[0], Path(scratch)).step(options.memory, batches[0])
             print(working_memory(step))
             return
-        if options.only_memory:
-            memory_anew(options.out, options.threads)
-            return
         variants = [v for v in VARIANTS if not (options.no_compile and "compiled" in v)]
         content: dict[str, Any] = {"about": {"threads": options.threads, **record.environment()}, "models": {}}
+        if options.keep_times:
+            kept = record.read(options.out / "integer.json")
+            if kept is None:
+                raise SystemExit(f"error: {options.out / 'integer.json'}: is not there; measure the times first")
+            content = kept
         for name in names:
             nets = Nets(name, Path(scratch))
-            of: dict[str, Any] = {"ms": {}, "memory_mb": {}, "breakdown": {}, "memory_batch": 8}
-            for batch in batches:
+            of = content["models"].setdefault(name, {"ms": {}})
+            for batch in () if options.keep_times else batches:
                 of["ms"][str(batch)] = timed(nets, batch, variants)
                 print(name, batch, {k: round(v["median"], 1) for k, v in of["ms"][str(batch)].items()}, flush=True)
-            shown = 8 if name == "ddim_cifar10" else 64
-            for variant in ("integer TDQ", "integer Dynamic, per tensor"):
-                of["breakdown"][f"{variant}, batch {shown}"] = breakdown(nets, variant, shown)
-            of["sizes_mb"], of["exactness"] = sizes(nets), exactness(nets)
-            kinds = export.optimised_operators(nets.get("integer.onnx"))
-            of["operators"] = ", ".join(
-                f"{kinds[k]} {k}" for k in ("QLinearConv", "MatMulIntegerToFloat", "Conv") if k in kinds
-            )
-            for variant in variants:
-                if "compiled" not in variant:  # its peak is the compiler's
-                    of["memory_mb"][variant] = memory(name, variant, 8, options.threads)
-            content["models"][name] = of
+            of |= besides_times(nets, variants, options.threads)
         save(content, options.out)
 
 

@@ -35,31 +35,43 @@ class Clock:
         return table[0] if len(table) == 1 else table.index_select(0, self.t.reshape(1))[0]
 
 
-class Codes(nn.Module):
-    """x -> (codes uint8, s, z).
+class Reader(nn.Module):
+    """The tables of a quantizer whose codes are unsigned bytes.
 
     Args:
         quantizer: baked, no wider than a byte.
         clock: the graph's.
+        zero_type: of the table of zero points.
     """
 
-    def __init__(self, quantizer: Quantizer, clock: Clock) -> None:
+    def __init__(self, quantizer: Quantizer, clock: Clock, zero_type: torch.dtype) -> None:
         super().__init__()
         s, z = _tables(quantizer)
-        self.clock, self.shift = clock, SHIFT if quantizer.grid.n < 0 else 0
-        self.n, self.p = quantizer.grid.n + self.shift, quantizer.grid.p + self.shift
+        shift = SHIFT if quantizer.grid.n < 0 else 0
+        self.clock, self.n, self.p = clock, quantizer.grid.n + shift, quantizer.grid.p + shift
         self.s: Tensor
         self.z: Tensor
+        self.register_buffer("s", s)
+        self.register_buffer("z", (z + shift).to(zero_type))
+
+    def now(self) -> tuple[Tensor, Tensor]:
+        """(s, z) at the graph's t, 0-dim."""
+        return self.clock.gather(self.s), self.clock.gather(self.z)
+
+
+class Codes(Reader):
+    """x -> (codes uint8, s, z). Arguments as `Reader`, the first two."""
+
+    def __init__(self, quantizer: Quantizer, clock: Clock) -> None:
+        super().__init__(quantizer, clock, torch.uint8)
         self.low: Tensor
         self.high: Tensor
-        self.register_buffer("s", s)
-        self.register_buffer("z", (z + self.shift).to(torch.uint8))
         self.register_buffer("low", torch.tensor(self.n, dtype=torch.uint8))
         self.register_buffer("high", torch.tensor(self.p, dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes of the shape of x, and two numbers."""
-        s, z = self.clock.gather(self.s), self.clock.gather(self.z)
+        s, z = self.now()
         codes = op("QuantizeLinear", (x, s, z), torch.uint8, x.shape)
         if (self.n, self.p) != (0, 255):
             codes = op("Clip", (codes, self.low, self.high), torch.uint8, x.shape)
@@ -79,33 +91,21 @@ class Simulated(nn.Module):
         return op("DequantizeLinear", (codes, s, z), torch.float32, x.shape)
 
 
-class Portable(nn.Module):
-    """x -> (x_hat / s, s): a quantizer of constant step 1 between two multiplications.
-
-    Args:
-        quantizer: baked, no wider than a byte.
-        clock: the graph's.
-    """
+class Portable(Reader):
+    """x -> (x_hat / s, s): a quantizer of constant step 1 between two multiplications. Arguments as `Codes`."""
 
     def __init__(self, quantizer: Quantizer, clock: Clock) -> None:
-        super().__init__()
-        self.clock, self.n, self.p = clock, quantizer.grid.n, quantizer.grid.p
-        self.shift = SHIFT if self.n < 0 else 0
-        s, z = _tables(quantizer)
-        self.s: Tensor
-        self.z: Tensor
+        super().__init__(quantizer, clock, torch.float32)
         self.one: Tensor
         self.none: Tensor
-        self.register_buffer("s", s)
-        self.register_buffer("z", z + self.shift)
         self.register_buffer("one", torch.ones(()))
         self.register_buffer("none", torch.zeros((), dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Integers held as floats, and a number."""
-        s, z = self.clock.gather(self.s), self.clock.gather(self.z)
+        s, z = self.now()
         # Rounded before z is added, as simulated quantization is: x / s + z has fewer bits left for the fraction.
-        v = (x / s).round().clamp(self.n + self.shift - z, self.p + self.shift - z) + z
+        v = (x / s).round().clamp(self.n - z, self.p - z) + z
         codes = op("QuantizeLinear", (v, self.one, self.none), torch.uint8, x.shape)
         return op("DequantizeLinear", (codes, self.one, self.none), torch.float32, x.shape) - z, s
 

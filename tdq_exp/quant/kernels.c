@@ -205,12 +205,29 @@ static void normalisations(const float *restrict x, float *restrict scratch, con
     }
 }
 
-// Every value v of a normalised row, in turn; BODY uses v and c.
-#define EACH_NORMALISED(BODY)                                                  \
-    _Pragma("omp simd")                                                        \
-    for (long c = 0; c < channels; c++) {                                      \
-        const float v = values[c] * scale[c] + offset[c];                      \
-        BODY;                                                                  \
+// found[c] of every value v of group_norm(x): one statement for silu(v), another for v itself.
+#define EACH_NORMALISED(TYPE, OUT, WITH_SILU, WITHOUT)                                                             \
+    const long blocks = (pixels + BLOCK - 1) / BLOCK;                                                              \
+    normalisations(x, scratch, weight, bias, batch, pixels, channels, groups, eps, threads);                       \
+    _Pragma("omp parallel for collapse(2) num_threads(threads) if (batch * pixels * channels > SMALL)")            \
+    for (long sample = 0; sample < batch; sample++) {                                                              \
+        for (long block = 0; block < blocks; block++) {                                                            \
+            const float *restrict scale = scratch + 2 * sample * channels, *restrict offset = scale + channels;    \
+            for (long row = block * BLOCK; row < least((block + 1) * BLOCK, pixels); row++) {                      \
+                const float *restrict values = x + (sample * pixels + row) * channels;                             \
+                TYPE *restrict found = OUT + (sample * pixels + row) * channels;                                   \
+                if (silu) {                                                                                        \
+                    EACH_CHANNEL(WITH_SILU)                                                                        \
+                } else {                                                                                           \
+                    EACH_CHANNEL(WITHOUT)                                                                          \
+                }                                                                                                  \
+            }                                                                                                      \
+        }                                                                                                          \
+    }
+#define EACH_CHANNEL(STATEMENT)                                                                                    \
+    _Pragma("omp simd") for (long c = 0; c < channels; c++) {                                                      \
+        const float v = values[c] * scale[c] + offset[c];                                                          \
+        STATEMENT;                                                                                                 \
     }
 
 // Codes of silu(group_norm(x)), or of group_norm(x), for x [batch, pixels, channels] with channels innermost.
@@ -218,53 +235,20 @@ void norm_codes(const float *restrict x, uint8_t *restrict q, float *restrict sc
                 const float *restrict bias, long batch, long pixels, long channels, long groups, double eps, int silu,
                 float s, float z, float n, float p, float shift, int threads) {
     const float low = n - z, high = p - z, add = z + shift;
-    const long blocks = (pixels + BLOCK - 1) / BLOCK;
-    normalisations(x, scratch, weight, bias, batch, pixels, channels, groups, eps, threads);
-#pragma omp parallel for collapse(2) num_threads(threads) if (batch * pixels * channels > SMALL)
-    for (long sample = 0; sample < batch; sample++) {
-        for (long block = 0; block < blocks; block++) {
-            const float *restrict scale = scratch + 2 * sample * channels, *restrict offset = scale + channels;
-            for (long row = block * BLOCK; row < least((block + 1) * BLOCK, pixels); row++) {
-                const float *restrict values = x + (sample * pixels + row) * channels;
-                uint8_t *restrict found = q + (sample * pixels + row) * channels;
-#define QUANTIZE(DIVIDED)                                                      \
-    const float w = (DIVIDED);                                                 \
-    const float bounded = w > low ? w < high ? w : high : low;                 \
+#define QUANTIZE(DIVIDED)                                                                                          \
+    const float w = (DIVIDED);                                                                                     \
+    const float bounded = w > low ? w < high ? w : high : low;                                                     \
     found[c] = (uint8_t)(int)(nearbyintf(bounded) + add)
-                if (silu) {
-                    EACH_NORMALISED(QUANTIZE(v / ((1.0f + exponential(-v)) * s)))
-                } else {
-                    EACH_NORMALISED(QUANTIZE(v / s))
-                }
+    EACH_NORMALISED(uint8_t, q, QUANTIZE(v / ((1.0f + exponential(-v)) * s)), QUANTIZE(v / s))
 #undef QUANTIZE
-            }
-        }
-    }
 }
 
 // silu(group_norm(x)), or group_norm(x), itself.
 void norm(const float *restrict x, float *restrict y, float *restrict scratch, const float *restrict weight,
           const float *restrict bias, long batch, long pixels, long channels, long groups, double eps, int silu,
           int threads) {
-    const long blocks = (pixels + BLOCK - 1) / BLOCK;
-    normalisations(x, scratch, weight, bias, batch, pixels, channels, groups, eps, threads);
-#pragma omp parallel for collapse(2) num_threads(threads) if (batch * pixels * channels > SMALL)
-    for (long sample = 0; sample < batch; sample++) {
-        for (long block = 0; block < blocks; block++) {
-            const float *restrict scale = scratch + 2 * sample * channels, *restrict offset = scale + channels;
-            for (long row = block * BLOCK; row < least((block + 1) * BLOCK, pixels); row++) {
-                const float *restrict values = x + (sample * pixels + row) * channels;
-                float *restrict found = y + (sample * pixels + row) * channels;
-                if (silu) {
-                    EACH_NORMALISED(found[c] = v / (1.0f + exponential(-v)))
-                } else {
-                    EACH_NORMALISED(found[c] = v)
-                }
-            }
-        }
-    }
+    EACH_NORMALISED(float, y, found[c] = v / (1.0f + exponential(-v)), found[c] = v)
 }
-#undef EACH_NORMALISED
 
 // Smallest and largest value of each row; 0 lies within.
 void ranges(const float *restrict x, float *restrict low, float *restrict high, long rows, long width, int threads) {

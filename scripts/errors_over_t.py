@@ -1,0 +1,83 @@
+"""Where over t a post-training run errs: samples, gain, error and share of the reconstruction's loss, by time step.
+
+    python scripts/errors_over_t.py results/runs/ddim_small_w8a8_ptq4dm/seed0/packed.safetensors ...
+
+Every run is shown the calibration set of the first one's law (made anew: no data set is needed), and compared with its float
+network. The gain is <eps_hat, eps> / <eps, eps> - 1 for the float prediction eps: what the prediction lost or won in size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tdq_exp import fitting
+from tdq_exp.fit.calibration_sets import make_set
+from tdq_exp.fit.reconstruct import sample_losses
+from tdq_exp.models.model import DiffusionModel
+from tdq_exp.processes import Processes
+from tdq_exp.progress import print_table
+from tdq_exp.sample import load
+
+EDGES = (0, 1, 50, 200, 500, 800)  # of groups of t; the last one ends with T
+
+
+@torch.no_grad()
+def predictions(model: DiffusionModel, net: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    """eps_hat of many samples, `[N, C, H, W]`."""
+    return torch.cat([model.predict(net, *part) for part in zip(x.split(64), t.split(64), strict=True)])
+
+
+def main() -> None:
+    """Prints one table for each run."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of post-training runs, or their packed files")
+    parser.add_argument("--images", type=int, help="trajectories of the set (default: as the run had)")
+    options = parser.parse_args()
+    processes = Processes(cpu=True)
+    try:
+        loaded = [load(run) for run in options.runs]
+        job = loaded[0][0]
+        if job.calibration is None or job.ptq is None:
+            raise ValueError(f"{options.runs[0]}: is not a post-training run")
+        each = job.calibration.samples // job.calibration.images
+        images = options.images or job.calibration.images
+        spec = dataclasses.replace(job.calibration, images=images, samples=images * each)
+        float_net, weights = fitting.float_net(job, processes)
+        with tempfile.TemporaryDirectory() as cache:
+            parts = spec.parts(job.part("model"), weights, dataclasses.asdict(job.trajectory), "none")
+            made = make_set(
+                spec, float_net, job.model, job.trajectory, None, parts=parts, cache=Path(cache), processes=processes
+            )
+            x, t = made.batch(slice(0, len(made)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    groups = torch.bucketize(t, torch.tensor(EDGES), right=True) - 1
+    ends = [*EDGES[1:], job.model.schedule.steps]
+    eps = predictions(job.model, float_net, x, t)
+    for run, (_, net) in zip(options.runs, loaded, strict=True):
+        eps_hat = predictions(job.model, net, x, t)
+        losses = sample_losses(eps_hat, eps, job.ptq.block.power)
+        rows = []
+        for group, (start, end) in enumerate(zip(EDGES, ends, strict=True)):
+            inside = groups == group
+            a, b = eps_hat[inside], eps[inside]
+            gain = float((a * b).sum() / (b * b).sum()) - 1
+            rms = float((a - b).square().mean().sqrt())
+            share = float(losses[inside].sum() / losses.sum())
+            rows.append((f"{start}..{end - 1}", float(inside.float().mean()), f"{gain:+.4f}", rms, share))
+        print_table(
+            f"{run}, shown {spec.kind}", ["t", "share of samples", "gain", "root mean square error", "share of the loss"],
+            rows,
+        )  # fmt: skip
+    processes.close()
+
+
+if __name__ == "__main__":
+    main()
