@@ -4,7 +4,7 @@ VENV ?= .venv
 SCALE ?= paper
 RUN = $(VENV)/bin/python -m tdq_exp.run
 
-.PHONY: help demo test lint table1 table2 table1_churches table2_churches bench bench-integer clean
+.PHONY: help demo test lint table1 table2 bench bench-integer clean
 
 help:
 	@echo "make demo                    set up, then digits W4A4 LSQ+TDQ from float model to picture (minutes, CPU)"
@@ -12,7 +12,7 @@ help:
 	@echo "make lint                    ruff and mypy"
 	@echo "make table1 SCALE=digits     Table 1: run the cells that have no row, render (SCALE: paper, small, digits)"
 	@echo "make table2 SCALE=digits     Table 2, post-training quantization, likewise"
-	@echo "make table1_churches SCALE=small   their other column, latent diffusion (also table2_churches; SCALE: paper, small)"
+	@echo "                             one column of either: TABLE_ARGS='--column ldm' (or ddim)"
 	@echo "make bench                   speed of training and denoising steps -> results/bench/"
 	@echo "make bench-integer           a denoising step on integers, simulated, in float and in ONNX Runtime (half an hour)"
 
@@ -34,7 +34,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-table1 table2 table1_churches table2_churches: $(VENV)/installed
+table1 table2: $(VENV)/installed
 	$(VENV)/bin/python -m tdq_exp.tables $@ --scale $(SCALE) --run $(TABLE_ARGS)
 
 bench: $(VENV)/installed

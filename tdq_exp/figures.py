@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,32 +45,50 @@ def _tile(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
     return sheet.squeeze(-1) if channels == 1 else sheet
 
 
-def intervals_over_time(tables: Mapping[str, Tensor], path: Path, title: str, most: int = 6) -> None:
-    """Step size over t relative to its mean: the layers that change most, and the spread of all.
+def intervals_over_time(tables: Mapping[str, Tensor], path: Path, title: str) -> None:
+    """Step size over t of every quantizer: `[T]`, or `[1]`, static. See `curves_over_time`."""
+    timed = {name.removesuffix("_quantizer"): table for name, table in tables.items() if len(table) > 1}
+    curves_over_time(timed, path, title, "step size s(t)", rest=f"{len(tables)} static intervals")
+
+
+def curves_over_time(
+    curves: Mapping[str, Tensor],
+    path: Path,
+    title: str,
+    label: str,
+    *,
+    t: Tensor | None = None,
+    most: int = 6,
+    rest: str = "",
+) -> None:
+    """A positive quantity over t relative to its mean: the layers that change most, and the spread of all.
 
     Args:
-        tables: quantizer -> `[T]` (or `[1]`, static).
+        curves: layer -> `[S]`.
         path: PNG to write; an SVG goes beside it.
         title: of the picture.
-        most: number of layers drawn by name: s(t) itself faint, its mean over T / 40 neighbouring steps strong.
+        label: of the quantity.
+        t: the time steps, `[S]`, if not 0..S-1.
+        most: number of layers drawn by name: the curve itself faint, its mean over S / 40 neighbouring steps strong.
+        rest: said of a flat line, where there is no curve.
     """
     figure = Figure(figsize=(8, 4.2), dpi=150)
     axis = figure.subplots()
-    timed = {name: table.numpy() / float(table.mean()) for name, table in tables.items() if len(table) > 1}
-    if timed:
-        curves = np.stack(list(timed.values()))
-        t = np.arange(curves.shape[1])
-        low, middle, high = np.quantile(curves, [0.05, 0.5, 0.95], axis=0)
-        axis.fill_between(t, low, high, color="0.88", label="5 to 95 % of quantizers")
-        axis.plot(t, middle, color="0.55", lw=1, label="median")
-        moving = sorted(timed, key=lambda name: float(np.ptp(_smooth(timed[name]))), reverse=True)[:most]
+    if curves:
+        relative = {name: curve.numpy() / float(curve.mean()) for name, curve in curves.items()}
+        every = np.stack(list(relative.values()))
+        steps = np.arange(every.shape[1]) if t is None else t.numpy()
+        low, middle, high = np.quantile(every, [0.05, 0.5, 0.95], axis=0)
+        axis.fill_between(steps, low, high, color="0.88", label=f"5 to 95 % of {len(every)}")
+        axis.plot(steps, middle, color="0.55", lw=1, label="median")
+        moving = sorted(relative, key=lambda name: float(np.ptp(_smooth(relative[name]))), reverse=True)[:most]
         for name in moving:
-            line = axis.plot(t, _smooth(timed[name]), lw=1.2, label=name.removesuffix("_quantizer"))[0]
-            axis.plot(t, timed[name], lw=0.4, alpha=0.25, color=line.get_color())
-        axis.set_xlim(0, len(t) - 1)
+            line = axis.plot(steps, _smooth(relative[name]), lw=1.2, label=name)[0]
+            axis.plot(steps, relative[name], lw=0.4, alpha=0.25, color=line.get_color())
+        axis.set_xlim(steps[0], steps[-1])
     else:
-        axis.axhline(1.0, color="0.55", label=f"{len(tables)} static intervals")
-    axis.set(xlabel="time step t (noise grows to the right)", ylabel="step size s(t) / mean", title=title)
+        axis.axhline(1.0, color="0.55", label=rest)
+    axis.set(xlabel="time step t (noise grows to the right)", ylabel=f"{label} / mean", title=title)
     axis.set_ylim(bottom=0)
     axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.tight_layout()
@@ -77,33 +96,46 @@ def intervals_over_time(tables: Mapping[str, Tensor], path: Path, title: str, mo
     _save(figure, path.with_suffix(".svg"))
 
 
-def distance_over_bits(
-    methods: Mapping[str, Mapping[int, float]], floor: float | None, path: Path, title: str, label: str
-) -> None:
-    """Distance over the activations' bit width, a line per method.
+@dataclass(frozen=True)
+class Panel:
+    """What `distance_over_bits` draws of one model.
 
     Args:
+        title: above it.
+        label: of the distance, with its features.
         methods: name -> bits -> distance.
         floor: the float model's distance, if known: a dashed line.
-        path: PNG to write; an SVG goes beside it.
-        title: of the picture.
-        label: of the distance, with its features.
     """
-    figure = Figure(figsize=(6, 4), dpi=150)
-    axis = figure.subplots()
-    for (name, values), marker in zip(methods.items(), "osD^v<>", strict=False):
-        bits = sorted(values, reverse=True)
-        axis.plot(bits, [values[b] for b in bits], marker=marker, ms=4, lw=1.3, label=name)
-    if floor is not None:
-        axis.axhline(floor, color="0.4", ls="--", lw=1, label="float")
-    every = sorted({b for values in methods.values() for b in values}, reverse=True)
-    axis.set_xticks(every)
-    axis.invert_xaxis()
-    axis.set_yscale("log")
-    axis.set(xlabel="bits of activations", ylabel=label, title=title)
-    axis.title.set_fontsize(9)
-    axis.grid(axis="y", which="both", color="0.92")
-    axis.legend(fontsize=8, frameon=False)
+
+    title: str
+    label: str
+    methods: Mapping[str, Mapping[int, float]]
+    floor: float | None
+
+
+def distance_over_bits(panels: Sequence[Panel], path: Path, title: str) -> None:
+    """Distance over the activations' bit width, a panel for each model and in it a line for each method.
+
+    Args:
+        panels: side by side.
+        path: PNG to write; an SVG goes beside it.
+        title: above them all.
+    """
+    figure = Figure(figsize=(5.5 * len(panels) + 0.5, 4), dpi=150)
+    for axis, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        for (name, values), marker in zip(panel.methods.items(), "osD^v<>", strict=False):
+            bits = sorted(values, reverse=True)
+            axis.plot(bits, [values[b] for b in bits], marker=marker, ms=4, lw=1.3, label=name)
+        if panel.floor is not None:
+            axis.axhline(panel.floor, color="0.4", ls="--", lw=1, label="float")
+        axis.set_xticks(sorted({b for values in panel.methods.values() for b in values}, reverse=True))
+        axis.invert_xaxis()
+        axis.set_yscale("log")
+        axis.set(xlabel="bits of activations", ylabel=panel.label)
+        axis.set_title(panel.title, fontsize=9)
+        axis.grid(axis="y", which="both", color="0.92")
+        axis.legend(fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     _save(figure, path)
     _save(figure, path.with_suffix(".svg"))

@@ -90,7 +90,7 @@ def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
         processes.decide(lambda: record.write(file, begun))
     if found is not None and found["done"]:
         if job.fit.kind == "pretrain" and job.fit.export is not None:
-            processes.decide(lambda: _export(job))
+            processes.decide(lambda: _export(job, found))
         loaded = net if job.fit.kind == "none" else None
         # Read when it is wanted: where the row is there already, as in a fresh clone, there need not be a net.
         return Fit(lambda: loaded or finished_net(job, processes.device), mark, found["facts"])
@@ -103,7 +103,7 @@ def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
             job.subject, train, held_out, job.train, lr=job.fit.lr, seed=job.seed, folder=job.folder, mark=mark,
             processes=processes, log=log,
         )  # fmt: skip
-        processes.decide(lambda: _ship(job, average, history))
+        processes.decide(lambda: _keep(job, average, history, held_out))
         net, facts = average, facts | _history_facts(history)
     elif job.fit.kind != "none":
         assert net is not None and weights is not None
@@ -123,10 +123,13 @@ def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
         facts |= {"processes": processes.world, "peak_memory_gb": record.peak_memory_gb()}
     facts["environment"] = record.environment()
     about = {"name": job.name, "fingerprint": mark, "parts": parts, "config": job.recorded()}
-    processes.decide(lambda: record.write(file, {**about, "done": True, "facts": facts}))
+    made = {**about, "done": True, "facts": facts}
+    processes.decide(lambda: record.write(file, made))
+    if job.fit.kind == "pretrain" and job.fit.export is not None:
+        processes.decide(lambda: _export(job, made))
     assert net is not None
-    made: nn.Module = net
-    return Fit(lambda: made, mark, facts)
+    kept: nn.Module = net
+    return Fit(lambda: kept, mark, facts)
 
 
 def fit_parts(job: Job, data: Data, weights: str | None) -> dict[str, Any]:
@@ -232,13 +235,13 @@ def _write_layer_map(job: Job, net: nn.Module) -> None:
     record.write(job.folder / "layers.json", {"quantized_leaves": quantized, "leaves": leaves, "layers": rows})
 
 
-def _ship(job: Job, net: nn.Module, history: History) -> None:
-    """Writes a pre-trained net, and where `fit.export` says a second time."""
-    path = job.folder / "weights.safetensors"
+def _keep(job: Job, net: nn.Module, history: History, held_out: Samples) -> None:
+    """Writes a pre-trained net, and a picture of what it does, if there is one."""
     about = {"validation_loss": repr(history.validation[-1][1]), "updates": str(history.validation[-1][0])}
-    save_weights(net, path, about)
-    if job.fit.export is not None:
-        _export(job)
+    save_weights(net, job.folder / "weights.safetensors", about)
+    rows = job.subject.shown(net, held_out)
+    if rows:
+        figures.sample_grid(rows, job.folder / "grid.png")
 
 
 def _export_is_free(job: Job) -> None:
@@ -246,12 +249,21 @@ def _export_is_free(job: Job) -> None:
         raise ValueError(f"fit.export={job.fit.export}: exists; remove it or choose another name")
 
 
-def _export(job: Job) -> None:
+def _export(job: Job, fit: dict[str, Any]) -> None:
+    """Copies a pre-trained net to where `fit.export` says, its validation losses beside it."""
     path, target = job.folder / "weights.safetensors", Path(str(job.fit.export)).expanduser()
     if target.exists() and target.read_bytes() != path.read_bytes():
         raise ValueError(f"fit.export={target}: exists and is another net; remove it or choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, target)
+    facts = fit["facts"]
+    record.write(
+        target.with_suffix(".history.json"),
+        {
+            "net": target.name, "name": fit["name"], "fingerprint": fit["fingerprint"], "seconds": facts["seconds"],
+            **facts["environment"], "validation_loss": facts["validation"],
+        },
+    )  # fmt: skip
 
 
 def finished_net(job: Job, device: torch.device, checkpoint: Path | None = None) -> nn.Module:

@@ -47,7 +47,7 @@ def pack(run: Path, out: Path | None = None) -> Path:
         raise ValueError(f"{run}: is a float run; there is nothing to pack")
     found = record.read(run / "fit.json")
     assert found is not None
-    size = packed.save(net.state_dict(), out, found["config"], found["fingerprint"])
+    size = packed.save(net.state_dict(), out, found["config"], found["fingerprint"], job.model.parts())
     parameters = sum(p.numel() for p in job.model.build().parameters())
     console.print(
         f"{out}: {size / 1e6:.3f} MB, {size / (4 * parameters):.3f} of the {4 * parameters / 1e6:.3f} MB of the float"

@@ -34,6 +34,7 @@ METRIC_NAMES = {
     "precision": "precision",
     "recall": "recall",
 }
+REAL_NAMES = {"held_out": "real, held out", "reconstructed": "real, reconstructed"}
 
 
 def run(job: Job) -> list[dict[str, Any]]:
@@ -93,9 +94,7 @@ def evaluate(job: Job, data: Data, fit: Fit, processes: Processes, tracker: Trac
         folder = folder / f"update{row['update']}"
     processes.decide(lambda: _pictures(job, fit, folder, row, processes))
     if measured:
-        tracker.summary(
-            {**row["metrics"], "held_out": row["held_out"], "features": row["features"], "images": row["images"]}
-        )
+        tracker.summary({**row["metrics"], **_real(row), "features": row["features"], "images": row["images"]})
         tracker.picture("samples", folder / "grid.png")
     return [row]
 
@@ -151,11 +150,12 @@ def _row(
     measured = measure(
         network, store.read(), data.train, data.held_out, job.evaluation.metrics, job.evaluation.batch, processes,
         cache_folder(job), job.evaluation.reference_images,
+        partial(sampling.Reconstructions, job.model, processes=processes) if job.model.lossy else None,
     )  # fmt: skip
     row = {
         "name": job.name, "seed": job.seed, "sample": job.sample_name, "report": job.fit.report, "update": update,
         "fingerprints": {"fit": fit.fingerprint, "sample": sample_mark, "measure": mark},
-        "images": job.sampling.images, "weights": fit.facts["weights"], "validation_loss": fit.facts["validation_loss"],
+        "images": job.sampling.images, "weights": fit.facts["weights"], **job.model.parts(), "validation_loss": fit.facts["validation_loss"],
         "seconds": {"fit": fit.facts["seconds"], "sample": round(spent, 1),
                     "measure": round(time.monotonic() - begun, 1)},
         "peak_memory_gb": record.peak_memory_gb(), "processes": processes.world, "device": processes.device.type,
@@ -173,6 +173,11 @@ def _add_row(path: Path, row: dict[str, Any]) -> None:
     rows = (record.read(path) or {"rows": []})["rows"]
     others = [r for r in rows if r["features"]["name"] != row["features"]["name"]]
     record.write(path, {"rows": sorted([*others, row], key=lambda r: r["features"]["name"])})
+
+
+def _real(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The metrics of real images in a row."""
+    return {kind: row[kind] for kind in REAL_NAMES if kind in row}
 
 
 def _pictures(job: Job, fit: Fit, folder: Path, row: dict[str, Any], processes: Processes) -> None:
@@ -215,12 +220,12 @@ def show(job: Job, rows: list[dict[str, Any]]) -> None:
         console.print(f"{job.name}: weights in {job.folder / 'weights.safetensors'}{where}")
         return
     (row,) = rows
-    features, held_out = row["features"], row["held_out"]
+    features = row["features"]
     names = {key: name for key, name in METRIC_NAMES.items() if key in row["metrics"]}
     others = [row, *_float_row(job, row)]
     lines = [
         *([r["name"], r["images"], *(r["metrics"][key] for key in names)] for r in others),
-        ["real, held out", held_out["images"], *(held_out[key] for key in names)],
+        *([REAL_NAMES[kind], real["images"], *(real[key] for key in names)] for kind, real in _real(row).items()),
     ]
     print_table(f"{features['name']} features ({features['weights']})", ["", "images", *names.values()], lines)
     folder = job.folder / job.sample_name

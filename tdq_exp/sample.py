@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,9 +35,7 @@ def load(run: str | Path) -> tuple[jobs.Job, nn.Module]:
         raise FileNotFoundError(f"{folder} {state}")
     job = jobs.rebuild(found["config"])
     job = dataclasses.replace(job, folder=folder)
-    for part, value in job.subject.parts().items():
-        if found["parts"].get(part) != value:
-            raise ValueError(f"model.{part}: is not the one of {folder} ({value}, wanted {found['parts'].get(part)})")
+    _check_parts(job.subject.parts(), found["parts"], folder)
     if job.fit.kind != "none":
         return job, fitting.finished_net(job, torch.device("cpu"))
     assert job.weights is not None
@@ -45,11 +45,18 @@ def load(run: str | Path) -> tuple[jobs.Job, nn.Module]:
     return job, net.eval()
 
 
+def _check_parts(now: Mapping[str, str], then: Mapping[str, Any], where: Path) -> None:
+    for part, value in now.items():
+        if then.get(part) != value:
+            raise ValueError(f"model.{part}: is not the one of {where} ({value}, wanted {then.get(part)})")
+
+
 def _packed(path: Path) -> tuple[jobs.Job, nn.Module]:
     from tdq_exp.deploy import packed
 
-    state, config, _ = packed.load(path)
+    state, config, _, parts = packed.load(path)
     job = jobs.rebuild(config)
+    _check_parts(job.model.parts() if parts else {}, parts, path)
     assert job.recipe is not None
     net = bake(fitting.skeleton(job, job.recipe))
     try:

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from tdq_exp.data.images import to_uint8
+from tdq_exp.data.images import Images, to_uint8
 from tdq_exp.data.store import ImageStore
 from tdq_exp.diffusion.generate import groups, image_generators, starting_noise
+from tdq_exp.diffusion.objective import generator
 from tdq_exp.diffusion.sampler import Ddim
 from tdq_exp.models.model import DiffusionModel
 from tdq_exp.processes import Processes
@@ -90,6 +91,41 @@ def sample_set(
                     advance(f"{min((group + 1) * store.batch, store.images)} images")
     processes.barrier()
     return time.monotonic() - began
+
+
+class Reconstructions:
+    """Real images as the model itself gives them back, made as they are read: uint8 `[N, H, W, C]`.
+
+    Args:
+        model: with a lossy x_0.
+        images: in pixels.
+        count: N, the first of them.
+        processes: each makes what it reads.
+    """
+
+    BATCH = 100
+
+    def __init__(self, model: DiffusionModel, images: Images, count: int, processes: Processes) -> None:
+        self.model, self.images, self.count, self.processes = model, images, count, processes
+        self.content = "-".join([images.content, *model.parts().values()])
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice) -> NDArray[np.uint8]:
+        index = torch.arange(*part.indices(self.count))
+        made, device = [], self.processes.device
+        with (
+            track("reconstructing", -(-len(index) // self.BATCH), show=self.processes.main) as advance,
+            torch.no_grad(),
+        ):
+            for some in index.split(self.BATCH):
+                images = self.images.batch(some, torch.zeros(len(some), dtype=torch.bool))
+                noise = [torch.randn(self.model.sample_shape, generator=generator(0, 12, int(i))) for i in some]
+                back = self.model.reconstruct(images.to(device), torch.stack(noise).to(device))
+                made.append(to_uint8(back.cpu()).numpy())
+                advance(f"{int(some[-1]) + 1} images")
+        return np.concatenate(made)
 
 
 def engine(

@@ -15,10 +15,11 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tdq_exp import assets, rendering, schema, tables
+from tdq_exp import assets, rendering, schema, tables, tabulate
 from tdq_exp.compose import compose
 from tdq_exp.progress import console, print_table
 from tdq_exp.tables import Cell, Manifest
@@ -37,6 +38,7 @@ EXAMPLES = """
   python -m tdq_exp.tables table1 --scale digits          render from the rows that are there
   python -m tdq_exp.tables table1 --scale digits --run    first run every cell that has no row
   python -m tdq_exp.tables table1 --scale small --run data.source.path=~/cifar10
+  python -m tdq_exp.tables table1 --scale small --run --column ldm    only the cells of one column
 To go on after an interruption, run the same command again.
 """
 
@@ -66,6 +68,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--run", action="store_true", help="print the plan, run the cells that have no row, then render"
     )
+    parser.add_argument(
+        "--column", help="run the cells of this column alone: ddim, ldm (default: all that the scale has)"
+    )
     parser.add_argument("--go", action="store_true", help="run the paper's scale although there is no GPU")
     parser.add_argument(
         "--out", type=Path, default=Path("results"), help="folder of runs and tables (default: results)"
@@ -76,18 +81,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def make(options: argparse.Namespace) -> int:
     """Runs what is missing, if asked to, and writes the table."""
     manifest = tables.read_manifest(options.table)
-    cells = [tables.find(cell) for cell in ask(manifest, options.scale, options.out.expanduser(), options.overrides)]
+    out = options.out.expanduser()
+    cells = [tables.find(cell) for cell in ask(manifest, options.scale, out, options.overrides, options.column)]
     failed: list[str] = []
     if options.run:
-        failed = run(cells, options.go)
+        failed = run([cell for cell in cells if options.column in (None, cell.column)], options.go)
         cells = [tables.find(cell) for cell in cells]
     for cell in cells:
         if cell.changes:
             console.print(f"stale {cell.name}: {'; '.join(cell.changes)}", markup=False)
-    table = tables.tabulate(manifest, options.scale, cells, said(options.overrides))
-    paths = rendering.write(table, options.out.expanduser() / "tables" / f"{manifest.name}-{options.scale}")
+    table = tabulate.tabulate(manifest, options.scale, cells, said(options.overrides))
+    paths = rendering.write(table, out / "tables" / f"{manifest.name}-{options.scale}")
     if manifest.plot_weight_bits is not None:
-        paths += draw(manifest, cells, table.title, options.out.expanduser() / "figures")
+        paths += draw(manifest, options.scale, cells, out / "figures")
     lines = [texts for group in table.groups for texts in group]
     print_table(table.title, [" ".join(header).strip() for header in table.headers], lines)
     for path in paths:
@@ -95,53 +101,66 @@ def make(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def draw(manifest: Manifest, cells: Sequence[Cell], title: str, folder: Path) -> list[Path]:
-    """The table's distances over the activations' bits, if there is anything to draw."""
-    methods, floor = tables.over_bits(manifest, cells)
-    if not methods:
-        return []
+def draw(manifest: Manifest, scale: str, cells: Sequence[Cell], folder: Path) -> list[Path]:
+    """The table's distances over the activations' bits, if there is anything to draw; a panel for each column."""
     from tdq_exp import figures  # it imports matplotlib
 
-    path = folder / f"{manifest.name}-{title.rsplit(' ', 1)[-1]}.png"
-    said = f"{title}:\nweights at {manifest.plot_weight_bits} bits"
-    figures.distance_over_bits(methods, floor, path, said, tables.distance_name(cells))
+    panels = []
+    for column, model in manifest.models(scale).items():
+        own = [cell for cell in cells if cell.column == column]
+        methods, floor = tabulate.over_bits(manifest, own)
+        if methods:
+            title = f"{model}, weights at {manifest.plot_weight_bits} bits"
+            panels.append(figures.Panel(title, tabulate.distance_name(own), methods, floor))
+    if not panels:
+        return []
+    path = folder / f"{manifest.name}-{scale}.png"
+    figures.distance_over_bits(panels, path, manifest.title)
     return [path]
 
 
-def ask(manifest: Manifest, scale: str, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
-    """The cells of a table, the float model's first, without their rows.
+def ask(
+    manifest: Manifest, scale: str, out: Path, overrides: Sequence[str] = (), column: str | None = None
+) -> list[Cell]:
+    """The cells of a table, column by column, the float model's first, without their rows.
 
     Args:
         manifest: the table.
         scale: one of its scales.
         out: folder of results.
         overrides: of every cell's command, such as data.source.path=PATH.
+        column: whose cells have them, if not all.
 
     Raises:
-        ValueError: for a scale or an override that does not exist, or an override that the table sets itself.
+        ValueError: for a scale, a column or an override that does not exist, or an override that the table sets itself.
     """
-
-    if scale not in manifest.scales:
-        raise ValueError(f"--scale {scale}: {manifest.name} has {', '.join(manifest.scales)}")
+    models = manifest.models(scale)
+    if not models:
+        scales = dict.fromkeys(scale for column in manifest.columns.values() for scale in column.scales)
+        raise ValueError(f"--scale {scale}: {manifest.name} has {', '.join(scales)}")
+    if column is not None and column not in models:
+        raise ValueError(f"--column {column}: {manifest.name} at scale {scale} has {', '.join(models)}")
     for override in overrides:
         if _key(override) in OWN:
             raise ValueError(f"{override}: {OWN[_key(override)]}")
     tracker = [] if any(_key(o) == "tracker" for o in overrides) else ["tracker=none"]
     cells = []
-    for line in (manifest.float_model, *manifest.lines):
-        experiment = f"{manifest.scales[scale]}_{line.experiment}"
+    for (name, model), line in product(models.items(), (manifest.float_model, *manifest.lines)):
+        quantized = line is not manifest.float_model
+        experiment = f"{model}_{line.experiment}{manifest.columns[name].suffix if quantized else ''}"
+        given = overrides if column in (None, name) else ()
         # The float model has no checkpoints to choose from: best_of_5 is for the quantized lines.
-        extra = [o for o in overrides if line is not manifest.float_model or _key(o) != "fit.report"]
+        extra = [o for o in given if quantized or _key(o) != "fit.report"]
         for seed in line.sampler_seeds:
             chosen = [f"+experiment={experiment}", *line.overrides, *([f"sampler.seed={seed}"] if seed else [])]
             command = (*chosen, f"out={_quoted(out)}", *tracker, *extra)
             cfg = compose(command)
             bare = compose(chosen) if said(extra) else cfg
             folder, sample = schema.run_folder(cfg), schema.sample_name(cfg)
-            weights = shipped_hash(cfg.model.weights)
-            cells.append(
-                Cell(line, experiment, command, schema.plain(cfg), folder, sample, bare.sampler.images, weights)
-            )
+            nets = {"weights": shipped_hash(cfg.model.weights), "autoencoder": shipped_hash(cfg.model.autoencoder)}
+            known = {key: mark for key, mark in nets.items() if mark is not None}
+            values = schema.plain(cfg)
+            cells.append(Cell(name, line, experiment, command, values, folder, sample, bare.sampler.images, known))
     return cells
 
 

@@ -3,11 +3,12 @@
     python -m tdq_exp.tables table1 --scale digits          render from the rows that are there
     python -m tdq_exp.tables table1 --scale digits --run    first run every cell that has no row
 
-The command's options, and how cells are run, are in `table_run`. The same rows give the same bytes. A cell is `missing` if there is no row; its row is stale (a dagger) if it was made
-with another configuration or another float net than the experiment has now, and short (a double dagger) if it has fewer images than the
-experiment asks for.
+The command's options, and how cells are run, are in `table_run`; what a column says is in `tabulate`. The same rows give
+the same bytes. A table has a column for each model. A cell is `missing` if there is no row; its row is stale (a dagger)
+if it was made with another configuration or another float net than the experiment has now, and short (a double dagger) if
+it has fewer images than the experiment asks for.
 
-One table is one protocol: rows that differ in a field of `PROTOCOL` are refused, and no table is written, because a
+One column is one protocol: its rows that differ in a field of `PROTOCOL` are refused, and no table is written, because a
 reader compares whatever stands in one column. Two exceptions. A short row may differ in its number of images, which its
 mark says; the distance grows as the images get fewer, so it takes no part in any gap. And the float model has no
 checkpoints to choose from, so that `report` is compared between the quantized rows alone. A stale row is no exception:
@@ -20,13 +21,12 @@ import dataclasses
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tdq_exp import assets, record, schema
-from tdq_exp.rendering import SHORT, STALE, Table
 
 SAMPLER = ("steps", "spacing", "eta", "clip", "offset", "final_alpha_one", "truncate")
 PROTOCOL = (
@@ -40,6 +40,7 @@ PROTOCOL = (
     "reference.images",
     "reference.protocol",
     "weights",
+    "autoencoder",
 )
 
 
@@ -52,7 +53,8 @@ class Line:
         experiment: its name without the model.
         sampler_seeds: one cell for each.
         overrides: of its command.
-        fid, source: what was published, and where.
+        fid: column -> what was published.
+        source: where.
     """
 
     method: str
@@ -60,27 +62,51 @@ class Line:
     experiment: str
     sampler_seeds: tuple[int, ...] = (0,)
     overrides: tuple[str, ...] = ()
-    fid: float | None = None
+    fid: Mapping[str, float] = field(default_factory=dict)
     source: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.fid is None) != (self.source is None):
+        if bool(self.fid) != (self.source is not None):
             raise ValueError(f"{self.experiment}: `fid` and `source` go together")
 
 
 @dataclass(frozen=True)
+class Column:
+    """A column of a table: a model, to which all of its lines are done.
+
+    Args:
+        scales: scale -> the model's name in experiments; a table has no such column at another scale.
+        published: what the published numbers are measured on.
+        suffix: of the names of its quantized experiments, where they differ from another column's.
+    """
+
+    scales: Mapping[str, str]
+    published: str
+    suffix: str = ""
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """A file of `configs/table`: the float model and the lines below it, for the model of each scale."""
+    """A file of `configs/table`: the float model and the lines below it, for the models of each scale."""
 
     name: str
     title: str
-    scales: dict[str, str]
-    published: str
+    columns: Mapping[str, Column]
     float_model: Line
     lines: tuple[Line, ...]
     plot_weight_bits: int | None = (
         None  # also draw the distance over the activations' bits at this width of the weights
     )
+
+    def __post_init__(self) -> None:
+        for line in self.lines:
+            unknown = set(line.fid) - set(self.columns)
+            if unknown:
+                raise ValueError(f"{line.experiment}: `fid` names no column: {', '.join(sorted(unknown))}")
+
+    def models(self, scale: str) -> dict[str, str]:
+        """Column -> model, of the columns that there are at a scale."""
+        return {name: column.scales[scale] for name, column in self.columns.items() if scale in column.scales}
 
 
 @dataclass(frozen=True)
@@ -88,17 +114,19 @@ class Cell:
     """One experiment at one sampler seed: what is asked for, and the row that was found.
 
     Args:
-        line: its line.
+        column, line: where it stands.
         experiment: its whole name.
         overrides: of the command that makes it.
         config: what these compose to, as plain values.
         folder: of the fit.
         sample: folder of the sampled set inside of that.
         images: how many the experiment asks for by itself.
-        weights: hash of the float net that the command would take, where that is known without a download.
+        nets: row's key -> hash of the float net, or part of one, that the command would take, where that is known
+            without a download.
         row: its row, or one of the same sampler with fewer images, or None.
     """
 
+    column: str
     line: Line
     experiment: str
     overrides: tuple[str, ...]
@@ -106,7 +134,7 @@ class Cell:
     folder: Path
     sample: str
     images: int
-    weights: str | None = None
+    nets: Mapping[str, str] = field(default_factory=dict)
     row: dict[str, Any] | None = None
 
     @property
@@ -128,8 +156,8 @@ class Cell:
         """What the configuration has become since the row was made; empty if nothing changed."""
         if self.row is None:
             return []
-        other_net = self.weights is not None and self.row["weights"] != self.weights
-        nets = [f"float weights: {self.row['weights']} -> {self.weights}"] if other_net else []
+        others = {name: mark for name, mark in self.nets.items() if self.row.get(name) != mark}
+        nets = [f"float {name}: {self.row.get(name)} -> {mark}" for name, mark in others.items()]
         return nets + record.differences(_compared(self.row["config"]), _compared(self.config))
 
 
@@ -148,6 +176,7 @@ def read_manifest(name: str) -> Manifest:
     content: Any = schema.read_yaml(path)
     try:
         content |= {
+            "columns": {name: Column(**column) for name, column in content["columns"].items()},
             "float_model": _line(content["float_model"]),
             "lines": tuple(_line(line) for line in content["lines"]),
         }
@@ -208,161 +237,26 @@ def check_protocol(cells: Sequence[Cell]) -> None:
     Raises:
         ValueError: names the field and both values.
     """
-    for field in PROTOCOL:
+    for key in PROTOCOL:
         first: tuple[str, Any] | None = None
         for cell in cells:
-            exempt = (field == "images" and cell.short) or (
-                field == "report" and not cell.config["method"]["quantized"]
-            )
+            exempt = (key == "images" and cell.short) or (key == "report" and not cell.config["method"]["quantized"])
             if cell.row is None or exempt:
                 continue
-            value = _select(cell.row, field)
+            value = select(cell.row, key)
             first = first or (cell.name, value)
             if value != first[1]:
                 raise ValueError(
-                    f"rows of two protocols in one column: {field} is {first[1]} in {first[0]} and {value} in"
+                    f"rows of two protocols in one column: {key} is {first[1]} in {first[0]} and {value} in"
                     f" {cell.name}; run one of them as the other, or move its row away"
                 )
 
 
-def _select(row: dict[str, Any], field: str) -> Any:
+def select(row: dict[str, Any], path: str) -> Any:
     value: Any = row
-    for key in field.split("."):
+    for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value
-
-
-def tabulate(manifest: Manifest, scale: str, cells: Sequence[Cell], overrides: Sequence[str] = ()) -> Table:
-    """Fills a table from the cells' rows.
-
-    Args:
-        manifest: the table.
-        scale: for the title.
-        cells: of every line, with their rows.
-        overrides: what the cells were asked for with, for the footer.
-
-    Raises:
-        ValueError: if the rows are of more than one protocol.
-    """
-    check_protocol(cells)
-    of = {line: [cell for cell in cells if cell.line == line] for line in (manifest.float_model, *manifest.lines)}
-    reference = of[manifest.float_model]
-    name = next((c.row["features"]["name"] for c in cells if c.row), cells[0].config["eval"]["label"])
-    inception = name.startswith("inception")
-    headers = [
-        ("method", ""),
-        ("bits W/A", ""),
-        ("FID", "") if inception else ("Frechet distance", f"{name} features"),
-        ("IS", "") if inception else ("inception-style score", f"{name} features"),
-        ("gap to float", ""),
-        ("published", manifest.published),
-    ]
-    groups = [[_texts(manifest.float_model, reference, []), _held_out(reference)]]
-    for line in manifest.lines:
-        if len(groups) == 1 or groups[-1][0][1] != line.bits:
-            groups.append([])
-        groups[-1].append(_texts(line, of[line], reference))
-    return Table(f"{manifest.title}, scale {scale}", headers, groups, _notes(manifest, cells, overrides))
-
-
-def over_bits(manifest: Manifest, cells: Sequence[Cell]) -> tuple[dict[str, dict[int, float]], float | None]:
-    """(method -> bits of activations -> distance, the float model's), of the lines of one width of the weights.
-
-    Stale and short rows are left out: a picture has no marks.
-    """
-    found: dict[str, dict[int, float]] = {}
-
-    def mean(line: Line) -> float | None:
-        values = _values([c for c in cells if c.line == line and not c.changes and not c.short], "fid")
-        return sum(values) / len(values) if values else None
-
-    for line in manifest.lines:
-        weight, act = (int(b) for b in line.bits.split("/"))
-        value = mean(line)
-        if weight == manifest.plot_weight_bits and value is not None:
-            found.setdefault(line.method, {})[act] = value
-    return found, mean(manifest.float_model)
-
-
-def distance_name(cells: Sequence[Cell]) -> str:
-    """`FID`, or the distance with the name of its features."""
-    name = next((c.row["features"]["name"] for c in cells if c.row), cells[0].config["eval"]["label"])
-    return "FID" if name.startswith("inception") else f"Frechet distance ({name} features)"
-
-
-def _used(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells that a line shows: short ones only if there are no others."""
-    found = [cell for cell in cells if cell.row]
-    return [cell for cell in found if not cell.short] or found
-
-
-def _values(cells: Sequence[Cell], metric: str) -> list[float]:
-    values = [cell.row["metrics"].get(metric) for cell in _used(cells) if cell.row]
-    return [] if None in values else values
-
-
-def _texts(line: Line, cells: Sequence[Cell], reference: Sequence[Cell]) -> list[str]:
-    used = _used(cells)
-    seeds = "" if len(cells) == 1 else f", mean (min..max) of {len(used)} sampling seeds"
-    if 0 < len(used) < len(cells):
-        seeds += f" out of {len(cells)}"
-    marks = (STALE if any(c.changes for c in used) else "") + (SHORT if any(c.short for c in used) else "")
-
-    def shown(metric: str) -> str:
-        values = _values(cells, metric)
-        if not values:
-            return "-" if used else "missing"
-        spread = f" ({min(values):.2f}..{max(values):.2f})" if len(values) > 1 else ""
-        return f"{sum(values) / len(values):.2f}{spread}{marks}"
-
-    ours, theirs = _values(cells, "fid"), _values(reference, "fid")
-    gap = "-"
-    if ours and theirs and not any(c.short for c in (*used, *_used(reference))):
-        gap = f"{sum(ours) / len(ours) - sum(theirs) / len(theirs):+.2f}"
-    published = "-" if line.fid is None else f"{line.fid:.2f}"
-    return [line.method + (seeds if used else ""), line.bits, shown("fid"), shown("isc_mean"), gap, published]
-
-
-def _held_out(reference: Sequence[Cell]) -> list[str]:
-    """Held-out real images in the place of generated ones: what a perfect model would get."""
-    held_out = next((cell.row["held_out"] for cell in _used(reference) if cell.row), None)
-    if held_out is None:
-        return ["real images, held out", "-", "missing", "missing", "-", "-"]
-    numbers = ["-" if held_out.get(key) is None else f"{held_out[key]:.2f}" for key in ("fid", "isc_mean")]
-    return [f"real images, held out ({held_out['images']} images)", "-", *numbers, "-", "-"]
-
-
-def _notes(manifest: Manifest, cells: Sequence[Cell], overrides: Sequence[str]) -> list[str]:
-    found = [cell for cell in cells if cell.row]
-
-    def listed(field: str, among: Sequence[Cell] = found) -> str:
-        values = {_select(cell.row, field) for cell in among if cell.row}
-        return ", ".join(sorted("unknown" if v is None else str(v) for v in values)) or "-"
-
-    quantized = [cell for cell in found if cell.config["method"]["quantized"]]
-    sampler = listed("config.sampler.method._target_").rsplit(".", 1)[-1]
-    settings = ", ".join(f"{key} {listed(f'config.sampler.{key}')}" for key in SAMPLER)
-    stale = sum(bool(c.changes) for c in found)
-    notes = [
-        f"Images per cell: {listed('images')}. Sampler: {sampler}, {settings}.",
-        f"Features: {listed('features.name')}, weights {listed('features.weights')}."
-        f" Reference: {listed('reference.images')} training images, content {listed('reference.content')},"
-        f" {listed('reference.protocol')}.",
-        f"Float weights: {listed('weights')}. Checkpoint of the quantized lines: {listed('report', quantized)}."
-        f" Seeds of their training: {listed('seed', quantized)}.",
-        f"Commits: {listed('environment.commit')}. Machines: {listed('environment.machine')}.",
-    ]
-    notes = [*notes, "Gaps are to the float model's mean in our own column."] if found else ["No rows yet."]
-    notes.append(
-        f"Of {len(cells)} cells {len(cells) - len(found)} missing; {stale} stale ({STALE}: made with another configuration than the"
-        f" experiment's); {sum(c.short for c in found)} short ({SHORT}: fewer images than the experiment asks for, no gap)."
-    )
-    if overrides:
-        notes.append(f"Asked for with {' '.join(overrides)}.")
-    sources = sorted({line.source for line in (manifest.float_model, *manifest.lines) if line.source})
-    if sources:
-        notes.append(f"Published: {'; '.join(sources)}.")
-    return notes
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ FLOORS = {
     "fit": 2,
     "figures": 3, "tracking": 3, "sampling": 3,
     "job": 4, "fitting": 4, "pipeline": 4,
-    "rendering": 4, "plan": 5, "sample": 5, "pack": 5, "export": 5, "tables": 5, "table_run": 5,
+    "rendering": 4, "plan": 5, "sample": 5, "pack": 5, "export": 5, "tables": 5, "tabulate": 5, "table_run": 5,
     "run": 6, "__init__": 6,
 }  # fmt: skip
 MACHINE = {"processes", "progress", "record", "assets", "schema", "launch", "compose"}

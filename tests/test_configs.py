@@ -46,7 +46,10 @@ def test_every_cell_of_table_2_has_an_experiment():
 def test_every_line_of_a_table_is_an_experiment(table):
     manifest = tables.read_manifest(table)
     lines = (manifest.float_model, *manifest.lines)
-    wanted = {f"{model}_{line.experiment}" for model in manifest.scales.values() for line in lines}
+    wanted = {
+        f"{model}_{line.experiment}{column.suffix if line is not manifest.float_model else ''}"
+        for column in manifest.columns.values() for model in column.scales.values() for line in lines
+    }  # fmt: skip
     assert wanted <= set(EXPERIMENTS)
 
 

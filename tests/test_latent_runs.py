@@ -9,11 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tdq_exp import fitting, job, pipeline
+from tdq_exp import export, fitting, job, pipeline, sampling
 from tdq_exp import sample as sample_command
 from tdq_exp.compose import compose
+from tdq_exp.deploy import integer
+from tdq_exp.diffusion.objective import generator
 from tdq_exp.fit.loop import Interrupted
 from tdq_exp.models.checkpoints import save_weights
+from tdq_exp.pack import pack
+from tdq_exp.processes import Processes
 
 QUICK = ["model=tiny_latent", "tracker=none", "launcher=cpu", "fit.calibration_samples=64"]
 
@@ -27,6 +31,7 @@ def autoencoder(tmp_path_factory):
     """A tiny autoencoder, trained for four updates."""
     made = build(tmp_path_factory.mktemp("autoencoder"), "method=fp", "fit=pretrain_autoencoder")
     assert pipeline.run(made) == [] and made.name == "tiny_latent_fp_autoencoder"
+    assert (made.folder / "grid.png").exists()  # images and their reconstructions
     return made.folder / "weights.safetensors"
 
 
@@ -67,6 +72,8 @@ def test_a_latent_model_goes_from_float_net_to_row(tmp_path, weights, overrides)
     made = build(tmp_path, *weights, *overrides)
     (row,) = pipeline.run(made)
     assert row["images"] == 12 and np.isfinite(list(row["metrics"].values())).all()
+    assert row["reconstructed"]["images"] == row["held_out"]["images"] == 12
+    assert row["reconstructed"]["fid"] != row["held_out"]["fid"] and row["autoencoder"] == made.model.autoencoder.hash
     pixels = np.load(made.folder / made.sample_name / "images" / "images.npy")
     assert pixels.shape == (12, 8, 8, 1)  # decoded
     layers = json.loads((made.folder / "layers.json").read_text())["layers"]
@@ -87,6 +94,35 @@ def test_a_killed_fit_ends_with_the_bits_of_one_that_was_not(tmp_path, weights, 
     killed = build(tmp_path / "killed", *overrides, f"{cache}{tmp_path / 'other'}")
     pipeline.run(killed)
     assert same(state(whole, name), state(killed, name))
+
+
+def test_reconstructions_are_images_through_one_draw_of_their_latents(tmp_path, weights):
+    made = build(tmp_path, *weights)
+    processes = Processes(cpu=True)
+    held_out = pipeline.load_data(made, processes).held_out
+    back = sampling.Reconstructions(made.model, held_out, 150, processes)
+    assert len(back) == 150 and back.content == f"{held_out.content}-{made.model.autoencoder.hash}"
+    net = made.model.autoencoder.net()
+    for i in (0, 149):
+        x = torch.from_numpy(held_out.pixels[i : i + 1].copy()).permute(0, 3, 1, 2) / 127.5 - 1
+        noise = torch.randn(1, *made.model.sample_shape, generator=generator(0, 12, i))
+        mean, log_variance = net.posterior(x)
+        image = net.kl.decode(mean + torch.exp(0.5 * log_variance) * noise).sample
+        pixels = (image.clamp(-1, 1) * 127.5 + 127.5).permute(0, 2, 3, 1).detach().numpy()
+        assert np.abs(back[i : i + 1] - pixels).max() <= 0.501
+    processes.close()
+
+
+def test_an_exported_net_has_its_losses_beside_it(tmp_path, autoencoder):
+    made = build(
+        autoencoder.parents[3], "method=fp", "fit=pretrain_autoencoder", f"fit.export={tmp_path}/a.safetensors"
+    )
+    pipeline.run(made)  # long done: only the copy is made
+    assert (tmp_path / "a.safetensors").read_bytes() == autoencoder.read_bytes()
+    history = json.loads((tmp_path / "a.history.json").read_text())
+    facts = json.loads((autoencoder.parent / "fit.json").read_text())["facts"]
+    assert history["validation_loss"] == facts["validation"] and history["commit"] == facts["environment"]["commit"]
+    assert history["net"] == "a.safetensors" and history["name"] == made.name
 
 
 def test_latents_are_encoded_once_for_all_fits(tmp_path, weights, monkeypatch):
@@ -110,6 +146,46 @@ def test_another_autoencoder_under_the_same_name_is_refused(tmp_path, weights, a
     (made.folder / "fit.json").write_text(json.dumps(moved))
     with pytest.raises(ValueError, match="model.autoencoder: is not the one of"):
         sample_command.load(made.folder)
+
+
+def test_a_latent_net_runs_on_integers_and_is_packed_and_exported(tmp_path, weights, monkeypatch):
+    made = build(tmp_path, *weights)
+    pipeline.run(made)
+    if integer.unavailable(torch.device("cpu")) is None:
+        (row,) = pipeline.run(build(tmp_path, *weights, "sampler.engine=integer", "sampler.min_speedup=0"))
+        assert row["engine"].startswith("integer: ")
+        simulated, integers = (
+            np.load(made.folder / f"ddim3_n12{end}" / "images" / "images.npy").astype(int) for end in ("", "_integer")
+        )
+        assert np.abs(simulated - integers).mean() < 2  # of 255; the nets' rounding is the same, sums' order is not
+    file = pack(made.folder)
+    _, net = sample_command.load(file)
+    _, baked = sample_command.load(made.folder)
+    x, t = torch.randn(2, 2, 4, 4), torch.tensor(400)
+    assert torch.equal(net(x, t).sample, baked(x, t).sample)
+    export.export(made.folder, tmp_path / "net.onnx", "portable")
+    assert (tmp_path / "net.onnx").stat().st_size > 0
+    monkeypatch.setattr(type(made.model.autoencoder), "hash", "0123456789abcdef")
+    with pytest.raises(
+        ValueError, match=r"model.autoencoder: is not the one of .*packed.safetensors \(0123456789abcdef"
+    ):
+        sample_command.load(file)
+
+
+def test_two_processes_encode_and_sample_a_latent_model_as_one_does(tmp_path, weights, command):
+    arguments = [*QUICK, *weights, "launcher.threads=1"]
+    found = {}
+    for count in ("1", "2"):
+        out = [f"out={tmp_path / count}", f"data.cache={tmp_path / ('cache' + count)}", f"launcher.nproc={count}"]
+        done = command(*arguments, *out)
+        assert done.returncode == 0, done.stderr
+        cache = tmp_path / f"cache{count}" / "latents"
+        moments = {path.parent.name: path.read_bytes() for path in cache.glob("*/moments.npy")}
+        row = json.loads((tmp_path / count / "runs/tiny_latent_w4a4_lsq_tdq/seed0/ddim3_n12/metrics.json").read_text())
+        found[count] = moments, row["rows"][0]["reconstructed"], row["rows"][0]["processes"]
+    assert len(found["1"][0]) == 2 and found["1"][0] == found["2"][0]  # training and held-out set, bit for bit
+    assert found["1"][1]["fid"] == pytest.approx(found["2"][1]["fid"], rel=1e-3)
+    assert (found["1"][2], found["2"][2]) == (1, 2)
 
 
 def test_mistakes_are_one_line_that_names_the_key(tmp_path, weights, autoencoder):

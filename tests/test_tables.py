@@ -8,12 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from tdq_exp import assets, launch, plan, rendering, table_run, tables
+from tdq_exp import assets, launch, plan, rendering, table_run, tables, tabulate
 from tdq_exp.compose import compose
 
 BITS = ("8/8", "4/8", "8/4", "4/4", "3/3")
 METHODS = ("PACT", "LSQ", "NIPQ", "LSQ + TDQ")
-PUBLISHED = {("LSQ", "4/4"): 7.30, ("NIPQ", "4/4"): 30.73, ("LSQ + TDQ", "4/4"): 4.48, ("LSQ + TDQ", "3/3"): 6.48}
+PUBLISHED = {  # (CIFAR-10, Churches)
+    "table1": {
+        ("LSQ", "4/4"): (7.30, 5.06), ("NIPQ", "4/4"): (30.73, 7.22), ("LSQ + TDQ", "4/4"): (4.48, 4.64),
+        ("LSQ + TDQ", "3/3"): (6.48, 6.57),
+    },
+    "table2": {("PTQ4DM", "8/5"): (22.43, 7.06), ("PTQ4DM + TDQ", "8/5"): (5.71, 4.85)},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ def row_of(cell: tables.Cell, fid: float, **changes) -> dict:
         "images": cell.config["sampler"]["images"],
         "features": {"name": "digits", "weights": "a44b6f403d4e3f88"},
         "reference": {"content": "3082757e490b63aa", "images": 1437, "protocol": "centre crop, bicubic to 8x8x1"},
-        "weights": cell.weights or "7476fec3b9973589",
+        "weights": cell.nets.get("weights") or "7476fec3b9973589",
         "metrics": {"fid": fid, "isc_mean": 8.0},
         "held_out": {"fid": 1.5, "isc_mean": 9.25, "images": 360},
         "environment": {"commit": "0123456789ab", "machine": "Linux, 2 cores"},
@@ -79,7 +85,7 @@ def fill(cells) -> None:
 
 
 def render(manifest, cells) -> str:
-    return rendering.markdown(tables.tabulate(manifest, "digits", [tables.find(cell) for cell in cells]))
+    return rendering.markdown(tabulate.tabulate(manifest, "digits", [tables.find(cell) for cell in cells]))
 
 
 def line_of(text: str, method: str) -> list[str]:
@@ -90,18 +96,22 @@ def line_of(text: str, method: str) -> list[str]:
 def test_every_cell_of_the_paper_is_in_the_manifest(manifest):
     assert [(line.method, line.bits) for line in manifest.lines] == [(m, b) for b in BITS for m in METHODS]
     assert manifest.float_model.sampler_seeds == (0, 1, 2)
-    assert set(manifest.scales) == {"paper", "small", "digits"}
+    assert manifest.models("paper") == {"ddim": "ddim", "ldm": "ldm"}
+    assert manifest.models("small") == {"ddim": "ddim_small", "ldm": "ldm_small"}
+    assert manifest.models("digits") == {"ddim": "digits"}
 
 
-def test_published_numbers_are_the_known_ones_and_have_a_source(manifest):
-    found = {(line.method, line.bits): line.fid for line in manifest.lines if line.fid is not None}
-    assert found == PUBLISHED
-    assert all(line.source for line in manifest.lines if line.fid is not None)
-    assert manifest.float_model.fid is None
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_published_numbers_are_the_known_ones_and_have_a_source(name):
+    manifest = tables.read_manifest(name)
+    found = {(line.method, line.bits): (line.fid["ddim"], line.fid["ldm"]) for line in manifest.lines if line.fid}
+    assert found == PUBLISHED[name]
+    assert all(line.source for line in manifest.lines if line.fid)
+    assert not manifest.float_model.fid
 
 
 def test_a_published_number_without_a_source_is_refused(tmp_path, monkeypatch):
-    text = (assets.configs() / "table" / "table1.yaml").read_text().replace("fid: 30.73, source: *quoted", "fid: 30.73")
+    text = (assets.configs() / "table" / "table1.yaml").read_text().replace("ldm: 7.22}, source: *quoted", "ldm: 7.22}")
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "table1.yaml").write_text(text)
     monkeypatch.setattr(assets, "configs", lambda: tmp_path)
@@ -109,9 +119,17 @@ def test_a_published_number_without_a_source_is_refused(tmp_path, monkeypatch):
         tables.read_manifest("table1")
 
 
-@pytest.mark.parametrize("scale", ["paper", "small", "digits"])
-def test_experiments_exist_and_are_what_their_line_says(manifest, scale):
-    model = manifest.scales[scale]
+def test_a_number_of_a_column_that_is_not_there_is_refused(manifest):
+    line = dataclasses.replace(manifest.lines[0], fid={"churches": 1.0}, source="somewhere")
+    with pytest.raises(ValueError, match="w8a8_pact: `fid` names no column: churches"):
+        dataclasses.replace(manifest, lines=(line,))
+
+
+@pytest.mark.parametrize(
+    "scale, column", [("paper", "ddim"), ("paper", "ldm"), ("small", "ddim"), ("small", "ldm"), ("digits", "ddim")]
+)
+def test_experiments_exist_and_are_what_their_line_says(manifest, scale, column):
+    model = manifest.models(scale)[column]
     for line in (manifest.float_model, *manifest.lines):
         assert (assets.configs() / "experiment" / f"{model}_{line.experiment}.yaml").exists()
     # Lines of one method differ in their bits alone, so composing one pair for each method covers all of their parts.
@@ -138,7 +156,7 @@ def test_table_2_asks_for_post_training_quantization_at_one_number_of_steps(scal
     cells = table_run.ask(short, scale, Path("results"))
     steps = {cell.config["sampler"]["steps"] for cell in cells}
     assert steps == {100 if scale == "paper" else 50}
-    for cell in cells[3:]:
+    for cell in (cell for cell in cells if cell.line != manifest.float_model):
         weight, act = cell.line.bits.split("/")
         assert (cell.config["bits"]["weight"], cell.config["bits"]["act"]) == (int(weight), int(act))
         assert cell.config["fit"]["kind"] == "ptq"
@@ -157,7 +175,7 @@ def test_the_same_rows_give_the_same_bytes(short_manifest, cells, tmp_path):
     fill(cells)
     written = []
     for folder in ("first", "second"):
-        table = tables.tabulate(short_manifest, "digits", [tables.find(cell) for cell in cells])
+        table = tabulate.tabulate(short_manifest, "digits", [tables.find(cell) for cell in cells])
         written.append([p.read_bytes() for p in rendering.write(table, tmp_path / folder / "table1-digits")])
     assert written[0] == written[1]
     assert not list(tmp_path.rglob("*.part"))
@@ -174,7 +192,14 @@ def test_numbers_spread_and_gaps(short_manifest, cells):
     assert line_of(text, "LSQ + TDQ") == ["LSQ + TDQ", "4/4", "10.50", "8.00", "-0.50", "4.48"]
     assert "Frechet distance (digits features)" in text and "FID |" not in text
     assert "published (CIFAR-10 32x32, Inception)" in text
-    for fact in ("1000", "Ddim, steps 50", "a44b6f403d4e3f88", "3082757e490b63aa", "1437", str(cells[0].weights)):
+    for fact in (
+        "1000",
+        "Ddim, steps 50",
+        "a44b6f403d4e3f88",
+        "3082757e490b63aa",
+        "1437",
+        str(cells[0].nets["weights"]),
+    ):
         assert fact in text
     assert "0123456789ab" in text and "Linux, 2 cores" in text and "0 missing; 0 stale" in text
 
@@ -201,6 +226,64 @@ def test_a_missing_seed_of_the_float_model_shows(short_manifest, cells):
     assert line_of(text, "LSQ + TDQ")[4] == "+0.00"
 
 
+@pytest.fixture
+def both(short_manifest, tmp_path):
+    """The cells of both columns at small scale, with rows: DDIM's at 10 and 20, LDM's at 30 and 50."""
+    cells = [
+        dataclasses.replace(cell, folder=tmp_path / "runs" / cell.experiment / "seed0")
+        for cell in table_run.ask(short_manifest, "small", tmp_path)
+    ]
+    for cell in cells:
+        quantized, latent = cell.line != short_manifest.float_model, cell.column == "ldm"
+        row = row_of(cell, (50.0 if quantized else 30.0) if latent else 20.0 if quantized else 10.0)
+        if latent:
+            row |= {"autoencoder": cell.nets["autoencoder"], "reconstructed": {"fid": 12.5, "images": 360}}
+            row["metrics"], row["held_out"] = {"fid": row["metrics"]["fid"]}, {"fid": 1.25, "images": 360}
+        save(cell, row)
+    return cells
+
+
+def small(manifest, cells) -> str:
+    return rendering.markdown(tabulate.tabulate(manifest, "small", [tables.find(cell) for cell in cells]))
+
+
+def test_a_table_has_a_column_for_each_model(short_manifest, both):
+    text = small(short_manifest, both)
+    names = [name.split(" (")[0] for name in line_of(text, "method")]
+    assert names == [
+        "method", "bits W/A", "ddim_small: Frechet distance", "ddim_small: inception-style score",
+        "ddim_small: gap to float", "published", "ldm_small: Frechet distance", "ldm_small: gap to float", "published",
+    ]  # fmt: skip
+    assert line_of(text, "LSQ |")[2:] == ["20.00", "8.00", "+10.00", "7.30", "50.00", "+20.00", "5.06"]
+    assert line_of(text, "real images")[2:] == ["1.50", "9.25", "-", "-", "1.25", "-", "-"]
+    assert line_of(text, "the same, reconstructed (360 images)")[2:] == ["-", "-", "-", "-", "12.50", "-", "-"]
+    assert f"ldm_small: Float weights: {both[-1].nets['weights']}, autoencoder {both[-1].nets['autoencoder']}." in text
+    assert "0 missing; 0 stale" in text
+
+
+def test_rows_of_another_autoencoder_are_stale_and_do_not_mix(short_manifest, both):
+    other = [cell for cell in both if cell.column == "ldm"]
+    for cell in other:
+        row = json.loads((cell.folder / cell.sample / "metrics.json").read_text())["rows"][0]
+        save(cell, row | {"autoencoder": "7476fec3b9973589"})
+    assert "30.00†" in small(short_manifest, both).replace(" (30.00..30.00)", "")
+    assert f"float autoencoder: 7476fec3b9973589 -> {other[0].nets['autoencoder']}" in tables.find(other[0]).changes
+    row = json.loads((other[-1].folder / other[-1].sample / "metrics.json").read_text())["rows"][0]
+    save(other[-1], row | {"autoencoder": other[0].nets["autoencoder"]})
+    with pytest.raises(ValueError, match="autoencoder is 7476fec3b9973589 in ldm_small_fp and"):
+        small(short_manifest, both)
+
+
+def test_one_column_is_run_alone_and_has_the_overrides_alone(short_manifest, tmp_path, commands, free_plan):
+    options = ["table1", "--scale", "small", "--run", "--column", "ldm", "--out", str(tmp_path), "sampler.batch=50"]
+    assert table_run.main(options) == 0
+    assert {command[3].split("=")[1].split("_w")[0] for command in commands} == {"ldm_small_fp", "ldm_small"}
+    cells = table_run.ask(short_manifest, "small", tmp_path, ["sampler.batch=50"], "ldm")
+    assert {(cell.column, cell.config["sampler"]["batch"]) for cell in cells} == {("ddim", 100), ("ldm", 50)}
+    with pytest.raises(ValueError, match="--column ldm: table1 at scale digits has ddim"):
+        table_run.ask(short_manifest, "digits", tmp_path, column="ldm")
+
+
 def test_a_stale_row_is_marked_and_says_why(short_manifest, cells):
     fill(cells)
     save(cells[3], row_of(cells[3], 20.0, config__fit__lr=1.0))
@@ -214,7 +297,7 @@ def test_a_row_of_another_float_net_is_stale(short_manifest, cells):
         save(cell, row_of(cell, 20.0, weights="7476fec3b9973589"))
     text = render(short_manifest, cells)
     assert "20.00†" in text and f"{len(cells)} stale" in text
-    assert tables.find(cells[3]).changes == [f"float weights: 7476fec3b9973589 -> {cells[3].weights}"]
+    assert tables.find(cells[3]).changes == [f"float weights: 7476fec3b9973589 -> {cells[3].nets['weights']}"]
 
 
 def test_paths_labels_and_unused_groups_make_no_row_stale(short_manifest, cells):
@@ -242,7 +325,7 @@ def test_a_short_row_is_marked_and_has_no_gap(short_manifest, cells):
 def test_rows_of_two_protocols_are_refused(short_manifest, cells, field):
     fill(cells)
     row = row_of(cells[4], 10.5)
-    was = tables._select(row, field)
+    was = tables.select(row, field)
     put(row, field, now := 5000 if isinstance(was, int) and not isinstance(was, bool) else "other")
     save(cells[4], row)
     with pytest.raises(ValueError) as error:
@@ -377,7 +460,7 @@ def test_overrides_show_in_the_footer_unless_they_are_paths(short_manifest, tmp_
         save(cell, row_of(cell, 9.0, report=cell.config["fit"]["report"]))
     found = [tables.find(cell) for cell in cells]
     assert all(cell.done and cell.short for cell in found), "the experiment alone asks for more"
-    text = rendering.markdown(tables.tabulate(short_manifest, "digits", found, table_run.said(overrides)))
+    text = rendering.markdown(tabulate.tabulate(short_manifest, "digits", found, table_run.said(overrides)))
     assert "Asked for with sampler.images=100 fit.report=best_of_5." in text
 
 

@@ -92,7 +92,9 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def save(state: Mapping[str, Tensor], path: Path, config: Mapping[str, Any], fit: str) -> int:
+def save(
+    state: Mapping[str, Tensor], path: Path, config: Mapping[str, Any], fit: str, parts: Mapping[str, str] | None = None
+) -> int:
     """Writes a packed file and returns its bytes, after reading it back and comparing every bit.
 
     Args:
@@ -100,21 +102,23 @@ def save(state: Mapping[str, Tensor], path: Path, config: Mapping[str, Any], fit
         path: `*.safetensors`.
         config: the run's configuration, as its record keeps it: what the network is built from.
         fit: the fit's fingerprint.
+        parts: hashes of what its images depend on beside the network, such as an autoencoder.
 
     Raises:
         RuntimeError: if what was read is not what was written.
     """
     packed, how = pack({key: value.cpu() for key, value in state.items()})
     about = {"format": FORMAT, "fit": fit, "config": json.dumps(config), "packed": json.dumps(how)}
+    about |= {"parts": json.dumps(parts)} if parts else {}
     save_weights(packed, path, about)
-    read, _, _ = load(path)
+    read, *_ = load(path)
     if read.keys() != state.keys() or not all(torch.equal(read[key], value.cpu()) for key, value in state.items()):
         raise RuntimeError(f"{path}: reads back differently")
     return path.stat().st_size
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """(state dict of the baked network, configuration, the fit's fingerprint) of a packed file.
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str, dict[str, str]]:
+    """(state dict of the baked network, configuration, the fit's fingerprint, other parts' hashes) of a packed file.
 
     Raises:
         ValueError: if the file is damaged, or is not a packed network.
@@ -125,6 +129,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
             if about.get("format") != FORMAT:
                 raise ValueError(f"{path}: is not a packed network (its header does not say `{FORMAT}`)")
             packed = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return unpack(packed, json.loads(about["packed"])), json.loads(about["config"]), about["fit"]
+        state = unpack(packed, json.loads(about["packed"]))
+        return state, json.loads(about["config"]), about["fit"], json.loads(about.get("parts", "{}"))
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise ValueError(f"{path}: damaged or missing packed network ({str(error).splitlines()[0]})") from error

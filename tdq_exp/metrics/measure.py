@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,8 +20,23 @@ from tdq_exp.processes import Processes
 from tdq_exp.progress import track
 
 
+class Pixels(Protocol):
+    """A set of images, uint8 `[N, H, W, C]`, in memory or made as a part of it is read."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice) -> NDArray[np.uint8]: ...
+
+
+class Known(Pixels, Protocol):
+    """One with a name for what it holds."""
+
+    @property
+    def content(self) -> str: ...
+
+
 def features_of(
-    network: FeatureNetwork, pixels: NDArray[np.uint8], batch: int, processes: Processes, label: str
+    network: FeatureNetwork, pixels: Pixels, batch: int, processes: Processes, label: str
 ) -> dict[str, torch.Tensor]:
     """Layer -> float32 `[N, D]`, the same on every process. Each process reads a consecutive run of whole batches."""
     batches = -(-len(pixels) // batch)
@@ -32,13 +48,13 @@ def features_of(
     return {layer: torch.cat([part[layer] for part in parts]) for layer in network.layers}
 
 
-def features_of_real(
-    network: FeatureNetwork, images: Images, count: int, batch: int, processes: Processes, cache: Path, label: str
+def features_of_known(
+    network: FeatureNetwork, content: str, pixels: Pixels, batch: int, processes: Processes, cache: Path, label: str
 ) -> dict[str, torch.Tensor]:
-    """Features of the first `count` images of a real set, kept in the cache under the content of both."""
-    file = cache / "features" / f"{images.content}-{count}-{network.weights_hash}-{batch}.safetensors"
+    """Features of a set that comes again, kept in the cache under the content of both."""
+    file = cache / "features" / f"{content}-{len(pixels)}-{network.weights_hash}-{batch}.safetensors"
     if not processes.decide(file.exists):
-        found = features_of(network, images.pixels[:count], batch, processes, label)
+        found = features_of(network, pixels, batch, processes, label)
         processes.decide(lambda: _save(found, file))
     return load_file(file)
 
@@ -61,24 +77,34 @@ def measure(
     processes: Processes,
     cache: Path,
     reference_images: int | None = None,
+    reconstruct: Callable[[Images, int], Known] | None = None,
 ) -> dict[str, Any]:
     """A generated set, and as many held-out real images, against the training set, or its first `reference_images`.
 
     Returns:
         `metrics` of the generated set; `held_out`: the same of real images, with their number `images`, which is smaller
-        than asked if there are no more; `reference`: the training set's content and size; `features`: name and hash.
+        than asked if there are no more; `reconstructed`: of these images as the model itself gives them back, if it
+        loses anything (`reconstruct`: a set and how many of it -> that); `reference`: the training set's content and
+        size; `features`: name and hash.
     """
     generated = features_of(network, pixels, batch, processes, "features of generated images")
     size = min(reference_images or len(train), len(train))
-    reference = features_of_real(network, train, size, batch, processes, cache, "features of the training set")
+
+    def known(content: str, images: Pixels, label: str) -> dict[str, torch.Tensor]:
+        return features_of_known(network, content, images, batch, processes, cache, f"features of {label}")
+
+    reference = known(train.content, train.pixels[:size], "the training set")
     count = min(len(pixels), len(held_out))
-    real = features_of_real(network, held_out, count, batch, processes, cache, "features of held-out images")
+    real = {"held_out": known(held_out.content, held_out.pixels[:count], "held-out images")}
+    if reconstruct is not None:
+        made = reconstruct(held_out, count)
+        real["reconstructed"] = known(made.content, made, "reconstructions")
     layers = network.metric_layers
 
     def compute() -> dict[str, Any]:
         return {
             "metrics": distances(generated, reference, layers, metrics),
-            "held_out": {"images": count, **distances(real, reference, layers, metrics)},
+            **{name: {"images": count, **distances(found, reference, layers, metrics)} for name, found in real.items()},
             "reference": {"content": train.content, "images": size, "protocol": train.protocol},
             "features": {"name": network.name, "weights": network.weights_hash},
         }

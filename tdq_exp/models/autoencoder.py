@@ -17,12 +17,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tdq_exp.data.images import Images
-from tdq_exp.diffusion.objective import Samples
+from tdq_exp.data.images import Images, to_uint8
+from tdq_exp.diffusion.objective import Samples, generator
 from tdq_exp.models.checkpoints import load_autoencoder, state_hash
 from tdq_exp.processes import Processes
 
@@ -145,6 +147,17 @@ class Autoencoder:
             count, total = count + mean.numel(), total + float(mean.double().sum())
             squares += float((mean.double().square() + deviation.double().square()).sum())
         net.scale.fill_(self.scale or (squares / count - (total / count) ** 2) ** -0.5)
+
+    @torch.no_grad()
+    def shown(self, net: nn.Module, held_out: Samples) -> dict[str, NDArray[np.uint8]]:
+        """Images, and below them what is left of them after one draw of z."""
+        index = torch.arange(min(len(held_out), 32))
+        images = held_out.batch(index, torch.zeros(len(index), dtype=torch.bool))
+        noise = torch.randn(len(index), *self.sample_shape, generator=generator(0, 12))
+        device = next(net.parameters()).device
+        parts = zip(images.split(self.batch), noise.split(self.batch), strict=True)
+        back = torch.cat([net(x.to(device), draw.to(device))[0].cpu() for x, draw in parts])
+        return {"held-out images": to_uint8(images).numpy(), "their reconstructions": to_uint8(back).numpy()}
 
     def attach(self, source: str) -> None:
         """Says where the weights are, as `checkpoints.load_autoencoder` takes it; they are read when first needed."""

@@ -90,3 +90,13 @@ class LatentDiffusionModel(DiffusionModel):
     def decode(self, x_0: Tensor) -> Tensor:
         """x_0, `[B, *sample_shape]` -> images in about [-1, 1], `[B, C, H, W]`; so many at a time as the autoencoder says."""
         return self.autoencoder.decode(x_0)
+
+    @property
+    def lossy(self) -> bool:
+        """An autoencoder keeps what it can."""
+        return True
+
+    def reconstruct(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Images through one draw of x_0 each, which is what the network is trained to give."""
+        mean, deviation = self.encode(images)
+        return self.decode(mean + deviation * noise)

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d import UNet2DModel
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tdq_exp.data.images import Images
@@ -136,9 +138,27 @@ class DiffusionModel:
     def settle(self, net: nn.Module, samples: Samples, device: torch.device) -> None:
         """Called after training, with the net that is kept. Nothing is left to do."""
 
+    def shown(self, net: nn.Module, held_out: Samples) -> dict[str, NDArray[np.uint8]]:
+        """Pictures of what a trained net does, for `figures.sample_grid`. Here none: its samples are the picture."""
+        return {}
+
     def decode(self, x_0: Tensor) -> Tensor:
         """What the network denoises, `[B, *sample_shape]` -> images in [-1, 1], `[B, C, H, W]`. Here the same thing."""
         return x_0
+
+    @property
+    def lossy(self) -> bool:
+        """Does an image lose anything on its way to x_0 and back?"""
+        return False
+
+    def reconstruct(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Images in [-1, 1] -> x_0 -> images: what a perfect denoiser would give. Here the same thing.
+
+        Args:
+            images: `[B, C, H, W]`.
+            noise: `[B, *sample_shape]`, standard normal, for a model that draws x_0.
+        """
+        return images
 
 
 class Trainable(Protocol):
@@ -165,6 +185,8 @@ class Trainable(Protocol):
     def samples(self, images: Images, *, mirror: bool, cache: Path, processes: Processes) -> Samples: ...
 
     def settle(self, net: nn.Module, samples: Samples, device: torch.device) -> None: ...
+
+    def shown(self, net: nn.Module, held_out: Samples) -> dict[str, NDArray[np.uint8]]: ...
 
 
 def set_heads(net: nn.Module, heads: int) -> None:

@@ -1,0 +1,127 @@
+"""A denoising step of a full-size network: seconds and peak memory, float and quantized -> results/bench/large.{md,json}.
+
+    python scripts/bench_large.py [--experiment ldm_w8a8_lsq_tdq] [--batches 1 4] [--rounds 5] [--threads 2]
+
+Each form of the network runs in a process of its own, so that peak memory is its alone: Python and its libraries
+(`baseline`) included. Weights are random and step sizes are 1, of which neither seconds nor bytes depend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tdq_exp import fitting, record
+from tdq_exp import job as jobs
+from tdq_exp.compose import compose
+from tdq_exp.deploy import integer
+from tdq_exp.progress import print_table
+from tdq_exp.quant.convert import bake
+
+FORMS = {
+    "baseline": "Python and its libraries",
+    "float": "float32",
+    "fake": "simulated quantization, baked",
+    "integer": "integers",
+}
+
+
+def job_of(experiment: str) -> jobs.Job:
+    """The experiment, its weights not looked for."""
+    overrides = [f"+experiment={experiment}", "model.weights=none.safetensors"]
+    return jobs.build(compose(overrides), source=False)
+
+
+def network(job: jobs.Job, form: str) -> nn.Module:
+    """The network in a form, in eval mode."""
+    if form == "float":
+        return job.model.build().eval()
+    assert job.recipe is not None
+    net = bake(fitting.skeleton(job, job.recipe))
+    return integer.integerize(net, list(integer.candidates(net))) if form == "integer" else net
+
+
+@torch.no_grad()
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """One form: seconds of a step for each batch size, and the peak memory, GB, when that batch had been run."""
+    torch.set_num_threads(options.threads)
+    job = job_of(options.experiment)
+    if options.form == "baseline":
+        return {"memory": record.peak_memory_gb(), "steps": {}}
+    net, steps = network(job, options.form), {}
+    built = record.peak_memory_gb()
+    for batch in options.batches:
+        x, times = torch.randn(batch, *job.model.sample_shape), []
+        for _ in range(options.rounds + 1):
+            began = time.perf_counter()
+            job.model.predict(net, x, torch.tensor(500))
+            times.append(time.perf_counter() - began)
+        steps[str(batch)] = {"seconds": sorted(times[1:]), "memory": record.peak_memory_gb()}
+    return {"parameters": sum(p.numel() for p in job.model.build().parameters()), "memory": built, "steps": steps}
+
+
+def main() -> None:
+    """The command; `--help` lists its options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--experiment", default="ldm_w8a8_lsq_tdq", help="a file of configs/experiment, quantized")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="batch sizes, rising (default: 1 4)")
+    parser.add_argument("--rounds", type=int, default=5, help="counted steps of each (default: 5)")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
+    parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder to write")
+    parser.add_argument("--form", choices=FORMS, help="measure this one alone, in this process, and print it")
+    options = parser.parse_args()
+    if options.form is not None:
+        print(json.dumps(measure(options)))
+        return
+    found = {}
+    for form in FORMS:
+        done = subprocess.run([sys.executable, *sys.argv, "--form", form], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"error: {form}: {done.stderr.strip().splitlines()[-1]}")
+        found[form] = json.loads(done.stdout.splitlines()[-1])
+    write(found, options)
+
+
+def write(found: dict[str, Any], options: argparse.Namespace) -> None:
+    """`large.json` with every figure, `large.md` to read."""
+    about = {"experiment": options.experiment, "threads": options.threads, "rounds": options.rounds}
+    about |= record.environment()
+    record.write(options.out / "large.json", {"forms": found, "about": about})
+    rows = [[FORMS["baseline"], "-", "-", "-", f"{found['baseline']['memory']:.2f}"]]
+    for batch in map(str, options.batches):
+        reference = middle(found["float"]["steps"][batch]["seconds"])
+        for form in list(FORMS)[1:]:
+            step = found[form]["steps"][batch]
+            seconds = middle(step["seconds"])
+            rows.append([FORMS[form], batch, f"{seconds:.2f}", f"{seconds / reference:.2f}", f"{step['memory']:.2f}"])
+    headers = ["network", "batch", "s for a step, median", "of float's", "peak memory of the process, GB"]
+    lines = [
+        f"`{options.experiment}`: one denoising step of a U-Net of {found['float']['parameters']:,} parameters,"
+        f" {options.threads} threads, medians of {options.rounds}; peak memory includes building the network."
+        f" {about['machine']}, torch {torch.__version__}, Python {platform.python_version()}, commit {about['commit']}."
+        f" `python scripts/bench_large.py`.",
+        "",
+        "| " + " | ".join(headers) + " |",
+        "|---|" + "---:|" * (len(headers) - 1),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+    (options.out / "large.md").write_text("\n".join(lines) + "\n")
+    print_table(options.experiment, headers, rows)
+
+
+def middle(values: list[float]) -> float:
+    """Median of sorted values."""
+    return values[len(values) // 2]
+
+
+if __name__ == "__main__":
+    main()
