@@ -248,7 +248,10 @@ def show_plan(cells: Sequence[Cell]) -> bool:
     lines: list[list[Any]] = []
     seconds, disk, paper = 0.0, 0, False
     for cell in cells:
-        job = jobs.build(compose(cell.overrides))
+        try:
+            job = jobs.build(compose(cell.overrides))
+        except ValueError as error:
+            raise ValueError(f"{cell.name}: {error}; --column runs one column, with overrides of its own") from error
         # A measured forward pass of a large net is slow, and cells of one shape cost the same.
         shape = [job.part("model", "fit"), job.recipe is not None, job.fit.report, job.sampling.images]
         key = json.dumps([*shape, job.sampling.steps, plan.stages_done(job)], sort_keys=True)

@@ -113,7 +113,7 @@ class _Filled:
 
         ours, theirs = _values(cells, "fid"), _values(self.reference, "fid")
         gap = "-"
-        if ours and theirs and not any(c.short for c in (*used, *_used(self.reference))):
+        if cells != self.reference and ours and theirs and not any(c.short for c in (*used, *_used(self.reference))):
             gap = f"{sum(ours) / len(ours) - sum(theirs) / len(theirs):+.2f}"
         published = line.fid.get(self.name)
         score = [shown("isc_mean")] if self.scores else []

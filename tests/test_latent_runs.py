@@ -152,10 +152,11 @@ def test_a_latent_net_runs_on_integers_and_is_packed_and_exported(tmp_path, weig
     made = build(tmp_path, *weights)
     pipeline.run(made)
     if integer.unavailable(torch.device("cpu")) is None:
-        (row,) = pipeline.run(build(tmp_path, *weights, "sampler.engine=integer", "sampler.min_speedup=0"))
+        coded = build(tmp_path, *weights, "sampler.engine=integer", "sampler.min_speedup=0")
+        (row,) = pipeline.run(coded)
         assert row["engine"].startswith("integer: ")
         simulated, integers = (
-            np.load(made.folder / f"ddim3_n12{end}" / "images" / "images.npy").astype(int) for end in ("", "_integer")
+            np.load(m.folder / m.sample_name / "images" / "images.npy").astype(int) for m in (made, coded)
         )
         assert np.abs(simulated - integers).mean() < 2  # of 255; the nets' rounding is the same, sums' order is not
     file = pack(made.folder)

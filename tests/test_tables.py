@@ -425,6 +425,9 @@ def single(short_manifest, monkeypatch):
 def test_the_papers_scale_needs_a_gpu_or_go(tmp_path, commands, free_plan, single, capsys):
     options = ["table1", "--scale", "paper", "--run", "--out", str(tmp_path)]
     assert table_run.main(options) == 2
+    assert "ldm_fp: model.weights has no value" in (said := capsys.readouterr().err) and "--column" in said
+    options += ["--column", "ddim"]
+    assert table_run.main(options) == 2
     said = capsys.readouterr()
     assert "SCALE=small" in said.err and said.err.count("\n") == 1 and "50000" in said.out
     assert not commands and not (tmp_path / "tables").exists()
