@@ -125,7 +125,9 @@ class Reconstructions:
                 back = self.model.reconstruct(images.to(device), torch.stack(noise).to(device))
                 made.append(to_uint8(back.cpu()).numpy())
                 advance(f"{int(some[-1]) + 1} images")
-        return np.concatenate(made)
+        # Nothing to make: with few images, some processes have no part in a set.
+        empty = np.zeros((0, self.model.image_size, self.model.image_size, self.model.channels), np.uint8)
+        return np.concatenate([empty, *made])
 
 
 def engine(
