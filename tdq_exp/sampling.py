@@ -119,7 +119,7 @@ class Reconstructions:
             track("reconstructing", -(-len(index) // self.BATCH), show=self.processes.main) as advance,
             torch.no_grad(),
         ):
-            for some in index.split(self.BATCH):
+            for some in index.split(self.BATCH) if len(index) else ():  # an empty tensor splits into one empty part
                 images = self.images.batch(some, torch.zeros(len(some), dtype=torch.bool))
                 noise = [torch.randn(self.model.sample_shape, generator=generator(0, 12, int(i))) for i in some]
                 back = self.model.reconstruct(images.to(device), torch.stack(noise).to(device))

@@ -173,6 +173,22 @@ def test_a_latent_net_runs_on_integers_and_is_packed_and_exported(tmp_path, weig
         sample_command.load(file)
 
 
+def test_two_processes_encode_and_sample_a_latent_model_as_one_does(tmp_path, weights, command):
+    arguments = [*QUICK, *weights, "launcher.threads=1"]
+    found = {}
+    for count in ("1", "2"):
+        out = [f"out={tmp_path / count}", f"data.cache={tmp_path / ('cache' + count)}", f"launcher.nproc={count}"]
+        done = command(*arguments, *out)
+        assert done.returncode == 0, done.stderr
+        cache = tmp_path / f"cache{count}" / "latents"
+        moments = {path.parent.name: path.read_bytes() for path in cache.glob("*/moments.npy")}
+        row = json.loads((tmp_path / count / "runs/tiny_latent_w4a4_lsq_tdq/seed0/ddim3_n12/metrics.json").read_text())
+        found[count] = moments, row["rows"][0]["reconstructed"], row["rows"][0]["processes"]
+    assert len(found["1"][0]) == 2 and found["1"][0] == found["2"][0]  # training and held-out set, bit for bit
+    assert found["1"][1]["fid"] == pytest.approx(found["2"][1]["fid"], rel=1e-3)
+    assert (found["1"][2], found["2"][2]) == (1, 2)
+
+
 def test_mistakes_are_one_line_that_names_the_key(tmp_path, weights, autoencoder):
     with pytest.raises(ValueError, match="model.autoencoder has no value"):
         pipeline.run(build(tmp_path, weights[0]))
