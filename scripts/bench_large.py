@@ -46,7 +46,7 @@ def network(job: jobs.Job, form: str) -> nn.Module:
     if form == "float":
         return job.model.build().eval()
     assert job.recipe is not None
-    net = bake(fitting.skeleton(job, job.recipe))
+    net = bake(fitting.skeleton(job, job.recipe), inplace=True)
     return integer.integerize(net, list(integer.candidates(net))) if form == "integer" else net
 
 

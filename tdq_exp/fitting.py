@@ -280,8 +280,8 @@ def finished_net(job: Job, device: torch.device, checkpoint: Path | None = None)
     net = skeleton(job, job.recipe)
     if checkpoint is not None:
         load_weights(net, str(checkpoint))
-        return bake(net).to(device)
-    net = bake(net)
+        return bake(net, inplace=True).to(device)
+    net = bake(net, inplace=True)
     load_weights(net, str(job.folder / "baked.safetensors"))
     return net.to(device)
 

@@ -58,7 +58,7 @@ def _packed(path: Path) -> tuple[jobs.Job, nn.Module]:
     job = jobs.rebuild(config)
     _check_parts(job.model.parts() if parts else {}, parts, path)
     assert job.recipe is not None
-    net = bake(fitting.skeleton(job, job.recipe))
+    net = bake(fitting.skeleton(job, job.recipe), inplace=True)
     try:
         net.load_state_dict(state)
     except RuntimeError as error:

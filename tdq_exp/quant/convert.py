@@ -2,7 +2,7 @@
 
 quantize(net, roles, recipe)     leaves replaced in place, quantizers in training form
 layer_map(net, roles)            a printable row per leaf
-bake(net)                        a copy with integer weights and tables of intervals: what is sampled and shipped
+bake(net)                        a copy, or itself, with integer weights and tables of intervals: what is sampled and shipped
 """
 
 from __future__ import annotations
@@ -181,16 +181,20 @@ def activation_quantizers(net: nn.Module) -> dict[str, Quantizer]:
 
 
 @torch.no_grad()
-def bake(net: nn.Module) -> nn.Module:
+def bake(net: nn.Module, inplace: bool = False) -> nn.Module:
     """A copy for inference: weights as integer codes, every interval and zero point a table. Same images, bit for bit.
 
     DoReFa's literal weights are not integers times a step: they stay float.
+
+    Args:
+        net: quantized, in training form.
+        inplace: change the network itself, which saves the memory of a copy.
     """
-    net = copy.deepcopy(net).eval().requires_grad_(False)
+    net = (net if inplace else copy.deepcopy(net)).eval().requires_grad_(False)
     time = net.time
-    code_weights(net)
     for module in net.modules():
-        if isinstance(module, QuantLayer):
+        if isinstance(module, QuantLayer):  # one after another: never two forms of all weights
+            _code(module)
             module.layer.register_parameter("weight", None)
     for quantizer in activation_quantizers(net).values():
         if quantizer.interval.dynamic:
@@ -207,19 +211,24 @@ def bake(net: nn.Module) -> nn.Module:
 def code_weights(net: nn.Module) -> None:
     """Replaces every weight quantizer by its codes, in place: from here on weights are constant."""
     for module in net.modules():
-        if isinstance(module, QuantLayer) and isinstance(module.weight_quantizer, Quantizer):
-            module.weight_quantizer = _coded(module)
+        if isinstance(module, QuantLayer):
+            _code(module)
 
 
-def _coded(layer: QuantLayer) -> CodedWeight | FixedWeight:
+def _code(layer: QuantLayer) -> None:
     quantizer, weight = layer.weight_quantizer, layer.layer.weight
-    assert isinstance(quantizer, Quantizer) and isinstance(weight, Tensor)
+    if isinstance(quantizer, Quantizer):
+        assert isinstance(weight, Tensor)
+        layer.weight_quantizer = _coded(quantizer, weight)
+
+
+def _coded(quantizer: Quantizer, weight: Tensor) -> CodedWeight | FixedWeight:
     if not quantizer.integer:
         return FixedWeight(quantizer(weight))
     n, p = quantizer.grid.n, quantizer.grid.p
     s, z = quantizer.parameters_at(weight)
     coded = coded_weight(ops.quantize(weight, s, z, n, p), s, z, n, p)
-    if not torch.equal(coded(), quantizer(weight)):
+    if not torch.equal(coded.dequantize(), quantizer(weight)):
         raise RuntimeError(f"{type(quantizer).__name__}: codes times step are not what the layer sees")
     return coded
 

@@ -43,6 +43,11 @@ def encode_time(t: Tensor, width: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1).float()
 
 
+def _sum(p: Tensor) -> float:
+    """In double precision, a piece at a time: a double copy for every reading fragments the heap by gigabytes."""
+    return sum(float(piece.double().sum()) for piece in p.detach().flatten().split(1 << 16))
+
+
 class GeneratorBank(nn.Module):
     """The generators of a network, by quantizer name.
 
@@ -147,7 +152,7 @@ class GeneratorBank(nn.Module):
     def table(self) -> Tensor:
         """s~ of every quantizer at every time step, `[Q, T]`, without dropout; kept until a weight changes."""
         # Fused optimisers write without counting a version, so the weights' sums are looked at as well.
-        key = (self._versions(), tuple(float(p.double().sum()) for p in self.parameters()))
+        key = (self._versions(), tuple(_sum(p) for p in self.parameters()))
         if self._table is None or self._table[0] != key:
             training = self.training
             self.training = False

@@ -36,9 +36,16 @@ class CodedWeight(nn.Module):
     def forward(self, weight: Tensor | None = None) -> Tensor:
         """w_hat, float32; the argument is not used."""
         if self._w_hat is None or self._w_hat.device != self.codes.device:
-            codes = self.codes.to(self.step_size.dtype)
-            self._w_hat = (codes if self.zero_point is None else codes - self.zero_point) * self.step_size
+            self._w_hat = self.dequantize()
         return self._w_hat
+
+    def dequantize(self) -> Tensor:
+        """w_hat anew, kept by nobody."""
+        codes = self.codes.to(self.step_size.dtype)
+        return (codes if self.zero_point is None else codes - self.zero_point) * self.step_size
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_w_hat": None}  # copies and pickles make their own
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._w_hat = None  # it belongs to the codes that are being replaced

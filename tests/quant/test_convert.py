@@ -401,6 +401,29 @@ def test_baking_leaves_the_original_as_it_was():
     assert float(net.generators.weights[-1].grad.abs().max()) > 0
 
 
+@pytest.mark.parametrize("rule", METHODS)
+def test_baking_in_place_is_baking_a_copy(rule):
+    net = started(rule, "temporal")
+    copied, x = bake(net), inputs()
+    baked = bake(net, inplace=True)
+    assert baked is net and "generators" not in dict(net.named_children())
+    states = copied.state_dict(), baked.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], value) for key, value in states[1].items())
+    with torch.no_grad():
+        assert torch.equal(copied(*x, return_dict=False)[0], baked(*x, return_dict=False)[0])
+
+
+def test_a_copy_of_coded_weights_takes_no_dequantized_ones_along():
+    layer = next(m for m in bake(started("lsq", "static")).modules() if isinstance(m, QuantLayer))
+    coded = layer.weight_quantizer
+    assert coded._w_hat is None  # baking keeps none
+    w_hat = coded()
+    twin = copy.deepcopy(coded)
+    assert coded() is w_hat and twin._w_hat is None
+    assert torch.equal(twin(), w_hat)
+
+
 @pytest.mark.parametrize(
     ("bits", "interval"), [(2, "static"), (4, "per_step"), (4, "temporal"), (8, "static"), (16, "temporal")]
 )
