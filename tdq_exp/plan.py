@@ -9,27 +9,30 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tdq_exp import launch, record
 from tdq_exp.job import Job
 from tdq_exp.progress import console, print_table
 from tdq_exp.quant.convert import layer_map, quantize
 
-PROBE = 4  # images in the measured forward pass
+PROBES = 4, 16, 64  # images in the measured forward pass: the next number if a pass took no longer than
+SHORT = 0.1  # seconds
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds and bytes that a run still needs."""
+    """Seconds and bytes that a run still needs; `encode_seconds` is of one image and its mirror, 0 where nothing encodes."""
 
     fit_seconds: float
     sample_seconds: float
     disk_bytes: int
     parameters: int
+    encode_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -40,17 +43,13 @@ class Cost:
 def estimate(job: Job) -> Cost:
     """The cost of a job on this machine with the processes that it would have, stages that are done not counted."""
     device = launch.device(job.launcher)
+    if job.launcher.threads:
+        torch.set_num_threads(job.launcher.threads)
     subject = job.subject
     net = subject.build().to(device).eval()
-    x, eps = (torch.randn(PROBE, *s, device=device) for s in (subject.input_shape, subject.sample_shape))
-    t = torch.zeros(PROBE, dtype=torch.long, device=device)
-    float(subject.training_loss(net, x, t, eps))
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        float(subject.training_loss(net, x, t, eps))  # a number: waits for an accelerator to finish
-        seconds.append(time.perf_counter() - began)
-    per_image = sorted(seconds)[1] / PROBE / launch.wanted(job.launcher)
+    processes = launch.wanted(job.launcher)
+    per_image = _forward_seconds(job, net, device) / processes
+    encode, decode = (seconds / processes for seconds in _coding_seconds(job, device))
     fit_done, sample_done = stages_done(job)
     updates = 0 if fit_done or job.train is None else job.train.updates
     per_update = per_image * (5 if job.recipe is not None else 3) * job.fit.batch_size
@@ -65,7 +64,41 @@ def estimate(job: Job) -> Cost:
     disk = images * pixels + (0 if job.train is None or fit_done else parameters * 4 * (5 + job.train.keep_best))
     if job.calibration is not None and not fit_done:
         disk += job.calibration.samples * 4 * math.prod(job.model.sample_shape)
-    return Cost(fit_seconds, images * job.sampling.steps * per_image, disk, parameters)
+    sampling = images * (job.sampling.steps * per_image + decode)
+    return Cost(fit_seconds, sampling, disk, parameters, 0.0 if fit_done else encode)
+
+
+def _forward_seconds(job: Job, net: nn.Module, device: torch.device) -> float:
+    """Of one image, in as large a batch as is quick: a small network spends a small batch on its calls, not its sums."""
+    subject = job.subject
+    for batch in PROBES:
+        x, eps = (torch.randn(batch, *s, device=device) for s in (subject.input_shape, subject.sample_shape))
+        t = torch.zeros(batch, dtype=torch.long, device=device)
+        seconds = _seconds(lambda: subject.training_loss(net, x, t, eps))  # noqa: B023
+        if seconds > SHORT:
+            break
+    return seconds / batch
+
+
+def _seconds(work: Callable[[], Tensor]) -> float:
+    """Median of three, after one that is not counted."""
+    seconds = []
+    for _ in range(4):
+        began = time.perf_counter()
+        float(work().sum())  # a number: waits for an accelerator to finish
+        seconds.append(time.perf_counter() - began)
+    return sorted(seconds[1:])[1]
+
+
+def _coding_seconds(job: Job, device: torch.device) -> tuple[float, float]:
+    """Of one image: to encode it with its mirror, and to decode it. Both 0 for a model of pixels."""
+    codec = job.model.codec()
+    if codec is None:
+        return 0.0, 0.0
+    codec.to(device).eval()
+    image = torch.zeros(1, job.model.channels, job.model.image_size, job.model.image_size, device=device)
+    x_0 = torch.zeros(1, *job.model.sample_shape, device=device)
+    return 2 * _seconds(lambda: codec.encode(image)[0]), _seconds(lambda: codec.decode(x_0))
 
 
 def _forward_passes(job: Job, net: nn.Module) -> float:
@@ -102,6 +135,12 @@ def show(job: Job) -> Cost:
     console.print(f"  model    {cost.parameters:,} parameters, weights {job.weights or 'to be trained'}")
     if job.recipe is not None:
         _show_layers(job)
+    if cost.encode_seconds and job.fit.part == "network":
+        size = 2 * 2 * 4 * math.prod(job.model.sample_shape)  # image and mirror, mean and deviation, float32
+        console.print(
+            f"  encode   training images, once for all runs: 1,000 take about {duration(1000 * cost.encode_seconds)}"
+            f" and {1000 * size / 1e6:.0f} MB of the cache, mirrors included"
+        )
     if job.ptq is not None and job.calibration is not None:
         said = "done" if fit_done else f"about {duration(cost.fit_seconds)}, making the set included"
         kind = f"{job.ptq.block.updates} updates a block" if job.ptq.reconstruct else "no reconstruction"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tdq_exp import export, fitting, job, pipeline, sampling
+from tdq_exp import export, fitting, job, pipeline, plan, sampling
 from tdq_exp import sample as sample_command
 from tdq_exp.compose import compose
 from tdq_exp.deploy import integer
@@ -216,6 +216,18 @@ def test_the_plan_of_an_autoencoder_counts_its_own_parameters(tmp_path, command)
     made = build(tmp_path, "method=fp", "fit=pretrain_autoencoder")
     count = sum(p.numel() for p in made.subject.build().parameters())
     assert f"{count:,} parameters" in done.stdout
+
+
+def test_the_plan_of_a_latent_model_counts_its_encoding_and_decoding(tmp_path, weights, monkeypatch):
+    made = build(tmp_path, *weights)
+    whole = plan.estimate(made)
+    assert whole.encode_seconds > 0
+    monkeypatch.setattr(plan, "_coding_seconds", lambda job, device: (0.0, 3600.0))
+    slow = plan.estimate(made)
+    assert slow.encode_seconds == 0 and slow.sample_seconds > 3600 * made.sampling.images
+    monkeypatch.undo()
+    pixels = job.build(compose(["model=tiny", *QUICK[1:], "method=fp", "fit=pretrain", f"out={tmp_path}"]))
+    assert plan.estimate(pixels).encode_seconds == 0
 
 
 def test_finished_networks_are_read_back(autoencoder):

@@ -112,7 +112,7 @@ class Autoencoder:
         """(C, H, W) of an image."""
         return self.channels, self.image_size, self.image_size
 
-    def build(self, seed: int = 0) -> nn.Module:
+    def build(self, seed: int = 0) -> ScaledAutoencoder:
         """The network with random weights, a function of the seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

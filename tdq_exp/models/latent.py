@@ -16,7 +16,7 @@ from tdq_exp.data.latents import encoded
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.models.autoencoder import Autoencoder
-from tdq_exp.models.model import DiffusionModel, Trainable
+from tdq_exp.models.model import Codec, DiffusionModel, Trainable
 from tdq_exp.processes import Processes
 
 
@@ -90,6 +90,10 @@ class LatentDiffusionModel(DiffusionModel):
     def decode(self, x_0: Tensor) -> Tensor:
         """x_0, `[B, *sample_shape]` -> images in about [-1, 1], `[B, C, H, W]`; so many at a time as the autoencoder says."""
         return self.autoencoder.decode(x_0)
+
+    def codec(self) -> Codec:
+        """The autoencoder."""
+        return self.autoencoder.build()
 
     @property
     def lossy(self) -> bool:

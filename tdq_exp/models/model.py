@@ -146,6 +146,10 @@ class DiffusionModel:
         """What the network denoises, `[B, *sample_shape]` -> images in [-1, 1], `[B, C, H, W]`. Here the same thing."""
         return x_0
 
+    def codec(self) -> Codec | None:
+        """What images pass on their way to x_0 and back, with random weights: to be timed. Here nothing."""
+        return None
+
     @property
     def lossy(self) -> bool:
         """Does an image lose anything on its way to x_0 and back?"""
@@ -159,6 +163,16 @@ class DiffusionModel:
             noise: `[B, *sample_shape]`, standard normal, for a model that draws x_0.
         """
         return images
+
+
+class Codec(Protocol):
+    """A module with two directions."""
+
+    def to(self, device: torch.device) -> Any: ...
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def decode(self, x_0: Tensor) -> Tensor: ...
 
 
 class Trainable(Protocol):
