@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -113,6 +114,13 @@ class Panel:
     floor: float | None
 
 
+class _Plain(LogFormatter):
+    """`200` and `0.5` on a logarithmic axis, where matplotlib would label at all."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:.4g}" if super().__call__(x, pos) else ""
+
+
 def distance_over_bits(panels: Sequence[Panel], path: Path, title: str) -> None:
     """Distance over the activations' bit width, a panel for each model and in it a line for each method.
 
@@ -122,16 +130,20 @@ def distance_over_bits(panels: Sequence[Panel], path: Path, title: str) -> None:
         title: above them all.
     """
     figure = Figure(figsize=(5.5 * len(panels) + 0.5, 4), dpi=150)
+    names = list(dict.fromkeys(name for panel in panels for name in panel.methods))
+    styles = {name: {"color": f"C{i}", "marker": "osD^v<>"[i % 7]} for i, name in enumerate(names)}  # in every panel
     for axis, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        for (name, values), marker in zip(panel.methods.items(), "osD^v<>", strict=False):
+        for name, values in panel.methods.items():
             bits = sorted(values, reverse=True)
-            axis.plot(bits, [values[b] for b in bits], marker=marker, ms=4, lw=1.3, label=name)
+            axis.plot(bits, [values[b] for b in bits], ms=4, lw=1.3, label=name, **styles[name])
         if panel.floor is not None:
             axis.axhline(panel.floor, color="0.4", ls="--", lw=1, label="float")
         axis.set_xticks(sorted({b for values in panel.methods.values() for b in values}, reverse=True))
         axis.invert_xaxis()
         axis.set_yscale("log")
-        axis.set(xlabel="bits of activations", ylabel=panel.label)
+        axis.yaxis.set_major_formatter(_Plain())
+        axis.yaxis.set_minor_formatter(_Plain(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        axis.set(xlabel="bits of activations", ylabel=panel.label.replace(" (", "\n("))
         axis.set_title(panel.title, fontsize=9)
         axis.grid(axis="y", which="both", color="0.92")
         axis.legend(fontsize=8, frameon=False)

@@ -96,8 +96,10 @@ class _Filled:
     def seeds(self, line: Line) -> str:
         """What a line's label says of this column's sampling seeds."""
         cells, used = self.of(line), _used(self.of(line))
-        said = "" if len(cells) == 1 or not used else f", mean (min..max) of {len(used)} sampling seeds"
-        return said + (f" out of {len(cells)}" if 0 < len(used) < len(cells) else "")
+        if len(cells) == 1 or not used:
+            return ""
+        said = "1 sampling seed" if len(used) == 1 else f"{len(used)} sampling seeds"
+        return said + (f" out of {len(cells)}" if len(used) < len(cells) else "")
 
     def numbers(self, line: Line) -> list[str]:
         """Distance, score, gap, published number."""
@@ -132,8 +134,8 @@ class _Filled:
 
 
 def _line_texts(line: Line, columns: Sequence[_Filled]) -> list[str]:
-    seeds = sorted({column.seeds(line) for column in columns if _used(column.of(line))})
-    label = line.method + ";".join(seeds)
+    seeds = [said for column in columns if (said := column.seeds(line))]
+    label = line.method + (f", mean (min..max) of {' and '.join(dict.fromkeys(seeds))}" if seeds else "")
     return [label, line.bits, *(text for column in columns for text in column.numbers(line))]
 
 
