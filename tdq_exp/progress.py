@@ -5,7 +5,6 @@ On a terminal a live bar; into a file or a pipe a line every half minute, for a 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-# Into a file or a pipe a table may be as wide as it is, unless COLUMNS says otherwise.
-WIDE = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
-console = Console(highlight=False, soft_wrap=True, width=WIDE)
+WIDE = 200  # columns of a table in a file or a pipe, where nobody's window limits it
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
 Advance = Callable[[str], None]
 
 

@@ -1,0 +1,133 @@
+"""What the first layer's quantizer cuts off the starting noise, and what becomes of it -> results/analysis/clipped_noise.{md,json}.
+
+    python scripts/clipped_noise.py results/runs/ldm_small_w4a4_lsq/seed0/packed.safetensors ... [--images 100]
+
+An element of x_T beyond the range of the first quantizer is seen as smaller than it is, so less noise is predicted there
+than there is. The first step turns an error of eps into one of x_0 that is sqrt((1 - abar) / abar) times as large, and
+without clipping of x_0 nothing takes it back. Places (pixels of x) with such an element are told from all others; each
+network is then sampled a second time, from the same noise, with the input of its first layer left in float.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdq_exp import fitting, record
+from tdq_exp.diffusion.generate import image_generators, starting_noise
+from tdq_exp.job import Job
+from tdq_exp.processes import Processes
+from tdq_exp.progress import print_table
+from tdq_exp.quant.convert import activation_quantizers
+from tdq_exp.quant.layers import QuantLayer
+from tdq_exp.sample import load
+
+HEADERS = (
+    "network", "input of the first layer", "places beyond it", "error there", "error elsewhere", "largest x_0",
+    "of float's",
+)  # fmt: skip
+
+
+@torch.no_grad()
+def drawn(job: Job, net: nn.Module, x_t: Tensor) -> Tensor:
+    """x_0, before decoding, of the noise that a row's first images start from."""
+    return job.sampler.sample(lambda x, t: job.model.predict(net, x, t), x_t, job.model.schedule)
+
+
+def first_layer(job: Job, net: nn.Module) -> QuantLayer:
+    """Where x_t enters.
+
+    Raises:
+        ValueError: if that layer is not quantized.
+    """
+    name = next(name for name, role in job.model.roles(job.model.build()).items() if role.kind == "first")
+    layer = net.get_submodule(name)
+    if not isinstance(layer, QuantLayer) or layer.input_quantizer is None:
+        raise ValueError(f"{job.name}: its first layer, {name}, is not quantized")
+    return layer
+
+
+def analyse(job: Job, net: nn.Module, x_t: Tensor, expected: Tensor) -> list[dict[str, Any]]:
+    """A record for the network as it is, and one with its first layer's input in float."""
+    layer = first_layer(job, net)
+    quantizer = next(q for q in activation_quantizers(net).values() if q is layer.input_quantizer)
+    s, z = (table[job.sampler.pairs(job.model.schedule)[0][0] if len(table) > 1 else 0] for table in quantizer.tables())
+    low, high = float(s * (quantizer.grid.n - z)), float(s * (quantizer.grid.p - z))
+    beyond = ((x_t < low) | (x_t > high)).any(1, keepdim=True).expand_as(x_t)
+    found = []
+    for form in (f"{low:.2f}..{high:.2f}", "float"):
+        if form == "float":
+            layer.input_quantizer = nn.Identity()  # type: ignore[assignment]
+        x_0 = drawn(job, net, x_t)
+        error = (x_0 - expected).square()
+        there, elsewhere = (float(error[at].mean().sqrt()) if at.any() else None for at in (beyond, ~beyond))
+        largest, reference = float(x_0.abs().max()), float(expected.abs().max())
+        found.append(
+            {
+                "name": job.name, "range": form, "share": float(beyond.float().mean()), "error_there": there,
+                "error_elsewhere": elsewhere, "largest": largest, "largest_of_float": largest / reference,
+            }
+        )  # fmt: skip
+    return found
+
+
+def main() -> None:
+    """The command; `--help` lists its options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of quantized runs, or their packed files")
+    parser.add_argument("--images", type=int, default=100, help="drawn from each (default: 100)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
+    parser.add_argument("--out", type=Path, default=Path("results/analysis"), help="folder to write")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    processes = Processes(cpu=True)
+    records, gains = [], {}
+    try:
+        for run in options.runs:
+            job, net = load(run)
+            float_net, _ = fitting.float_net(job, processes)
+            x_t = starting_noise(image_generators(0, range(options.images)), job.model.sample_shape)
+            records += analyse(job, net, x_t, drawn(job, float_net, x_t))
+            abar = float(job.model.schedule.alphas_cumprod[job.sampler.pairs(job.model.schedule)[0][0]])
+            gains[job.config["model"]["label"]] = ((1 - abar) / abar) ** 0.5
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    finally:
+        processes.close()
+    write(records, gains, options)
+
+
+def write(records: list[dict[str, Any]], gains: dict[str, float], options: argparse.Namespace) -> None:
+    """`clipped_noise.json` with every figure, `clipped_noise.md` to read."""
+    about = {"images": options.images, "gains": gains, **record.environment()}
+    record.write(options.out / "clipped_noise.json", {"networks": records, "about": about})
+    rows = [
+        [
+            r["name"], r["range"], f"{r['share']:.3f}",
+            *("-" if r[error] is None else f"{r[error]:.3f}" for error in ("error_there", "error_elsewhere")),
+            f"{r['largest']:.1f}", f"{r['largest_of_float']:.1f}",
+        ]
+        for r in records
+    ]  # fmt: skip
+    said = ", ".join(f"{gain:.1f} for {model}" for model, gain in gains.items())
+    lines = [
+        f"x_0 (before decoding) of {options.images} images against the float network's, from the same noise: root mean"
+        " square error at places where some element of x_T is beyond the range of the first layer's input at the first"
+        f" step, and at all others. That step turns an error of eps into one of x_0 that is larger: {said} times."
+        f" Commit {about['commit']}. `python scripts/clipped_noise.py {' '.join(map(str, options.runs))}`.",
+        "",
+        "| " + " | ".join(HEADERS) + " |",
+        "|---|---|" + "---:|" * (len(HEADERS) - 2),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+    (options.out / "clipped_noise.md").write_text("\n".join(lines) + "\n")
+    print_table("what is cut off the starting noise", HEADERS, rows)
+
+
+if __name__ == "__main__":
+    main()
