@@ -114,11 +114,11 @@ def write(records: list[dict[str, Any]], gains: dict[str, float], options: argpa
         ]
         for r in records
     ]  # fmt: skip
-    said = ", ".join(f"{gain:.1f} for {model}" for model, gain in gains.items())
+    said = ", ".join(f"{gain:.1f} times for {model}" for model, gain in gains.items())
     lines = [
         f"x_0 (before decoding) of {options.images} images against the float network's, from the same noise: root mean"
         " square error at places where some element of x_T is beyond the range of the first layer's input at the first"
-        f" step, and at all others. That step turns an error of eps into one of x_0 that is larger: {said} times."
+        f" step, and at all others. That step turns an error of eps into a larger one of x_0: {said}."
         f" Commit {about['commit']}. `python scripts/clipped_noise.py {' '.join(map(str, options.runs))}`.",
         "",
         "| " + " | ".join(HEADERS) + " |",
