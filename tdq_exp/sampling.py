@@ -107,7 +107,7 @@ class Reconstructions:
 
     def __init__(self, model: DiffusionModel, images: Images, count: int, processes: Processes) -> None:
         self.model, self.images, self.count, self.processes = model, images, count, processes
-        self.content = "-".join([images.content, *model.parts().values()])
+        self.content = f"{images.content}-{model.codec_fingerprint}"
 
     def __len__(self) -> int:
         return self.count

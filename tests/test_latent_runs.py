@@ -101,7 +101,7 @@ def test_reconstructions_are_images_through_one_draw_of_their_latents(tmp_path, 
     processes = Processes(cpu=True)
     held_out = pipeline.load_data(made, processes).held_out
     back = sampling.Reconstructions(made.model, held_out, 150, processes)
-    assert len(back) == 150 and back.content == f"{held_out.content}-{made.model.autoencoder.hash}"
+    assert len(back) == 150 and back.content == f"{held_out.content}-{made.model.codec_fingerprint}"
     net = made.model.autoencoder.net()
     for i in (0, 149):
         x = torch.from_numpy(held_out.pixels[i : i + 1].copy()).permute(0, 3, 1, 2) / 127.5 - 1
@@ -130,6 +130,10 @@ def test_latents_are_encoded_once_for_all_fits(tmp_path, weights, monkeypatch):
     pipeline.run(build(tmp_path / "a", *weights, cache))
     monkeypatch.setattr("tdq_exp.models.autoencoder.ScaledAutoencoder.encode", None)
     pipeline.run(build(tmp_path / "b", *weights, cache, "bits=w8a8"))
+    # The same weights in another architecture make other latents.
+    other = build(tmp_path / "c", *weights, cache, "model.definition.autoencoder.network.norm_num_groups=2")
+    with pytest.raises(TypeError, match="not callable"):
+        pipeline.run(other)
 
 
 def test_another_autoencoder_under_the_same_name_is_refused(tmp_path, weights, autoencoder):

@@ -8,14 +8,13 @@ Encoding takes longer than a training step, and is the same every time: mean and
     groups.npy   uint8                        which groups of images are finished
     about.json                                what was encoded, by what
 
-The folder is named after the content of the images and the hash of the autoencoder, so that neither is ever paired with
-another one's moments. LSUN-Churches, 4x32x32, with mirrors: 8.3 GB.
+The folder is named after the content of the images and the fingerprint of the autoencoder, so that neither is ever paired
+with another one's moments. LSUN-Churches, 4x32x32, with mirrors: 8.3 GB.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tdq_exp import record
+from tdq_exp.data.grouped import GroupedArray
 from tdq_exp.data.images import Images
 from tdq_exp.processes import Processes
 from tdq_exp.progress import track
@@ -46,12 +46,14 @@ class Latents:
     """
 
     def __init__(self, folder: Path, images: int, mirrors: int, shape: tuple[int, int, int], content: str) -> None:
-        self.folder, self.content, self._images = folder, content, images
-        self._shapes = {"moments": (images, mirrors, 2, *shape), "groups": (-(-images // GROUP),)}
+        self.content = content
+        self.files = GroupedArray(
+            folder, "moments", (images, mirrors, 2, *shape), np.float32, GROUP, again="encode", elsewhere="data.cache"
+        )
         self._moments: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
-        return self._images
+        return self.files.rows
 
     @property
     def random(self) -> bool:
@@ -67,55 +69,12 @@ class Latents:
         if noise is None:
             raise ValueError("latents are drawn: a batch needs noise")
         if self._moments is None:
-            self._moments = self._open("moments")
+            self._moments = self.files.read()
         mirrors = self._moments.shape[1]
         if mirrors == 1 and bool(flip.any()):
-            raise ValueError(f"{self.folder}: mirrored images were not encoded")
+            raise ValueError(f"{self.files.folder}: mirrored images were not encoded")
         mean, deviation = torch.from_numpy(self._moments[index.numpy(), flip.long().numpy()]).unbind(1)
         return mean + deviation * noise
-
-    def create(self) -> None:
-        """Makes the files, empty, if there are none yet; one process does this before any opens them.
-
-        Raises:
-            OSError: if the folder can't be written or is full.
-        """
-        types = {"moments": np.float32, "groups": np.uint8}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name, shape in self._shapes.items():
-                path = self.folder / f"{name}.npy"
-                if not path.exists():
-                    part = path.with_suffix(".part")
-                    with part.open("wb") as file:  # really written: a full disk is an error now, not a crash later
-                        np.lib.format.write_array(file, np.zeros(shape, types[name]))
-                    os.replace(part, path)
-        except OSError as error:
-            raise OSError(
-                f"{self.folder}: can't be written ({error.strerror}); free space or set data.cache=FOLDER"
-            ) from error
-
-    def missing(self) -> list[int]:
-        """Groups that are not encoded."""
-        return [int(i) for i in np.flatnonzero(self._open("groups") == 0)]
-
-    def put(self, group: int, moments: Tensor) -> None:
-        """Stores a group, `[GROUP or fewer, M, 2, C, H, W]`; its byte is set after its numbers are flushed."""
-        array, done = self._open("moments", "r+"), self._open("groups", "r+")
-        array[group * GROUP : group * GROUP + len(moments)] = moments.numpy()
-        array.flush()  # type: ignore[attr-defined]
-        done[group] = 1
-        done.flush()  # type: ignore[attr-defined]
-
-    def _open(self, name: str, mode: str = "r") -> NDArray[np.float32]:
-        path = self.folder / f"{name}.npy"
-        try:
-            array = np.load(path, mmap_mode=mode)  # type: ignore[arg-type]
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"{path}: damaged; remove {self.folder} to encode again") from error
-        if array.shape != self._shapes[name]:
-            raise ValueError(f"{path}: holds {array.shape}, expected {self._shapes[name]}; remove {self.folder}")
-        return array
 
 
 @torch.no_grad()
@@ -136,7 +95,7 @@ def encoded(
         encode: images in [-1, 1] on the processes' device -> mean and deviation of x_0, `[B, *shape]` each.
         shape: (C, H, W) of x_0.
         mirror: encode the mirrored images, too?
-        by: hash of the autoencoder.
+        by: fingerprint of the autoencoder, weights and architecture.
         cache: folder under which they are kept.
 
     Groups are dealt out to the processes in turn, and no group depends on another one: the files are the same bits for
@@ -148,21 +107,20 @@ def encoded(
     found = Latents(folder, len(images), 1 + mirror, shape, content)
 
     def begin() -> list[int]:
-        found.create()
+        found.files.create()
         record.write(folder / "about.json", parts)
-        return found.missing()
+        return found.files.missing()
 
     missing = processes.decide(begin)
-    groups = -(-len(images) // GROUP)
-    done = groups - len(missing)
-    with track("encoding images", groups, done, show=processes.main and bool(missing)) as advance:
+    done = found.files.groups - len(missing)
+    with track("encoding images", found.files.groups, done, show=processes.main and bool(missing)) as advance:
         for group in missing[processes.rank :: processes.world]:
             index = torch.arange(group * GROUP, min((group + 1) * GROUP, len(images)))
             sides = []
             for side in range(1 + mirror):
                 batch = images.batch(index, torch.full((len(index),), bool(side)))
                 sides.append(torch.stack([value.cpu() for value in encode(batch.to(processes.device))], 1))
-            found.put(group, torch.stack(sides, 1))
+            found.files.put(group, torch.stack(sides, 1).numpy())
             advance(f"{int(index[-1]) + 1} images")
     processes.barrier()
     return found

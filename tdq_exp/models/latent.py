@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tdq_exp import record
 from tdq_exp.data.images import Images
 from tdq_exp.data.latents import encoded
 from tdq_exp.diffusion.objective import Samples
@@ -79,7 +80,7 @@ class LatentDiffusionModel(DiffusionModel):
         """Images as distributions of x_0, encoded on first use; see `data.latents`."""
         processes.decide(lambda: self.autoencoder.hash)  # a download, or a complaint, happens once
         return encoded(
-            images, self.autoencoder.encode, self.sample_shape, mirror=mirror, by=self.autoencoder.hash, cache=cache,
+            images, self.autoencoder.encode, self.sample_shape, mirror=mirror, by=self.codec_fingerprint, cache=cache,
             processes=processes,
         )  # fmt: skip
 
@@ -94,6 +95,11 @@ class LatentDiffusionModel(DiffusionModel):
     def codec(self) -> Codec:
         """The autoencoder."""
         return self.autoencoder.build()
+
+    @property
+    def codec_fingerprint(self) -> str:
+        """Weights and architecture of the autoencoder: the same weights mean another thing with other groups of a norm."""
+        return record.fingerprint({"weights": self.autoencoder.hash, "network": self.autoencoder.network})
 
     @property
     def lossy(self) -> bool:

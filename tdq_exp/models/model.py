@@ -151,6 +151,11 @@ class DiffusionModel:
         return None
 
     @property
+    def codec_fingerprint(self) -> str:
+        """Of all that says how images become x_0 and images again: what was encoded is cached by it. Here empty."""
+        return ""
+
+    @property
     def lossy(self) -> bool:
         """Does an image lose anything on its way to x_0 and back?"""
         return False

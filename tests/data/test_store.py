@@ -53,3 +53,30 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         ImageStore(tmp_path / "file" / "set", 4, 4, (2, 2, 1)).create()
+
+
+def test_images_that_were_deleted_are_missing_whatever_the_map_says(tmp_path):
+    store = make(tmp_path)
+    for number in range(3):
+        store.put(number, group(number))
+    (tmp_path / "set" / "images.npy").unlink()
+    again = make(tmp_path)
+    assert again.missing() == [0, 1, 2]
+    with pytest.raises(ValueError, match="3 of 3 groups"):
+        again.read()
+
+
+def test_files_that_another_run_made_meanwhile_are_kept(tmp_path, monkeypatch):
+    write, seen = np.lib.format.write_array, []
+
+    def slow(file, array):
+        if not seen:  # while the first run writes its zeros, a second one begins, and finishes a group
+            seen.append(file.name)
+            make(tmp_path).put(0, group(0))
+        write(file, array)
+
+    monkeypatch.setattr(np.lib.format, "write_array", slow)
+    store = make(tmp_path)
+    assert seen and store.missing() == [1, 2]
+    assert int(np.load(tmp_path / "set" / "images.npy")[0, 0, 0, 0]) == 1
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["groups.npy", "images.npy"]
