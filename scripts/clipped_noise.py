@@ -49,6 +49,8 @@ def first_layer(job: Job, net: nn.Module) -> QuantLayer:
     layer = net.get_submodule(name)
     if not isinstance(layer, QuantLayer) or layer.input_quantizer is None:
         raise ValueError(f"{job.name}: its first layer, {name}, is not quantized")
+    if layer.input_quantizer.interval.dynamic:
+        raise ValueError(f"{job.name}: the range of its first layer, {name}, follows its input: nothing is cut off")
     return layer
 
 

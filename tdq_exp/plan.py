@@ -26,7 +26,11 @@ SHORT = 0.1  # seconds
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds and bytes that a run still needs; `encode_seconds` is of one image and its mirror, 0 where nothing encodes."""
+    """Seconds and bytes that a run still needs.
+
+    `encode_seconds` is of one training image and its mirror, 0 where none is encoded. It is counted in no sum: how many
+    there are is known when they have been read, and no run encodes them a second time.
+    """
 
     fit_seconds: float
     sample_seconds: float
@@ -65,7 +69,10 @@ def estimate(job: Job) -> Cost:
     if job.calibration is not None and not fit_done:
         disk += job.calibration.samples * 4 * math.prod(job.model.sample_shape)
     sampling = images * (job.sampling.steps * per_image + decode)
-    return Cost(fit_seconds, sampling, disk, parameters, 0.0 if fit_done else encode)
+    # A quantizer that only sees trajectories, or a net that is loaded, needs no training images.
+    trains = job.train is not None and job.fit.part == "network"
+    shown = job.calibration is not None and job.calibration.kind == "forward"
+    return Cost(fit_seconds, sampling, disk, parameters, encode if (trains or shown) and not fit_done else 0.0)
 
 
 def _forward_seconds(job: Job, net: nn.Module, device: torch.device) -> float:
@@ -135,7 +142,7 @@ def show(job: Job) -> Cost:
     console.print(f"  model    {cost.parameters:,} parameters, weights {job.weights or 'to be trained'}")
     if job.recipe is not None:
         _show_layers(job)
-    if cost.encode_seconds and job.fit.part == "network":
+    if cost.encode_seconds:
         size = 2 * 2 * 4 * math.prod(job.model.sample_shape)  # image and mirror, mean and deviation, float32
         console.print(
             f"  encode   training images, once for all runs: 1,000 take about {duration(1000 * cost.encode_seconds)}"

@@ -263,6 +263,11 @@ def show_plan(cells: Sequence[Cell]) -> bool:
         paper = paper or (job.config["protocol"]["scale"] == "paper" and not job.smoke)
     total = [f"all {len(cells)}", sum(line[1] for line in lines), *_costs(seconds, disk)]
     print_table("cells to run, and about what they cost", ["cell", "images", "time", "disk"], [*lines, total])
+    encode = max((cost.encode_seconds for cost in known.values()), default=0.0)
+    if encode:
+        console.print(
+            f"on top, once for all cells: encoding training images, about {plan.duration(1000 * encode)} for 1,000"
+        )
     return paper
 
 

@@ -204,6 +204,26 @@ def test_mistakes_are_one_line_that_names_the_key(tmp_path, weights, autoencoder
         build(tmp_path, *weights, "fit.part=autoencoder")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.definition.autoencoder.scale=0", "autoencoder.scale=0: must be a positive number"),
+        ("model.definition.autoencoder.scale=-1", "autoencoder.scale=-1: must be a positive number"),
+        ("model.definition.autoencoder.scale=inf", "autoencoder.scale=inf: must be a positive number"),
+        ("model.definition.autoencoder.scale=big", "autoencoder.scale=big: must be a positive number"),
+        ("model.definition.autoencoder.batch=2.5", "autoencoder.batch=2.5: must be an integer"),
+        ("model.definition.autoencoder.batch=big", "autoencoder.batch=big: must be an integer"),
+        ("model.definition.autoencoder=null", "model.definition.autoencoder=None: a latent model needs one"),
+        ("model.definition.attention_heads=x", "model.definition.attention_heads=x: must be an integer"),
+        ("model.definition.loss=L1", "model.definition.loss=L1: choose one of l2, l1"),
+    ],
+)
+def test_a_definition_that_makes_no_sense_is_refused_before_anything_is_encoded(tmp_path, weights, override, message):
+    with pytest.raises(ValueError) as caught:
+        build(tmp_path, *weights, override)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_images_are_drawn_from_a_finished_run_but_not_from_an_autoencoder(tmp_path, weights, autoencoder, command):
     pipeline.run(build(tmp_path, *weights))
     run = tmp_path / "runs" / "tiny_latent_w4a4_lsq_tdq" / "seed0"
@@ -226,6 +246,9 @@ def test_the_plan_of_a_latent_model_counts_its_encoding_and_decoding(tmp_path, w
     made = build(tmp_path, *weights)
     whole = plan.estimate(made)
     assert whole.encode_seconds > 0
+    for overrides in (["method=fp"], ["method=ptq4dm"]):  # a net that is loaded, or shown trajectories of its own
+        assert plan.estimate(build(tmp_path, *weights, *overrides)).encode_seconds == 0
+    assert plan.estimate(build(tmp_path, *weights, "method=ptq4dm", "calibration=forward")).encode_seconds > 0
     monkeypatch.setattr(plan, "_coding_seconds", lambda job, device: (0.0, 3600.0))
     slow = plan.estimate(made)
     assert slow.encode_seconds == 0 and slow.sample_seconds > 3600 * made.sampling.images

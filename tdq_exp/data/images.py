@@ -109,12 +109,20 @@ class Hub:
         train: name of the training split.
         validation: name of the held-out split.
         column: the image column; found by its type if not given.
+        prepared: what was done to the images before, for the protocol that rows name: `256x256 as published`.
     """
 
     channels = 3
 
-    def __init__(self, path: str, train: str = "train", validation: str = "test", column: str | None = None) -> None:
-        self.path, self.column = path, column
+    def __init__(
+        self,
+        path: str,
+        train: str = "train",
+        validation: str = "test",
+        column: str | None = None,
+        prepared: str | None = None,
+    ) -> None:
+        self.path, self.column, self.prepared = path, column, prepared
         self._split = {"train": train, "validation": validation}
         local = Path(path).expanduser()
         self._local = local if local.exists() else None
@@ -174,7 +182,7 @@ class Folder:
         return [f for i, f in enumerate(self._files) if (i % self.holdout == 0) == (split == "validation")]
 
     def key(self, split: str) -> str:
-        stats = ((f, f.stat()) for f in self._of(split))
+        stats = ((f, _stat(f)) for f in self._of(split))
         listing = "\n".join(f"{f.relative_to(self.root)}:{s.st_size}:{s.st_mtime_ns}" for f, s in stats)
         return f"folder/{split}/{self.holdout}/" + hashlib.sha256(listing.encode()).hexdigest()
 
@@ -189,12 +197,19 @@ class Folder:
             yield _decode(row["image"], str(row["image"]["path"]))
 
 
+def _stat(file: Path) -> os.stat_result:
+    try:
+        return file.stat()
+    except OSError as error:
+        raise ValueError(f"{file}: can't be read ({error.strerror}); replace or remove it") from error
+
+
 def _decode(cell: dict[str, Any], name: str) -> Image.Image:
     try:
         raw = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
         image = Image.open(io.BytesIO(raw))
         image.load()  # a truncated file is found here, not at opening
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: not a whole image ({_first_line(error)}); replace or remove it") from error
     return image
 
@@ -248,7 +263,9 @@ def load_images(
     Raises:
         ValueError: for an unreadable source or image, naming it.
     """
-    protocol = f"centre crop, bicubic to {size}x{size}x{channels}"
+    prepared = getattr(source, "prepared", None)
+    before = f"{prepared}, " if prepared else ""
+    protocol = f"{before}centre crop, bicubic to {size}x{size}x{channels}"
     some = f"|{limit}" if limit is not None else ""
     key = hashlib.sha256(f"1|{source.key(split)}|{protocol}{some}".encode()).hexdigest()[:20]
     root = (Path(cache).expanduser() if cache else default_cache()) / "images"

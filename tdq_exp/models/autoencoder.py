@@ -13,6 +13,7 @@ perceptual and adversarial terms are left out of the loss, so it trains small au
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,10 @@ class Autoencoder:
         kl_weight: float = 1e-3,
         flip: bool = True,
     ) -> None:
-        if batch < 1:
-            raise ValueError(f"model.definition.autoencoder.batch={batch}: must be at least 1")
+        if not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"model.definition.autoencoder.batch={batch}: must be an integer of at least 1")
+        if scale is not None and not (isinstance(scale, int | float) and 0 < scale < math.inf):
+            raise ValueError(f"model.definition.autoencoder.scale={scale}: must be a positive number")
         self.network, self.batch, self.scale, self.kl_weight, self.flip = dict(network), batch, scale, kl_weight, flip
         self._source: str | None = None
         self._net: ScaledAutoencoder | None = None

@@ -23,6 +23,7 @@ References:
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import struct
@@ -112,16 +113,20 @@ def load_autoencoder(net: torch.nn.Module, source: str, scale: float | None = No
         CheckpointError: as `load_weights`; or if neither the source nor the caller says what the scale is.
     """
     path, kl = _located(source, "vae"), net.get_submodule("kl")
-    if path.suffix == ".safetensors" and "scale" in _read_file(path, True, "vae"):
+    ours = _read_file(path, True, "vae").get("scale") if path.suffix == ".safetensors" else None
+    advice = "set model.definition.autoencoder.scale"
+    used = scale
+    if used is None:
+        used = _scale_of(kl, path) if ours is None else float(ours) if ours.numel() == 1 else 1.0  # refused below
+        if used is None:
+            raise CheckpointError(f"{source}: names no scale of the latents; {advice}")
+        if not 0 < used < math.inf:
+            raise CheckpointError(f"{source}: the scale of its latents is {used}; {advice}")
+    if ours is not None:
         load_weights(net, source)
     else:
-        found = scale if scale is not None else _scale_of(kl, path)
-        if found is None:
-            raise CheckpointError(f"{source}: names no scale of the latents; set model.definition.autoencoder.scale")
         load_weights(kl, source, overruled=_NOT_THE_AUTOENCODERS)
-        net.get_buffer("scale").fill_(found)
-    if scale is not None:
-        net.get_buffer("scale").fill_(scale)
+    net.get_buffer("scale").fill_(used)
     return state_hash(net.state_dict())
 
 
@@ -130,16 +135,28 @@ def _scale_of(kl: torch.nn.Module, path: Path) -> float | None:
     if path.suffix == ".safetensors":
         return None
     if not path.is_dir():
-        found = read_tensors(path, _stored_scale)
-        return float(found[compvis.SCALE]) if found else None
+        return _stored_scale(path)
     default = inspect.signature(type(kl).__init__).parameters["scaling_factor"].default
     return float(_config(_place(path, "vae") / "config.json").get("scaling_factor", default))
 
 
-def _stored_scale(tree: Any) -> dict[str, Any]:
-    """The scale in a file of CompVis' latent diffusion, if it is one."""
-    state = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
-    return {compvis.SCALE: state[compvis.SCALE]} if isinstance(state, dict) and compvis.SCALE in state else {}
+def _stored_scale(path: Path) -> float | None:
+    """The scale in a file of CompVis' latent diffusion, a tensor or a number, if there is one."""
+    numbers: list[float] = []
+
+    def pick(tree: Any) -> dict[str, Any]:
+        state = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
+        value = state.get(compvis.SCALE) if isinstance(state, dict) else None
+        if isinstance(value, int | float):
+            numbers.append(float(value))
+        return {} if value is None or numbers else {compvis.SCALE: value}
+
+    found = read_tensors(path, pick).get(compvis.SCALE)
+    if found is None:
+        return numbers[0] if numbers else None
+    if found.numel() != 1:
+        raise CheckpointError(f"{path}: {compvis.SCALE} holds {found.numel()} numbers, wanted one")
+    return float(found)
 
 
 def state_hash(state: Mapping[str, torch.Tensor]) -> str:
@@ -309,7 +326,7 @@ def _comparable(value: Any) -> Any:
 
 def _download(repository: str, subfolder: str) -> Path:
     """The local folder of a network on the model hub; what was downloaded before is not downloaded again."""
-    advice = "give a local file or folder with model.weights=PATH"
+    advice = f"give a local file or folder with model.{'autoencoder' if subfolder == 'vae' else 'weights'}=PATH"
     try:
         try:
             folder = Path(hf_hub_download(repository, "config.json")).parent

@@ -67,8 +67,8 @@ def part_of(path: Path, state: Mapping[str, Any], part: str, ema: bool) -> dict[
 
 
 def without_loss(state: Mapping[str, Any]) -> dict[str, Any]:
-    """An autoencoder's weights without those of its training loss."""
-    return {name: value for name, value in state.items() if not name.startswith(_LOSS)}
+    """An autoencoder's weights without those of its training loss, and without a scale, which is read apart."""
+    return {name: value for name, value in state.items() if not name.startswith(_LOSS) and name != SCALE}
 
 
 def _averages(path: Path, state: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:

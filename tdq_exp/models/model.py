@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tdq_exp.data.images import Images
-from tdq_exp.diffusion.objective import Samples, noise_prediction_loss
+from tdq_exp.diffusion.objective import LOSSES, Samples, noise_prediction_loss
 from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.models.checkpoints import load_weights
 from tdq_exp.processes import Processes
@@ -44,6 +44,10 @@ class DiffusionModel:
         flip: bool = True,
         attention_heads: int | None = None,
     ) -> None:
+        if loss not in LOSSES:
+            raise ValueError(f"model.definition.loss={loss}: choose one of {', '.join(LOSSES)}")
+        if attention_heads is not None and not (isinstance(attention_heads, int) and attention_heads > 0):
+            raise ValueError(f"model.definition.attention_heads={attention_heads}: must be an integer of at least 1")
         self.network, self.schedule, self.loss, self.flip = dict(network), schedule, loss, flip
         self.attention_heads = attention_heads
 
@@ -219,7 +223,7 @@ def set_heads(net: nn.Module, heads: int) -> None:
     for name, module in net.named_modules():
         if isinstance(module, Attention):
             width = module.inner_dim
-            if heads < 1 or width % heads:
+            if width % heads:
                 raise ValueError(f"model.definition.attention_heads={heads}: does not divide {name}'s {width} channels")
             module.heads = module.sliceable_head_dim = heads
             module.scale = (width // heads) ** -0.5

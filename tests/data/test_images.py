@@ -168,3 +168,20 @@ def test_a_corrupt_parquet_file_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"data\.source\.path") as caught:
         load_images(Hub(str(tmp_path / "set")), "train", size=8, channels=3, cache=str(tmp_path / "cache"))
     assert "\n" not in str(caught.value)
+
+
+def test_what_was_done_to_a_published_set_before_is_part_of_the_protocol(folder, tmp_path):
+    source, options = Folder(str(folder), holdout=4), {"size": 8, "channels": 3, "cache": str(tmp_path / "cache")}
+    assert load_images(source, "train", **options).protocol == "centre crop, bicubic to 8x8x3"
+    source.prepared = "8x8 as published"
+    assert load_images(source, "train", **options).protocol == "8x8 as published, centre crop, bicubic to 8x8x3"
+
+
+def test_a_link_to_nothing_and_an_image_of_absurd_size_are_named(folder, tmp_path, monkeypatch):
+    (folder / "a_link.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(ValueError, match=r"a_link\.png: can't be read"):
+        load_images(Folder(str(folder), holdout=4), "train", size=8, channels=3, cache=str(tmp_path / "c"))
+    (folder / "a_link.png").unlink()
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match=r"not a whole image \(Image size"):
+        load_images(Folder(str(folder), holdout=4), "train", size=8, channels=3, cache=str(tmp_path / "c"))

@@ -299,9 +299,11 @@ def test_the_first_stage_comes_from_a_file_of_its_own_too(state, file, tmp_path)
     one, other = made.build(), made.build()
     with pytest.raises(CheckpointError, match="names no scale of the latents"):
         load_autoencoder(one, str(tmp_path / "kl.ckpt"))
-    assert load_autoencoder(one, str(tmp_path / "kl.ckpt"), float(state["scale_factor"])) == load_autoencoder(
-        other, str(file)
-    )
+    expected = load_autoencoder(other, str(file))
+    assert load_autoencoder(one, str(tmp_path / "kl.ckpt"), float(state["scale_factor"])) == expected
+    for scale in (state["scale_factor"], float(state["scale_factor"])):  # beside it, a tensor or a number
+        torch.save({"state_dict": alone | {"scale_factor": scale}}, tmp_path / "kl.ckpt")
+        assert load_autoencoder(one, str(tmp_path / "kl.ckpt")) == expected
 
 
 # Every key is accounted for
@@ -345,6 +347,8 @@ def test_a_key_of_the_unet_that_does_not_fit_is_named(model, state, tmp_path, ch
         ({"first_stage_model.colorize": torch.ones(1)}, ["1 left over", "colorize"]),
         ({"first_stage_model.quant_conv.bias": torch.ones(3)}, ["1 misshapen", "quant_conv.bias [3], wanted [8]"]),
         ({"scale_factor": None}, ["names no scale of the latents"]),
+        ({"scale_factor": torch.ones(2)}, ["scale_factor holds 2 numbers, wanted one"]),
+        ({"scale_factor": torch.tensor(0.0)}, ["the scale of its latents is 0.0; set model.definition.autoencoder.scale"]),
     ],
 )  # fmt: skip
 def test_a_key_of_the_first_stage_that_does_not_fit_is_named(state, tmp_path, change, words):

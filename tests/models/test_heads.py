@@ -98,7 +98,9 @@ def test_the_churches_network_has_the_known_size():
     made = job.make(compose(["model=ldm_churches"]), "model.definition")
     with torch.device("meta"):
         net = made.build()
+        first_stage = made.autoencoder.build()
     assert sum(parameter.numel() for parameter in net.parameters()) == 294_966_916
+    assert sum(parameter.numel() for parameter in first_stage.parameters()) == 83_653_863
     assert {attention.inner_dim: attention.heads for attention in attentions(net).values()} == {192: 8, 384: 8, 768: 8}
     assert {attention.scale for attention in attentions(net).values()} == {24**-0.5, 48**-0.5, 96**-0.5}
     # At 32, 16, 8 and 4 on the way down and up, and in the middle; not at 2.
