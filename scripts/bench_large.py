@@ -26,6 +26,7 @@ from tdq_exp.compose import compose
 from tdq_exp.deploy import integer
 from tdq_exp.progress import print_table
 from tdq_exp.quant.convert import bake
+from tdq_exp.rendering import markdown_lines
 
 FORMS = {
     "baseline": "Python and its libraries",
@@ -110,9 +111,7 @@ def write(found: dict[str, Any], options: argparse.Namespace) -> None:
         f" {about['machine']}, torch {torch.__version__}, Python {platform.python_version()}, commit {about['commit']}."
         f" `python scripts/bench_large.py`.",
         "",
-        "| " + " | ".join(headers) + " |",
-        "|---|" + "---:|" * (len(headers) - 1),
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *markdown_lines(headers, rows),
     ]
     (options.out / "large.md").write_text("\n".join(lines) + "\n")
     print_table(options.experiment, headers, rows)

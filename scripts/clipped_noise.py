@@ -25,6 +25,7 @@ from tdq_exp.processes import Processes
 from tdq_exp.progress import print_table
 from tdq_exp.quant.convert import activation_quantizers
 from tdq_exp.quant.layers import QuantLayer
+from tdq_exp.rendering import markdown_lines
 from tdq_exp.sample import load
 
 HEADERS = (
@@ -123,9 +124,7 @@ def write(records: list[dict[str, Any]], gains: dict[str, float], options: argpa
         f" step, and at all others. That step turns an error of eps into a larger one of x_0: {said}."
         f" Commit {about['commit']}. `python scripts/clipped_noise.py {' '.join(map(str, options.runs))}`.",
         "",
-        "| " + " | ".join(HEADERS) + " |",
-        "|---|---|" + "---:|" * (len(HEADERS) - 2),
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *markdown_lines(HEADERS, rows, left=2),
     ]
     (options.out / "clipped_noise.md").write_text("\n".join(lines) + "\n")
     print_table("what is cut off the starting noise", HEADERS, rows)

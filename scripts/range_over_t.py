@@ -28,6 +28,7 @@ from tdq_exp.compose import compose
 from tdq_exp.models.model import DiffusionModel
 from tdq_exp.processes import Processes
 from tdq_exp.progress import console, print_table, track
+from tdq_exp.rendering import markdown_lines
 
 MEASURES = ("deviation", "range")
 BOUNDS = (0.5, 0.7)
@@ -117,21 +118,19 @@ def write(models: dict[str, Any], options: argparse.Namespace) -> None:
     about = {"images": options.images, "steps": options.steps, **record.environment()}
     record.write(options.out / "range_over_t.json", {"models": models, "about": about})
     columns = list(next(iter(models.values()))["shares"])
-    headers = ["model", "tensors", *(f"\\|r({c.split()[0]}, t)\\| > {c.split()[2]}" for c in columns)]
+    headers = ["model", "tensors", *(f"|r({c.split()[0]}, t)| > {c.split()[2]}" for c in columns)]
     rows = [[n, str(m["tensors"]), *(f"{100 * m['shares'][c]:.1f} %" for c in columns)] for n, m in models.items()]
     lines = [
         f"Inputs of convolutions and linear layers (those of the time embedding left out) while the float network samples"
         f" {options.images} images in {options.steps} steps: share of them whose standard deviation, or range, goes with t."
         f" Commit {about['commit']}. `python scripts/range_over_t.py`.",
         "",
-        "| " + " | ".join(headers) + " |",
-        "|---|" + "---:|" * (len(headers) - 1),
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *markdown_lines(headers, rows),
         "",
         "The paper's figure is 62.1 % above 0.5 and 38.8 % above 0.7, and less in LDM than in DDIM.",
     ]
     (options.out / "range_over_t.md").write_text("\n".join(lines) + "\n")
-    print_table("share of tensors", [h.replace("\\", "") for h in headers], rows)
+    print_table("share of tensors", headers, rows)
     for path in sorted(options.out.glob("range_over_t*")):
         console.print(f"wrote {path}", markup=False)
 

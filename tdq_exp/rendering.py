@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,15 +27,19 @@ class Table:
     notes: list[str]
 
 
-def markdown(table: Table) -> str:
-    """The table as Markdown, ready for a file."""
+def markdown_lines(headers: Sequence[str], rows: Iterable[Iterable[str]], left: int = 1) -> list[str]:
+    """Headers and rows as the lines of a Markdown table; all columns but the first `left` are numbers."""
 
     def line(texts: Iterable[str]) -> str:
         return "| " + " | ".join(text.replace("|", r"\|") for text in texts) + " |"
 
+    return [line(headers), "|---" * left + "|" + "---:|" * (len(headers) - left), *map(line, rows)]
+
+
+def markdown(table: Table) -> str:
+    """The table as Markdown, ready for a file."""
     headers = [f"{name} ({detail})" if detail else name for name, detail in table.headers]
-    lines = [line(headers), "|---|---|" + "---:|" * (len(headers) - 2)]
-    lines += [line(texts) for group in table.groups for texts in group]
+    lines = markdown_lines(headers, (texts for group in table.groups for texts in group), left=2)
     return "\n".join([f"# {table.title}", "", *lines, "", *(f"- {note}" for note in table.notes)]) + "\n"
 
 
