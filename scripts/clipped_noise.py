@@ -2,10 +2,8 @@
 
     python scripts/clipped_noise.py results/runs/ldm_small_w4a4_lsq/seed0/packed.safetensors ... [--images 100]
 
-An element of x_T beyond the range of the first quantizer is seen as smaller than it is, so less noise is predicted there
-than there is. The first step turns an error of eps into one of x_0 that is sqrt((1 - abar) / abar) times as large, and
-without clipping of x_0 nothing takes it back. Places (pixels of x) with such an element are told from all others; each
-network is then sampled a second time, from the same noise, with the input of its first layer left in float.
+Why it matters: `tdq_exp/quant/first_layer.py`. Places (pixels of x) with an element beyond the range are told from all
+others; each network is then sampled a second time, from the same noise, with the input of its first layer left in float.
 """
 
 from __future__ import annotations
@@ -23,8 +21,7 @@ from tdq_exp.diffusion.generate import image_generators, starting_noise
 from tdq_exp.job import Job
 from tdq_exp.processes import Processes
 from tdq_exp.progress import print_table
-from tdq_exp.quant.convert import activation_quantizers
-from tdq_exp.quant.layers import QuantLayer
+from tdq_exp.quant.first_layer import first_range
 from tdq_exp.rendering import markdown_lines
 from tdq_exp.sample import load
 
@@ -40,27 +37,18 @@ def drawn(job: Job, net: nn.Module, x_t: Tensor) -> Tensor:
     return job.sampler.sample(lambda x, t: job.model.predict(net, x, t), x_t, job.model.schedule)
 
 
-def first_layer(job: Job, net: nn.Module) -> QuantLayer:
-    """Where x_t enters.
+def analyse(job: Job, net: nn.Module, x_t: Tensor, expected: Tensor) -> list[dict[str, Any]]:
+    """A record for the network as it is, and one with its first layer's input in float.
 
     Raises:
-        ValueError: if that layer is not quantized.
+        ValueError: if nothing can be cut off.
     """
-    name = next(name for name, role in job.model.roles(job.model.build()).items() if role.kind == "first")
-    layer = net.get_submodule(name)
-    if not isinstance(layer, QuantLayer) or layer.input_quantizer is None:
-        raise ValueError(f"{job.name}: its first layer, {name}, is not quantized")
-    if layer.input_quantizer.interval.dynamic:
-        raise ValueError(f"{job.name}: the range of its first layer, {name}, follows its input: nothing is cut off")
-    return layer
-
-
-def analyse(job: Job, net: nn.Module, x_t: Tensor, expected: Tensor) -> list[dict[str, Any]]:
-    """A record for the network as it is, and one with its first layer's input in float."""
-    layer = first_layer(job, net)
-    quantizer = next(q for q in activation_quantizers(net).values() if q is layer.input_quantizer)
-    s, z = (table[job.sampler.pairs(job.model.schedule)[0][0] if len(table) > 1 else 0] for table in quantizer.tables())
-    low, high = float(s * (quantizer.grid.n - z)), float(s * (quantizer.grid.p - z))
+    roles = job.model.roles(job.model.build())
+    limits = first_range(net, roles, job.sampler.pairs(job.model.schedule)[0][0])
+    if limits is None:
+        raise ValueError(f"{job.name}: its first layer's input is float, or has the range of what it sees")
+    low, high = limits
+    layer = net.get_submodule(next(name for name, role in roles.items() if role.kind == "first"))
     beyond = ((x_t < low) | (x_t > high)).any(1, keepdim=True).expand_as(x_t)
     found = []
     for form in (f"{low:.2f}..{high:.2f}", "float"):

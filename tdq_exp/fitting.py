@@ -29,7 +29,9 @@ from tdq_exp.fit.qat import interval_tables, qat
 from tdq_exp.job import Job
 from tdq_exp.models.checkpoints import load_weights, save_weights
 from tdq_exp.processes import Processes
+from tdq_exp.progress import console
 from tdq_exp.quant.convert import Recipe, bake, layer_map, quantize
+from tdq_exp.quant.first_layer import first_range, noise_beyond
 from tdq_exp.tracking import Tracker
 
 
@@ -119,6 +121,7 @@ def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
         baked = bake(net)
         processes.decide(lambda: save_weights(baked, job.folder / "baked.safetensors", {"fit": mark}))
         net = baked
+        facts |= _first_layer_facts(job, baked, say=processes.main)
     if job.fit.kind != "none":
         facts |= {"processes": processes.world, "peak_memory_gb": record.peak_memory_gb()}
     facts["environment"] = record.environment()
@@ -161,6 +164,26 @@ def _history_facts(history: History) -> dict[str, Any]:
         "seconds": round(history.seconds, 1), "validation_loss": history.validation[-1][1],
         "validation": history.validation, "best": [update for _, update in sorted(history.best)],
     }  # fmt: skip
+
+
+def _first_layer_facts(job: Job, net: nn.Module, say: bool) -> dict[str, Any]:
+    """How much of the starting noise the first layer does not see; said where it is enough to be seen in the images."""
+    assert job.recipe is not None
+    t = job.sampler.pairs(job.model.schedule)[0][0]
+    with torch.device("meta"):  # names are all that is wanted
+        roles = job.model.roles(job.model.build())
+    found = first_range(net, roles, t)
+    if found is None:
+        return {}
+    share = noise_beyond(*found)
+    if say and share > 1e-3:
+        advice = "" if job.recipe.plan.edge_bits else "; plan=edge8 gives it 8 bits"
+        console.print(
+            f"note: {share:.1%} of the starting noise is beyond the range of the first layer's input"
+            f" ({found[0]:.2f}..{found[1]:.2f} at t = {t}) and may come back as bright spots{advice}",
+            markup=False,
+        )
+    return {"first_layer": {"t": t, "range": found, "noise_beyond": share}}
 
 
 def _calibrated(

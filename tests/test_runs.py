@@ -42,6 +42,19 @@ def test_every_method_goes_from_float_net_to_row(tmp_path, tiny_weights, method,
         assert (made.folder / file).stat().st_size > 0
 
 
+def test_a_first_layer_that_cuts_the_starting_noise_is_recorded_and_said(tmp_path, tiny_weights, capsys):
+    made = build(tmp_path, tiny_weights, "bits=w4a4", "method=lsq", "tdq=none", "label=cuts")
+    pipeline.run(made)
+    found = json.loads((made.folder / "fit.json").read_text())["facts"]["first_layer"]
+    low, high = found["range"]
+    assert -4 < low < 0 < high < 4 and 1e-3 < found["noise_beyond"] < 0.5
+    said = f"{found['noise_beyond']:.1%} of the starting noise is beyond"
+    assert said in capsys.readouterr().out
+    wide = build(tmp_path, tiny_weights, "bits=w4a4", "method=lsq", "tdq=none", "label=wide", "plan=edge8")
+    pipeline.run(wide)
+    assert "of the starting noise is beyond" not in capsys.readouterr().out
+
+
 def test_the_same_command_again_does_nothing(tmp_path, tiny_weights, monkeypatch):
     made = build(tmp_path, tiny_weights)
     first = pipeline.run(made)
