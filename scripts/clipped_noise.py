@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tdq_exp import fitting, record
 from tdq_exp.diffusion.generate import image_generators, starting_noise
+from tdq_exp.diffusion.sampler import Ddim
 from tdq_exp.job import Job
 from tdq_exp.processes import Processes
 from tdq_exp.progress import print_table
@@ -41,8 +42,10 @@ def analyse(job: Job, net: nn.Module, x_t: Tensor, expected: Tensor) -> list[dic
     """A record for the network as it is, and one with its first layer's input in float.
 
     Raises:
-        ValueError: if nothing can be cut off.
+        ValueError: if nothing can be cut off, or the sampler is not DDIM.
     """
+    if not isinstance(job.sampler, Ddim):
+        raise ValueError(f"{job.name}: was measured with {type(job.sampler).__name__}; this is about DDIM's first step")
     roles = job.model.roles(job.model.build())
     limits = first_range(net, roles, job.sampler.pairs(job.model.schedule)[0][0])
     if limits is None:

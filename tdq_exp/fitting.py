@@ -169,7 +169,7 @@ def _history_facts(history: History) -> dict[str, Any]:
 def _first_layer_facts(job: Job, net: nn.Module, say: bool) -> dict[str, Any]:
     """How much of the starting noise the first layer does not see; said where it is enough to be seen in the images."""
     assert job.recipe is not None
-    t = job.sampler.pairs(job.model.schedule)[0][0]
+    t = job.model.schedule.steps - 1  # where any sampler starts, or near it: a fit knows of none
     with torch.device("meta"):  # names are all that is wanted
         roles = job.model.roles(job.model.build())
     found = first_range(net, roles, t)

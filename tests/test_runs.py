@@ -95,6 +95,15 @@ def test_killed_sampling_goes_on_with_the_same_bits(tmp_path, tiny_weights):
     assert np.array_equal(images(made), before)
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "pndm"])
+@pytest.mark.parametrize("method", ["lsq", "ptq4dm"])
+def test_every_sampler_takes_a_fit_to_a_row(tmp_path, tiny_weights, method, sampler):
+    made = build(tmp_path, tiny_weights, f"method={method}", f"sampler={sampler}", "sampler.steps=5")
+    (row,) = pipeline.run(made)
+    assert row["images"] == 12 and np.isfinite(list(row["metrics"].values())).all()
+    assert images(made).std() > 1
+
+
 def test_more_images_begin_with_the_same_images(tmp_path, tiny_weights):
     few, many = build(tmp_path, tiny_weights), build(tmp_path, tiny_weights, "sampler.images=18")
     pipeline.run(few)
