@@ -4,6 +4,7 @@
 
 Why it matters: `tdq_exp/quant/first_layer.py`. Places (pixels of x) with an element beyond the range are told from all
 others; each network is then sampled a second time, from the same noise, with the input of its first layer left in float.
+An outlier is an element of x_0 more than twice as large as the float network's largest.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tdq_exp.sample import load
 
 HEADERS = (
     "network", "input of the first layer", "places beyond it", "error there", "error elsewhere", "largest x_0",
-    "of float's",
+    "of float's", "outliers", "of them there",
 )  # fmt: skip
 
 
@@ -61,10 +62,13 @@ def analyse(job: Job, net: nn.Module, x_t: Tensor, expected: Tensor) -> list[dic
         error = (x_0 - expected).square()
         there, elsewhere = (float(error[at].mean().sqrt()) if at.any() else None for at in (beyond, ~beyond))
         largest, reference = float(x_0.abs().max()), float(expected.abs().max())
+        outliers = x_0.abs() > 2 * reference
         found.append(
             {
                 "name": job.name, "range": form, "share": float(beyond.float().mean()), "error_there": there,
                 "error_elsewhere": elsewhere, "largest": largest, "largest_of_float": largest / reference,
+                "outliers": float(outliers.float().mean()),
+                "outliers_there": float(beyond[outliers].float().mean()) if outliers.any() else None,
             }
         )  # fmt: skip
     return found
@@ -104,7 +108,8 @@ def write(records: list[dict[str, Any]], gains: dict[str, float], options: argpa
         [
             r["name"], r["range"], f"{r['share']:.3f}",
             *("-" if r[error] is None else f"{r[error]:.3f}" for error in ("error_there", "error_elsewhere")),
-            f"{r['largest']:.1f}", f"{r['largest_of_float']:.1f}",
+            f"{r['largest']:.1f}", f"{r['largest_of_float']:.1f}", f"{r['outliers']:.4f}",
+            "-" if r["outliers_there"] is None else f"{r['outliers_there']:.3f}",
         ]
         for r in records
     ]  # fmt: skip
@@ -112,7 +117,7 @@ def write(records: list[dict[str, Any]], gains: dict[str, float], options: argpa
     lines = [
         f"x_0 (before decoding) of {options.images} images against the float network's, from the same noise: root mean"
         " square error at places where some element of x_T is beyond the range of the first layer's input at the first"
-        f" step, and at all others. That step turns an error of eps into a larger one of x_0: {said}."
+        f" step, and at all others; outliers are elements over twice the float network's largest. That step turns an error of eps into a larger one of x_0: {said}."
         f" Commit {about['commit']}. `python scripts/clipped_noise.py {' '.join(map(str, options.runs))}`.",
         "",
         *markdown_lines(HEADERS, rows, left=2),

@@ -20,10 +20,10 @@ from tdq_exp.quant.roles import Role
 def first_range(net: nn.Module, roles: Mapping[str, Role], t: int) -> tuple[float, float] | None:
     """The smallest and the largest x_t that the first layer sees as it is, s (n - z) and s (p - z), at a time step.
 
-    None if its input is not quantized, or by a range that follows the input.
+    None if no layer has this role, its input is not quantized, or it is by a range that follows the input.
     """
-    name = next(name for name, role in roles.items() if role.kind == "first")
-    layer = net.get_submodule(name)
+    name = next((name for name, role in roles.items() if role.kind == "first"), None)
+    layer = None if name is None else net.get_submodule(name)
     quantizer = layer.input_quantizer if isinstance(layer, QuantLayer) else None
     if not isinstance(quantizer, Quantizer) or quantizer.interval.dynamic:
         return None

@@ -38,3 +38,8 @@ def test_a_float_first_layer_and_one_that_follows_its_input_have_none():
 def test_the_share_is_that_of_drawn_noise(low, high):
     x = torch.randn(10**6, generator=torch.Generator().manual_seed(0))
     assert noise_beyond(low, high) == pytest.approx(float(((x < low) | (x > high)).float().mean()), abs=1e-3)
+
+
+def test_a_model_without_such_a_layer_has_none():
+    others = {name: role for name, role in ROLES.items() if role.kind != "first"}
+    assert first_range(make_net(Recipe(4, 4, Lsq, Lsq)), others, 0) is None
