@@ -35,7 +35,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/mypy
 
 table1 table2: $(VENV)/installed
-	$(VENV)/bin/python -m tdq_exp.tables $@ --scale $(SCALE) --run $(TABLE_ARGS)
+	$(VENV)/bin/python -m tdq_exp table $@ --scale $(SCALE) --run $(TABLE_ARGS)
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python scripts/bench.py

@@ -19,16 +19,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tdq_exp import job as jobs
-from tdq_exp import record
-from tdq_exp.compose import compose
-from tdq_exp.models.model import DiffusionModel
-from tdq_exp.quant import kernels
+from tdq_exp.config.compose import compose
+from tdq_exp.experiment import build as jobs
+from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.calibrate import calibrating
 from tdq_exp.quant.convert import Recipe, activation_quantizers, bake, quantize
-from tdq_exp.quant.generators import GeneratorBank, encode_time
-from tdq_exp.quant.interval import Interval, StaticIntervals, Temporal, TemporalIntervals
-from tdq_exp.quant.lsq import Lsq
+from tdq_exp.quant.intervals.base import Interval
+from tdq_exp.quant.intervals.static import StaticIntervals
+from tdq_exp.quant.intervals.temporal import GeneratorBank, Temporal, TemporalIntervals, encode_time
+from tdq_exp.quant.kernels import cpu as kernels
+from tdq_exp.quant.rules.lsq import Lsq
+from tdq_exp.runtime import environment, files
 
 AIMS = {
     "LSQ / float, training step": ("train LSQ", "train float", 1.4),
@@ -179,8 +180,8 @@ def main() -> None:
 
 def write(found: dict[str, dict[str, float]], options: argparse.Namespace) -> None:
     """`qat.json` with every figure, `qat.md` to read."""
-    about = {"threads": options.threads, "rounds": options.rounds, "batch": options.batch, **record.environment()}
-    record.write(options.out / "qat.json", {"milliseconds": found, "about": about})
+    about = {"threads": options.threads, "rounds": options.rounds, "batch": options.batch, **environment.environment()}
+    files.write(options.out / "qat.json", {"milliseconds": found, "about": about})
     lines = [
         f"`ddim_small`, batch {options.batch}, {options.threads} threads, {options.rounds} interleaved rounds, "
         f"milliseconds. {about['machine']}, torch {torch.__version__}, Python {platform.python_version()}, "

@@ -28,17 +28,21 @@ import torch
 from bench import denoising_step, medians, quantized
 from torch import Tensor, nn
 
-from tdq_exp import export, record
-from tdq_exp import job as jobs
-from tdq_exp.compose import compose
-from tdq_exp.deploy import coders, fuse, integer, onnx, packed
-from tdq_exp.models.checkpoints import save_weights
-from tdq_exp.models.model import DiffusionModel
-from tdq_exp.quant import kernels
+from tdq_exp.commands import export
+from tdq_exp.config.compose import compose
+from tdq_exp.deploy import coders, fuse, integer, packed
+from tdq_exp.deploy.onnx import graph as onnx
+from tdq_exp.experiment import build as jobs
+from tdq_exp.models.pixel import DiffusionModel
+from tdq_exp.models.weights.load import save_weights
 from tdq_exp.quant.convert import Recipe, bake
-from tdq_exp.quant.interval import DynamicIntervals, StaticIntervals, TemporalIntervals
+from tdq_exp.quant.intervals.dynamic import DynamicIntervals
+from tdq_exp.quant.intervals.static import StaticIntervals
+from tdq_exp.quant.intervals.temporal import TemporalIntervals
+from tdq_exp.quant.kernels import cpu as kernels
 from tdq_exp.quant.layers import QuantConv2d
-from tdq_exp.quant.lsq import Lsq
+from tdq_exp.quant.rules.lsq import Lsq
+from tdq_exp.runtime import environment, files
 
 FLOATS = ("float32 eager", "float32 eager, channels last")
 VARIANTS = (
@@ -336,7 +340,7 @@ def report(content: dict[str, Any]) -> str:
 
 def save(content: dict[str, Any], out: Path) -> None:
     """Writes `integer.json` and the page, and prints it."""
-    record.write(out / "integer.json", content)
+    files.write(out / "integer.json", content)
     (out / "integer.md").write_text(report(content))
     print(report(content))
 
@@ -381,9 +385,9 @@ def main() -> None:
             print(working_memory(step))
             return
         variants = [v for v in VARIANTS if not (options.no_compile and "compiled" in v)]
-        content: dict[str, Any] = {"about": {"threads": options.threads, **record.environment()}, "models": {}}
+        content: dict[str, Any] = {"about": {"threads": options.threads, **environment.environment()}, "models": {}}
         if options.keep_times:
-            kept = record.read(options.out / "integer.json")
+            kept = files.read(options.out / "integer.json")
             if kept is None:
                 raise SystemExit(f"error: {options.out / 'integer.json'}: is not there; measure the times first")
             content = kept

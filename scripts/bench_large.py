@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdq_exp import fitting, record
-from tdq_exp import job as jobs
-from tdq_exp.compose import compose
+from tdq_exp.config.compose import compose
 from tdq_exp.deploy import integer
-from tdq_exp.progress import print_table
+from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment import fit_stage
 from tdq_exp.quant.convert import bake
-from tdq_exp.rendering import markdown_lines
+from tdq_exp.report.render import markdown_lines
+from tdq_exp.runtime import environment, files
+from tdq_exp.runtime.progress import print_table
 
 FORMS = {
     "baseline": "Python and its libraries",
@@ -47,7 +48,7 @@ def network(job: jobs.Job, form: str) -> nn.Module:
     if form == "float":
         return job.model.build().eval()
     assert job.recipe is not None
-    net = bake(fitting.skeleton(job, job.recipe), inplace=True)
+    net = bake(fit_stage.skeleton(job, job.recipe), inplace=True)
     return integer.integerize(net, list(integer.candidates(net))) if form == "integer" else net
 
 
@@ -57,16 +58,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     job = job_of(options.experiment)
     if options.form == "baseline":
-        return {"memory": record.peak_memory_gb(), "steps": {}}
+        return {"memory": environment.peak_memory_gb(), "steps": {}}
     net, steps = network(job, options.form), {}
-    built = record.peak_memory_gb()
+    built = environment.peak_memory_gb()
     for batch in options.batches:
         x, times = torch.randn(batch, *job.model.sample_shape), []
         for _ in range(options.rounds + 1):
             began = time.perf_counter()
             job.model.predict(net, x, torch.tensor(500))
             times.append(time.perf_counter() - began)
-        steps[str(batch)] = {"seconds": sorted(times[1:]), "memory": record.peak_memory_gb()}
+        steps[str(batch)] = {"seconds": sorted(times[1:]), "memory": environment.peak_memory_gb()}
     return {"parameters": sum(p.numel() for p in job.model.build().parameters()), "memory": built, "steps": steps}
 
 
@@ -95,8 +96,8 @@ def main() -> None:
 def write(found: dict[str, Any], options: argparse.Namespace) -> None:
     """`large.json` with every figure, `large.md` to read."""
     about = {"experiment": options.experiment, "threads": options.threads, "rounds": options.rounds}
-    about |= record.environment()
-    record.write(options.out / "large.json", {"forms": found, "about": about})
+    about |= environment.environment()
+    files.write(options.out / "large.json", {"forms": found, "about": about})
     rows = [[FORMS["baseline"], "-", "-", "-", f"{found['baseline']['memory']:.2f}"]]
     for batch in map(str, options.batches):
         reference = middle(found["float"]["steps"][batch]["seconds"])

@@ -17,19 +17,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdq_exp import job as jobs
-from tdq_exp import record
-from tdq_exp.compose import compose
-from tdq_exp.fit.blocks import blocks_of
+from tdq_exp.config.compose import compose
+from tdq_exp.experiment import build as jobs
 from tdq_exp.fit.calibrated import Shown, quantized_and_calibrated
-from tdq_exp.fit.ptq import PtqOptions, capture
-from tdq_exp.fit.reconstruct import BlockData, Reconstruction, ReconstructOptions
-from tdq_exp.models.model import DiffusionModel
-from tdq_exp.processes import Processes
+from tdq_exp.fit.ptq.blocks import blocks_of
+from tdq_exp.fit.ptq.ptq import PtqOptions, capture
+from tdq_exp.fit.ptq.reconstruct import BlockData, Reconstruction, ReconstructOptions
+from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.convert import Recipe, code_weights
-from tdq_exp.quant.interval import StaticIntervals, TemporalIntervals
-from tdq_exp.quant.lsq import Lsq
-from tdq_exp.quant.minmax import MinMax, MinMaxWeights
+from tdq_exp.quant.intervals.static import StaticIntervals
+from tdq_exp.quant.intervals.temporal import TemporalIntervals
+from tdq_exp.quant.rules.lsq import Lsq
+from tdq_exp.quant.rules.minmax import MinMax, MinMaxWeights
+from tdq_exp.runtime import environment, files
+from tdq_exp.runtime.processes import Processes
 
 AIM = 1.15
 SAMPLES = 256
@@ -112,7 +113,7 @@ def whole_fits(out: Path) -> list[str]:
     """Lines of the whole fits of `ddim_small` at W8A5, from their rows, if they were made."""
     lines = []
     for name in FITS:
-        found = record.read(out / "runs" / f"ddim_small_w8a5_{name}" / "seed0" / "fit.json")
+        found = files.read(out / "runs" / f"ddim_small_w8a5_{name}" / "seed0" / "fit.json")
         if found is not None and found["done"]:
             facts = found["facts"]
             lines.append(f"| {name} | {facts['seconds']:.0f} | {facts['peak_memory_gb']} |")
@@ -134,9 +135,9 @@ def main() -> None:
     model = jobs.make(compose(["model=ddim_small"]), "model.definition")
     blocks = block_seconds(model, processes, options.updates, options.rounds)
     minmax = minmax_seconds(processes)
-    about = {"threads": options.threads, **record.environment()}
+    about = {"threads": options.threads, **environment.environment()}
     found = {"seconds_per_1000_updates": blocks, "minmax_ddim_cifar10_256_samples": minmax, "about": about}
-    record.write(options.out / "bench" / "ptq.json", found)
+    files.write(options.out / "bench" / "ptq.json", found)
     total = {name: sum(times[name] for times in blocks.values()) for name in ("static", "TDQ")}
     lines = [
         f"`ddim_small`, batch 32, W8A4, {options.threads} threads, medians of {options.rounds} interleaved stretches of"

@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdq_exp import fitting, record
-from tdq_exp.diffusion.generate import image_generators, starting_noise
-from tdq_exp.diffusion.sampler import Ddim
-from tdq_exp.job import Job
-from tdq_exp.processes import Processes
-from tdq_exp.progress import print_table
-from tdq_exp.quant.first_layer import first_range
-from tdq_exp.rendering import markdown_lines
-from tdq_exp.sample import load
+from tdq_exp.diffusion.ddim import Ddim
+from tdq_exp.diffusion.draws import image_generators, starting_noise
+from tdq_exp.experiment import fit_stage
+from tdq_exp.experiment.build import Job
+from tdq_exp.experiment.first_layer import first_range
+from tdq_exp.experiment.load import load
+from tdq_exp.report.render import markdown_lines
+from tdq_exp.runtime import environment, files
+from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime.progress import print_table
 
 HEADERS = (
     "network", "input of the first layer", "places beyond it", "error there", "error elsewhere", "largest x_0",
@@ -88,7 +89,7 @@ def main() -> None:
     try:
         for run in options.runs:
             job, net = load(run)
-            float_net, _ = fitting.float_net(job, processes)
+            float_net, _ = fit_stage.float_net(job, processes)
             x_t = starting_noise(image_generators(0, range(options.images)), job.model.sample_shape)
             records += analyse(job, net, x_t, drawn(job, float_net, x_t))
             abar = float(job.model.schedule.alphas_cumprod[job.sampler.pairs(job.model.schedule)[0][0]])
@@ -102,8 +103,8 @@ def main() -> None:
 
 def write(records: list[dict[str, Any]], gains: dict[str, float], options: argparse.Namespace) -> None:
     """`clipped_noise.json` with every figure, `clipped_noise.md` to read."""
-    about = {"images": options.images, "gains": gains, **record.environment()}
-    record.write(options.out / "clipped_noise.json", {"networks": records, "about": about})
+    about = {"images": options.images, "gains": gains, **environment.environment()}
+    files.write(options.out / "clipped_noise.json", {"networks": records, "about": about})
     rows = [
         [
             r["name"], r["range"], f"{r['share']:.3f}",

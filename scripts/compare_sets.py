@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tdq_exp import job as jobs
-from tdq_exp.compose import compose
+from tdq_exp.config.compose import compose
+from tdq_exp.experiment import build as jobs
 from tdq_exp.metrics.fidelity import Statistics, frechet_distance
 from tdq_exp.metrics.measure import features_of
-from tdq_exp.processes import Processes
-from tdq_exp.progress import print_table
+from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime.progress import print_table
 
 
 def read(folder: Path) -> NDArray[np.uint8]:

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tdq_exp import fitting
-from tdq_exp.fit.calibration_sets import make_set
-from tdq_exp.fit.reconstruct import sample_losses
-from tdq_exp.models.model import DiffusionModel
-from tdq_exp.processes import Processes
-from tdq_exp.progress import print_table
-from tdq_exp.sample import load
+from tdq_exp.experiment import fit_stage
+from tdq_exp.experiment.load import load
+from tdq_exp.fit.ptq.calibration_set import make_set
+from tdq_exp.fit.ptq.reconstruct import sample_losses
+from tdq_exp.models.pixel import DiffusionModel
+from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime.progress import print_table
 
 EDGES = (0, 1, 50, 200, 500, 800)  # of groups of t; the last one ends with T
 
@@ -49,7 +49,7 @@ def main() -> None:
         each = job.calibration.samples // job.calibration.images
         images = options.images or job.calibration.images
         spec = dataclasses.replace(job.calibration, images=images, samples=images * each)
-        float_net, weights = fitting.float_net(job, processes)
+        float_net, weights = fit_stage.float_net(job, processes)
         with tempfile.TemporaryDirectory() as cache:
             parts = spec.parts(job.part("model"), weights, dataclasses.asdict(job.trajectory), "none")
             made = make_set(

@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdq_exp import figures, fitting, record, sampling
-from tdq_exp import job as jobs
-from tdq_exp.compose import compose
-from tdq_exp.models.model import DiffusionModel
-from tdq_exp.processes import Processes
-from tdq_exp.progress import console, print_table, track
-from tdq_exp.rendering import markdown_lines
+from tdq_exp.config.compose import compose
+from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment import fit_stage, sample_stage
+from tdq_exp.models.pixel import DiffusionModel
+from tdq_exp.report.render import markdown_lines
+from tdq_exp.runtime import environment, figures, files
+from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime.progress import console, print_table, track
 
 MEASURES = ("deviation", "range")
 BOUNDS = (0.5, 0.7)
@@ -64,7 +65,7 @@ def over_time(job: jobs.Job, net: nn.Module, images: int, steps: int, device: to
             visited.append(t)
             advance(f"t = {t}")
 
-        sampling.sample_group(net, job.model, sampler, range(images), seed=job.seed, device=device, on_step=on_step)
+        sample_stage.sample_group(net, job.model, sampler, range(images), seed=job.seed, device=device, on_step=on_step)
     for handle in handles:
         handle.remove()
     order = torch.tensor(visited).argsort()
@@ -98,7 +99,7 @@ def main() -> None:
     for name in options.models:
         try:
             job = jobs.build(compose([f"model={name}", "method=fp"]), source=False)
-            net, weights = fitting.float_net(job, processes)
+            net, weights = fit_stage.float_net(job, processes)
             found = over_time(job, net, options.images, options.steps, processes.device)
         except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
@@ -115,8 +116,8 @@ def main() -> None:
 
 def write(models: dict[str, Any], options: argparse.Namespace) -> None:
     """`range_over_t.json` with every r, `range_over_t.md` to read."""
-    about = {"images": options.images, "steps": options.steps, **record.environment()}
-    record.write(options.out / "range_over_t.json", {"models": models, "about": about})
+    about = {"images": options.images, "steps": options.steps, **environment.environment()}
+    files.write(options.out / "range_over_t.json", {"models": models, "about": about})
     columns = list(next(iter(models.values()))["shares"])
     headers = ["model", "tensors", *(f"|r({c.split()[0]}, t)| > {c.split()[2]}" for c in columns)]
     rows = [[n, str(m["tensors"]), *(f"{100 * m['shares'][c]:.1f} %" for c in columns)] for n, m in models.items()]

@@ -17,12 +17,14 @@ def load(run: str | Path) -> nn.Module:
     """The baked network of a finished run, in eval mode, on the CPU: `net(x_t, t, return_dict=False)[0]` is eps_hat.
 
     Args:
-        run: the run's folder, `results/runs/<name>/seed<k>`, or a packed network (`python -m tdq_exp.pack`).
+        run: the run's folder, `results/runs/<name>/seed<k>`, or a packed network (`python -m tdq_exp pack`).
 
     Raises:
         FileNotFoundError: if there is no finished run.
         ValueError: if its weights are missing, damaged, or of another configuration.
     """
-    from tdq_exp.sample import load as load_run  # torch and diffusers are imported only when a network is wanted
+    from tdq_exp.experiment.load import (
+        load as load_run,  # torch and diffusers are imported only when a network is wanted
+    )
 
     return load_run(run)[1]

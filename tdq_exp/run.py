@@ -15,7 +15,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from tdq_exp import assets, compose, schema
+from tdq_exp.config import assets, compose, schema
 
 
 def main() -> None:
@@ -49,14 +49,17 @@ def _job(cfg: DictConfig) -> None:
 
 def _run(cfg: DictConfig) -> None:
     schema.validate(cfg)
-    from tdq_exp import job, launch, pipeline, plan  # after composition: `--help` does not wait for torch
+    from tdq_exp.experiment import build as jobs
+    from tdq_exp.experiment import cost as costs
+    from tdq_exp.experiment import pipeline
+    from tdq_exp.runtime import launch  # after composition: `--help` does not wait for torch
 
-    made = job.build(cfg)
+    made = jobs.build(cfg)
     if cfg.plan_only:
-        plan.show(made)
+        costs.show(made)
         return
     if made.config["protocol"]["scale"] == "paper" and not launch.gpus() and not cfg.go and not made.smoke:
-        plan.show(made)
+        costs.show(made)
         raise ValueError("this is the paper's scale and there is no GPU: take model=ddim_small, or insist with go=true")
     count = launch.wanted(made.launcher)
     if count > 1 and not launch.launched():

@@ -28,24 +28,26 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory) -> Path:
     """A float tiny net, pre-trained for four updates."""
-    from tdq_exp import job, pipeline
-    from tdq_exp.compose import compose
+    from tdq_exp.config.compose import compose
+    from tdq_exp.experiment import build as jobs
+    from tdq_exp.experiment import pipeline
 
     out = tmp_path_factory.mktemp("float")
-    made = job.build(compose(["model=tiny", "method=fp", "fit=pretrain", "tracker=none", f"out={out}"]))
+    made = jobs.build(compose(["model=tiny", "method=fp", "fit=pretrain", "tracker=none", f"out={out}"]))
     assert pipeline.run(made) == []
     return made.folder / "weights.safetensors"
 
 
 @pytest.fixture
 def command(tmp_path):
-    """Runs a module of the package from another folder with one thread; returns the finished process."""
+    """Runs a command of the package from another folder with one thread; returns the finished process."""
 
-    def run(*arguments: str, module: str = "tdq_exp.run", launcher: tuple[str, ...] = (), timeout: int = 240):
+    def run(*arguments: str, verb: str = "run", launcher: tuple[str, ...] = (), timeout: int = 240):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
+        module = ["tdq_exp.run"] if verb == "run" else ["tdq_exp", verb]
         environment.pop("HYDRA_FULL_ERROR", None)
         return subprocess.run(
-            [sys.executable, *launcher, "-m", module, *arguments],
+            [sys.executable, *launcher, "-m", *module, *arguments],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tdq_exp import assets, job, schema, tables
-from tdq_exp.compose import compose
+from tdq_exp.config import assets, schema
+from tdq_exp.config.compose import compose
+from tdq_exp.experiment import build as jobs
+from tdq_exp.report import cells as tables
 
 EXPERIMENTS = sorted(path.stem for path in (assets.configs() / "experiment").glob("*.yaml"))
 LOCAL = ["model.weights=none.safetensors"]  # no shipped net is needed to build a job
@@ -66,12 +68,12 @@ def test_the_papers_numbers_for_churches():
 
 def test_what_a_latent_model_of_either_scale_denoises_and_decodes():
     for name, sample, image in (("ldm_fp", (4, 32, 32), 256), ("ldm_small_fp", (4, 8, 8), 32)):
-        made = job.build(compose([f"+experiment={name}", *local(name)])).model
+        made = jobs.build(compose([f"+experiment={name}", *local(name)])).model
         assert (made.sample_shape, made.image_size, made.channels) == (sample, image, 3)
 
 
 def test_the_small_latent_model_has_about_a_million_parameters_and_every_kind_of_block():
-    made, paper = (job.make(compose([f"model={name}"]), "model.definition") for name in ("ldm_small", "ldm_churches"))
+    made, paper = (jobs.make(compose([f"model={name}"]), "model.definition") for name in ("ldm_small", "ldm_churches"))
     assert sum(p.numel() for p in made.build().parameters()) == 1_150_868
     assert sum(p.numel() for p in made.autoencoder.build().parameters()) == 681_911
     for side in ("down_block_types", "up_block_types"):
@@ -86,7 +88,7 @@ def test_post_training_quantization_samples_with_its_own_number_of_steps():
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_builds_and_is_named_after_what_it_contains(name):
-    made = job.build(compose([f"+experiment={name}", *local(name)]))
+    made = jobs.build(compose([f"+experiment={name}", *local(name)]))
     assert made.name == name
     assert (made.recipe is None) == name.endswith("_fp")
     first = (assets.configs() / "experiment" / f"{name}.yaml").read_text().splitlines()[1]
@@ -113,7 +115,7 @@ def test_whatever_differs_from_the_default_is_in_the_name(overrides, name):
 
 @pytest.mark.parametrize("experiment", ["ddim_w4a4_lsq_tdq", "ddim_small_w8a8_pact", "digits_fp", "ldm_w4a4_lsq"])
 def test_smoke_shrinks_any_experiment(experiment):
-    made = job.build(compose([f"+experiment={experiment}", "debug=smoke", *local(experiment)]))
+    made = jobs.build(compose([f"+experiment={experiment}", "debug=smoke", *local(experiment)]))
     assert made.smoke
     assert made.name == f"{experiment}_smoke"
     assert made.sampling.steps == 2
@@ -122,7 +124,7 @@ def test_smoke_shrinks_any_experiment(experiment):
 @pytest.mark.parametrize("rule", ["lsq", "pact", "nipq"])
 @pytest.mark.parametrize("interval", ["none", "temporal", "s1", "s10", "s1000"])
 def test_every_rule_takes_every_interval(rule, interval):
-    made = job.build(compose(["model=tiny", f"method={rule}", f"tdq={interval}", *LOCAL]))
+    made = jobs.build(compose(["model=tiny", f"method={rule}", f"tdq={interval}", *LOCAL]))
     assert made.recipe is not None
 
 
@@ -141,7 +143,7 @@ def test_every_rule_takes_every_interval(rule, interval):
         (["sampler.images=0"], "sampler.images=0"),
         (["data.limit=0"], "data.limit=0"),
         (["weight.interval=temporal"], "weight.interval='temporal'"),
-        (["tdq.offset=sideways"], "tdq.offset='sideways'"),
+        (["tdq.zero_point=sideways"], "tdq.zero_point='sideways'"),
         (["fit.report=best"], "fit.report='best'"),
         (["fit=pretrain"], "fit.kind=pretrain"),
         (["tdq.interval.widht=3"], "widht"),
@@ -156,7 +158,7 @@ def test_every_rule_takes_every_interval(rule, interval):
 )
 def test_a_mistake_is_one_line_that_names_the_key(overrides, said):
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        job.build(compose([*LOCAL, *overrides]))
+        jobs.build(compose([*LOCAL, *overrides]))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -164,5 +166,5 @@ def test_a_mistake_is_one_line_that_names_the_key(overrides, said):
 def test_a_key_that_came_later_is_a_part_only_where_it_differs():
     fit = schema.plain(compose([]).fit)
     assert fit["lr_schedule"] == "constant"
-    assert "lr_schedule" not in job.parts_of("fit", fit)  # so that earlier rows are still rows of this fit
-    assert job.parts_of("fit", fit | {"lr_schedule": "cosine"})["lr_schedule"] == "cosine"
+    assert "lr_schedule" not in jobs.parts_of("fit", fit)  # so that earlier rows are still rows of this fit
+    assert jobs.parts_of("fit", fit | {"lr_schedule": "cosine"})["lr_schedule"] == "cosine"

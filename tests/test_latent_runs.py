@@ -9,21 +9,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tdq_exp import export, fitting, job, pipeline, plan, sampling
-from tdq_exp import sample as sample_command
-from tdq_exp.compose import compose
+from tdq_exp.commands import export
+from tdq_exp.commands import sample as sample_command
+from tdq_exp.commands.pack import pack
+from tdq_exp.config.compose import compose
 from tdq_exp.deploy import integer
-from tdq_exp.diffusion.objective import generator
+from tdq_exp.diffusion.draws import generator
+from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment import cost as costs
+from tdq_exp.experiment import fit_stage, pipeline, sample_stage
 from tdq_exp.fit.loop import Interrupted
-from tdq_exp.models.checkpoints import save_weights
-from tdq_exp.pack import pack
-from tdq_exp.processes import Processes
+from tdq_exp.models.weights.load import save_weights
+from tdq_exp.runtime.processes import Processes
 
 QUICK = ["model=tiny_latent", "tracker=none", "launcher=cpu", "fit.calibration_samples=64"]
 
 
 def build(out, *overrides):
-    return job.build(compose([*QUICK, f"out={out}", *overrides]))
+    return jobs.build(compose([*QUICK, f"out={out}", *overrides]))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,7 @@ def test_reconstructions_are_images_through_one_draw_of_their_latents(tmp_path, 
     made = build(tmp_path, *weights)
     processes = Processes(cpu=True)
     held_out = pipeline.load_data(made, processes).held_out
-    back = sampling.Reconstructions(made.model, held_out, 150, processes)
+    back = sample_stage.Reconstructions(made.model, held_out, 150, processes)
     assert len(back) == 150 and back.content == f"{held_out.content}-{made.model.codec_fingerprint}"
     net = made.model.autoencoder.net()
     for i in (0, 149):
@@ -128,7 +131,7 @@ def test_an_exported_net_has_its_losses_beside_it(tmp_path, autoencoder):
 def test_latents_are_encoded_once_for_all_fits(tmp_path, weights, monkeypatch):
     cache = f"data.cache={tmp_path / 'cache'}"
     pipeline.run(build(tmp_path / "a", *weights, cache))
-    monkeypatch.setattr("tdq_exp.models.autoencoder.ScaledAutoencoder.encode", None)
+    monkeypatch.setattr("tdq_exp.models.codec.ScaledAutoencoder.encode", None)
     pipeline.run(build(tmp_path / "b", *weights, cache, "bits=w8a8"))
     # The same weights in another architecture make other latents.
     other = build(tmp_path / "c", *weights, cache, "model.definition.autoencoder.network.norm_num_groups=2")
@@ -197,9 +200,9 @@ def test_mistakes_are_one_line_that_names_the_key(tmp_path, weights, autoencoder
     with pytest.raises(ValueError, match="model.autoencoder has no value"):
         pipeline.run(build(tmp_path, weights[0]))
     with pytest.raises(ValueError, match="autoencoder=net.safetensors: this model has none"):
-        job.build(compose(["model=tiny", "model.weights=x.safetensors", "model.autoencoder=net.safetensors"]))
+        jobs.build(compose(["model=tiny", "model.weights=x.safetensors", "model.autoencoder=net.safetensors"]))
     with pytest.raises(ValueError, match="fit.part=autoencoder: this model has no such part"):
-        job.build(compose(["model=tiny", "method=fp", "fit=pretrain_autoencoder"]))
+        jobs.build(compose(["model=tiny", "method=fp", "fit=pretrain_autoencoder"]))
     with pytest.raises(ValueError, match="fit.part=autoencoder: only a pre-training has a choice"):
         build(tmp_path, *weights, "fit.part=autoencoder")
 
@@ -227,10 +230,10 @@ def test_a_definition_that_makes_no_sense_is_refused_before_anything_is_encoded(
 def test_images_are_drawn_from_a_finished_run_but_not_from_an_autoencoder(tmp_path, weights, autoencoder, command):
     pipeline.run(build(tmp_path, *weights))
     run = tmp_path / "runs" / "tiny_latent_w4a4_lsq_tdq" / "seed0"
-    done = command(str(run), "--images", "3", "--cpu", "--out", "drawn", module="tdq_exp.sample")
+    done = command(str(run), "--images", "3", "--cpu", "--out", "drawn", verb="sample")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "drawn").glob("0*.png"))) == 3
-    done = command(str(autoencoder.parent), "--out", "other", module="tdq_exp.sample")
+    done = command(str(autoencoder.parent), "--out", "other", verb="sample")
     assert done.returncode == 2 and "is the model's autoencoder" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -244,20 +247,20 @@ def test_the_plan_of_an_autoencoder_counts_its_own_parameters(tmp_path, command)
 
 def test_the_plan_of_a_latent_model_counts_its_encoding_and_decoding(tmp_path, weights, monkeypatch):
     made = build(tmp_path, *weights)
-    whole = plan.estimate(made)
+    whole = costs.estimate(made)
     assert whole.encode_seconds > 0
     for overrides in (["method=fp"], ["method=ptq4dm"]):  # a net that is loaded, or shown trajectories of its own
-        assert plan.estimate(build(tmp_path, *weights, *overrides)).encode_seconds == 0
-    assert plan.estimate(build(tmp_path, *weights, "method=ptq4dm", "calibration=forward")).encode_seconds > 0
-    monkeypatch.setattr(plan, "_coding_seconds", lambda job, device: (0.0, 3600.0))
-    slow = plan.estimate(made)
+        assert costs.estimate(build(tmp_path, *weights, *overrides)).encode_seconds == 0
+    assert costs.estimate(build(tmp_path, *weights, "method=ptq4dm", "calibration=forward")).encode_seconds > 0
+    monkeypatch.setattr(costs, "_coding_seconds", lambda job, device: (0.0, 3600.0))
+    slow = costs.estimate(made)
     assert slow.encode_seconds == 0 and slow.sample_seconds > 3600 * made.sampling.images
     monkeypatch.undo()
-    pixels = job.build(compose(["model=tiny", *QUICK[1:], "method=fp", "fit=pretrain", f"out={tmp_path}"]))
-    assert plan.estimate(pixels).encode_seconds == 0
+    pixels = jobs.build(compose(["model=tiny", *QUICK[1:], "method=fp", "fit=pretrain", f"out={tmp_path}"]))
+    assert costs.estimate(pixels).encode_seconds == 0
 
 
 def test_finished_networks_are_read_back(autoencoder):
     made = build(autoencoder.parents[3], "method=fp", "fit=pretrain_autoencoder")
-    net = fitting.finished_net(made, torch.device("cpu"))
+    net = fit_stage.finished_net(made, torch.device("cpu"))
     assert same(net.state_dict(), load_file(autoencoder))

@@ -10,17 +10,18 @@ import torch
 from safetensors.torch import load_file
 
 import tdq_exp
-from tdq_exp import fitting, job, pipeline
-from tdq_exp.compose import compose
+from tdq_exp.config.compose import compose
 from tdq_exp.diffusion.objective import noise_prediction_loss
+from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment import fit_stage, pipeline
 from tdq_exp.fit.loop import Interrupted
-from tdq_exp.models import model
+from tdq_exp.models import pixel
 
 QUICK = ["model=tiny", "tracker=none", "launcher=cpu", "fit.calibration_samples=64"]
 
 
 def build(tmp_path, weights, *overrides):
-    return job.build(compose([*QUICK, f"out={tmp_path}", f"model.weights={weights}", *overrides]))
+    return jobs.build(compose([*QUICK, f"out={tmp_path}", f"model.weights={weights}", *overrides]))
 
 
 def images(made):
@@ -59,7 +60,7 @@ def test_the_same_command_again_does_nothing(tmp_path, tiny_weights, monkeypatch
     made = build(tmp_path, tiny_weights)
     first = pipeline.run(made)
     before = {f: f.stat().st_mtime_ns for f in made.folder.rglob("*") if f.is_file() and f.name != "fit.json"}
-    monkeypatch.setattr(fitting, "qat", None)  # would be called if anything were trained again
+    monkeypatch.setattr(fit_stage, "qat", None)  # would be called if anything were trained again
     monkeypatch.setattr(pipeline, "measure", None)
     second = pipeline.run(build(tmp_path, tiny_weights))
     assert second == first
@@ -113,7 +114,7 @@ def test_more_images_begin_with_the_same_images(tmp_path, tiny_weights):
 
 def test_another_sampler_samples_again_and_does_not_train_again(tmp_path, tiny_weights, monkeypatch):
     pipeline.run(build(tmp_path, tiny_weights))
-    monkeypatch.setattr(fitting, "qat", None)
+    monkeypatch.setattr(fit_stage, "qat", None)
     (row,) = pipeline.run(build(tmp_path, tiny_weights, "sampler.steps=4"))
     assert row["sample"] == "ddim4_n12"
 
@@ -134,7 +135,7 @@ def test_a_path_is_not_part_of_a_fingerprint_but_its_content_is(tmp_path, tiny_w
     pipeline.run(build(tmp_path / "out", copy))  # the same weights elsewhere: already done
     other = tmp_path / "other.safetensors"
     net = first.model.build(seed=9)
-    from tdq_exp.models.checkpoints import save_weights
+    from tdq_exp.models.weights.load import save_weights
 
     save_weights(net, other, {})
     with pytest.raises(ValueError, match="weights:"):
@@ -159,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path,
         # updates 1 and 2, two batches of validation, update 3
         return noise_prediction_loss(eps_hat, eps, kind) * (float("nan") if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(model, "noise_prediction_loss", spoiled)
+    monkeypatch.setattr(pixel, "noise_prediction_loss", spoiled)
     with pytest.raises(FloatingPointError, match=r"loss is nan at update 3: .*update 2 is kept"):
         pipeline.run(build(tmp_path, tiny_weights))
     state = torch.load(tmp_path / "runs/tiny_w4a4_lsq_tdq/seed0/state.pt", weights_only=True)
@@ -176,12 +177,12 @@ def test_a_finished_run_can_be_loaded_and_sampled(tmp_path, tiny_weights, comman
     assert not net.training
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
     assert net(x, t, return_dict=False)[0].shape == x.shape
-    done = command(str(made.folder), "--images", "4", "--batch", "4", "--out", "drawn", module="tdq_exp.sample")
+    done = command(str(made.folder), "--images", "4", "--batch", "4", "--out", "drawn", verb="sample")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "drawn").glob("0*.png"))) == 4
     drawn = np.load(tmp_path / "drawn" / "images" / "images.npy")
     assert np.array_equal(drawn, images(made)[:4])  # seed 0: the measured images
-    again = command(str(made.folder), "--out", "drawn", module="tdq_exp.sample")
+    again = command(str(made.folder), "--out", "drawn", verb="sample")
     assert again.returncode == 2
     assert "not empty" in again.stderr
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tdq_exp import fitting, job
-from tdq_exp.compose import compose
-from tdq_exp.diffusion.generate import image_generators, starting_noise
+from tdq_exp.config.compose import compose
+from tdq_exp.diffusion.draws import image_generators, starting_noise
+from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment import fit_stage
 from tdq_exp.quant.convert import activation_quantizers
 from tdq_exp.quant.layers import QuantLayer
 
@@ -29,8 +30,8 @@ def test_clipped_noise_tells_places_beyond_the_first_range_from_all_others(limit
     """All is at 16 bits but for the first layer's input: there -1..1, which cuts, or codes 3 apart, which blur all places."""
     module = script("clipped_noise")
     overrides = ["bits.weight=16", "bits.act=16", "tdq=none", "sampler.steps=5", "tracker=none", "label=wide"]
-    made = job.build(compose(["model=tiny", "model.weights=none", *overrides]), source=False)
-    net, float_net = fitting.skeleton(made, made.recipe), made.model.build().eval()
+    made = jobs.build(compose(["model=tiny", "model.weights=none", *overrides]), source=False)
+    net, float_net = fit_stage.skeleton(made, made.recipe), made.model.build().eval()
     for quantizer in activation_quantizers(net).values():
         quantizer.start(100 / 2**15, 2**15)
     for layer in net.modules():

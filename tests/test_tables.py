@@ -8,8 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tdq_exp import assets, launch, plan, rendering, table_run, tables, tabulate
-from tdq_exp.compose import compose
+from tdq_exp.commands import table as table_run
+from tdq_exp.config import assets
+from tdq_exp.config.compose import compose
+from tdq_exp.experiment import cost as costs
+from tdq_exp.report import cells as tables
+from tdq_exp.report import columns as tabulate
+from tdq_exp.report import render as rendering
+from tdq_exp.runtime import launch
 
 BITS = ("8/8", "4/8", "8/4", "4/4", "3/3")
 METHODS = ("PACT", "LSQ", "NIPQ", "LSQ + TDQ")
@@ -367,7 +373,7 @@ def free_plan(monkeypatch):
     """The cost of a cell, without a measured forward pass; counts how often it was asked for."""
     estimates = []
     monkeypatch.setattr(
-        plan, "estimate", lambda job: estimates.append(job.name) or plan.Cost(7200.0, 3600.0, 10**9, 1000)
+        costs, "estimate", lambda job: estimates.append(job.name) or costs.Cost(7200.0, 3600.0, 10**9, 1000)
     )
     return estimates
 

@@ -1,1 +1,5 @@
-"""Images in and out: training sets as memory-mapped uint8 caches, generated sets as resumable stores."""
+"""Data: sources of images, decoded and encoded sets, and arrays on disk that are filled by groups."""
+
+from tdq_exp.data.sources import Digits, Folder, Hub
+
+__all__ = ["Digits", "Folder", "Hub"]

@@ -23,11 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tdq_exp import record
-from tdq_exp.data.grouped import GroupedArray
+from tdq_exp.data.arrays import GroupedArray
 from tdq_exp.data.images import Images
-from tdq_exp.processes import Processes
-from tdq_exp.progress import track
+from tdq_exp.runtime import files
+from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime.progress import track
 
 GROUP = 64  # images that are encoded, and resumed, at a time
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -103,12 +103,12 @@ def encoded(
     """
     parts = {"version": 1, "images": images.content, "autoencoder": by, "mirror": mirror, "shape": list(shape)}
     content = hashlib.sha256(f"{images.content}|{by}".encode()).hexdigest()[:16]
-    folder = cache / "latents" / record.fingerprint(parts)
+    folder = cache / "latents" / files.fingerprint(parts)
     found = Latents(folder, len(images), 1 + mirror, shape, content)
 
     def begin() -> list[int]:
         found.files.create()
-        record.write(folder / "about.json", parts)
+        files.write(folder / "about.json", parts)
         return found.files.missing()
 
     missing = processes.decide(begin)

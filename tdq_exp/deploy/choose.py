@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdq_exp import record
 from tdq_exp.deploy.coders import coder_of
 from tdq_exp.deploy.integer import IntegerLayer, candidates
-from tdq_exp.progress import print_table
 from tdq_exp.quant.layers import QuantAttention, QuantLayer
+from tdq_exp.runtime import files
+from tdq_exp.runtime.progress import print_table
 
 ROUNDS = 7
 
@@ -107,7 +107,7 @@ def choice(net: nn.Module, run: Callable[[nn.Module], object], min_speedup: floa
     Returns:
         `layers`: their names; `of`: how many quantized layers there are; `shapes`: what was measured.
     """
-    found = record.read(file)
+    found = files.read(file)
     if found is not None:
         return found
     times = timed(net, run)
@@ -123,7 +123,7 @@ def choice(net: nn.Module, run: Callable[[nn.Module], object], min_speedup: floa
     )
     shapes = [dataclasses.asdict(entry) for entry in times]
     made = {"layers": names, "of": of, "min_speedup": min_speedup, "shapes": shapes}
-    record.write(file, made)
+    files.write(file, made)
     return made
 
 

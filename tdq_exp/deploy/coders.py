@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tdq_exp.quant import kernels, ops
-from tdq_exp.quant.interval import Dynamic, Table
-from tdq_exp.quant.quantizer import Quantizer, TableZeroPoint
+from tdq_exp.quant import ops
+from tdq_exp.quant.intervals.base import LookupTable
+from tdq_exp.quant.intervals.dynamic import Dynamic
+from tdq_exp.quant.kernels import cpu as kernels
+from tdq_exp.quant.quantizer import Quantizer
+from tdq_exp.quant.zero_point import TableZeroPoint
 
 SHIFT = 128
 
@@ -42,7 +45,7 @@ class Tables(nn.Module):
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
         interval, zero = quantizer.interval, quantizer.zero_point
-        assert isinstance(interval, Table) and isinstance(zero, TableZeroPoint)
+        assert isinstance(interval, LookupTable) and isinstance(zero, TableZeroPoint)
         self.n, self.p = quantizer.grid.n, quantizer.grid.p
         self.time = interval.time
         self.step_sizes: Tensor

@@ -1,1 +1,6 @@
-"""Diffusion in plain torch: noise schedule, training objective, samplers. Knows nothing of quantization."""
+"""Diffusion: noise schedule, training objective, random draws, and the DDIM sampler. Plain torch."""
+
+from tdq_exp.diffusion.ddim import Ddim
+from tdq_exp.diffusion.schedule import Schedule
+
+__all__ = ["Ddim", "Schedule"]

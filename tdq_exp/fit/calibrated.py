@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tdq_exp import record
-from tdq_exp.data.calibration_set import CalibrationSet
-from tdq_exp.diffusion.objective import Samples, fixed_draws
-from tdq_exp.models.model import DiffusionModel
-from tdq_exp.processes import Processes
-from tdq_exp.progress import track
+from tdq_exp.diffusion.draws import fixed_draws
+from tdq_exp.diffusion.objective import Samples
+from tdq_exp.fit.ptq.stored_set import CalibrationSet
+from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant import calibrate
 from tdq_exp.quant.convert import Recipe, quantize
+from tdq_exp.runtime import files
+from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime.progress import track
 
 BATCH = 64
 
@@ -69,7 +70,7 @@ def quantized_and_calibrated(
     seed: int,
     processes: Processes,
     cache: Path,
-    key: record.Parts,
+    key: files.Parts,
 ) -> nn.Module:
     """Quantizes a float network in place and sets the start value of every interval, once.
 
@@ -86,7 +87,7 @@ def quantized_and_calibrated(
         time = quantize(net, model.roles(net), recipe, model.schedule.steps)
     net.to(processes.device).eval()
     file = cache / "calibration" / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]}.json"
-    found = processes.decide(lambda: record.read(file))
+    found = processes.decide(lambda: files.read(file))
     if found is not None:
         calibrate.apply(net, {name: (s, z) for name, (s, z) in found.items()})
         return net
@@ -103,7 +104,7 @@ def quantized_and_calibrated(
             show(net, model, shown, number, processes)
             advance("")
     time.set(None)
-    processes.decide(lambda: record.write(file, calibration.found))
+    processes.decide(lambda: files.write(file, calibration.found))
     return net
 
 

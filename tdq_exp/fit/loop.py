@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.diffusion.objective import Draws, Samples, draw_batch, fixed_draws
+from tdq_exp.diffusion.draws import Draws, draw_batch, fixed_draws
+from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.checkpoint import load_state, save_state
 from tdq_exp.fit.ema import Ema
-from tdq_exp.models.checkpoints import save_weights
-from tdq_exp.models.model import Trainable
-from tdq_exp.processes import Processes
-from tdq_exp.progress import track
+from tdq_exp.models.pixel import Trainable
+from tdq_exp.models.weights.load import save_weights
+from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime.progress import track
 
 Log = Callable[[Mapping[str, Any], int], None]
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.loop import History, Log, TrainOptions, train
-from tdq_exp.models.model import Trainable
-from tdq_exp.processes import Processes
+from tdq_exp.models.pixel import Trainable
+from tdq_exp.runtime.processes import Processes
 
 
 def pretrain(

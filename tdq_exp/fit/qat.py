@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.loop import History, Log, TrainOptions, train
-from tdq_exp.models.model import DiffusionModel
-from tdq_exp.processes import Processes
+from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.convert import activation_quantizers
-from tdq_exp.quant.generators import GeneratorBank
-from tdq_exp.quant.nipq import Nipq
-from tdq_exp.quant.pact import Pact
-from tdq_exp.quant.quantizer import LowerBound, ZeroPoint
+from tdq_exp.quant.intervals.temporal import GeneratorBank
+from tdq_exp.quant.rules.nipq import Nipq
+from tdq_exp.quant.rules.pact import Pact
+from tdq_exp.quant.zero_point import LowerBound, ZeroPoint
+from tdq_exp.runtime.processes import Processes
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save
 from tdq_exp.data.images import Images
 from tdq_exp.metrics.features import FeatureNetwork
 from tdq_exp.metrics.fidelity import distances
-from tdq_exp.processes import Processes
-from tdq_exp.progress import track
+from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime.progress import track
 
 
 class Pixels(Protocol):

@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from tdq_exp import record
 from tdq_exp.data.images import Images
 from tdq_exp.data.latents import encoded
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.diffusion.schedule import Schedule
-from tdq_exp.models.autoencoder import Autoencoder
-from tdq_exp.models.model import Codec, DiffusionModel, Trainable
-from tdq_exp.processes import Processes
+from tdq_exp.models.codec import Autoencoder
+from tdq_exp.models.pixel import Codec, DiffusionModel, Trainable
+from tdq_exp.runtime import files
+from tdq_exp.runtime.processes import Processes
 
 
 class LatentDiffusionModel(DiffusionModel):
@@ -101,7 +101,7 @@ class LatentDiffusionModel(DiffusionModel):
     @property
     def codec_fingerprint(self) -> str:
         """Weights and architecture of the autoencoder: the same weights mean another thing with other groups of a norm."""
-        return record.fingerprint({"weights": self.autoencoder.hash, "network": self.autoencoder.network})
+        return files.fingerprint({"weights": self.autoencoder.hash, "network": self.autoencoder.network})
 
     @property
     def lossy(self) -> bool:

@@ -1,1 +1,42 @@
-"""Quantizers as four slots: grid x interval x rule x plan. Plain torch; knows nothing of diffusion, files or configs."""
+"""Quantizers: grid, step size, zero point, rule and plan. Plain torch; nothing here knows of diffusion.
+
+The names below are the package's face: configurations and records use them, so that files can move.
+"""
+
+from tdq_exp.quant.calibrate import calibrating
+from tdq_exp.quant.convert import Recipe, bake, layer_map, quantize
+from tdq_exp.quant.grid import Grid
+from tdq_exp.quant.intervals.dynamic import DynamicIntervals
+from tdq_exp.quant.intervals.static import PerStepIntervals, StaticIntervals
+from tdq_exp.quant.intervals.temporal import TemporalIntervals
+from tdq_exp.quant.plan import Plan
+from tdq_exp.quant.release import ReleaseDetails
+from tdq_exp.quant.roles import Role
+from tdq_exp.quant.rules.lsq import Lsq
+from tdq_exp.quant.rules.minmax import MinMax, MinMaxWeights
+from tdq_exp.quant.rules.nipq import Nipq, NipqWeights
+from tdq_exp.quant.rules.pact import DorefaWeights, Pact, PactWeights
+
+__all__ = [
+    "DorefaWeights",
+    "DynamicIntervals",
+    "Grid",
+    "Lsq",
+    "MinMax",
+    "MinMaxWeights",
+    "Nipq",
+    "NipqWeights",
+    "Pact",
+    "PactWeights",
+    "PerStepIntervals",
+    "Plan",
+    "Recipe",
+    "ReleaseDetails",
+    "Role",
+    "StaticIntervals",
+    "TemporalIntervals",
+    "bake",
+    "calibrating",
+    "layer_map",
+    "quantize",
+]

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.habits import SILU_MINIMUM
-from tdq_exp.quant.minmax import range_start
-from tdq_exp.quant.quantizer import LowerBound, Quantizer
+from tdq_exp.quant.quantizer import Quantizer
+from tdq_exp.quant.release import SILU_MINIMUM
+from tdq_exp.quant.rules.minmax import range_start
+from tdq_exp.quant.zero_point import LowerBound
 
 FEW = 15  # codes up to which every zero point is tried
 KEPT = 32768  # values per tensor: the error of a step size is then known to about half a percent

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from tdq_exp.quant import ops
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.habits import SILU_MINIMUM, Habits
-from tdq_exp.quant.interval import Interval, MaxAbs, Static, StaticIntervals, Table
+from tdq_exp.quant.intervals.base import Interval, LookupTable
+from tdq_exp.quant.intervals.dynamic import MaxAbs
+from tdq_exp.quant.intervals.static import Static, StaticIntervals
 from tdq_exp.quant.layers import (
     CodedWeight,
     FixedWeight,
@@ -28,13 +29,15 @@ from tdq_exp.quant.layers import (
     QuantLinear,
     smallest_integer_type,
 )
-from tdq_exp.quant.minmax import ChannelRange
 from tdq_exp.quant.plan import Plan
-from tdq_exp.quant.quantizer import LowerBound, Quantizer, TableZeroPoint, ZeroPoint
+from tdq_exp.quant.quantizer import Quantizer
+from tdq_exp.quant.release import SILU_MINIMUM, ReleaseDetails
 from tdq_exp.quant.roles import Role
+from tdq_exp.quant.rules.minmax import ChannelRange
 from tdq_exp.quant.time import TimeContext
+from tdq_exp.quant.zero_point import LowerBound, TableZeroPoint, ZeroPoint
 
-OFFSETS = ("static", "lower_bound", "by_role")
+ZERO_POINTS = ("static", "lower_bound", "by_role")
 WEIGHT_INTERVALS = ("static", "max_abs", "channel_range")
 
 
@@ -50,7 +53,7 @@ class Recipe:
         intervals: gives activations their intervals: `StaticIntervals`, `PerStepIntervals`, `TemporalIntervals`.
         weight_interval: `static`; `max_abs` for rules whose weights follow their maximum; `channel_range` for affine
             weights that follow the range of each output channel.
-        offset: `static` (a learned integer), `lower_bound` (z(t) = round(-beta / s(t))), or `by_role`: the second for
+        zero_point: `static` (a learned integer), `lower_bound` (z(t) = round(-beta / s(t))), or `by_role`: the second for
             inputs that come out of a SiLU and have a step size of t, the first for all others.
         plan: which layers, at how many bits.
         habits: text or release.
@@ -62,13 +65,13 @@ class Recipe:
     act: Callable[..., Quantizer]
     intervals: Any = field(default_factory=StaticIntervals)
     weight_interval: str = "static"
-    offset: str = "by_role"
+    zero_point: str = "by_role"
     plan: Plan = field(default_factory=Plan)
-    habits: Habits = field(default_factory=Habits)
+    habits: ReleaseDetails = field(default_factory=ReleaseDetails)
 
     def __post_init__(self) -> None:
-        if self.offset not in OFFSETS:
-            raise ValueError(f"tdq.offset={self.offset!r}: choose one of {', '.join(OFFSETS)}")
+        if self.zero_point not in ZERO_POINTS:
+            raise ValueError(f"tdq.zero_point={self.zero_point!r}: choose one of {', '.join(ZERO_POINTS)}")
         if self.weight_interval not in WEIGHT_INTERVALS:
             raise ValueError(
                 f"weight.interval={self.weight_interval!r}: weights do not change with time, so choose one of "
@@ -141,7 +144,7 @@ def _activation(recipe: Recipe, bits: int, after_silu: bool, interval: Interval)
         zero_point = None
     elif habits.symmetric_activations:
         zero_point = LowerBound(grid, SILU_MINIMUM, learned=False)
-    elif recipe.offset == "lower_bound" or (recipe.offset == "by_role" and after_silu and interval.timed):
+    elif recipe.zero_point == "lower_bound" or (recipe.zero_point == "by_role" and after_silu and interval.timed):
         zero_point = LowerBound(grid)
     else:
         zero_point = ZeroPoint(grid)
@@ -200,7 +203,7 @@ def bake(net: nn.Module, inplace: bool = False) -> nn.Module:
         if quantizer.interval.dynamic:
             continue  # its ranges are those of its inputs
         s, z = quantizer.tables()
-        quantizer.interval = Table(s, time)  # type: ignore[arg-type]
+        quantizer.interval = LookupTable(s, time)  # type: ignore[arg-type]
         quantizer.zero_point = TableZeroPoint(z, time)
     if "generators" in dict(net.named_children()):
         del net.generators

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdq_exp.quant import kernels
+from tdq_exp.quant.kernels import cpu as kernels
 
 
 class _RoundToGrid(torch.autograd.Function):

@@ -11,7 +11,8 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from PIL import Image
 
-from tdq_exp.data.images import Digits, Folder, Hub, Images, load_images, resize_center, to_uint8
+from tdq_exp.data.images import Images, load_images, resize_center, to_uint8
+from tdq_exp.data.sources import Digits, Folder, Hub
 
 
 def picture(seed, size=(12, 9)):

@@ -9,8 +9,8 @@ import torch
 from tdq_exp.data import latents
 from tdq_exp.data.images import Images
 from tdq_exp.data.latents import encoded
-from tdq_exp.diffusion.objective import draw_batch, fixed_draws
-from tdq_exp.processes import Processes
+from tdq_exp.diffusion.draws import draw_batch, fixed_draws
+from tdq_exp.runtime.processes import Processes
 
 SHAPE = (2, 2, 2)
 

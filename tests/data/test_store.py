@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tdq_exp.data.store import ImageStore
+from tdq_exp.data.arrays import ImageStore
 
 
 def make(tmp_path, images=10, batch=4):

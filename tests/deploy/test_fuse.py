@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from tdq_exp.deploy import coders, fuse, integer
-from tdq_exp.quant import kernels
 from tdq_exp.quant.convert import Recipe, activation_quantizers, bake
-from tdq_exp.quant.interval import StaticIntervals, TemporalIntervals
-from tdq_exp.quant.lsq import Lsq
+from tdq_exp.quant.intervals.static import StaticIntervals
+from tdq_exp.quant.intervals.temporal import TemporalIntervals
+from tdq_exp.quant.kernels import cpu as kernels
 from tdq_exp.quant.plan import Plan
+from tdq_exp.quant.rules.lsq import Lsq
 from tests.quant.builders import inputs, make_net, randn
 
 HERE = torch.device("cpu")

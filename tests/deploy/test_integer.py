@@ -10,24 +10,27 @@ import torch
 from torch import nn
 
 from tdq_exp.deploy import choose, coders, integer
-from tdq_exp.quant import kernels
 from tdq_exp.quant.convert import Recipe, bake
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.habits import Habits
-from tdq_exp.quant.interval import DynamicIntervals, StaticIntervals, Table, TemporalIntervals
+from tdq_exp.quant.intervals.base import LookupTable
+from tdq_exp.quant.intervals.dynamic import DynamicIntervals
+from tdq_exp.quant.intervals.static import StaticIntervals
+from tdq_exp.quant.intervals.temporal import TemporalIntervals
+from tdq_exp.quant.kernels import cpu as kernels
 from tdq_exp.quant.layers import CodedWeight, QuantConv2d, QuantLayer, QuantLinear
-from tdq_exp.quant.lsq import Lsq
-from tdq_exp.quant.minmax import MinMax, MinMaxWeights
-from tdq_exp.quant.pact import DorefaWeights
 from tdq_exp.quant.plan import Plan
-from tdq_exp.quant.quantizer import TableZeroPoint
+from tdq_exp.quant.release import ReleaseDetails
+from tdq_exp.quant.rules.lsq import Lsq
+from tdq_exp.quant.rules.minmax import MinMax, MinMaxWeights
+from tdq_exp.quant.rules.pact import DorefaWeights
 from tdq_exp.quant.time import TimeContext
+from tdq_exp.quant.zero_point import TableZeroPoint
 from tests.quant.builders import inputs, load_model, make_net, randn
 
 HERE = torch.device("cpu")
 pytestmark = pytest.mark.skipif(integer.unavailable(HERE) is not None, reason=str(integer.unavailable(HERE)))
 
-RELEASE = Habits(reduced_grids=True, symmetric_activations=True, raw_step=True, start="moments", he=False)
+RELEASE = ReleaseDetails(reduced_grids=True, symmetric_activations=True, raw_step=True, start="moments", he=False)
 FLOATS = ("first", "last", "time_embedding", "time_projection")
 
 
@@ -102,7 +105,9 @@ def test_a_whole_network_follows_the_simulated_one(name):
 def test_zero_points_under_padding_stride_dilation_and_groups(zero, options):
     time = TimeContext(10)
     quantizer = Lsq(
-        Grid(4, symmetric=False), Table(torch.tensor([0.1]), time), TableZeroPoint(torch.tensor([float(zero)]), time)
+        Grid(4, symmetric=False),
+        LookupTable(torch.tensor([0.1]), time),
+        TableZeroPoint(torch.tensor([float(zero)]), time),
     )
     conv = nn.Conv2d(6, 9, 3, **{"padding": 1, **options})
     codes = torch.randint(-7, 8, conv.weight.shape, generator=torch.Generator().manual_seed(1)).to(torch.int8)

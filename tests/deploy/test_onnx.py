@@ -7,19 +7,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tdq_exp import export, job, pipeline
-from tdq_exp.compose import compose
-from tdq_exp.deploy import onnx, onnx_layers
-from tdq_exp.models.checkpoints import save_weights
+from tdq_exp.commands import export
+from tdq_exp.config.compose import compose
+from tdq_exp.deploy.onnx import graph as onnx
+from tdq_exp.deploy.onnx import layers as onnx_layers
+from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment import pipeline
+from tdq_exp.experiment.load import load
+from tdq_exp.models.weights.load import save_weights
 from tdq_exp.quant.convert import Recipe, bake
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.interval import DynamicIntervals, Table, TemporalIntervals
+from tdq_exp.quant.intervals.base import LookupTable
+from tdq_exp.quant.intervals.dynamic import DynamicIntervals
+from tdq_exp.quant.intervals.temporal import TemporalIntervals
 from tdq_exp.quant.layers import CodedWeight, QuantConv2d, QuantLinear
-from tdq_exp.quant.lsq import Lsq
-from tdq_exp.quant.minmax import MinMaxWeights
-from tdq_exp.quant.quantizer import TableZeroPoint
+from tdq_exp.quant.rules.lsq import Lsq
+from tdq_exp.quant.rules.minmax import MinMaxWeights
 from tdq_exp.quant.time import TimeContext
-from tdq_exp.sample import load
+from tdq_exp.quant.zero_point import TableZeroPoint
 from tests.quant.builders import load_model, make_net, randn
 
 STEPS = 10
@@ -43,7 +48,7 @@ def quantizer(bits: int, n: int, time: TimeContext) -> Lsq:
     grid = Grid(bits, symmetric=n < 0)
     s = 0.5 / 2**bits * (1 + torch.arange(STEPS) / 3.0) * 8
     z = torch.zeros(STEPS) if n < 0 else torch.arange(STEPS).float().clamp(max=grid.p)
-    return Lsq(grid, Table(s, time), TableZeroPoint(z, time)).eval()
+    return Lsq(grid, LookupTable(s, time), TableZeroPoint(z, time)).eval()
 
 
 def coded(shape: tuple[int, ...], kind: str) -> CodedWeight:
@@ -162,7 +167,7 @@ def run_folder(tmp_path_factory):
         "model=tiny", "method=minmax", "tdq=none", "bits=w8a8", f"model.weights={folder / 'tiny.safetensors'}", f"out={folder}",
         "debug=smoke", "tracker=none",
     ]  # fmt: skip
-    made = job.build(compose(arguments))
+    made = jobs.build(compose(arguments))
     pipeline.run(made)
     return made.folder
 

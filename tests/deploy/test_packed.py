@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 import tdq_exp
-from tdq_exp import job, pipeline
-from tdq_exp.compose import compose
+from tdq_exp.commands.pack import pack
+from tdq_exp.config.compose import compose
 from tdq_exp.deploy import packed
-from tdq_exp.pack import pack
-from tdq_exp.sample import load
+from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment import pipeline
+from tdq_exp.experiment.load import load
 
 
 def slow(codes: list[int], n: int, bits: int) -> list[int]:
@@ -46,7 +47,7 @@ def test_two_four_bit_codes_share_a_byte():
 @pytest.fixture(params=[["method=lsq", "tdq=temporal"], ["method=minmax", "tdq=none", "bits=w8a8"]])
 def run(request, tmp_path, tiny_weights):
     quick = ["model=tiny", "tracker=none", "launcher=cpu", "fit.calibration_samples=64", f"out={tmp_path}"]
-    made = job.build(compose([*quick, f"model.weights={tiny_weights}", *request.param]))
+    made = jobs.build(compose([*quick, f"model.weights={tiny_weights}", *request.param]))
     pipeline.run(made)
     return made.folder
 
@@ -82,11 +83,9 @@ def test_what_is_wrong_with_a_file_is_one_line(run, tmp_path):
 
 
 def test_the_commands_pack_and_draw(run, tmp_path, command):
-    done = command(str(run), "--out", "net.safetensors", module="tdq_exp.pack")
+    done = command(str(run), "--out", "net.safetensors", verb="pack")
     assert done.returncode == 0 and "read back and compared" in done.stdout, done.stderr
-    drawn = command(
-        "net.safetensors", "--images", "3", "--engine", "integer", "--out", "drawn", module="tdq_exp.sample"
-    )
+    drawn = command("net.safetensors", "--images", "3", "--engine", "integer", "--out", "drawn", verb="sample")
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "drawn" / "grid.png").stat().st_size > 0
-    assert "Traceback" not in command("x", "--engine", "warp", module="tdq_exp.sample").stderr
+    assert "Traceback" not in command("x", "--engine", "warp", verb="sample").stderr

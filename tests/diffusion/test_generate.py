@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tdq_exp.diffusion.generate import groups, image_generators, starting_noise
+from tdq_exp.diffusion.draws import groups, image_generators, starting_noise
 
 
 @pytest.mark.parametrize(("images", "batch", "count"), [(12, 4, 3), (13, 4, 4), (3, 4, 1), (4, 4, 1), (0, 4, 0)])

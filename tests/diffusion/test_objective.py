@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tdq_exp.diffusion.objective import Draws, draw_batch, fixed_draws, generator, noise_prediction_loss
+from tdq_exp.diffusion.draws import Draws, draw_batch, fixed_draws, generator
+from tdq_exp.diffusion.objective import noise_prediction_loss
 
 OPTIONS = {"batch_size": 8, "images": 20, "shape": (1, 2, 2), "steps": 1000, "flip": True}
 FIELDS = ("index", "flip", "t", "eps")

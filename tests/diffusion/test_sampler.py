@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-from tdq_exp.diffusion.generate import image_generators, starting_noise
-from tdq_exp.diffusion.sampler import SPACINGS, Ddim, time_steps
+from tdq_exp.diffusion.ddim import SPACINGS, Ddim, time_steps
+from tdq_exp.diffusion.draws import image_generators, starting_noise
 from tdq_exp.diffusion.schedule import Schedule
-from tdq_exp.models.schedulers import Ddpm, Pndm
+from tdq_exp.models.samplers import Ddpm, Pndm
 from tests.oracles import ddim
 
 SCHEDULE = Schedule()

@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from tdq_exp import job
-from tdq_exp.compose import compose
-from tdq_exp.data.calibration_set import CalibrationSet, check
-from tdq_exp.diffusion.generate import starting_noise
-from tdq_exp.diffusion.objective import generator
-from tdq_exp.diffusion.sampler import Ddim, time_steps
-from tdq_exp.fit import calibration_sets
-from tdq_exp.fit.calibration_sets import CalibrationSpec, chosen_steps, make_set
-from tdq_exp.processes import Processes
+from tdq_exp.config.compose import compose
+from tdq_exp.diffusion.ddim import Ddim, time_steps
+from tdq_exp.diffusion.draws import generator, starting_noise
+from tdq_exp.experiment import build as jobs
+from tdq_exp.fit.ptq import calibration_set
+from tdq_exp.fit.ptq.calibration_set import CalibrationSpec, chosen_steps, make_set
+from tdq_exp.fit.ptq.stored_set import CalibrationSet, check
+from tdq_exp.runtime.processes import Processes
 from tests.quant.builders import load_model
 
 T = 1000
@@ -42,7 +41,7 @@ def tiny():
 
 @pytest.fixture
 def groups_of_4(monkeypatch):
-    monkeypatch.setattr(calibration_sets, "GROUP", 4)
+    monkeypatch.setattr(calibration_set, "GROUP", 4)
 
 
 class SomeImages:
@@ -218,7 +217,7 @@ def test_killed_while_its_files_were_being_made_is_the_same_bytes(tmp_path, proc
 def test_a_finished_set_is_not_touched(tmp_path, processes, tiny, groups_of_4, monkeypatch):
     first = made(processes, tiny, tmp_path)
     before = {file: file.stat().st_mtime_ns for file in first.folder.iterdir()}
-    monkeypatch.setattr(calibration_sets, "_trajectories", None)  # would be called
+    monkeypatch.setattr(calibration_set, "_trajectories", None)  # would be called
     second = made(processes, tiny, tmp_path)
     third = made(processes, tiny, tmp_path / "elsewhere", path=first.folder)
     assert second.folder == third.folder == first.folder
@@ -280,7 +279,7 @@ def test_forward_sets_are_training_images_noised_to_their_own_t(tmp_path, proces
 
 @pytest.fixture(scope="module")
 def digits():
-    built = job.build(compose(["model=digits", "method=fp", "sampler.steps=50", "tracker=none"]))
+    built = jobs.build(compose(["model=digits", "method=fp", "sampler.steps=50", "tracker=none"]))
     net = built.model.build()
     built.model.load(net, built.weights)
     return built.model, net.eval()
@@ -313,7 +312,7 @@ def pairing(tmp_path_factory, processes, digits):
     answers = {}
     for kind in NETWORK_KINDS:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(calibration_sets, "GROUP", 8)
+            patch.setattr(calibration_set, "GROUP", 8)
             found = make_set(
                 CalibrationSpec(kind, 96, 8), net, model, Ddim(50), SomeImages(), parts={"kind": kind},
                 cache=tmp_path_factory.mktemp("pairs"), processes=processes,

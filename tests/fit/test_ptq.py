@@ -19,16 +19,18 @@ import torch
 from safetensors.torch import load_file
 
 import tdq_exp
-from tdq_exp import figures, fitting, job, pipeline
-from tdq_exp.compose import compose
-from tdq_exp.fit import calibration_sets, ptq
+from tdq_exp.config.compose import compose
+from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment import fit_stage, pipeline
+from tdq_exp.fit.ptq import calibration_set, ptq
+from tdq_exp.fit.ptq.over_time import Values, fit_over_time, observed
 from tdq_exp.fit.qat import Rates
-from tdq_exp.fit.time_fit import Values, fit_over_time, observed
 from tdq_exp.quant import calibrate
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.minmax import MinMax
-from tdq_exp.quant.quantizer import LowerBound, ZeroPoint
+from tdq_exp.quant.rules.minmax import MinMax
 from tdq_exp.quant.time import TimeContext
+from tdq_exp.quant.zero_point import LowerBound, ZeroPoint
+from tdq_exp.runtime import figures
 from tests.quant.builders import INTERVALS, STEPS, randn
 
 QUICK = [
@@ -67,7 +69,7 @@ def composed(*overrides):
 
 
 def build(out, weights, *overrides):
-    return job.build(composed(*QUICK, f"out={out}", f"model.weights={weights}", *overrides))
+    return jobs.build(composed(*QUICK, f"out={out}", f"model.weights={weights}", *overrides))
 
 
 def cell(method="ptq4dm", tdq="none", rounding="nearest"):
@@ -206,11 +208,11 @@ def test_a_small_memory_budget_gives_the_same_bits(shared, tmp_path, tiny_weight
 
 
 def test_a_set_is_made_once_and_shared(tmp_path, tiny_weights, monkeypatch):
-    made, make = [], calibration_sets._trajectories
-    monkeypatch.setattr(calibration_sets, "_trajectories", lambda *rest: made.append(1) or make(*rest))
+    made, make = [], calibration_set._trajectories
+    monkeypatch.setattr(calibration_set, "_trajectories", lambda *rest: made.append(1) or make(*rest))
     options = "calibration.seed=11", "fit.updates=1"
     first = build(tmp_path, tiny_weights, *cell(), *options)
-    cache = fitting.cache_folder(first)
+    cache = fit_stage.cache_folder(first)
     before = sets(cache)
     pipeline.run(first)
     (folder,) = set(sets(cache)) - set(before)
@@ -231,7 +233,7 @@ def test_a_set_is_made_once_and_shared(tmp_path, tiny_weights, monkeypatch):
 def test_a_named_set_of_another_seed_is_refused(shared, tmp_path, tiny_weights):
     made = build(shared, tiny_weights, *cell())
     pipeline.run(made)
-    cache = fitting.cache_folder(made)
+    cache = fit_stage.cache_folder(made)
     folder = next(
         f for f in sets(cache) if json.loads((f / "about.json").read_text())["parts"]["calibration"]["kind"] == "ndtc"
     )
@@ -273,11 +275,11 @@ def test_the_same_command_again_does_nothing(shared, tiny_weights, monkeypatch):
     first = pipeline.run(made)
     everything = [
         *made.folder.rglob("*"),
-        *(f for folder in sets(fitting.cache_folder(made)) for f in folder.iterdir()),
+        *(f for folder in sets(fit_stage.cache_folder(made)) for f in folder.iterdir()),
     ]
     before = {file: file.stat().st_mtime_ns for file in everything if file.is_file()}
     for name in ("ptq", "make_set", "quantized_and_calibrated"):
-        monkeypatch.setattr(fitting, name, None)  # would be called if anything were made again
+        monkeypatch.setattr(fit_stage, name, None)  # would be called if anything were made again
     monkeypatch.setattr(pipeline, "measure", None)
     assert pipeline.run(build(shared, tiny_weights, *cell(tdq="temporal"))) == first
     assert before == {file: file.stat().st_mtime_ns for file in before}
@@ -372,7 +374,7 @@ calibrate.KEPT = 512
 def process(rank, port, arguments):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    pipeline.run(job.build(compose(arguments)))
+    pipeline.run(jobs.build(compose(arguments)))
 
 
 torch.multiprocessing.start_processes(process, (sys.argv[1], sys.argv[2:]), nprocs=2, start_method="fork")
@@ -488,7 +490,7 @@ def test_minmax_with_tdq_is_deterministic_and_makes_its_file_once(shared, tmp_pa
     found = facts(one)["over_time"]
     assert found["after"] > 0 and found["before"] > 0 and found["after"] != found["before"]
     (two.folder / "fit.json").unlink()  # killed after the fit over time, before the end
-    monkeypatch.setattr("tdq_exp.fit.ptq.fit_over_time", None)
+    monkeypatch.setattr("tdq_exp.fit.ptq.ptq.fit_over_time", None)
     for part in ("baked.safetensors", "intervals.png"):
         (two.folder / part).unlink()
     pipeline.run(build(tmp_path, tiny_weights, *options))

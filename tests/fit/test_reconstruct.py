@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from tdq_exp.diffusion.objective import generator
-from tdq_exp.fit.blocks import blocks_of, inputs_of, output_of
-from tdq_exp.fit.reconstruct import (
+from tdq_exp.diffusion.draws import generator
+from tdq_exp.fit.ptq.blocks import blocks_of, inputs_of, output_of
+from tdq_exp.fit.ptq.capture import Spill
+from tdq_exp.fit.ptq.reconstruct import (
     BlockData,
     Reconstruction,
     ReconstructOptions,
@@ -21,16 +22,14 @@ from tdq_exp.fit.reconstruct import (
     sample_losses,
     trainable,
 )
-from tdq_exp.fit.spill import Spill
-from tdq_exp.quant.adaround import AdaRound
 from tdq_exp.quant.convert import Recipe, activation_quantizers, code_weights
-from tdq_exp.quant.generators import GeneratorBank
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.interval import Temporal
+from tdq_exp.quant.intervals.temporal import GeneratorBank, Temporal
 from tdq_exp.quant.layers import QuantLayer
-from tdq_exp.quant.lsq import Lsq
-from tdq_exp.quant.minmax import MinMaxWeights
-from tdq_exp.quant.quantizer import LowerBound
+from tdq_exp.quant.rules.adaround import AdaRound
+from tdq_exp.quant.rules.lsq import Lsq
+from tdq_exp.quant.rules.minmax import MinMaxWeights
+from tdq_exp.quant.zero_point import LowerBound
 from tests.oracles import adaround as rounding_oracle
 from tests.oracles import reconstruction as oracle
 from tests.quant.builders import INTERVALS, STEPS, load_model, make_net, randn, start_quickly

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from tdq_exp.fit.spill import Spill, needed_bytes
+from tdq_exp.fit.ptq.capture import Spill, needed_bytes
 from tests.quant.builders import randn
 
 SHAPES = [(3, 4, 5), (7,), ()]

@@ -20,9 +20,9 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from safetensors.torch import load_file
 
 from tdq_exp.diffusion.schedule import Schedule
-from tdq_exp.models.autoencoder import Autoencoder
-from tdq_exp.models.checkpoints import CheckpointError, load_autoencoder, load_weights, state_hash
-from tdq_exp.models.model import DiffusionModel
+from tdq_exp.models.codec import Autoencoder
+from tdq_exp.models.pixel import DiffusionModel
+from tdq_exp.models.weights.load import CheckpointError, load_autoencoder, load_weights, state_hash
 from tests.models.formula import formula, ramp
 from tests.models.test_heads import HEADS, REDUCED
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d import UNet2DModel
 
-from tdq_exp import job
-from tdq_exp.compose import compose
+from tdq_exp.config.compose import compose
 from tdq_exp.diffusion.schedule import Schedule
-from tdq_exp.models.model import DiffusionModel
+from tdq_exp.experiment import build as jobs
+from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.layers import QuantAttention
 
 # LDM's kinds of block, with attention at two widths.
@@ -95,7 +95,7 @@ def test_heads_that_do_not_divide_a_width_are_refused():
 
 
 def test_the_churches_network_has_the_known_size():
-    made = job.make(compose(["model=ldm_churches"]), "model.definition")
+    made = jobs.make(compose(["model=ldm_churches"]), "model.definition")
     with torch.device("meta"):
         net = made.build()
         first_stage = made.autoencoder.build()
@@ -111,7 +111,7 @@ def test_the_churches_network_has_the_known_size():
 
 
 def test_every_layer_of_the_churches_network_has_a_role():
-    made = job.make(compose(["model=ldm_churches"]), "model.definition")
+    made = jobs.make(compose(["model=ldm_churches"]), "model.definition")
     with torch.device("meta"):
         net = made.build()
     roles = made.roles(net)

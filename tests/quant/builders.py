@@ -10,23 +10,20 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from tdq_exp.diffusion.schedule import Schedule
-from tdq_exp.models.model import DiffusionModel
+from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant import calibrate
 from tdq_exp.quant.convert import Recipe, activation_quantizers, quantize
-from tdq_exp.quant.generators import GeneratorBank
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.interval import (
-    Interval,
-    PerStepIntervals,
-    StaticIntervals,
-    TemporalIntervals,
-)
+from tdq_exp.quant.intervals.base import Interval
+from tdq_exp.quant.intervals.static import PerStepIntervals, StaticIntervals
+from tdq_exp.quant.intervals.temporal import GeneratorBank, TemporalIntervals
 from tdq_exp.quant.layers import QuantLayer
-from tdq_exp.quant.lsq import Lsq
-from tdq_exp.quant.nipq import Nipq, NipqWeights
-from tdq_exp.quant.pact import Pact, PactWeights
-from tdq_exp.quant.quantizer import LowerBound, Quantizer, ZeroPoint
+from tdq_exp.quant.quantizer import Quantizer
+from tdq_exp.quant.rules.lsq import Lsq
+from tdq_exp.quant.rules.nipq import Nipq, NipqWeights
+from tdq_exp.quant.rules.pact import Pact, PactWeights
 from tdq_exp.quant.time import TimeContext
+from tdq_exp.quant.zero_point import LowerBound, ZeroPoint
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 STEPS = 1000

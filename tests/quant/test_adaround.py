@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tdq_exp.quant.adaround import AdaRound, beta_at
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.ops import affine_range
+from tdq_exp.quant.rules.adaround import AdaRound, beta_at
 from tests.oracles import adaround as oracle
 from tests.quant.builders import randn
 

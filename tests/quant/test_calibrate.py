@@ -12,13 +12,15 @@ from tdq_exp.quant import calibrate
 from tdq_exp.quant.calibrate import Calibration, Observer, calibrating, least_error, start_value
 from tdq_exp.quant.convert import activation_quantizers
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.habits import SILU_MINIMUM, Habits
-from tdq_exp.quant.interval import Static, Temporal
+from tdq_exp.quant.intervals.static import Static
+from tdq_exp.quant.intervals.temporal import Temporal
 from tdq_exp.quant.layers import QuantLinear
-from tdq_exp.quant.lsq import Lsq
-from tdq_exp.quant.nipq import NipqWeights
-from tdq_exp.quant.pact import PactWeights
-from tdq_exp.quant.quantizer import LowerBound, Quantizer, ZeroPoint
+from tdq_exp.quant.quantizer import Quantizer
+from tdq_exp.quant.release import SILU_MINIMUM, ReleaseDetails
+from tdq_exp.quant.rules.lsq import Lsq
+from tdq_exp.quant.rules.nipq import NipqWeights
+from tdq_exp.quant.rules.pact import PactWeights
+from tdq_exp.quant.zero_point import LowerBound, ZeroPoint
 from tests.oracles import rounding
 from tests.quant.builders import STEPS, inputs, load_model, make_net, make_recipe, randn
 
@@ -382,7 +384,7 @@ def test_start_values_of_another_network_are_refused(damage):
 
 
 def test_the_releases_start_on_a_whole_network(small):
-    habits = Habits(reduced_grids=True, symmetric_activations=True, raw_step=True, start="moments")
+    habits = ReleaseDetails(reduced_grids=True, symmetric_activations=True, raw_step=True, start="moments")
     net = fresh("static", habits=habits)
     x, t = inputs(8)
     with torch.no_grad(), calibrating(net, 1, habits.start) as calibration:

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tdq_exp.models.model import unet_roles
+from tdq_exp.models.roles import unet_roles
 from tdq_exp.quant import calibrate
 from tdq_exp.quant.convert import Recipe, activation_quantizers, bake, layer_map, quantize
-from tdq_exp.quant.generators import GeneratorBank
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.habits import Habits
-from tdq_exp.quant.interval import Static, Table
+from tdq_exp.quant.intervals.base import LookupTable
+from tdq_exp.quant.intervals.static import Static
+from tdq_exp.quant.intervals.temporal import GeneratorBank
 from tdq_exp.quant.layers import (
     CodedWeight,
     QuantAttention,
@@ -22,12 +22,14 @@ from tdq_exp.quant.layers import (
     QuantLinear,
     smallest_integer_type,
 )
-from tdq_exp.quant.lsq import Lsq
-from tdq_exp.quant.nipq import Nipq
-from tdq_exp.quant.pact import DorefaWeights
 from tdq_exp.quant.plan import Plan
-from tdq_exp.quant.quantizer import LowerBound, Quantizer, TableZeroPoint, ZeroPoint
+from tdq_exp.quant.quantizer import Quantizer
+from tdq_exp.quant.release import ReleaseDetails
 from tdq_exp.quant.roles import Role
+from tdq_exp.quant.rules.lsq import Lsq
+from tdq_exp.quant.rules.nipq import Nipq
+from tdq_exp.quant.rules.pact import DorefaWeights
+from tdq_exp.quant.zero_point import LowerBound, TableZeroPoint, ZeroPoint
 from tests.quant.builders import (
     INTERVALS,
     inputs,
@@ -42,7 +44,7 @@ from tests.quant.builders import (
 RELEASE = {"keep_float": ["first", "last", "time_embedding", "time_projection"], "attention": False}
 METHODS = ("lsq", "pact", "nipq")
 PARTS = ("input", "q", "k", "v", "probabilities")
-RELEASE_HABITS = Habits(
+RELEASE_HABITS = ReleaseDetails(
     reduced_grids=True, symmetric_activations=True, raw_step=True, scale_activation_gradient=False, start="moments"
 )
 
@@ -290,11 +292,11 @@ def test_weights_refuse_an_interval_of_time_and_name_the_key(interval):
         make_recipe(weight_interval=interval)
 
 
-def test_unknown_offsets_and_starts_are_errors_that_name_the_key():
-    with pytest.raises(ValueError, match=r"tdq\.offset='dynamic'"):
-        make_recipe(offset="dynamic")
+def test_unknown_zero_points_and_starts_are_errors_that_name_the_key():
+    with pytest.raises(ValueError, match=r"tdq\.zero_point='dynamic'"):
+        make_recipe(zero_point="dynamic")
     with pytest.raises(ValueError, match=r"habits\.habits\.start='mean'"):
-        Habits(start="mean")
+        ReleaseDetails(start="mean")
 
 
 def test_quantizing_twice_is_an_error():
@@ -312,7 +314,7 @@ def test_quantizing_twice_is_an_error():
 @pytest.mark.parametrize("interval", INTERVALS)
 @pytest.mark.parametrize("offset", ["static", "lower_bound", "by_role"])
 def test_offsets_follow_the_recipe(interval, offset):
-    net = started(interval=interval, offset=offset)
+    net = started(interval=interval, zero_point=offset)
     roles = unet_roles(load_model("tiny").build())
     for name, role in roles.items():
         quantizer = net.get_submodule(name).input_quantizer
@@ -375,7 +377,7 @@ def test_baked_equals_unbaked_to_the_bit(rule, interval):
 @pytest.mark.parametrize("interval", INTERVALS)
 @pytest.mark.parametrize("offset", ["static", "lower_bound"])
 def test_baked_equals_unbaked_with_either_offset(interval, offset):
-    check_baked(started("lsq", interval, offset=offset))
+    check_baked(started("lsq", interval, zero_point=offset))
 
 
 @pytest.mark.parametrize("options", [
@@ -440,7 +442,7 @@ def test_a_baked_network_holds_codes_and_tables_alone(bits, interval):
         assert int(codes.min()) >= -top and int(codes.max()) <= top
         assert int(codes.abs().max()) >= top // 2
     for quantizer in activation_quantizers(baked).values():
-        assert isinstance(quantizer.interval, Table) and isinstance(quantizer.zero_point, TableZeroPoint)
+        assert isinstance(quantizer.interval, LookupTable) and isinstance(quantizer.zero_point, TableZeroPoint)
         assert len(quantizer.interval.step_sizes) == (1 if interval == "static" else 1000)
         assert len(quantizer.zero_point.zero_points) in (1, len(quantizer.interval.step_sizes))
         assert torch.equal(quantizer.zero_point.zero_points, quantizer.zero_point.zero_points.round())
@@ -682,4 +684,4 @@ def test_layer_map_describes_every_leaf():
     start_quickly(net)
     baked = {row["layer"]: row for row in layer_map(bake(net), roles)}
     assert baked["conv_in"]["weight"] == "codes int8"
-    assert baked["conv_out"]["input"] == "Lsq 0..255, Table, z table"
+    assert baked["conv_out"]["input"] == "Lsq 0..255, LookupTable, z table"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tdq_exp.compose import compose
-from tdq_exp.job import build
+from tdq_exp.config.compose import compose
+from tdq_exp.experiment.build import build
 from tdq_exp.quant.convert import Recipe, activation_quantizers, bake
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.interval import Dynamic, DynamicIntervals
-from tdq_exp.quant.lsq import Lsq
-from tdq_exp.quant.nipq import Nipq, NipqWeights
-from tdq_exp.quant.pact import Pact, PactWeights
+from tdq_exp.quant.intervals.dynamic import Dynamic, DynamicIntervals
+from tdq_exp.quant.rules.lsq import Lsq
+from tdq_exp.quant.rules.nipq import Nipq, NipqWeights
+from tdq_exp.quant.rules.pact import Pact, PactWeights
 from tests.quant.builders import inputs, make_net, randn
 
 

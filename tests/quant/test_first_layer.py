@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tdq_exp.models.model import unet_roles
+from tdq_exp.experiment.first_layer import first_range, noise_beyond
+from tdq_exp.models.roles import unet_roles
 from tdq_exp.quant.convert import Recipe, bake
-from tdq_exp.quant.first_layer import first_range, noise_beyond
-from tdq_exp.quant.interval import DynamicIntervals, StaticIntervals, TemporalIntervals
-from tdq_exp.quant.lsq import Lsq
+from tdq_exp.quant.intervals.dynamic import DynamicIntervals
+from tdq_exp.quant.intervals.static import StaticIntervals
+from tdq_exp.quant.intervals.temporal import TemporalIntervals
 from tdq_exp.quant.plan import Plan
+from tdq_exp.quant.rules.lsq import Lsq
 from tests.quant.builders import load_model, make_net
 
 ROLES = unet_roles(load_model("tiny").build())

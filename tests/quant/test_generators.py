@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tdq_exp.quant.generators import GeneratorBank, encode_time
-from tdq_exp.quant.interval import Temporal, TemporalIntervals
+from tdq_exp.quant.intervals.temporal import GeneratorBank, Temporal, TemporalIntervals, encode_time
 from tdq_exp.quant.time import TimeContext
 from tests.oracles import generator
 from tests.quant.builders import STEPS, make_net, make_recipe, randn, stir

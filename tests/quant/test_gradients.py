@@ -4,15 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tdq_exp.quant import kernels, ops
-from tdq_exp.quant.generators import GeneratorBank
+from tdq_exp.quant import ops
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.habits import Habits
-from tdq_exp.quant.interval import PerStep, Static, Temporal
-from tdq_exp.quant.lsq import Lsq
-from tdq_exp.quant.pact import DorefaWeights, Pact
-from tdq_exp.quant.quantizer import LowerBound, ZeroPoint
+from tdq_exp.quant.intervals.static import PerStep, Static
+from tdq_exp.quant.intervals.temporal import GeneratorBank, Temporal
+from tdq_exp.quant.kernels import cpu as kernels
+from tdq_exp.quant.release import ReleaseDetails
+from tdq_exp.quant.rules.lsq import Lsq
+from tdq_exp.quant.rules.pact import DorefaWeights, Pact
 from tdq_exp.quant.time import TimeContext
+from tdq_exp.quant.zero_point import LowerBound, ZeroPoint
 from tests.oracles import generator, rounding, straight_through
 from tests.quant.builders import make_net, make_quantizer, make_recipe, randn
 
@@ -218,7 +219,7 @@ def gradient_of_step(quantizer, x, time, t, g):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_two_half_batches_add_up_to_a_whole_one(interval, symmetric):
     # Two processes share a batch like this. The release's activations are symmetric, as weights are, but not weights.
-    recipe = make_recipe("lsq", interval, habits=Habits(symmetric_activations=symmetric))
+    recipe = make_recipe("lsq", interval, habits=ReleaseDetails(symmetric_activations=symmetric))
     net = make_net(recipe, calibrated=False).train()
     quantizer = net.get_submodule("mid_block.attentions.0.processor.q")
     assert quantizer.grid.symmetric == symmetric

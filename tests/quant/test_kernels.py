@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tdq_exp.quant import kernels, ops
+from tdq_exp.quant import ops
+from tdq_exp.quant.kernels import cpu as kernels
 from tests.quant.builders import randn
 
 

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.interval import MaxAbs, Static
-from tdq_exp.quant.nipq import Nipq
-from tdq_exp.quant.pact import PactWeights
-from tdq_exp.quant.quantizer import Quantizer, ZeroPoint
+from tdq_exp.quant.intervals.dynamic import MaxAbs
+from tdq_exp.quant.intervals.static import Static
+from tdq_exp.quant.quantizer import Quantizer
+from tdq_exp.quant.rules.nipq import Nipq
+from tdq_exp.quant.rules.pact import PactWeights
+from tdq_exp.quant.zero_point import ZeroPoint
 from tests.quant.builders import BITS, GRIDS, INTERVALS, RULES, STEPS, make_quantizer, randn, stir
 
 TIMES = torch.tensor([0, 7, 400, STEPS - 1])

@@ -10,13 +10,14 @@ from torch.ao.quantization import MinMaxObserver, PerChannelMinMaxObserver
 from tdq_exp.quant import calibrate, ops
 from tdq_exp.quant.convert import Recipe, activation_quantizers, bake, code_weights, coded_weight
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.interval import Static, StaticIntervals
-from tdq_exp.quant.kernels import unfused
+from tdq_exp.quant.intervals.static import Static, StaticIntervals
+from tdq_exp.quant.kernels.cpu import unfused
 from tdq_exp.quant.layers import CodedWeight, QuantLayer
-from tdq_exp.quant.minmax import ChannelRange, MinMax, MinMaxWeights
 from tdq_exp.quant.ops import affine_range
-from tdq_exp.quant.quantizer import Quantizer, ZeroPoint
+from tdq_exp.quant.quantizer import Quantizer
+from tdq_exp.quant.rules.minmax import ChannelRange, MinMax, MinMaxWeights
 from tdq_exp.quant.time import TimeContext
+from tdq_exp.quant.zero_point import ZeroPoint
 from tests.oracles import rounding as oracle
 from tests.quant.builders import INTERVALS, STEPS, inputs, make_interval, make_net, randn
 

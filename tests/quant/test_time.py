@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tdq_exp.quant.convert import activation_quantizers
-from tdq_exp.quant.interval import PerStep
+from tdq_exp.quant.intervals.static import PerStep
 from tdq_exp.quant.quantizer import Quantizer
 from tdq_exp.quant.time import TimeContext
 from tests.quant.builders import (

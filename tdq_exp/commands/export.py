@@ -1,0 +1,192 @@
+"""Export a finished run as one ONNX file with its tables inside: inputs x_t and t, output what the network predicts.
+
+python -m tdq_exp export results/runs/digits_w4a4_lsq_tdq/seed0 --out digits_w4a4.onnx
+python -m tdq_exp export results/runs/digits_w4a4_lsq_tdq/seed0 --out digits_w4a4_portable.onnx --form portable
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tdq_exp.deploy.onnx import graph as onnx
+from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment import sample_stage
+from tdq_exp.experiment.load import load
+from tdq_exp.quant.layers import QuantConv2d
+from tdq_exp.runtime.progress import console, print_table
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+NEEDED = ("onnx", "onnxruntime", "onnxscript")
+
+
+def main() -> None:
+    """The command; `--help` lists its options."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], epilog="\n".join((__doc__ or "").splitlines()[2:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "run", type=Path, help="folder of a finished run, results/runs/<name>/seed<k>, or a packed network"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="file to write: *.onnx")
+    parser.add_argument(
+        "--form", default="integer",
+        help="integer: QLinearConv and MatMulInteger, for ONNX Runtime (the default); portable: constant quantizers"
+        " between multiplications, for other runtimes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--images", type=int, default=16,
+        help="images sampled to see the range of each convolution's output over t (integer form; default: 16)",
+    )  # fmt: skip
+    options = parser.parse_args()
+    try:
+        export(options.run.expanduser(), options.out, options.form, options.images)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def export(run: Path, out: Path, form: str = "integer", images: int = 16) -> Path:
+    """Writes the graph of a run, runs it in ONNX Runtime, and prints its size, operators and parity.
+
+    Raises:
+        ValueError: for a run that is not quantized or has no tables, a file that exists, or a missing package.
+        FileNotFoundError: if there is no finished run.
+    """
+    if form not in onnx.FORMS:
+        raise ValueError(f"--form={form}: choose {' or '.join(onnx.FORMS)}")
+    if images < 1:
+        raise ValueError(f"--images={images}: must be at least 1")
+    if out.suffix != ".onnx":
+        raise ValueError(f"--out={out}: must end in .onnx")
+    if out.exists():
+        raise ValueError(f"--out={out}: exists; remove it or name another file")
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"export needs {', '.join(missing)}: pip install 'tdq_exp[onnx]'")
+    job, net = load(run)
+    if job.recipe is None:
+        raise ValueError(f"{run}: is a float run; diffusers' own export writes it")
+    written = graph_file(job, net, out, form, images)
+    rows = compare(job, net, out)
+    kinds = optimised_operators(out)
+    console.print(f"{out}: {written / 1e6:.3f} MB, {form} form", markup=False)
+    integer = {
+        name: kinds.get(name, 0) for name in ("QLinearConv", "ConvInteger", "MatMulIntegerToFloat", "MatMulInteger")
+    }
+    floats = {name: kinds.get(name, 0) for name in ("Conv", "FusedConv", "Gemm", "MatMul")}
+    console.print(
+        "as ONNX Runtime optimised it: "
+        + ", ".join(f"{count} {name}" for name, count in {**integer, **floats}.items() if count),
+        markup=False,
+    )
+    print_table(
+        "prediction, relative root mean square of the difference from simulated quantization",
+        ["t", "ONNX Runtime", "control: simulated, another batch size"],
+        [(str(t), f"{found:.2e}", f"{control:.2e}") for t, found, control in rows],
+    )
+    return out
+
+
+def graph_file(job: jobs.Job, net: nn.Module, out: Path, form: str, images: int) -> int:
+    """Writes the graph of a baked network and returns its bytes. Arguments as `export`."""
+    steps = job.model.schedule.steps
+    ranges = onnx.output_ranges(_seen(job, net, images), steps) if form == "integer" else {}
+    graph = onnx.graph_of(net, ranges, form)
+    part = out.with_name(f".{out.name}.part")
+    try:
+        size = onnx.write(graph, job.model.sample_shape, part)
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+    return size
+
+
+@torch.no_grad()
+def _seen(job: jobs.Job, net: nn.Module, images: int) -> dict[str, list[tuple[int, float, float]]]:
+    """(t, smallest, largest) of each convolution's first sum, at every step of a sampling."""
+    seen: dict[str, dict[int, tuple[float, float]]] = {}
+
+    def watch(name: str, layer: QuantConv2d) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+            low, high = (float(v) for v in onnx.first_sum(layer, args[0], y).aminmax())
+            t = int(net.time.t)  # type: ignore[union-attr,operator,arg-type]
+            before = seen.setdefault(name, {}).get(t, (low, high))
+            seen[name][t] = (min(low, before[0]), max(high, before[1]))
+
+        handles.append(layer.register_forward_hook(hook))
+
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    for name, module in net.named_modules():
+        if isinstance(module, QuantConv2d):
+            watch(name, module)
+    for start in range(0, images, 16):
+        indices = range(start, min(start + 16, images))
+        sample_stage.sample_group(
+            net, job.model, job.sampler, indices, seed=job.sampling.seed + 1, device=torch.device("cpu")
+        )
+    for handle in handles:
+        handle.remove()
+    return {name: [(t, *values) for t, values in found.items()] for name, found in seen.items()}
+
+
+@torch.no_grad()
+def compare(job: jobs.Job, net: nn.Module, file: Path) -> list[tuple[int, float, float]]:
+    """(t, difference of ONNX Runtime from the simulated network, difference of that one at another batch size).
+
+    At few bits a sum on the border of two codes may fall on either side, and the layers behind it see it: what another
+    order of summation does is the measure of parity.
+    """
+    run = session(file)
+    steps = job.model.schedule.steps
+    x = torch.randn(8, *job.model.sample_shape, generator=torch.Generator().manual_seed(0))
+    rows = []
+    for t in (0, steps // 4, steps // 2, steps - 1):
+        now = torch.tensor(t)
+        expected = job.model.predict(net, x, now)
+        found = torch.from_numpy(run.run(None, {"x_t": x.numpy(), "t": np.array(t, dtype=np.int64)})[0])
+        others = [job.model.predict(net, x.repeat(8, 1, 1, 1), now)[:8], job.model.predict(net, x[:3], now)]
+        rows.append(
+            (t, onnx.parity(found, expected), max(onnx.parity(other, expected[: len(other)]) for other in others))
+        )
+    return rows
+
+
+def session(file: Path, optimised: Path | None = None, threads: int = 0, spinning: bool = True) -> InferenceSession:
+    """A session of ONNX Runtime on the CPU.
+
+    Args:
+        file: the graph.
+        optimised: where to write it as it will run.
+        threads: of one operator; 0 leaves it to torch's number.
+        spinning: may its threads wait busily? Not where others are timed beside it.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if optimised is not None:
+        options.optimized_model_filepath = str(optimised)
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def optimised_operators(file: Path) -> dict[str, int]:
+    """How many operators of each kind ONNX Runtime will run."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimised = Path(folder) / "optimised.onnx"
+        session(file, optimised)
+        return onnx.operators(optimised)

@@ -1,0 +1,48 @@
+"""Composing a configuration from a command line's overrides, with mistakes as one line. Quick: nothing here needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from tdq_exp.config import assets, schema
+
+
+def register() -> None:
+    """Makes the schema known to Hydra under the name that `config.yaml` takes it by."""
+    ConfigStore.instance().store(name="schema", node=schema.Config)
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """The config that a command line would give.
+
+    Args:
+        overrides: as on the command line: `group=option`, `key=value`, `+experiment=NAME`.
+
+    Raises:
+        ValueError: for an unknown group, option or key, or a value of the wrong type; one line.
+    """
+    register()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(assets.configs())):
+            return hydra_compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_one_line(error)) from error
+
+
+def _one_line(error: BaseException) -> str:
+    """What Hydra says over several lines, its list of options included, the search path and the hint at a debug switch not."""
+    said = str(error).split("Config search path")[0].split("Set the environment")[0]
+    words = " ".join(said.split())
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException) and str(cause).splitlines()[0] not in words:
+        words += f": {str(cause).splitlines()[0]}"
+    return words

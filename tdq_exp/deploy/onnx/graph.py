@@ -1,0 +1,195 @@
+"""A baked network as one ONNX graph with its tables inside: inputs x_t and t, output what the network predicts.
+
+Two forms of a layer, `s` and `z` gathered from the tables by t:
+
+    integer    QuantizeLinear(x, s_t, z_t) -> QLinearConv -> DequantizeLinear -> + b, and MatMulInteger for linear layers:
+               what ONNX Runtime runs on codes. QLinearConv writes 8-bit codes, so a convolution's output is quantized
+               once more, on a range of its own for each t that was seen in sampling; linear layers are exact.
+    portable   clip(round(x / s_t)) + z_t -> Q, DQ with a constant step 1 -> conv -> s_t: nothing in the quantizer depends on t,
+               which is what other runtimes need to recognise it. It gives what simulated quantization gives.
+
+The last convolution, whose output is the prediction itself, takes the portable form in both. Affine 8-bit weights need a
+second sum (see `integer`), here one of floats over a single channel. Attention products are simulated, as in the integer
+engine.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tdq_exp.deploy.coders import too_wide
+from tdq_exp.deploy.integer import reason_against, signed_codes
+from tdq_exp.deploy.onnx.layers import (
+    OPSET,
+    Clock,
+    Codes,
+    IntegerConv,
+    IntegerLinear,
+    Portable,
+    PortableLayer,
+    Simulated,
+)
+from tdq_exp.quant.convert import replace_module
+from tdq_exp.quant.layers import CodedWeight, QuantAttention, QuantConv2d, QuantLayer
+
+FORMS = ("integer", "portable")
+
+
+class Graph(nn.Module):
+    """(x_t, t) -> prediction.
+
+    Args:
+        net: with its quantized layers in the graph's form.
+        clock: the one that they read.
+    """
+
+    def __init__(self, net: nn.Module, clock: Clock) -> None:
+        super().__init__()
+        self.net, self.clock = net, clock
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """`[B, C, H, W]` and an int64 number."""
+        self.clock.t = t
+        return self.net(x, t, return_dict=False)[0]
+
+
+def first_sum(layer: QuantConv2d, x: Tensor, y: Tensor) -> Tensor:
+    """What QLinearConv gives of a layer: its output y without the bias, and without the second sum of affine weights."""
+    conv, coded = layer.layer, layer.weight_quantizer
+    assert isinstance(coded, CodedWeight) and layer.input_quantizer is not None
+    if conv.bias is not None:
+        y = y - conv.bias.reshape(-1, 1, 1)
+    rest = signed_codes(coded)[1]
+    if not rest.any():
+        return y
+    ones = torch.ones(1, 1, *conv.kernel_size)
+    sums = layer.input_quantizer(x).sum(1, keepdim=True)
+    second = F.conv2d(sums, ones, None, conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]
+    return y - second * (rest * coded.step_size.reshape(-1)).reshape(-1, 1, 1)
+
+
+def output_ranges(seen: Mapping[str, list[tuple[int, float, float]]], steps: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Range of every convolution's first sum for each t, `[T]`, between and beyond what was seen.
+
+    Args:
+        seen: (t, smallest, largest) of each, in any order.
+        steps: T.
+    """
+    found = {}
+    for name in seen:
+        entries = sorted(seen[name])
+        t = [entry[0] for entry in entries]
+        every = torch.arange(steps)
+        rows = []
+        for column in (1, 2):
+            values = torch.tensor([entry[column] for entry in entries])
+            right = torch.searchsorted(torch.tensor(t), every).clamp(1, max(1, len(t) - 1))
+            if len(t) == 1:
+                rows.append(values.expand(steps).clone())
+                continue
+            left = right - 1
+            start, end = torch.tensor(t)[left], torch.tensor(t)[right]
+            share = ((every - start) / (end - start)).clamp(0, 1)
+            rows.append(values[left] + share * (values[right] - values[left]))
+        found[name] = (rows[0], rows[1])
+    return found
+
+
+def graph_of(net: nn.Module, ranges: Mapping[str, tuple[Tensor, Tensor]], form: str) -> Graph:
+    """A copy of a baked network whose quantized layers are operators of ONNX.
+
+    Args:
+        net: baked, in eval mode, on the CPU.
+        ranges: see `output_ranges`; of the integer form.
+        form: one of `FORMS`.
+
+    Raises:
+        ValueError: for a layer that has no such form: dynamic intervals, codes wider than a byte.
+    """
+    clock, net = Clock(), copy.deepcopy(net)
+    convolutions = [name for name, module in net.named_modules() if isinstance(module, QuantConv2d)]
+    for name, module in list(net.named_modules()):
+        if isinstance(module, QuantLayer):
+            reason = reason_against(module)
+            if reason is not None:
+                raise ValueError(f"{name}: can't be exported, {reason}")
+    for name, module in list(net.named_modules()):
+        if isinstance(module, QuantAttention):
+            block = name.removesuffix(".processor")
+            if module.input_quantizer is not None:
+                module.input_quantizer = (Codes if form == "integer" else Portable)(module.input_quantizer, clock)  # type: ignore[assignment]
+            for part in ("q", "k", "v", "probabilities"):
+                quantizer = getattr(module, part)
+                if quantizer is not None:
+                    if too_wide(quantizer):
+                        raise ValueError(f"{block}.{part}: can't be exported, its codes are wider than 8 bits")
+                    setattr(module, part, Simulated(quantizer, clock))
+    for name, module in list(net.named_modules()):
+        if isinstance(module, QuantLayer):
+            replace_module(net, name, _layer(net, name, module, ranges, form, clock, name == convolutions[-1]))
+    return Graph(net, clock).eval()
+
+
+def _layer(
+    net: nn.Module, name: str, layer: QuantLayer, ranges: Mapping[str, tuple[Tensor, Tensor]], form: str, clock: Clock,
+    last: bool,
+) -> nn.Module:  # fmt: skip
+    quantizer = layer.input_quantizer
+    if quantizer is None:  # q, k and v: their input comes in the form that it was given above
+        processor: Any = net.get_submodule(name.rpartition(".")[0]).processor
+        codes = isinstance(processor.input_quantizer, Codes)
+        return IntegerLinear(layer, None) if codes else PortableLayer(layer, None)
+    if form == "portable" or last:
+        return PortableLayer(layer, Portable(quantizer, clock))
+    if isinstance(layer, QuantConv2d):
+        low, high = ranges[name]
+        return IntegerConv(layer, Codes(quantizer, clock), low, high, clock)
+    return IntegerLinear(layer, Codes(quantizer, clock))
+
+
+def write(graph: nn.Module, shape: tuple[int, ...], file: Path) -> int:
+    """Writes the graph, any batch size, and returns the bytes of the file.
+
+    Args:
+        graph: (x, t) -> prediction.
+        shape: of one sample.
+        file: `*.onnx`.
+    """
+    x, t = torch.zeros(2, *shape), torch.tensor(1)
+    batch = torch.export.Dim("batch", min=1, max=1 << 16)
+    program = torch.onnx.export(
+        graph, (x, t), dynamo=True, opset_version=OPSET, input_names=["x_t", "t"], output_names=["prediction"],
+        dynamic_shapes={"x": {0: batch}, "t": {}}, optimize=True, verbose=False,
+    )  # fmt: skip
+    assert program is not None
+    model = program.model_proto
+    for node in model.graph.node:  # where each came from in our source: twice as long as the weights
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in [*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer]:
+        del value.metadata_props[:]
+    file.write_bytes(model.SerializeToString())
+    return file.stat().st_size
+
+
+def operators(file: Path) -> dict[str, int]:
+    """How many operators of each kind a graph holds, subgraphs left out."""
+    import onnx
+
+    found: dict[str, int] = {}
+    for node in onnx.load(str(file)).graph.node:
+        found[node.op_type] = found.get(node.op_type, 0) + 1
+    return dict(sorted(found.items()))
+
+
+def parity(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|, root of mean squares."""
+    return float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp(min=math.ulp(1.0)))

@@ -1,0 +1,176 @@
+"""Images from a network: the groups of a set, dealt out to processes, into a store that survives interruption."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from tdq_exp.data.arrays import ImageStore
+from tdq_exp.data.images import Images, to_uint8
+from tdq_exp.diffusion.ddim import Ddim
+from tdq_exp.diffusion.draws import generator, groups, image_generators, starting_noise
+from tdq_exp.models.pixel import DiffusionModel
+from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime.progress import console, track
+
+
+@torch.no_grad()
+def sample_group(
+    net: nn.Module,
+    model: DiffusionModel,
+    sampler: Ddim,
+    indices: range,
+    *,
+    seed: int,
+    device: torch.device,
+    truncate: bool = False,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> NDArray[np.uint8]:
+    """One group of images, uint8 `[batch, H, W, C]`.
+
+    Args:
+        net: in eval mode, on the device.
+        model: its description.
+        sampler: DDIM, or another with the same call.
+        indices: global image indices; each has noise of its own.
+        seed: of the set.
+        device: where to compute.
+        truncate: drop the fraction of a pixel in place of rounding (see `to_uint8`).
+        on_step: called with (t, x_t) before every step.
+    """
+    generators = image_generators(seed, indices)
+    x = starting_noise(generators, model.sample_shape).to(device)
+    x = sampler.sample(lambda x_t, t: model.predict(net, x_t, t), x, model.schedule, generators, on_step)
+    return to_uint8(model.decode(x).cpu(), truncate).numpy()
+
+
+def sample_set(
+    net: nn.Module,
+    model: DiffusionModel,
+    sampler: Ddim,
+    store: ImageStore,
+    *,
+    seed: int,
+    processes: Processes,
+    truncate: bool = False,
+    on_group: Callable[[float], None] | None = None,
+) -> float:
+    """Fills a store with the groups that are missing; returns the seconds that it took.
+
+    `on_group` is called on the main process with the seconds so far, after each of its groups.
+
+    Group g belongs to process g mod world, whoever made the others: the set is the same bits for any number of
+    processes.
+    """
+    processes.decide(store.create)
+    missing = processes.decide(store.missing)
+    mine = missing[processes.rank :: processes.world]
+    every = dict(groups(store.images, store.batch))
+    net = net.to(processes.device).eval()
+    began = time.monotonic()
+    done = len(every) - len(missing)
+    with track("sampling", len(every), done, show=processes.main) as advance:
+        for group in mine:
+            pixels = sample_group(
+                net, model, sampler, every[group], seed=seed, device=processes.device, truncate=truncate
+            )
+            store.put(group, pixels)
+            if on_group is not None and processes.main:
+                on_group(time.monotonic() - began)
+            for _ in range(processes.world):  # the others go at the same pace
+                if done < len(every):
+                    done += 1
+                    advance(f"{min((group + 1) * store.batch, store.images)} images")
+    processes.barrier()
+    return time.monotonic() - began
+
+
+class Reconstructions:
+    """Real images as the model itself gives them back, made as they are read: uint8 `[N, H, W, C]`.
+
+    Args:
+        model: with a lossy x_0.
+        images: in pixels.
+        count: N, the first of them.
+        processes: each makes what it reads.
+    """
+
+    BATCH = 100
+
+    def __init__(self, model: DiffusionModel, images: Images, count: int, processes: Processes) -> None:
+        self.model, self.images, self.count, self.processes = model, images, count, processes
+        self.content = f"{images.content}-{model.codec_fingerprint}"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice) -> NDArray[np.uint8]:
+        index = torch.arange(*part.indices(self.count))
+        made, device = [], self.processes.device
+        with (
+            track("reconstructing", -(-len(index) // self.BATCH), show=self.processes.main) as advance,
+            torch.no_grad(),
+        ):
+            for some in index.split(self.BATCH) if len(index) else ():  # an empty tensor splits into one empty part
+                images = self.images.batch(some, torch.zeros(len(some), dtype=torch.bool))
+                noise = [torch.randn(self.model.sample_shape, generator=generator(0, 12, int(i))) for i in some]
+                back = self.model.reconstruct(images.to(device), torch.stack(noise).to(device))
+                made.append(to_uint8(back.cpu()).numpy())
+                advance(f"{int(some[-1]) + 1} images")
+        # Nothing to make: with few images, some processes have no part in a set.
+        empty = np.zeros((0, self.model.image_size, self.model.image_size, self.model.channels), np.uint8)
+        return np.concatenate([empty, *made])
+
+
+def engine(
+    net: nn.Module,
+    model: DiffusionModel,
+    name: str,
+    *,
+    batch: int,
+    min_speedup: float,
+    folder: Path,
+    processes: Processes,
+) -> tuple[nn.Module, str]:
+    """The network as an engine runs it, and what it is, for the row.
+
+    Args:
+        net: baked.
+        name: `fake` (simulated quantization) or `integer`.
+        batch: images at a time.
+        min_speedup: of a layer that is to run on integers.
+        folder: where the choice of layers is kept, beside the images that are made with it.
+
+    Raises:
+        ValueError: if the network has no quantized layers.
+    """
+    if name == "fake":
+        return net, "fake"
+    from tdq_exp.deploy import choose, integer  # not imported unless used
+
+    reason = integer.unavailable(processes.device)
+    if reason is not None:
+        if processes.main:
+            console.print(f"sampler.engine=integer: {reason}; quantization is simulated", markup=False)
+        return net, f"fake: {reason}"
+    if not integer.candidates(net):
+        raise ValueError("sampler.engine=integer: the network has no quantized layer that can run on integers")
+    x, t = torch.zeros(batch, *model.sample_shape), torch.tensor(model.schedule.steps // 2)
+    found = processes.decide(
+        lambda: choose.choice(net, lambda n: model.predict(n, x, t), min_speedup, folder / "engine.json")
+    )
+    return integer.integerize(net, found["layers"]), f"integer: {len(found['layers'])} of {found['of']} layers"
+
+
+def write_pngs(pixels: NDArray[np.uint8], folder: Path) -> None:
+    """Every image as a PNG, `00000.png` and on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(pixels):
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{index:05d}.png")

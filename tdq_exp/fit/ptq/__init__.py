@@ -1,0 +1,1 @@
+"""Post-training quantization: calibration sets, and block by block reconstruction."""

@@ -1,0 +1,210 @@
+"""Making calibration sets: which x_t, at which t, post-training quantization is shown.
+
+| kind             | x_t                                          | t |
+|------------------|----------------------------------------------|---|
+| `uniform`        | on the float model's own denoising runs      | different steps of the run, at random: 256 images x 20 |
+| `ndtc`           | the same                                     | normal and skewed to small t, `t = mu T + sigma T n`, clipped |
+| `ndtc_published` | the same, at T - 1 - t                       | as `ndtc`: the published code pairs x and t in reverse |
+| `forward`        | noised training images                       | evenly over 0..T-1; no run needed |
+
+Each trajectory has noise of its own seed, and trajectories are computed in fixed groups, so that a set is the same bits
+for any number of processes and after any interruption.
+
+Source: Shang et al., *Post-training Quantization on Diffusion Models* (PTQ4DM), arXiv 2211.15736; `uniform`: So et al.,
+arXiv 2306.02316. The published code of PTQ4DM stores a sample when the index of its loop equals t, and the loop begins
+with the noisiest step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdq_exp.diffusion.ddim import Ddim
+from tdq_exp.diffusion.draws import fixed_draws, generator, groups, starting_noise
+from tdq_exp.diffusion.objective import Samples
+from tdq_exp.fit.ptq.stored_set import CalibrationSet, check
+from tdq_exp.models.pixel import DiffusionModel
+from tdq_exp.runtime import files
+from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime.progress import track
+
+KINDS = ("uniform", "ndtc", "ndtc_published", "forward")
+GROUP = 64  # trajectories that are computed at a time
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """What a set holds.
+
+    Args:
+        kind: see the module.
+        samples: N, a multiple of `images`.
+        images: number of trajectories.
+        mu, sigma: of the normal distribution of t, as shares of T.
+        seed: of noise and time steps.
+
+    Raises:
+        ValueError: naming the key.
+    """
+
+    kind: str
+    samples: int
+    images: int
+    mu: float = 0.4
+    sigma: float = 0.4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"calibration.kind={self.kind!r}: choose one of {', '.join(KINDS)}")
+        if self.images < 1 or self.samples < 1 or self.samples % self.images:
+            raise ValueError(
+                f"calibration.samples={self.samples}: must be a positive multiple of calibration.images={self.images}"
+            )
+
+    def parts(self, model: Mapping[str, Any], weights: str, sampler: Mapping[str, Any], data: str) -> dict[str, Any]:
+        """What the set depends on, for its fingerprint.
+
+        Args:
+            model: the model's definition.
+            weights: hash of the float weights.
+            sampler: the method of the trajectories.
+            data: hash of the training images; only `forward` sets depend on it.
+        """
+        spec = {"kind": self.kind, "samples": self.samples, "images": self.images, "seed": self.seed}
+        if self.kind == "forward":  # no weights: it is the same set for any float net of the same data
+            return {"version": 1, "calibration": spec, "model": dict(model), "data": data}
+        if self.kind != "uniform":
+            spec |= {"mu": self.mu, "sigma": self.sigma}
+        return {"version": 1, "calibration": spec, "model": dict(model), "weights": weights, "sampler": dict(sampler)}
+
+
+def chosen_steps(spec: CalibrationSpec, visited: list[int], total: int, image: int) -> list[tuple[int, int]]:
+    """(position in `visited` whose x is stored, t that is stored with it) for every sample of one trajectory.
+
+    Args:
+        visited: time steps of the sampler, noisiest first.
+        total: T.
+        image: number of the trajectory.
+
+    Raises:
+        ValueError: if `uniform` asks for more samples of a trajectory than it has steps.
+    """
+    count, g = spec.samples // spec.images, generator(spec.seed, 5, image)
+    if spec.kind == "uniform":
+        if count > len(visited):
+            raise ValueError(
+                f"calibration.samples={spec.samples}: {count} of each trajectory, but the sampler has {len(visited)}"
+                " steps; take more calibration.images"
+            )
+        places = torch.randperm(len(visited), generator=g)[:count].tolist()
+        return [(place, visited[place]) for place in places]
+    drawn = (spec.mu * total + spec.sigma * total * torch.randn(count, generator=g)).clamp(0, total - 1)
+    steps = torch.tensor(visited, dtype=torch.float32)
+    nearest = (drawn[:, None] - steps).abs().argmin(1).tolist()
+    if spec.kind == "ndtc":
+        return [(place, visited[place]) for place in nearest]
+    reverse = ((total - 1 - steps[nearest])[:, None] - steps).abs().argmin(1).tolist()
+    return [(taken, visited[place]) for taken, place in zip(reverse, nearest, strict=True)]
+
+
+@torch.no_grad()
+def make_set(
+    spec: CalibrationSpec,
+    net: nn.Module,
+    model: DiffusionModel,
+    sampler: Ddim,
+    images: Samples | None,
+    *,
+    parts: Mapping[str, Any],
+    cache: Path,
+    processes: Processes,
+    path: Path | None = None,
+) -> CalibrationSet:
+    """The set, made if it is not there, continued if it is half there.
+
+    Args:
+        net: the float network, on the processes' device, in eval mode.
+        sampler: of the trajectories.
+        images: the training set, for `forward`; the others need none.
+        parts: see `CalibrationSpec.parts`.
+        cache: where sets are kept, each under its fingerprint.
+        path: of a finished set that is to be used; it is refused if it is of other parts.
+    """
+    folder = path or cache / "calibration_sets" / files.fingerprint(parts)
+    batches = list(groups(spec.images, GROUP))
+    found = CalibrationSet(folder, spec.samples, spec.images, model.sample_shape, len(batches))
+    if path is not None:
+        processes.decide(lambda: check(folder, parts))
+    else:
+        processes.decide(lambda: None if (folder / "about.json").exists() else found.create(parts))
+    missing = processes.decide(found.missing)
+    done = len(batches) - len(missing)
+    with track("calibration set", len(batches), done, show=processes.main and bool(missing)) as advance:
+        for group in missing[processes.rank :: processes.world]:
+            indices = range(group * GROUP, min((group + 1) * GROUP, spec.images))
+            make = _noised if spec.kind == "forward" else _trajectories
+            x, t, image, x_0 = make(spec, net, model, sampler, images, indices, processes.device)
+            each = spec.samples // spec.images
+            found.put(group, indices.start * each, x, t, image, x_0, indices.start)
+            advance(f"{indices.stop} images")
+    processes.barrier()
+    return found
+
+
+def _noised(
+    spec: CalibrationSpec, net: nn.Module, model: DiffusionModel, sampler: Ddim, images: Samples | None, indices: range,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Training images, each noised to several t."""
+    assert images is not None
+    each = spec.samples // spec.images
+    draws = fixed_draws(
+        spec.seed + 4, samples=spec.samples, images=spec.samples, shape=(1,), steps=model.schedule.steps
+    )
+    t = draws.t[indices.start * each : indices.stop * each]
+    order = torch.randperm(len(images), generator=generator(spec.seed, 7))
+    pick = order[torch.tensor(list(indices)) % len(images)]
+    noise = None
+    if images.random:
+        noise = torch.stack([torch.randn(model.sample_shape, generator=generator(spec.seed, 11, i)) for i in indices])
+    x_0 = images.batch(pick, torch.zeros(len(pick), dtype=torch.bool), noise)
+    eps = torch.cat([torch.randn(each, *model.sample_shape, generator=generator(spec.seed, 8, i)) for i in indices])
+    image = torch.tensor(list(indices)).repeat_interleave(each)
+    return model.schedule.add_noise(x_0.repeat_interleave(each, 0), eps, t), t, image, x_0
+
+
+def _trajectories(
+    spec: CalibrationSpec, net: nn.Module, model: DiffusionModel, sampler: Ddim, images: Samples | None, indices: range,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Denoising runs, of which the chosen steps are kept. The last group is padded, so that every run is in a whole one."""
+    padded = range(indices.start, indices.start + GROUP)
+    visited = [t for t, _ in sampler.pairs(model.schedule)]
+    chosen = [chosen_steps(spec, visited, model.schedule.steps, i) for i in indices]
+    each = spec.samples // spec.images
+    x = torch.empty(len(indices), each, *model.sample_shape)
+    wanted: dict[int, list[tuple[int, int]]] = {}
+    for row, samples in enumerate(chosen):
+        for number, (place, _) in enumerate(samples):
+            wanted.setdefault(place, []).append((row, number))
+    place = 0
+
+    def keep(t: int, x_t: Tensor) -> None:
+        nonlocal place
+        for row, number in wanted.get(place, []):
+            x[row, number] = x_t[row].cpu()
+        place += 1
+
+    generators = [generator(spec.seed, 9, i) for i in padded]  # none of the noise that images are sampled from
+    x_t = starting_noise(generators, model.sample_shape).to(device)
+    x_0 = sampler.sample(lambda x, t: model.predict(net, x, t), x_t, model.schedule, generators, keep)
+    t = torch.tensor([[t for _, t in samples] for samples in chosen])
+    image = torch.tensor(list(indices)).repeat_interleave(each)
+    return x.flatten(0, 1), t.flatten(), image, x_0[: len(indices)].cpu()

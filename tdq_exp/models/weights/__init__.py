@@ -1,0 +1,1 @@
+"""Reading and writing weights, from any of the formats that people have."""

@@ -1,0 +1,384 @@
+"""Fills a network of diffusers with weights, whatever they were saved by, and names them by their content.
+
+Sources:
+
+    PATH/ or PATH/unet/         a diffusers folder: config.json, diffusion_pytorch_model.safetensors or .bin; an
+                                autoencoder's lies in vae/
+    owner/name                  the same on the model hub
+    PATH.safetensors            a state dict in diffusers' names: this project's own files
+    PATH (.ckpt, .pth, ...)     a PyTorch file: a state dict, one inside {"state_dict": ...}, or the training list
+                                [network, optimiser, epoch, step, EMA] of the original DDIM code; names of diffusers or
+                                of the original, with or without the `module.` of a data-parallel network; or all
+                                networks of CompVis' latent diffusion (see `compvis`)
+
+A load is strict: each key of the file goes to one of the network, or is written down in a `NOT_WEIGHTS`. No file is
+executed (see `inert_pickle`). Weights are cast to the network's type, and hashed after that: `load_weights` returns what
+`state_hash(net.state_dict())` would, for every source.
+
+References:
+    Original network and training list: https://github.com/ermongroup/ddim (models/diffusion.py, runners/diffusion.py).
+    Original weights as plain state dicts: https://github.com/pesser/pytorch_diffusion.
+"""
+
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tdq_exp.models.weights import compvis
+from tdq_exp.models.weights.inert_pickle import CheckpointError, read_tensors
+from tdq_exp.models.weights.names import diffusers_names
+
+__all__ = [
+    "NOT_WEIGHTS",
+    "CheckpointError",
+    "file_hash",
+    "load_autoencoder",
+    "load_weights",
+    "save_weights",
+    "state_hash",
+]
+
+# Keys that a state dict may hold and no network needs. `logvar`: the original's `bayesian` type registers it, and its
+# forward pass never reads it.
+NOT_WEIGHTS = frozenset({"logvar"})
+
+# Keys of a diffusers config that don't change what a weight means: `dropout` acts in training only; the rest is
+# written by diffusers' EMA beside the architecture.
+_NOT_ARCHITECTURE = frozenset(
+    ["dropout", "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"]
+)
+
+# Of an autoencoder's config: how large its images were, and how its latents are scaled, which `load_autoencoder` reads.
+_NOT_THE_AUTOENCODERS = frozenset(["sample_size", "scaling_factor", "force_upcast"])
+
+_WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+
+
+def load_weights(
+    net: torch.nn.Module, source: str, *, ema: bool = True, overruled: Collection[str] = frozenset()
+) -> str:
+    """Fills a network, all of it, and returns the hash of its weights.
+
+    Args:
+        net: the network to fill; for folders and the hub a diffusers model, whose config must agree with theirs.
+        source: path of a file or folder, or an id on the model hub (see the module's docstring).
+        ema: of a training list take the exponential moving average (element 4), not the raw weights (element 0). Sources
+            with one set of weights have no say in which it is.
+        overruled: keys of a folder's config that the caller sets by other means, so that they need not agree.
+
+    Returns:
+        The `state_hash` of the network's weights after the load.
+
+    Raises:
+        CheckpointError: one line, that begins with the source, if it can't be found or read, was made for another
+            architecture, or has missing, left-over or misshapen keys. The network is then as it was.
+    """
+    path = _located(source, _subfolder(net))
+    found = _read_folder(net, path, overruled) if path.is_dir() else _read_file(path, ema, _subfolder(net))
+    state = _fitted(source, diffusers_names(source, found, net), net.state_dict())
+    net.load_state_dict(state, strict=True)
+    return state_hash(state)
+
+
+def load_autoencoder(net: torch.nn.Module, source: str, scale: float | None = None) -> str:
+    """Fills an autoencoder with its scale (`kl.*` and `scale`), all of it, and returns the hash of its weights.
+
+    Args:
+        net: see `autoencoder.ScaledAutoencoder`.
+        source: as for `load_weights`. A diffusers folder (PATH/ or PATH/vae/) has the scale in its config.
+        scale: in place of the source's.
+
+    Raises:
+        CheckpointError: as `load_weights`; or if neither the source nor the caller says what the scale is.
+    """
+    path, kl = _located(source, "vae"), net.get_submodule("kl")
+    ours = _read_file(path, True, "vae").get("scale") if path.suffix == ".safetensors" else None
+    advice = "set model.definition.autoencoder.scale"
+    used = scale
+    if used is None:
+        used = _scale_of(kl, path) if ours is None else float(ours) if ours.numel() == 1 else 1.0  # refused below
+        if used is None:
+            raise CheckpointError(f"{source}: names no scale of the latents; {advice}")
+        if not 0 < used < math.inf:
+            raise CheckpointError(f"{source}: the scale of its latents is {used}; {advice}")
+    if ours is not None:
+        load_weights(net, source)
+    else:
+        load_weights(kl, source, overruled=_NOT_THE_AUTOENCODERS)
+    net.get_buffer("scale").fill_(used)
+    return state_hash(net.state_dict())
+
+
+def _scale_of(kl: torch.nn.Module, path: Path) -> float | None:
+    """What a source of an autoencoder says about the scale of its latents, if it does."""
+    if path.suffix == ".safetensors":
+        return None
+    if not path.is_dir():
+        return _stored_scale(path)
+    default = inspect.signature(type(kl).__init__).parameters["scaling_factor"].default
+    return float(_config(_place(path, "vae") / "config.json").get("scaling_factor", default))
+
+
+def _stored_scale(path: Path) -> float | None:
+    """The scale in a file of CompVis' latent diffusion, a tensor or a number, if there is one."""
+    numbers: list[float] = []
+
+    def pick(tree: Any) -> dict[str, Any]:
+        state = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
+        value = state.get(compvis.SCALE) if isinstance(state, dict) else None
+        if isinstance(value, int | float):
+            numbers.append(float(value))
+        return {} if value is None or numbers else {compvis.SCALE: value}
+
+    found = read_tensors(path, pick).get(compvis.SCALE)
+    if found is None:
+        return numbers[0] if numbers else None
+    if found.numel() != 1:
+        raise CheckpointError(f"{path}: {compvis.SCALE} holds {found.numel()} numbers, wanted one")
+    return float(found)
+
+
+def state_hash(state: Mapping[str, torch.Tensor]) -> str:
+    """The name of a set of weights: the same for the same weights, in whatever file they came.
+
+    hash = first 16 hexadecimal digits of sha256 over (name, dtype, shape, bytes) of each tensor, sorted by name
+
+    Args:
+        state: tensors of any shape and type, by name.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        # Bytes, because NumPy does not know bfloat16.
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(force=True).data)
+    return digest.hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """The `state_hash` of a safetensors file in diffusers' names, as this project writes them."""
+    return state_hash(load_file(path))
+
+
+def save_weights(
+    net_or_state: torch.nn.Module | Mapping[str, torch.Tensor], path: str | Path, metadata: Mapping[str, str]
+) -> None:
+    """Writes weights as safetensors; the file is there as a whole or not at all.
+
+    Args:
+        net_or_state: the network, or its state dict.
+        path: file to write or replace, named `*.safetensors`; its folder is made if need be.
+        metadata: what to say about the weights in the file's header.
+    """
+    path = Path(path)
+    state = net_or_state.state_dict() if isinstance(net_or_state, torch.nn.Module) else net_or_state
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        # safetensors makes files that their owner alone can read; weights are as public as any other new file.
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, partial, dict(metadata))
+        _sort_metadata(partial)
+        partial.chmod(mode)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sorts the metadata in a safetensors header: it comes in random order, and equal weights should be equal files."""
+    with path.open("r+b") as stream:
+        (size,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        if len(content) == size:  # else it is spelled in another way, and stays as it is
+            stream.seek(8)
+            stream.write(content)
+
+
+def _read_file(path: Path, ema: bool, part: str) -> dict[str, torch.Tensor]:
+    """The state dict of a network, `unet` or `vae`, in a file; its names as they are but for prefixes."""
+    if path.suffix != ".safetensors":
+        return read_tensors(path, lambda tree: _state_of(path, tree, ema, part))
+    try:
+        return _without_module(load_file(path))
+    except (OSError, SafetensorError) as error:
+        reason = "the file is empty" if path.stat().st_size == 0 else f"truncated, corrupt or not safetensors ({error})"
+        raise CheckpointError(f"{path}: {reason}") from error
+
+
+def _state_of(path: Path, tree: Any, ema: bool, part: str) -> dict[str, Any]:
+    """The state dict in the object of a PyTorch file."""
+    if isinstance(tree, list):
+        if len(tree) not in (4, 5):
+            raise CheckpointError(
+                f"{path}: a list of {len(tree)}, where a training state has 4 elements, or 5 with EMA"
+            )
+        if ema and len(tree) == 4:
+            raise CheckpointError(f"{path}: a training state without EMA weights; ask for its raw ones (ema=False)")
+        tree = tree[4] if ema else tree[0]
+    if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
+        tree = tree["state_dict"]
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise CheckpointError(f"{path}: holds no state dict")
+    if compvis.is_whole(tree):
+        return compvis.part_of(path, tree, part, ema)
+    return compvis.without_loss(tree) if compvis.is_autoencoder(tree) else _without_module(tree)
+
+
+def _without_module(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Takes the `module.` of a data-parallel network off the names, and drops `NOT_WEIGHTS`."""
+    parallel = all(name.startswith("module.") for name in state)
+    named = {name.removeprefix("module.") if parallel else name: value for name, value in state.items()}
+    return {name: value for name, value in named.items() if name not in NOT_WEIGHTS}
+
+
+def _subfolder(net: torch.nn.Module) -> str:
+    """Where a pipeline's folder has such a network, next to others."""
+    return "vae" if type(net).__name__ == "AutoencoderKL" else "unet"
+
+
+def _located(source: str, subfolder: str) -> Path:
+    """The file or folder that a source means, downloaded if it is a network of the hub."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if _HUB_ID.fullmatch(source) and not source.endswith(_FILE_SUFFIXES):
+        return _download(source, subfolder)
+    raise CheckpointError(f"{source}: no such file or folder")
+
+
+def _place(folder: Path, subfolder: str) -> Path:
+    """The folder itself, or the subfolder, whichever has a config."""
+    for place in (folder, folder / subfolder):
+        if (place / "config.json").is_file():
+            return place
+    raise CheckpointError(f"{folder}: no diffusers folder, it has neither config.json nor {subfolder}/config.json")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a JSON config ({error})") from error
+
+
+def _read_folder(net: torch.nn.Module, folder: Path, overruled: Collection[str]) -> dict[str, torch.Tensor]:
+    """The state dict of a diffusers folder, whose config agrees with the network's."""
+    place = _place(folder, _subfolder(net))
+    _require_same_architecture(net, place / "config.json", overruled)
+    for name in _WEIGHT_FILES:
+        if (place / name).is_file():
+            return _read_file(place / name, True, _subfolder(net))
+    raise CheckpointError(f"{place}: has neither {' nor '.join(_WEIGHT_FILES)}")
+
+
+def _require_same_architecture(net: torch.nn.Module, path: Path, overruled: Collection[str]) -> None:
+    """Compares a folder's config with the network's, key by key; what it does not say has the class's default."""
+    found = _config(path)
+    class_name = type(net).__name__
+    if found.get("_class_name", class_name) != class_name:
+        raise CheckpointError(f"{path}: _class_name is {found['_class_name']}, wanted {class_name}")
+    parameters = inspect.signature(type(net).__init__).parameters
+    wanted: Mapping[str, Any] = getattr(net, "config", {})
+    for key in sorted(parameters.keys() & wanted.keys() | found.keys()):
+        if key.startswith("_") or key in _NOT_ARCHITECTURE or key in overruled:
+            continue
+        if key not in parameters and found[key] not in (None, False):
+            raise CheckpointError(f"{path}: {key} is {found[key]}, wanted no such key")
+        if key not in parameters:
+            continue
+        has, wants = (_comparable(value) for value in (found.get(key, parameters[key].default), wanted.get(key)))
+        # Where one of the two names no size, none is meant: all layers are convolutional or attend to what there is.
+        if has != wants and not (key == "sample_size" and None in (has, wants)):
+            raise CheckpointError(f"{path}: {key} is {has}, wanted {wants}")
+
+
+def _comparable(value: Any) -> Any:
+    """JSON has no tuples, and the first releases of diffusers had a prefix on the blocks' names."""
+    if isinstance(value, (list, tuple)):
+        return [_comparable(item) for item in value]
+    return value.removeprefix("UNetRes") if isinstance(value, str) else value
+
+
+def _download(repository: str, subfolder: str) -> Path:
+    """The local folder of a network on the model hub; what was downloaded before is not downloaded again."""
+    advice = f"give a local file or folder with model.{'autoencoder' if subfolder == 'vae' else 'weights'}=PATH"
+    try:
+        try:
+            folder = Path(hf_hub_download(repository, "config.json")).parent
+            inside = None
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            folder = Path(hf_hub_download(repository, "config.json", subfolder=subfolder)).parent
+            inside = subfolder
+        try:
+            hf_hub_download(repository, _WEIGHT_FILES[0], subfolder=inside)
+        except EntryNotFoundError:
+            # Also when off line: the cache may hold the other file.
+            hf_hub_download(repository, _WEIGHT_FILES[1], subfolder=inside)
+        return folder
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise CheckpointError(f"{repository}: no local path, and no model of this id on the hub; {advice}") from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(f"{repository}: no local path, and the hub can't be reached; {advice}") from error
+    except EntryNotFoundError as error:
+        raise CheckpointError(f"{repository}: no diffusers network in this model of the hub; {advice}") from error
+    except (HTTPError, OSError) as error:
+        reason = f"the hub can't be reached ({type(error).__name__})"
+        raise CheckpointError(f"{repository}: no local path, and {reason}; {advice}") from error
+
+
+def _fitted(
+    source: str, found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The found weights in the shapes, type and places of the wanted ones; all differences are told at once."""
+    fitted: dict[str, torch.Tensor] = {}
+    misshapen, mistyped = [], []
+    for name in found.keys() & wanted.keys():
+        tensor, target = found[name], wanted[name]
+        if target.ndim == 2 and tensor.shape in ((*target.shape, 1), (*target.shape, 1, 1)):
+            tensor = tensor.reshape(target.shape)  # a convolution of size 1 is a linear layer
+        if tensor.shape != target.shape:
+            misshapen.append(f"{name} {list(tensor.shape)}, wanted {list(target.shape)}")
+        elif target.is_floating_point() != tensor.is_floating_point():
+            mistyped.append(f"{name} {tensor.dtype}, wanted {target.dtype}")
+        fitted[name] = tensor.to(target)
+    faults = {
+        "missing": [name for name in wanted if name not in found],
+        "left over": [name for name in found if name not in wanted],
+        "misshapen": sorted(misshapen),
+        "mistyped": sorted(mistyped),
+    }
+    if any(faults.values()):
+        parts = [f"{len(keys)} {fault} ({_first(keys)})" for fault, keys in faults.items() if keys]
+        raise CheckpointError(f"{source}: its keys are not the network's: {'; '.join(parts)}")
+    return fitted
+
+
+def _first(keys: list[str], count: int = 3) -> str:
+    return "; ".join(keys[:count]) + ("; ..." if len(keys) > count else "")

@@ -1,0 +1,1 @@
+"""Where a quantizer's step size comes from."""

@@ -1,0 +1,1 @@
+"""Fused kernels of fake quantization."""

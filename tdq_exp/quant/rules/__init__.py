@@ -1,0 +1,1 @@
+"""How a tensor is mapped to codes, and how gradients pass."""
