@@ -17,8 +17,6 @@ from tdq_exp.quant.kernels import cpu as kernels
 from tdq_exp.quant.quantizer import Quantizer
 from tdq_exp.quant.zero_point import TableZeroPoint
 
-SHIFT = 128
-
 
 @dataclass(frozen=True)
 class Coded:
@@ -77,7 +75,7 @@ class Coder(Tables):
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__(quantizer)
-        self.shift = SHIFT if self.n < 0 else 0
+        self.shift = -self.n  # codes begin at 0: the smaller they are, the more products are exact
         # Also as numbers: oneDNN's kernels take them by value.
         self.steps, self.zeros = self.step_sizes.tolist(), [int(z) for z in self.zero_points.tolist()]
 
@@ -107,7 +105,7 @@ class DynamicCoder(nn.Module):
         super().__init__()
         assert isinstance(quantizer.interval, Dynamic)
         self.n, self.p, self.per_sample = quantizer.grid.n, quantizer.grid.p, quantizer.interval.per_sample
-        self.shift = SHIFT if self.n < 0 else 0
+        self.shift = -self.n
 
     def forward(self, x: Tensor) -> Coded:
         """Codes of x on its own range."""
@@ -131,4 +129,9 @@ def coder_of(quantizer: Quantizer) -> Coder | DynamicCoder:
 
 def too_wide(quantizer: Quantizer) -> bool:
     """Do its codes not fit into a byte?"""
-    return quantizer.grid.p - quantizer.grid.n > 255
+    return largest_code(quantizer) > 255
+
+
+def largest_code(quantizer: Quantizer) -> int:
+    """Return the largest of its unsigned codes, which begin at 0."""
+    return quantizer.grid.p - quantizer.grid.n

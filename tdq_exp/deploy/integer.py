@@ -10,7 +10,8 @@ fit into signed bytes, which they do up to 7 bits, and else the nearest number w
 second sum, one more channel of ones for the whole layer.
 
 Convolutions and linear layers run so; attention products of two activations stay simulated, for there is no kernel that
-multiplies two batches of codes. Kernels: oneDNN's quantized convolution and linear layer, as torch ships them.
+multiplies two batches of codes. On a CPU without VNNI instructions, layers whose products would not be exact there stay
+simulated, too (see `products`): those of 8-bit codes with 8-bit weights.
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.deploy.coders import Coded, Coder, DynamicCoder, coder_of, too_wide
+from tdq_exp.deploy.coders import Coded, Coder, DynamicCoder, coder_of, largest_code, too_wide
 from tdq_exp.deploy.fuse import fuse
+from tdq_exp.deploy.products import Product, Window, exact_here
 from tdq_exp.quant.convert import replace_module
 from tdq_exp.quant.layers import CodedWeight, QuantAttention, QuantConv2d, QuantLayer
+from tdq_exp.quant.quantizer import Quantizer
+
+INEXACT = "8-bit by 8-bit products are cut off at 16 bits on this CPU, which has no VNNI instructions"
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why integer layers can't run on a device, in one line, or None."""
+    """Return why integer layers can't run on a device, in one line, or None."""
     if device.type != "cpu":
         return f"there are no integer kernels for {device.type} here"
     if not hasattr(torch.ops.onednn, "qconv2d_pointwise"):
         return "this torch has no oneDNN kernels"
-    if not torch.cpu._is_vnni_supported():
-        return "this CPU has no VNNI instructions"
     return None
 
 
@@ -54,50 +57,31 @@ class IntegerLayer(nn.Module):
         assert isinstance(coded, CodedWeight)
         self.coder, self.conv = coder, isinstance(layer, QuantConv2d)
         self.bias: Tensor | None = original.bias
-        out = len(coded.codes)
-        self.shape = None
+        window: Window | None = None
         if self.conv:
-            self.shape = (list(original.stride), list(original.padding), list(original.dilation), original.groups)
-        self.w_scale: Tensor
-        self.register_buffer("w_scale", coded.step_size.reshape(-1).expand(out).float().clone())
-        self.w_zero: Tensor
-        self.register_buffer("w_zero", torch.zeros(out, dtype=torch.int32))
+            window = (list(original.stride), list(original.padding), list(original.dilation), original.groups)
+
         codes, rest = signed_codes(coded)
-        self.packed = self._pack(codes, self.w_scale)
+        self.w_scale: Tensor
+        self.register_buffer("w_scale", coded.step_size.reshape(-1).expand(len(codes)).float().clone())
+        self.product = Product(codes, self.w_scale, window)
+
         self.affine = bool(rest.any())
         self.rest: Tensor
-        self.ones: Tensor
-        self.one: Tensor
-        self.none: Tensor
         if self.affine:
-            self.ones = self._pack(torch.ones_like(codes[:1]), torch.ones(1))
+            self.ones = Product(torch.ones_like(codes[:1]), torch.ones(1), window)
             rest = rest * self.w_scale
             self.register_buffer("rest", rest.reshape(-1, 1, 1) if self.conv else rest)
-            self.register_buffer("one", torch.ones(1))
-            self.register_buffer("none", torch.zeros(1, dtype=torch.int32))
 
-    def _pack(self, weight: Tensor, scale: Tensor) -> Tensor:
-        if self.shape is None:
-            return torch.ops.onednn.qlinear_prepack(weight, None)
-        return torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, *self.shape, None)
-
-    def _product(self, x: Coded, packed: Tensor, scale: Any, zero: Any, bias: Tensor | None) -> Tensor:
-        if self.shape is None:
-            return torch.ops.onednn.qlinear_pointwise(
-                x.codes, x.s, x.z, packed, scale, zero, bias, 1.0, 0, torch.float32, "none", [], ""
-            )
-        return torch.ops.onednn.qconv2d_pointwise(
-            x.codes, x.s, x.z, packed, scale, zero, bias, *self.shape, 1.0, 0, torch.float32, "none", [], ""
-        )
-
-    def _sums(self, x: Coded, packed: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None = None) -> Tensor:
-        """scale s_x sum (q_x - z_x) w, plus a bias."""
+    def _sums(self, x: Coded, product: Product, bias: Tensor | None = None) -> Tensor:
+        """Return scale s_x sum (q_x - z_x) w, plus a bias."""
         if not isinstance(x.s, Tensor):
-            return self._product(x, packed, scale, zero, bias)
+            return product(x.codes, x.s, x.z, bias)  # type: ignore[arg-type]
+
         # One (s, z) for each sample: the kernel has one for all, so z's part, z sum w over what is not padding, is
         # taken off afterwards.
-        y = self._product(Coded(x.codes, 1.0, 0), packed, scale, zero, None)
-        ones = self._product(Coded(torch.ones_like(x.codes[:1]), 1.0, 0), packed, scale, zero, None)
+        y = product(x.codes, 1.0, 0)
+        ones = product(torch.ones_like(x.codes[:1]), 1.0, 0)
         s, z = (v.reshape(-1, *[1] * (y.dim() - 1)) for v in (x.s, torch.as_tensor(x.z)))
         y.addcmul_(ones, z, value=-1).mul_(s)
         if bias is not None:
@@ -111,9 +95,9 @@ class IntegerLayer(nn.Module):
         else:
             assert self.coder is not None
             coded = self.coder(x)
-        y = self._sums(coded, self.packed, self.w_scale, self.w_zero, self.bias)
+        y = self._sums(coded, self.product, self.bias)
         if self.affine:
-            y.addcmul_(self._sums(coded, self.ones, self.one, self.none), self.rest)
+            y.addcmul_(self._sums(coded, self.ones), self.rest)
         return y
 
 
@@ -146,28 +130,64 @@ def reason_against(layer: QuantLayer) -> str | None:
     return None
 
 
-def candidates(net: nn.Module) -> dict[str, IntegerLayer]:
-    """Every layer of a baked network that can run on codes, in that form, by name.
+def exact_layer(layer: QuantLayer, quantizer: Quantizer) -> bool:
+    """Return whether a layer's products are exact on this CPU.
 
-    q, k and v of one attention read one coded tensor, so they are candidates together or not at all.
+    Args:
+        layer: baked, without a `reason_against` it.
+        quantizer: of its input.
+    """
+    coded = layer.weight_quantizer
+    assert isinstance(coded, CodedWeight)
+    return exact_here(largest_code(quantizer), signed_codes(coded)[0])
+
+
+def codable(net: nn.Module) -> dict[str, Quantizer]:
+    """Return the quantizer of the input of every layer of a baked network that can run on codes somewhere, by name.
+
+    q, k and v of one attention read one coded tensor, so all three of them are in it or none.
     """
     shared: dict[str, QuantAttention] = {}
     for name, module in net.named_modules():
         if isinstance(module, QuantAttention) and module.input_quantizer is not None:
-            block = name.removesuffix(".processor")
-            shared |= {f"{block}.{leaf}": module for leaf in ("to_q", "to_k", "to_v")}
-    found = {}
+            shared |= dict.fromkeys(_readers(name), module)
+
+    found: dict[str, Quantizer] = {}
     for name, module in net.named_modules():
         if isinstance(module, QuantLayer) and reason_against(module) is None:
             if module.input_quantizer is not None:
-                found[name] = IntegerLayer(module, coder_of(module.input_quantizer))
+                found[name] = module.input_quantizer
             elif name in shared and not too_wide(shared[name].input_quantizer):  # type: ignore[arg-type]
-                found[name] = IntegerLayer(module, None)
-    for module in set(shared.values()):
-        names = [name for name, owner in shared.items() if owner is module]
-        if any(name not in found for name in names):
-            for name in names:
-                found.pop(name, None)
+                found[name] = shared[name].input_quantizer  # type: ignore[assignment]
+    return _whole_attentions(net, found)
+
+
+def candidates(net: nn.Module) -> dict[str, IntegerLayer]:
+    """Return every layer of a baked network that can run on codes and is exact on this CPU, in that form, by name.
+
+    q, k and v of one attention are candidates together or not at all.
+    """
+    layers: dict[str, Any] = dict(net.named_modules())
+    exact = {name: reads for name, reads in codable(net).items() if exact_layer(layers[name], reads)}
+    found = {}
+    for name, quantizer in _whole_attentions(net, exact).items():
+        own = layers[name].input_quantizer is not None
+        found[name] = IntegerLayer(layers[name], coder_of(quantizer) if own else None)
+    return found
+
+
+def _readers(name: str) -> tuple[str, ...]:
+    """Return the names of q, k and v of an attention, by that of its processor."""
+    block = name.removesuffix(".processor")
+    return f"{block}.to_q", f"{block}.to_k", f"{block}.to_v"
+
+
+def _whole_attentions(net: nn.Module, found: dict[str, Quantizer]) -> dict[str, Quantizer]:
+    """Return `found` without the q, k and v of which not all three are in it."""
+    for name, module in net.named_modules():
+        if isinstance(module, QuantAttention) and module.input_quantizer is not None:
+            if not all(leaf in found for leaf in _readers(name)):
+                found = {leaf: reads for leaf, reads in found.items() if leaf not in _readers(name)}
     return found
 
 
@@ -190,10 +210,11 @@ def integerize(net: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
     found = candidates(net)
     chosen = set(found if names is None else names)
     if unknown := sorted(chosen - found.keys()):
-        raise ValueError(f"{unknown[0]}: can't run on codes")
+        reason = f" here: {INEXACT}" if unknown[0] in codable(net) else ""
+        raise ValueError(f"{unknown[0]}: can't run on codes{reason}")
     for name, module in list(net.named_modules()):
         if isinstance(module, QuantAttention) and module.input_quantizer is not None:
-            leaves = {f"{name.removesuffix('.processor')}.{leaf}" for leaf in ("to_q", "to_k", "to_v")}
+            leaves = set(_readers(name))
             if leaves & chosen:
                 if not leaves <= chosen:
                     raise ValueError(f"{name}: q, k and v read one coded tensor: choose all three or none")

@@ -156,12 +156,14 @@ def engine(
     from tdq_exp.deploy import choose, integer  # not imported unless used
 
     reason = integer.unavailable(processes.device)
+    if reason is None and not integer.codable(net):
+        raise ValueError("sampler.engine=integer: the network has no quantized layer that can run on integers")
+    if reason is None and not integer.candidates(net):
+        reason = integer.INEXACT
     if reason is not None:
         if processes.main:
             console.print(f"sampler.engine=integer: {reason}; quantization is simulated", markup=False)
         return net, f"fake: {reason}"
-    if not integer.candidates(net):
-        raise ValueError("sampler.engine=integer: the network has no quantized layer that can run on integers")
     x, t = torch.zeros(batch, *model.sample_shape), torch.tensor(model.schedule.steps // 2)
     found = processes.decide(
         lambda: choose.choice(net, lambda n: model.predict(n, x, t), min_speedup, folder / "engine.json")

@@ -4,7 +4,8 @@ Two forms of a layer, `s` and `z` gathered from the tables by t:
 
     integer    QuantizeLinear(x, s_t, z_t) -> QLinearConv -> DequantizeLinear -> + b, and MatMulInteger for linear layers:
                what ONNX Runtime runs on codes. QLinearConv writes 8-bit codes, so a convolution's output is quantized
-               once more, on a range of its own for each t that was seen in sampling; linear layers are exact.
+               once more, on a range of its own for each t that was seen in sampling; linear layers are exact. Weights are
+               signed bytes, or unsigned ones where products of signed ones would not be exact on every CPU.
     portable   clip(round(x / s_t)) + z_t -> Q, DQ with a constant step 1 -> conv -> s_t: nothing in the quantizer depends on t,
                which is what other runtimes need to recognise it. It gives what simulated quantization gives.
 
@@ -145,8 +146,8 @@ def _layer(
     quantizer = layer.input_quantizer
     if quantizer is None:  # q, k and v: their input comes in the form that it was given above
         processor: Any = net.get_submodule(name.rpartition(".")[0]).processor
-        codes = isinstance(processor.input_quantizer, Codes)
-        return IntegerLinear(layer, None) if codes else PortableLayer(layer, None)
+        reader = processor.input_quantizer
+        return IntegerLinear(layer, reader, shared=True) if isinstance(reader, Codes) else PortableLayer(layer, None)
     if form == "portable" or last:
         return PortableLayer(layer, Portable(quantizer, clock))
     if isinstance(layer, QuantConv2d):

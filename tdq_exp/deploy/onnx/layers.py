@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdq_exp.deploy.coders import SHIFT
 from tdq_exp.deploy.integer import signed_codes
+from tdq_exp.deploy.products import never_saturates
 from tdq_exp.quant.intervals.base import LookupTable
 from tdq_exp.quant.layers import CodedWeight, QuantConv2d, QuantLayer
 from tdq_exp.quant.quantizer import Quantizer
@@ -48,8 +48,8 @@ class Reader(nn.Module):
     def __init__(self, quantizer: Quantizer, clock: Clock, zero_type: torch.dtype) -> None:
         super().__init__()
         s, z = _tables(quantizer)
-        shift = SHIFT if quantizer.grid.n < 0 else 0
-        self.clock, self.n, self.p = clock, quantizer.grid.n + shift, quantizer.grid.p + shift
+        shift = -quantizer.grid.n
+        self.clock, self.n, self.p = clock, 0, quantizer.grid.p + shift
         self.s: Tensor
         self.z: Tensor
         self.register_buffer("s", s)
@@ -77,6 +77,24 @@ class Codes(Reader):
         if (self.n, self.p) != (0, 255):
             codes = op("Clip", (codes, self.low, self.high), torch.uint8, x.shape)
         return codes, s, z
+
+
+def exact_anywhere(codes: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Return weights and their zero point as an operator of ONNX takes them, in a type whose products are exact.
+
+    Without VNNI instructions, ONNX Runtime adds products of unsigned by signed bytes in pairs that are cut off at 16 bits
+    (see `products`); of unsigned by unsigned ones it adds all in 32 bits. The numbers are the same.
+
+    Args:
+        codes: int8.
+        largest: code of the input.
+
+    Returns:
+        weights, zero point (0-dim): int8 and 0 if no pair can be cut off, else uint8 and 128.
+    """
+    if never_saturates(largest, codes):
+        return codes, torch.zeros((), dtype=torch.int8)
+    return (codes.to(torch.int16) + 128).to(torch.uint8), torch.tensor(128, dtype=torch.uint8)
 
 
 class Simulated(nn.Module):
@@ -167,6 +185,7 @@ class IntegerConv(nn.Module):
         coded: Any = layer.weight_quantizer
         codes, rest = signed_codes(coded)
         out = len(codes)
+        codes, zero = exact_anywhere(codes, reader.p)
         self.affine = bool(rest.any())
         self.rest: Tensor
         self.ones: Tensor
@@ -179,7 +198,7 @@ class IntegerConv(nn.Module):
         self.y_zero: Tensor
         self.register_buffer("codes", codes)
         self.register_buffer("step", coded.step_size.reshape(-1).expand(out).float().clone())
-        self.register_buffer("zero", torch.zeros(out, dtype=torch.int8))
+        self.register_buffer("zero", zero.expand(out).clone())
         low, high = low.clamp(max=0), high.clamp(min=0)
         step = ((high - low) / 255).clamp(min=1e-10)
         self.register_buffer("y_step", step)
@@ -214,14 +233,16 @@ class IntegerLinear(nn.Module):
 
     Args:
         layer: baked.
-        reader: of its input; None if (codes, s, z) arrives.
+        reader: of its input.
+        shared: (codes, s, z) arrive, which the reader made: one of q, k and v.
     """
 
-    def __init__(self, layer: QuantLayer, reader: Codes | None) -> None:
+    def __init__(self, layer: QuantLayer, reader: Codes, shared: bool = False) -> None:
         super().__init__()
-        self.reader, self.layer = reader, layer.layer
+        self.reader, self.layer = None if shared else reader, layer.layer
         coded: Any = layer.weight_quantizer
         codes, rest = signed_codes(coded)
+        codes, zero = exact_anywhere(codes, reader.p)
         self.affine = bool(rest.any())
         self.codes: Tensor
         self.step: Tensor
@@ -230,7 +251,7 @@ class IntegerLinear(nn.Module):
         self.register_buffer("rest", rest * coded.step_size.reshape(-1))
         self.register_buffer("codes", codes.t().contiguous())
         self.register_buffer("step", coded.step_size.reshape(-1).expand(len(codes)).float().clone())
-        self.register_buffer("zero", torch.zeros((), dtype=torch.int8))
+        self.register_buffer("zero", zero)
 
     def forward(self, x: Any) -> Tensor:
         """`[..., in]`, or its codes, -> `[..., out]`."""
