@@ -185,9 +185,11 @@ def _readers(name: str) -> tuple[str, ...]:
 def _whole_attentions(net: nn.Module, found: dict[str, Quantizer]) -> dict[str, Quantizer]:
     """Return `found` without the q, k and v of which not all three are in it."""
     for name, module in net.named_modules():
-        if isinstance(module, QuantAttention) and module.input_quantizer is not None:
-            if not all(leaf in found for leaf in _readers(name)):
-                found = {leaf: reads for leaf, reads in found.items() if leaf not in _readers(name)}
+        if not isinstance(module, QuantAttention) or module.input_quantizer is None:
+            continue
+        leaves = _readers(name)
+        if not all(leaf in found for leaf in leaves):
+            found = {leaf: reads for leaf, reads in found.items() if leaf not in leaves}
     return found
 
 

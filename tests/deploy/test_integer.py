@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tdq_exp.deploy import choose, coders, integer
+from tdq_exp.deploy import choose, coders, integer, products
 from tdq_exp.quant.convert import Recipe, bake
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.intervals.base import LookupTable
@@ -25,6 +25,7 @@ from tdq_exp.quant.rules.minmax import MinMax, MinMaxWeights
 from tdq_exp.quant.rules.pact import DorefaWeights
 from tdq_exp.quant.time import TimeContext
 from tdq_exp.quant.zero_point import TableZeroPoint
+from tests.oracles.products import ExactProduct
 from tests.quant.builders import inputs, load_model, make_net, randn
 
 HERE = torch.device("cpu")
@@ -69,9 +70,13 @@ def answers(net: nn.Module, t: int) -> dict[str, tuple[torch.Tensor, torch.Tenso
     return seen
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 7, 8])
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_layer_gives_what_the_simulated_one_gives(name, bits):
+def test_every_layer_gives_what_the_simulated_one_gives(name, bits, monkeypatch):
+    wide = bits == 8 or "edge8" in name
+    if wide and not products.all_are_exact_here():  # 8 by 8 bits: by exact products, to test all but the kernels
+        monkeypatch.setattr(products, "all_are_exact_here", lambda: True)
+        monkeypatch.setattr(integer, "Product", ExactProduct)
     net = bake(make_net(RECIPES[name](bits)))
     layers = integer.candidates(net)
     assert layers.keys() == {n for n, module in net.named_modules() if isinstance(module, QuantLayer)}

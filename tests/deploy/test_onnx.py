@@ -29,6 +29,7 @@ from tests.quant.builders import load_model, make_net, randn
 
 STEPS = 10
 onnxruntime = pytest.importorskip("onnxruntime", reason="export is an optional extra")
+onnx_format = pytest.importorskip("onnx", reason="export is an optional extra")
 
 
 class Alone(nn.Module):
@@ -71,6 +72,35 @@ def run(layer: nn.Module, clock: onnx_layers.Clock, x: Tensor, file, t: int) -> 
     return torch.from_numpy(export.session(file).run(None, {"x_t": x.numpy(), "t": np.array(t, dtype=np.int64)})[0])
 
 
+def test_weights_are_unsigned_only_where_signed_ones_would_not_be_exact_everywhere():
+    for largest, lowest, unsigned in ((255, -128, True), (255, -64, False), (127, -128, False), (128, -128, True)):
+        codes = torch.randint(lowest, -lowest, (5, 8), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+        codes[0, 0] = lowest
+        weight, zero = onnx_layers.exact_anywhere(codes, largest)
+        assert weight.dtype == zero.dtype == (torch.uint8 if unsigned else torch.int8)
+        assert torch.equal(weight.int() - zero.int(), codes.int())
+
+
+def signed_products(file) -> list[bool]:
+    """Is no pair of products cut off, of every operator of a graph that multiplies codes by signed bytes?
+
+    Raises:
+        AssertionError: if one may be, which would give wrong numbers on a CPU without VNNI instructions.
+    """
+    graph = onnx_format.load(str(file)).graph
+    values = {value.name: onnx_format.numpy_helper.to_array(value) for value in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    found = []
+    for node in graph.node:
+        if node.op_type in ("QLinearConv", "MatMulInteger"):
+            weight = values[node.input[3 if node.op_type == "QLinearConv" else 1]]
+            maker = makers[node.input[0]]
+            largest = int(values[maker.input[2]]) if maker.op_type == "Clip" else 255
+            found.append(weight.dtype == np.int8)
+            assert weight.dtype == np.uint8 or 2 * largest * int(np.abs(weight.astype(int)).max()) < 2**15, node.name
+    return found
+
+
 @pytest.mark.parametrize(
     ("bits", "n", "kind", "options"),
     [
@@ -104,6 +134,7 @@ def test_a_convolution_in_both_forms(bits, n, kind, options, tmp_path):
         step = float(ranges[1][t].clamp(min=0) - ranges[0][t].clamp(max=0)) / 255
         assert float((found - y).abs().max()) <= 0.5001 * step + 1e-5 * float(y.abs().max())
     assert export.optimised_operators(tmp_path / "integer.onnx").get("QLinearConv") == 1
+    assert signed_products(tmp_path / "integer.onnx") == [kind != "affine8"]
 
 
 @pytest.mark.parametrize(("bits", "n", "kind"), [(4, 0, "signed"), (8, 0, "affine8"), (8, -1, "signed")])
@@ -123,6 +154,7 @@ def test_a_linear_layer_is_exact_in_both_forms(bits, n, kind, tmp_path):
                 y = layer(x)
             found = run(made, clock, x, tmp_path / f"{form}.onnx", t)
             assert float((found - y).abs().max()) <= 1e-5 * float(y.abs().max())
+    assert signed_products(tmp_path / "integer.onnx") == [kind != "affine8"]
     kinds = export.optimised_operators(tmp_path / "integer.onnx")
     assert kinds.get("MatMulIntegerToFloat", 0) + kinds.get("MatMulInteger", 0) == 1
 
@@ -179,6 +211,7 @@ def test_the_command_writes_and_says_what_runs_on_integers(run_folder, tmp_path,
     assert "integer form" in said and "QLinearConv" in said and "control" in said
     convolutions = sum(isinstance(m, QuantConv2d) for m in load(run_folder)[1].modules())
     assert export.optimised_operators(file)["QLinearConv"] == convolutions - 1  # all but the last
+    assert not all(signed_products(file))  # W8A8
     with pytest.raises(ValueError, match="exists; remove it or name another file"):
         export.export(run_folder, file)
 

@@ -1,0 +1,164 @@
+"""Products of codes: exact where the code says so, on a CPU without VNNI instructions too."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tdq_exp.deploy import integer, products
+from tdq_exp.experiment import sample_stage
+from tdq_exp.quant.convert import Recipe, bake
+from tdq_exp.quant.intervals.static import StaticIntervals
+from tdq_exp.quant.layers import QuantLayer
+from tdq_exp.quant.plan import Plan
+from tdq_exp.quant.rules.lsq import Lsq
+from tdq_exp.runtime.processes import Processes
+from tests.oracles.products import ExactProduct, saturating_sums
+from tests.quant.builders import load_model, make_net, randn
+
+HERE = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
+ALONE = ([1, 1], [0, 0], [1, 1], 1)
+SHAPES = {
+    "linear": ((7, 20), None, (3, 20)),
+    "linear, wide": ((64, 256), None, (2, 5, 256)),
+    "1x1": ((16, 3, 1, 1), ALONE, (2, 3, 4, 4)),
+    "3x3": ((9, 6, 3, 3), ([1, 1], [1, 1], [1, 1], 1), (2, 6, 9, 9)),
+    "3x3, wide": ((32, 64, 3, 3), ([2, 2], [1, 1], [1, 1], 1), (3, 64, 8, 8)),
+    "dilated": ((8, 8, 3, 3), ([1, 1], [2, 2], [2, 2], 1), (2, 8, 9, 9)),
+    "groups": ((9, 2, 3, 3), ([1, 1], [1, 1], [1, 1], 3), (2, 6, 9, 9)),
+}
+needs_kernels = pytest.mark.skipif(integer.unavailable(HERE) is not None, reason=str(integer.unavailable(HERE)))
+
+
+def random_codes(shape, low, high, dtype, seed):
+    """Whole numbers from low to high, half of them the ends: that is where pairs are cut off."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(low, high + 1, shape, generator=generator)
+    ends = torch.where(torch.rand(shape, generator=generator) < 0.5, low, high)
+    return torch.where(torch.rand(shape, generator=generator) < 0.5, codes, ends).to(dtype)
+
+
+def found_and_exact(shape, largest, smallest_weight, largest_weight):
+    """A product by the kernel and by the oracle."""
+    weight_shape, window, x_shape = SHAPES[shape]
+    weight = random_codes(weight_shape, smallest_weight, largest_weight, torch.int8, 1)
+    codes = random_codes(x_shape, 0, largest, torch.uint8, 2)
+    if len(x_shape) == 4:
+        codes = codes.contiguous(memory_format=torch.channels_last)
+    scale, bias = randn(len(weight), seed=3).abs() + 0.1, randn(len(weight), seed=4)
+    return tuple(kind(weight, scale, window)(codes, 0.25, 3, bias) for kind in (products.Product, ExactProduct))
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("largest, weights", [(255, (-64, 64)), (127, (-128, 127)), (15, (-128, 127)), (255, (-7, 7))])
+def test_a_product_is_exact_on_any_cpu_where_no_pair_can_leave_16_bits(shape, largest, weights):
+    found, exact = found_and_exact(shape, largest, *weights)
+    torch.testing.assert_close(found, exact, rtol=2e-6, atol=1e-5 * float(exact.abs().max()))
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_the_probe_says_of_a_cpu_holds_for_every_shape(shape):
+    found, exact = found_and_exact(shape, 255, -128, 127)
+    error = float((found - exact).abs().max() / exact.abs().max())
+    if products.all_are_exact_here():
+        assert error < 1e-5
+    else:
+        assert error > 1e-3 or shape == "groups"  # two channels of a group may run on a kernel without pairs
+
+
+@pytest.mark.parametrize(
+    "largest, weight, fits",
+    [(255, 64, True), (255, -64, True), (255, 65, False), (127, -128, True), (128, 127, True), (128, -128, False)],
+)
+def test_the_limit_of_a_pair_is_where_sums_begin_to_be_cut_off(largest, weight, fits):
+    weights = torch.full((1, 10), weight, dtype=torch.int8)
+    assert products.never_saturates(largest, weights) == fits
+    codes = np.full((1, 10), largest, dtype=np.uint8)
+    cut_off = saturating_sums(codes, weights.numpy())
+    assert (cut_off == 10 * largest * weight).all() == (fits or -2 * largest * weight == 2**15)
+
+
+def test_random_codes_within_the_limit_are_never_cut_off():
+    for largest, low, high in ((255, -64, 64), (127, -128, 127), (3, -128, 127)):
+        weight = random_codes((11, 31), low, high, torch.int8, 0)
+        codes = random_codes((13, 31), 0, largest, torch.uint8, 1)
+        assert products.never_saturates(largest, weight)
+        exact = codes.numpy().astype(np.int64) @ weight.numpy().astype(np.int64).T
+        assert np.array_equal(saturating_sums(codes.numpy(), weight.numpy()), exact)
+
+
+@pytest.fixture
+def without_vnni(monkeypatch):
+    """As if this CPU had no VNNI instructions."""
+    monkeypatch.setattr(products, "all_are_exact_here", lambda: False)
+
+
+def net_of(bits, **options):
+    return bake(make_net(Recipe(bits, bits, Lsq, Lsq, StaticIntervals(), **options)))
+
+
+@needs_kernels
+def test_without_vnni_layers_of_8_by_8_bits_stay_simulated_and_all_others_run_on_codes(without_vnni):
+    quantized = {name for name, module in net_of(7).named_modules() if isinstance(module, QuantLayer)}
+    assert integer.candidates(net_of(7)).keys() == quantized
+    assert integer.candidates(net_of(8)) == {}
+    assert integer.codable(net_of(8)).keys() == quantized
+    edges = quantized - integer.candidates(net_of(4, plan=Plan(edge_bits=8))).keys()
+    assert edges == {"conv_in", "conv_out"}
+
+
+@needs_kernels
+def test_q_k_and_v_are_exact_together_or_not_at_all(without_vnni):
+    net = net_of(8)
+    names = sorted(name for name in integer.codable(net) if name.endswith(".to_q"))
+    layer = net.get_submodule(names[0])
+    layer.weight_quantizer.codes.clamp_(-3, 3)  # this one would fit, its k and v do not
+    assert integer.candidates(net) == {}
+    for leaf in ("to_k", "to_v"):
+        net.get_submodule(names[0].replace("to_q", leaf)).weight_quantizer.codes.clamp_(-3, 3)
+    assert len(integer.candidates(net)) == 3
+
+
+@needs_kernels
+def test_without_vnni_a_layer_that_would_be_wrong_is_refused_by_name(without_vnni):
+    with pytest.raises(ValueError, match="conv_in: can't run on codes here: 8-bit by 8-bit products are cut off"):
+        integer.integerize(net_of(8), ["conv_in"])
+
+
+@needs_kernels
+def test_without_vnni_a_w8a8_net_is_simulated_and_a_line_says_why(without_vnni, tmp_path, capsys):
+    net, processes = net_of(8), Processes(cpu=True)
+    running, engine = sample_stage.engine(
+        net, load_model("tiny"), "integer", batch=2, min_speedup=0, folder=tmp_path, processes=processes
+    )
+    processes.close()
+    assert running is net and engine == f"fake: {integer.INEXACT}"
+    assert "8-bit by 8-bit products are cut off" in " ".join(capsys.readouterr().out.split())
+
+
+@needs_kernels
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not products.all_are_exact_here(),
+    reason="the kernels of this CPU are the ones without VNNI, or none of x86-64: the tests above have run them",
+)
+def test_all_of_this_holds_with_the_kernels_of_a_cpu_without_vnni():
+    """oneDNN is told to use AVX2 alone: then its products are cut off as they are on a CPU that has no more."""
+    layers = "tests/deploy/test_integer.py::test_every_layer_gives_what_the_simulated_one_gives"
+    tests = ["tests/deploy/test_products.py", *(f"{layers}[{name}]" for name in ("lsq_tdq-7", "lsq_edge8-4", "minmax-7"))]
+    limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:xdist", *tests],
+        cwd=ROOT, env=limited, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "1 skipped" in done.stdout, "the probe finds these kernels exact: they are not the limited ones"
