@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from tdq_exp.config import assets, schema
 from tdq_exp.config.compose import compose
 from tdq_exp.report import cells as tables
+from tdq_exp.report import charts
 from tdq_exp.report import columns as tabulate
 from tdq_exp.report import render as rendering
 from tdq_exp.report.cells import Cell, Manifest
@@ -114,11 +115,11 @@ def draw(manifest: Manifest, scale: str, cells: Sequence[Cell], folder: Path) ->
         methods, floor = tabulate.over_bits(manifest, own)
         if methods:
             title = f"{model}, weights at {manifest.plot_weight_bits} bits"
-            panels.append(figures.Panel(title, tabulate.distance_name(own), methods, floor))
+            panels.append(charts.Panel(title, tabulate.distance_name(own), methods, floor))
     if not panels:
         return []
     path = folder / f"{manifest.name}-{scale}.png"
-    figures.distance_over_bits(panels, path, manifest.title)
+    charts.distance_over_bits(panels, path, manifest.title)
     return [path]
 
 

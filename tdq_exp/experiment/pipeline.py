@@ -17,7 +17,7 @@ from torch import nn
 
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.data.images import load_images
-from tdq_exp.experiment import sample_stage
+from tdq_exp.experiment import sample_stage, stage
 from tdq_exp.experiment.build import Job
 from tdq_exp.experiment.fit_stage import Data, Fit, cache_folder, finished_net, fitted
 from tdq_exp.fit.loop import best_file
@@ -111,8 +111,8 @@ def _row(
 ) -> tuple[dict[str, Any], bool]:
     """The row of one sampled set, and whether it is new; images and metrics that are there are not made again."""
     parts = {"fit": fit.fingerprint, "report": job.fit.report, "update": update, **job.part("sampler")}
-    stage = folder / "samples.json"
-    found = processes.decide(lambda: stage.check_same(stage, parts, keep="sampler.label"))
+    record_file = folder / "samples.json"
+    found = processes.decide(lambda: stage.check_same(record_file, parts, keep="sampler.label"))
     sample_mark = files.fingerprint(parts)
     processes.decide(lambda: job.features().name)  # a download, or a complaint, happens once
     network = job.features()
@@ -131,7 +131,7 @@ def _row(
     earlier: float = found["seconds"] if found else 0.0
 
     def note(seconds: float) -> None:  # group by group, so that what a killed run took counts too
-        files.write(stage, {"fingerprint": sample_mark, "parts": parts, "seconds": earlier + seconds})
+        files.write(record_file, {"fingerprint": sample_mark, "parts": parts, "seconds": earlier + seconds})
 
     processes.decide(lambda: note(0.0))
     size = job.model.image_size
