@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tdq_exp.experiment import stage
-from tdq_exp.runtime import environment, files
+from tdq_exp.runtime import environment, files, stage
 
 
 def test_a_fingerprint_depends_on_values_and_not_on_their_order():

@@ -107,7 +107,6 @@ def make(options: argparse.Namespace) -> int:
 
 def draw(manifest: Manifest, scale: str, cells: Sequence[Cell], folder: Path) -> list[Path]:
     """The table's distances over the activations' bits, if there is anything to draw; a panel for each column."""
-    from tdq_exp.runtime import figures  # it imports matplotlib
 
     panels = []
     for column, model in manifest.models(scale).items():

@@ -20,7 +20,6 @@ from torch import nn
 from tdq_exp.data.images import Images, default_cache
 from tdq_exp.diffusion.draws import fixed_draws
 from tdq_exp.diffusion.objective import Samples
-from tdq_exp.experiment import stage
 from tdq_exp.experiment.build import Job
 from tdq_exp.experiment.first_layer import first_range, noise_beyond
 from tdq_exp.fit.calibrated import BATCH, Shown, drawn, of_set, quantized_and_calibrated
@@ -31,7 +30,7 @@ from tdq_exp.fit.ptq.ptq import ptq
 from tdq_exp.fit.qat import interval_tables, qat
 from tdq_exp.models.weights.load import load_weights, save_weights
 from tdq_exp.quant.convert import Recipe, bake, layer_map, quantize
-from tdq_exp.runtime import environment, figures, files
+from tdq_exp.runtime import environment, figures, files, stage
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console
 from tdq_exp.runtime.tracking import Tracker

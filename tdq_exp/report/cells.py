@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tdq_exp.config import assets, schema
-from tdq_exp.experiment import stage
-from tdq_exp.runtime import files
+from tdq_exp.runtime import files, stage
 
 SAMPLER = ("steps", "spacing", "eta", "clip", "offset", "final_alpha_one", "truncate")
 PROTOCOL = (

@@ -154,7 +154,10 @@ def test_without_vnni_a_w8a8_net_is_simulated_and_a_line_says_why(without_vnni, 
 def test_all_of_this_holds_with_the_kernels_of_a_cpu_without_vnni():
     """oneDNN is told to use AVX2 alone: then its products are cut off as they are on a CPU that has no more."""
     layers = "tests/deploy/test_integer.py::test_every_layer_gives_what_the_simulated_one_gives"
-    tests = ["tests/deploy/test_products.py", *(f"{layers}[{name}]" for name in ("lsq_tdq-7", "lsq_edge8-4", "minmax-7"))]
+    tests = [
+        "tests/deploy/test_products.py",
+        *(f"{layers}[{name}]" for name in ("lsq_tdq-7", "lsq_edge8-4", "minmax-7")),
+    ]
     limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:xdist", *tests],

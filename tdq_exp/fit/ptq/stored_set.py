@@ -22,8 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tdq_exp.experiment import stage
-from tdq_exp.runtime import files
+from tdq_exp.runtime import files, stage
 
 
 class CalibrationSet:

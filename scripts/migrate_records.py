@@ -1,0 +1,201 @@
+"""Rewrite the records of finished runs in today's names, and recompute their fingerprints.
+
+    python scripts/migrate_records.py [results/runs]
+
+A record's fingerprint is the hash of parts that lie in the record itself, so it can be computed
+again when a name in them changes. For each run this script first computes every fingerprint of the
+record as it stands and stops if one differs from what is recorded: what it cannot reproduce it does
+not rewrite. Then it renames (`config.records.upgrade`), hashes again down the chain
+fit < sample < measure, and rewrites fit.json, samples.json, metrics.json and the header of a packed
+network. Numbers, facts and images are not touched. A second call changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tdq_exp.config import records
+from tdq_exp.config.compose import compose
+from tdq_exp.config.schema import plain
+from tdq_exp.diffusion import Ddim
+from tdq_exp.fit.ptq.calibration_set import CalibrationSpec
+from tdq_exp.runtime.files import fingerprint, read, write
+
+Record = dict[str, Any]
+
+
+def main() -> None:
+    """Migrate every run below a folder."""
+    root = Path(sys.argv[1] if len(sys.argv) > 1 else "results/runs")
+    fits = sorted(root.glob("*/seed*/fit.json"))
+
+    data_sets = _distinct(_read(path)["parts"].get("data") for path in fits)
+    changed = sum(migrate(path.parent, data_sets) for path in fits)
+    print(f"{changed} of {len(fits)} runs rewritten")
+
+
+def migrate(run: Path, data_sets: list[Any]) -> bool:
+    """Migrate one run; return whether anything changed.
+
+    Args:
+        run: its folder.
+        data_sets: the `data` parts of all runs: a float model's record does not repeat its own.
+
+    Raises:
+        ValueError: if a fingerprint of the old record can't be reproduced.
+    """
+    before = _contents(run)
+    old = _read(run / "fit.json")
+    new = _new_fit(old, run / "fit.json")
+
+    for samples_file in sorted(run.glob("**/samples.json")):
+        _migrate_samples(samples_file, old, new, data_sets)
+
+    write(run / "fit.json", new)
+    if (run / "packed.safetensors").exists():
+        _migrate_packed(run / "packed.safetensors", old, new)
+    return _contents(run) != before
+
+
+def _new_fit(old: Record, path: Path) -> Record:
+    _require(fingerprint(old["parts"]), old["fingerprint"], path)
+    parts, config = records.upgrade(old["parts"]), _completed(records.upgrade(old["config"]))
+
+    # A calibration set's fingerprint is of the model's definition, among others.
+    if "calibration" in parts:
+        _require(_set_fingerprint(old["config"], old["parts"]), old["parts"]["calibration"], path)
+        parts["calibration"] = _set_fingerprint(config, parts)
+
+    return {**old, "config": config, "parts": parts, "fingerprint": fingerprint(parts)}
+
+
+def _set_fingerprint(config: Record, parts: Record) -> str:
+    c, s = config["calibration"], config["sampler"]
+    spec = CalibrationSpec(c["kind"], c["samples"], c["images"], c["mu"], c["sigma"], c["seed"])
+    trajectory = Ddim(s["steps"], s["spacing"], 0.0, s["clip"], s["offset"], s["final_alpha_one"])
+
+    model = {"definition": parts["model"]["definition"]}
+    if "autoencoder" in parts:
+        model["autoencoder"] = parts["autoencoder"]
+    return fingerprint(spec.parts(model, parts["weights"], asdict(trajectory), parts["data"]["train"]))
+
+
+def _completed(config: Record) -> Record:
+    """Return a config with the keys that came after it, as its own choices have them today.
+
+    Only keys that no fingerprint reads can be missing: the parts are recorded by themselves.
+    """
+    now = plain(compose([f"model={config['model']['label']}"]))
+    return _filled(config, {**now, "fit": now["fit"] | {"export": None}})
+
+
+def _filled(config: Record, defaults: Record) -> Record:
+    added = {key: value for key, value in defaults.items() if key not in config}
+    nested = ("protocol", "pretrain", "autoencoder", "qat", "ptq", "sampling")
+    inner = {
+        key: _filled(value, defaults[key])
+        for key, value in config.items()
+        if key in nested and isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping)
+    }
+    machine = ("out", "plan_only", "go", "traceback", "tracker", "launcher")
+    return {
+        **config,
+        **inner,
+        **{key: value for key, value in added.items() if key not in machine},
+    }
+
+
+def _migrate_samples(path: Path, fit: Record, new_fit: Record, data_sets: list[Any]) -> None:
+    old = _read(path)
+    _require(fingerprint(old["parts"]), old["fingerprint"], path)
+    _require(old["parts"]["fit"], fit["fingerprint"], path)
+
+    parts = {**records.upgrade(old["parts"]), "fit": new_fit["fingerprint"]}
+    mark = fingerprint(parts)
+    write(path, {**old, "parts": parts, "fingerprint": mark})
+
+    rows_file = path.with_name("metrics.json")
+    rows = [
+        _new_row(row, new_fit["fingerprint"], mark, [fit["parts"].get("data"), *data_sets], path)
+        for row in _read(rows_file)["rows"]
+    ]
+    write(rows_file, {"rows": rows})
+
+
+def _new_row(row: Record, fit: str, sample: str, data_sets: list[Any], path: Path) -> Record:
+    old = row["fingerprints"]
+    matching = [
+        data for data in data_sets if data is not None and _measured(row, old["sample"], data) == old["measure"]
+    ]
+    if not matching:
+        raise ValueError(f"{path}: the measurement's fingerprint can't be reproduced")
+
+    fingerprints = {
+        "fit": fit,
+        "sample": sample,
+        "measure": _measured(row, sample, matching[0]),
+    }
+    config = _completed(records.upgrade(row["config"]))
+    return {**row, "config": config, "fingerprints": fingerprints}
+
+
+def _measured(row: Record, sample: str, data: Any) -> str:
+    evaluation = row["config"]["eval"]
+    return fingerprint(
+        {
+            "sample": sample,
+            "features": [row["features"]["name"], row["features"]["weights"]],
+            "data": data,
+            "metrics": sorted(evaluation["metrics"]),
+            "batch": evaluation["batch"],
+            "reference_images": evaluation.get("reference_images"),
+        }
+    )
+
+
+def _migrate_packed(path: Path, old: Record, new: Record) -> None:
+    with safe_open(str(path), framework="pt") as file:
+        about = dict(file.metadata())
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+    _require(about["fit"], old["fingerprint"], path)
+    config = _completed(records.upgrade(json.loads(about["config"])))
+    current = about | {"fit": new["fingerprint"], "config": json.dumps(config)}
+    if current != about:
+        save_file(tensors, path, current)
+
+
+def _require(computed: str, recorded: str, path: Path) -> None:
+    if computed != recorded:
+        raise ValueError(f"{path}: its fingerprint is {recorded}, but its parts give {computed}")
+
+
+def _read(path: Path) -> Record:
+    content = read(path)
+    if content is None:
+        raise ValueError(f"{path}: is missing")
+    return content
+
+
+def _contents(run: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+def _distinct(values: Any) -> list[Any]:
+    distinct: list[Any] = []
+    for value in values:
+        if value is not None and value not in distinct:
+            distinct.append(value)
+    return distinct
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Every committed row is found again: by its names, by its hashes, by the command that made it.
+
+`committed_rows.json` lists, for each row, the fingerprint that it had before classes were named by
+their package's face, and the one that it has now. A row may be added to it, never lost.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tdq_exp.config.compose import compose
+from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment import fit_stage, pipeline
+from tdq_exp.runtime.files import fingerprint, read
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = ROOT / "results" / "runs"
+LISTED = json.loads(Path(__file__).with_name("committed_rows.json").read_text())
+
+# Made with numbers of their own, which no choice of a group says.
+BY_HAND = {"ddim_small_w8a8_ptq4dm_mid_t/seed0", "ddim_small_w8a8_ptq4dm_balanced/seed0"}
+
+
+def fit_of(run):
+    return read(RUNS / run / "fit.json")
+
+
+def parts_of(job, record):
+    """The parts of a job's fit, on the data and the weights that a record names."""
+    data = SimpleNamespace(parts=lambda: record["parts"].get("data"))
+    data.train = SimpleNamespace(content=(record["parts"].get("data") or {}).get("train"))
+    parts = fit_stage.fit_parts(job, data, record["parts"]["weights"])
+    return json.loads(json.dumps(parts))
+
+
+def choices(config):
+    """The options of groups that a recorded configuration was composed of."""
+    by_label = {"tdq": {"tdq": "temporal", "": "none"}, "plan": {"fattn": "float_attention"}}
+    overrides = [f"model={config['model']['label']}", f"method={config['method']['label']}"]
+    if not config["method"]["quantized"]:
+        return overrides
+    overrides += [f"bits={config['bits']['label']}"]
+    for group in ("tdq", "plan"):
+        label = config[group]["label"]
+        option = by_label[group].get(label, label)
+        overrides += [f"{group}={option}"] if option else []
+    return overrides
+
+
+@pytest.mark.parametrize("run", LISTED)
+def test_no_row_is_lost_and_each_has_its_listed_hashes(run):
+    fit = fit_of(run)
+    assert fit["fingerprint"] == LISTED[run]["fit"][1] == fingerprint(fit["parts"])
+
+    for name, rows in LISTED[run]["samples"].items():
+        samples = read(RUNS / run / name / "samples.json")
+        assert samples["fingerprint"] == fingerprint(samples["parts"])
+        assert samples["parts"]["fit"] == fit["fingerprint"]
+
+        recorded = {row["features"]["name"]: row for row in read(RUNS / run / name / "metrics.json")["rows"]}
+        for features, listed in rows.items():
+            row = recorded[features]
+            assert row["metrics"].get("fid") == listed["fid"]
+            assert row["fingerprints"] == {
+                "fit": fit["fingerprint"],
+                "sample": listed["sample"][1],
+                "measure": listed["measure"][1],
+            }
+            assert row["fingerprints"]["sample"] == samples["fingerprint"]
+
+
+@pytest.mark.parametrize("run", LISTED)
+def test_a_recorded_configuration_rebuilds_to_its_own_parts(run):
+    record = fit_of(run)
+    job = jobs.rebuild(record["config"], RUNS / run / "fit.json")
+    assert job.name == record["name"]
+    assert parts_of(job, record) == record["parts"]
+
+
+@pytest.mark.parametrize("run", [run for run in LISTED if run not in BY_HAND])
+def test_the_same_command_finds_the_fit(run):
+    record = fit_of(run)
+    job = jobs.build(compose(choices(record["config"])), source=False)
+    assert f"{job.name}/seed{job.seed}" == run
+    assert parts_of(job, record) == record["parts"]
+
+
+@pytest.mark.parametrize("name", ["digits_fp", "digits_w4a4_lsq_tdq", "digits_w8a5_ptq4dm_tdq"])
+def test_the_same_command_does_nothing(name, tmp_path, monkeypatch):
+    out = tmp_path / "results"
+    shutil.copytree(RUNS / name, out / "runs" / name)
+    grid = out / "runs" / name / "seed0" / "ddim50_n1000" / "grid.png"
+    grid.touch()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+    overrides = choices(fit_of(f"{name}/seed0")["config"])
+    job = jobs.build(compose([*overrides, f"out={out}", "tracker=none", "launcher=cpu"]))
+    (row,) = pipeline.run(job)
+
+    assert row == read(RUNS / name / "seed0" / "ddim50_n1000" / "metrics.json")["rows"][0]
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
