@@ -101,7 +101,7 @@ def _filled(config: Record, defaults: Record) -> Record:
     added = {key: value for key, value in defaults.items() if key not in config}
     nested = ("protocol", "pretrain", "autoencoder", "qat", "ptq", "sampling")
     inner = {
-        key: _filled(value, defaults[key])
+        key: _filled(dict(value), defaults[key])
         for key, value in config.items()
         if key in nested and isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping)
     }

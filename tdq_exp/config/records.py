@@ -69,7 +69,7 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
 def _with_faces(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {
-            key: MOVED.get(entry, entry) if key == "_target_" else _with_faces(entry) for key, entry in value.items()
+            key: MOVED.get(str(entry), entry) if key == "_target_" else _with_faces(entry) for key, entry in value.items()
         }
     if isinstance(value, list):
         return [_with_faces(entry) for entry in value]

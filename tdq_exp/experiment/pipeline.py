@@ -17,7 +17,8 @@ from torch import nn
 
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.data.images import load_images
-from tdq_exp.experiment import sample_stage, stage
+from tdq_exp.experiment import sample_stage
+from tdq_exp.runtime import stage
 from tdq_exp.experiment.build import Job
 from tdq_exp.experiment.fit_stage import Data, Fit, cache_folder, finished_net, fitted
 from tdq_exp.fit.loop import best_file

@@ -363,9 +363,11 @@ TWO = """
 import os, sys
 import torch
 import torch.multiprocessing
-from tdq_exp import figures, job, pipeline
-from tdq_exp.compose import compose
+from tdq_exp.config.compose import compose
+from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment import pipeline
 from tdq_exp.quant import calibrate
+from tdq_exp.runtime import figures
 
 figures.intervals_over_time = figures.sample_grid = lambda *rest: None
 calibrate.KEPT = 512
