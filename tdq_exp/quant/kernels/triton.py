@@ -1,6 +1,6 @@
 """Fused kernels for fake quantization on a GPU, in Triton. Formulas: see `ops`.
 
-As in `kernels.c`, a tensor is `rows` rows of `width` numbers that lie one after another; step size
+As in `cpu.c`, a tensor is `rows` rows of `width` numbers that lie one after another; step size
 and zero point are one for all rows or one for each. Where both are one for all, the whole tensor is
 a single row.
 
@@ -28,7 +28,6 @@ import triton.language as tl
 from torch import Tensor
 
 KINDS = {"learned": 0, "clipped": 1, "noise": 2}
-TYPES = (torch.float32, torch.bfloat16)
 FORWARD_BLOCK = 1024  # numbers per program
 BACKWARD_BLOCK = 4096  # likewise: larger, so that there are fewer partial sums
 SUM_BLOCK = 1024  # partial sums that are read at once
@@ -182,20 +181,6 @@ def _round_backward(x, g, g_x, size, n, p, BLOCK: tl.constexpr):
     tl.store(g_x + at, tl.where(outwards, 0.0, gradient), mask)
 
 
-def fit(x: Tensor, *per_row: Tensor | None) -> bool:
-    """Return whether the kernels apply: a type they read, and one s and z for all rows or for each."""
-    if x.dtype not in TYPES or not x.dim() or not x.numel():
-        return False
-    for value in per_row:
-        if value is None:
-            continue
-        if value.dtype != torch.float32 or value.device != x.device:
-            return False
-        if value.numel() != 1 and not value.numel() == len(value) == len(x):
-            return False
-    return True
-
-
 def _step(value: Tensor | None) -> int:
     return int(value is not None and value.numel() > 1)
 
@@ -224,7 +209,7 @@ def forward(
 
     Args:
         x: float32 or bfloat16; its rows lie one after another.
-        s, z: as `fit` wants them, float32; z = None is 0.
+        s, z: float32, of one element or one for each row; z = None is 0.
         n, p: smallest and largest code.
         noise: u, in the layout of x.
         dtype: of x_hat.
