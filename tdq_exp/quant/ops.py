@@ -116,6 +116,33 @@ def fake_quantize(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int) -> Ten
     return v.round_().mul_(s)
 
 
+def fake_quantize_at(x: Tensor, s: Tensor, t: Tensor, z: Tensor | None, n: int, p: int) -> Tensor:
+    """x_hat, without gradient, with s and z read from tables at one time step for the whole tensor.
+
+    On a GPU the kernel reads them, so that a time-dependent step size costs no launch more than a static one.
+
+    Args:
+        x: any shape.
+        s: step sizes, `[T]`.
+        t: 0-dim, integer.
+        z: zero points, `[T]` or `[1]`; None is 0.
+        n: smallest code.
+        p: largest code.
+    """
+    if x.is_cuda and t.device == x.device and kernels.fused(x) and not kernels.traced(x):
+        found = kernels.kernels_for(x)
+        return found.forward_at(kernels.dense(x), s, z, t, n, p, kernels.result_type(x))
+    step = at(s, t)
+    if z is None:
+        return fake_quantize(x, step, None, n, p)
+    return fake_quantize(x, step, at(z, t) if len(z) > 1 else z[0], n, p)
+
+
+def at(values: Tensor, t: Tensor) -> Tensor:
+    """`values[t]` for t 0-dim or `[B]`; plain indexing with a 0-dim t would wait for an accelerator to say what t is."""
+    return values.index_select(0, t.reshape(-1).to(values.device)).reshape(t.shape)
+
+
 class _FusedFakeQuantize(torch.autograd.Function):
     """x_hat by fused kernels. `kind` is learned, clipped or noise; `noise` is u of the last."""
 
