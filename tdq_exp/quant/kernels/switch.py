@@ -30,7 +30,7 @@ def enabled() -> bool:
 def traced(x: Tensor) -> bool:
     """Return whether somebody records or replaces the operations on x.
 
-    True under torch.compile, torch.export, torch.jit.trace, torch.func and dispatch modes, and for
+    True under torch.compile, torch.export, torch.jit.trace, make_fx and dispatch modes, and for
     subclasses such as FakeTensor. A kernel that reads x's memory would be missed by whoever records,
     and a fake tensor has no memory: there, the registered operators are called in its place.
     """
