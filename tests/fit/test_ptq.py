@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -359,43 +355,16 @@ def test_a_uniform_set_of_more_steps_than_the_run_has_names_the_key(tmp_path, ti
         pipeline.run(made)
 
 
-TWO = """
-import os, sys
-import torch
-import torch.multiprocessing
-from tdq_exp.config.compose import compose
-from tdq_exp.experiment import build as jobs
-from tdq_exp.experiment import pipeline
+QUICK_PROCESS = """
 from tdq_exp.quant import calibrate
 from tdq_exp.runtime import figures
 
 figures.intervals_over_time = figures.sample_grid = lambda *rest: None
 calibrate.KEPT = 512
-
-
-def process(rank, port, arguments):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    pipeline.run(jobs.build(compose(arguments)))
-
-
-torch.multiprocessing.start_processes(process, (sys.argv[1], sys.argv[2:]), nprocs=2, start_method="fork")
 """
 
 
-def together(folder, *arguments):
-    """The same command in two processes with gloo between them, as torch's launcher would start them, but with one import."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", TWO, port, *arguments],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-
-
-def test_two_processes_make_the_same_set_and_the_same_fit(tmp_path, tiny_weights):
+def test_two_processes_make_the_same_set_and_the_same_fit(tmp_path, tiny_weights, together):
     cache, options = tmp_path / "cache", [
         *cell(tdq="temporal"), "calibration.images=66", "calibration.samples=66", "fit.updates=2",
         "launcher.threads=1", f"data.cache={tmp_path / 'cache'}",
@@ -405,7 +374,8 @@ def test_two_processes_make_the_same_set_and_the_same_fit(tmp_path, tiny_weights
     (first,) = sets(cache)
     first = first.rename(tmp_path / first.name)
     shutil.rmtree(cache / "calibration")  # nothing is left but the decoded images, and features of theirs
-    both = together(tmp_path, *QUICK, f"model.weights={tiny_weights}", f"out={tmp_path / 'two'}", *options)
+    out = f"out={tmp_path / 'two'}"
+    both = together(*QUICK, f"model.weights={tiny_weights}", out, *options, setup=QUICK_PROCESS)
     assert both.returncode == 0, both.stderr
     assert facts(two)["processes"] == 2
     (second,) = sets(cache)
