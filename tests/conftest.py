@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import subprocess
@@ -33,6 +34,22 @@ def _own_cache(tmp_path_factory):
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_old_garbage():
+    """Every run collects garbage at its end; this keeps it from looking through all that was imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def few_start_values(monkeypatch):
+    """Calibrates on fewer values: the search for start values takes longer than fitting a tiny net."""
+    from tdq_exp.quant import calibrate
+
+    monkeypatch.setattr(calibrate, "KEPT", 512)
 
 
 @pytest.fixture(scope="session")

@@ -86,6 +86,7 @@ def test_an_autoencoder_ends_with_a_scale_and_knows_nothing_of_the_network(autoe
     ],
     ids=["trained", "post-training", "forward"],
 )
+@pytest.mark.usefixtures("few_start_values")
 def test_a_latent_model_goes_from_float_net_to_row(tmp_path, weights, overrides):
     made = build(tmp_path, *weights, *overrides)
     (row,) = pipeline.run(made)
@@ -100,6 +101,7 @@ def test_a_latent_model_goes_from_float_net_to_row(tmp_path, weights, overrides)
 
 
 @pytest.mark.parametrize("kind", ["qat", "autoencoder"])
+@pytest.mark.usefixtures("few_start_values")
 def test_a_killed_fit_ends_with_the_bits_of_one_that_was_not(tmp_path, weights, kind):
     if kind == "qat":
         overrides, name, cache = [*weights, "bits=w4a4"], "baked", "data.cache="
@@ -143,6 +145,7 @@ def test_an_exported_net_has_its_losses_beside_it(tmp_path, autoencoder):
     assert history["net"] == "a.safetensors" and history["name"] == made.name
 
 
+@pytest.mark.usefixtures("few_start_values")
 def test_latents_are_encoded_once_for_all_fits(tmp_path, weights, monkeypatch):
     cache = f"data.cache={tmp_path / 'cache'}"
     pipeline.run(build(tmp_path / "a", *weights, cache))
@@ -193,6 +196,7 @@ def test_a_latent_net_runs_on_integers_and_is_packed(tmp_path, weights, finished
         sample_command.load(file)
 
 
+@pytest.mark.usefixtures("few_start_values")
 def test_a_latent_net_is_exported_in_the_portable_form(tmp_path, weights):
     """At 8 bits a code that falls on the other side of a border changes little."""
     pytest.importorskip("onnxruntime", reason="export is an optional extra")

@@ -45,6 +45,7 @@ def images(made):
 
 @pytest.mark.parametrize("method", ["lsq", "pact", "nipq"])
 @pytest.mark.parametrize("tdq", ["none", "temporal", "s10"])
+@pytest.mark.usefixtures("few_start_values")
 def test_every_method_goes_from_float_net_to_row(tmp_path, tiny_weights, method, tdq):
     made = build(tmp_path, tiny_weights, f"method={method}", f"tdq={tdq}")
     (row,) = pipeline.run(made)
@@ -82,6 +83,7 @@ def test_the_same_command_again_does_nothing(tmp_path, tiny_weights, finished, m
     assert before == {f: f.stat().st_mtime_ns for f in made.folder.rglob("*") if f.is_file() and f.name != "fit.json"}
 
 
+@pytest.mark.usefixtures("few_start_values")
 def test_a_killed_fit_ends_with_the_bits_of_one_that_was_not(tmp_path, tiny_weights):
     dropout = ["tdq.interval.dropout=0.2"]  # its random state has to survive, too
     whole = build(tmp_path / "whole", tiny_weights, *dropout)
@@ -113,6 +115,7 @@ def test_killed_sampling_goes_on_with_the_same_bits(tmp_path, tiny_weights, fini
 
 @pytest.mark.parametrize("sampler", ["ddpm", "pndm"])
 @pytest.mark.parametrize("method", ["lsq", "ptq4dm"])
+@pytest.mark.usefixtures("few_start_values")
 def test_every_sampler_takes_a_fit_to_a_row(tmp_path, tiny_weights, method, sampler):
     made = build(tmp_path, tiny_weights, f"method={method}", f"sampler={sampler}", "sampler.steps=5")
     (row,) = pipeline.run(made)
@@ -157,6 +160,7 @@ def test_a_path_is_not_part_of_a_fingerprint_but_its_content_is(tmp_path, tiny_w
         pipeline.run(build(tmp_path, other))
 
 
+@pytest.mark.usefixtures("few_start_values")
 def test_best_of_5_samples_every_kept_checkpoint_and_says_so(tmp_path, tiny_weights):
     made = build(tmp_path, tiny_weights, "fit.report=best_of_5")
     (row,) = pipeline.run(made)
@@ -167,6 +171,7 @@ def test_best_of_5_samples_every_kept_checkpoint_and_says_so(tmp_path, tiny_weig
     assert row["metrics"]["fid"] == min(distances)
 
 
+@pytest.mark.usefixtures("few_start_values")
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, tiny_weights, monkeypatch):
     calls = []
 
@@ -242,6 +247,7 @@ def test_two_processes_train_a_float_net_as_one_does(tmp_path, tiny_weights, tog
         assert key.endswith("to_k.bias") or torch.allclose(value, found[1][key], rtol=1e-4, atol=2e-6), key
 
 
+@pytest.mark.usefixtures("few_start_values")
 def test_a_sweep_writes_three_fits_under_the_right_names(tmp_path, tiny_weights, inside):
     done = inside("-m", *QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "bits=w8a8,w4a4,w3a3")
     assert done.returncode == 0, done.stderr

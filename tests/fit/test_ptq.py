@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 import shutil
@@ -21,7 +20,6 @@ from tdq_exp.experiment import fit_stage, pipeline
 from tdq_exp.fit.ptq import calibration_set, ptq
 from tdq_exp.fit.ptq.over_time import Values, fit_over_time, observed
 from tdq_exp.fit.qat import Rates
-from tdq_exp.quant import calibrate
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.rules.minmax import MinMax
 from tdq_exp.quant.time import TimeContext
@@ -38,19 +36,10 @@ ROOT = Path(tdq_exp.__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """Drawing, and the search for start values, take longer than fitting a tiny net."""
-    monkeypatch.setattr(calibrate, "KEPT", 512)
+def _quick(monkeypatch, few_start_values):
+    """Drawing takes longer than fitting a tiny net."""
     monkeypatch.setattr(figures, "sample_grid", lambda rows, path, *rest: path.touch())
     monkeypatch.setattr(figures, "intervals_over_time", lambda tables, path, *rest: path.touch())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_old_garbage():
-    """Every run collects garbage at its end; this keeps it from looking through all that was imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
