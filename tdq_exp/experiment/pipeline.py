@@ -18,13 +18,12 @@ from torch import nn
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.data.images import load_images
 from tdq_exp.experiment import sample_stage
-from tdq_exp.runtime import stage
 from tdq_exp.experiment.build import Job
 from tdq_exp.experiment.fit_stage import Data, Fit, cache_folder, finished_net, fitted
 from tdq_exp.fit.loop import best_file
 from tdq_exp.metrics.measure import measure
 from tdq_exp.quant import kernels
-from tdq_exp.runtime import environment, figures, files
+from tdq_exp.runtime import environment, figures, files, stage
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console, print_table
 from tdq_exp.runtime.tracking import Tracker
