@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from tdq_exp.quant.intervals.temporal import GeneratorBank
 from tdq_exp.runtime.graphs import Recorded
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -34,6 +35,11 @@ class TrainingGraph:
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         self.loss = loss
         self.inputs = x_0.clone(), t.clone(), eps.clone()
+
+        # A graph of an earlier pass would tie the gradients of its leaves to another stream.
+        for module in net.modules():
+            if isinstance(module, GeneratorBank):
+                module.forget()
 
         self.step = Recorded(self._backward, x_0.device)
         self.step.prepare()
