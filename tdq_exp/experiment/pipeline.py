@@ -23,7 +23,7 @@ from tdq_exp.experiment.fit_stage import Data, Fit, cache_folder, finished_net, 
 from tdq_exp.fit.loop import best_file
 from tdq_exp.metrics import VALUES
 from tdq_exp.metrics.measure import measure
-from tdq_exp.quant.kernels import cpu as kernels
+from tdq_exp.quant import kernels
 from tdq_exp.runtime import environment, figures, files, stage
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console, print_table
