@@ -28,10 +28,10 @@ from tdq_exp.fit.calibrated import BATCH, Shown, of_set, show
 from tdq_exp.fit.checkpoint import load_state, save_state
 from tdq_exp.fit.loop import Log
 from tdq_exp.fit.ptq.blocks import Block, blocks_of, inputs_of, output_of
+from tdq_exp.fit.ptq.calibration_set import CalibrationSet
 from tdq_exp.fit.ptq.capture import Spill, needed_bytes
 from tdq_exp.fit.ptq.over_time import fit_over_time, observed
 from tdq_exp.fit.ptq.reconstruct import BlockData, Reconstruction, ReconstructOptions
-from tdq_exp.fit.ptq.stored_set import CalibrationSet
 from tdq_exp.fit.qat import Rates
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.convert import activation_quantizers, code_weights
