@@ -127,8 +127,8 @@ def _forward_passes(job: Job, net: nn.Module) -> float:
 
 def stages_done(job: Job) -> tuple[bool, bool]:
     """Is there a finished fit, and a row, under this job's names? Their fingerprints are checked when it runs."""
-    fit = files.read(job.folder / "fit.json")
-    rows = files.read(job.folder / job.sample_name / "metrics.json")
+    fit = files.read_json(job.folder / "fit.json")
+    rows = files.read_json(job.folder / job.sample_name / "metrics.json")
     name = job.config["eval"]["label"]
     measured = rows is not None and any(row["config"]["eval"]["label"] == name for row in rows["rows"])
     return bool(fit and fit["done"]), measured

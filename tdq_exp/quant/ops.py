@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdq_exp.quant.kernels import cpu as kernels
+from tdq_exp.quant import kernels
+from tdq_exp.quant.kernels import plain
 
 
 class _RoundToGrid(torch.autograd.Function):
@@ -35,11 +36,13 @@ class _RoundToGrid(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, n: float, p: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.codes = n, p
-        return x.round().clamp_(n, p)
+        return x.round().clamp(n, p)  # in place, torch.compile of torch 2.11 loses the gradient
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x,), (n, p), (g,) = ctx.saved_tensors, ctx.codes, gradients
+        if kernels.fused_on_gpu(x):
+            return kernels.kernels_for(x).round_backward(x, g, n, p), None, None
         outwards = ((x < n) & (g > 0)) | ((x > p) & (g < 0))  # a descent step would move further away
         return torch.where(outwards, 0.0, g), None, None
 
@@ -98,8 +101,12 @@ def quantize(x: Tensor, s: Tensor, z: Tensor, n: int, p: int) -> Tensor:
 
 def fake_quantize(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int) -> Tensor:
     """x_hat, without gradient: what inference computes. Arguments as in `quantize`; z = None is 0, in fewer passes."""
-    if kernels.fit(x, s, z):
-        return kernels.forward(kernels.dense(x), s, z, n, p)
+    if kernels.fused(x, s, z):
+        dtype = kernels.result_type(x)
+        if kernels.traced(x):
+            return kernels.traced_fake_quantize(x, s, z, (n, p), 1.0, "learned", None, dtype)
+        return kernels.kernels_for(x).forward(kernels.dense(x), s, z, n, p, None, dtype)
+    x = x.float() if x.dtype == torch.bfloat16 else x
     v = x / s
     if z is None:
         v.clamp_(n, p)
@@ -107,6 +114,33 @@ def fake_quantize(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int) -> Ten
         torch.maximum(v, n - z, out=v)
         torch.minimum(v, p - z, out=v)
     return v.round_().mul_(s)
+
+
+def fake_quantize_at(x: Tensor, s: Tensor, t: Tensor, z: Tensor | None, n: int, p: int) -> Tensor:
+    """x_hat, without gradient, with s and z read from tables at one time step for the whole tensor.
+
+    On a GPU the kernel reads them, so that a time-dependent step size costs no launch more than a static one.
+
+    Args:
+        x: any shape.
+        s: step sizes, `[T]`.
+        t: 0-dim, integer.
+        z: zero points, `[T]` or `[1]`; None is 0.
+        n: smallest code.
+        p: largest code.
+    """
+    if x.is_cuda and t.device == x.device and kernels.fused(x) and not kernels.traced(x):
+        found = kernels.kernels_for(x)
+        return found.forward_at(kernels.dense(x), s, z, t, n, p, kernels.result_type(x))
+    step = at(s, t)
+    if z is None:
+        return fake_quantize(x, step, None, n, p)
+    return fake_quantize(x, step, at(z, t) if len(z) > 1 else z[0], n, p)
+
+
+def at(values: Tensor, t: Tensor) -> Tensor:
+    """`values[t]` for t 0-dim or `[B]`; plain indexing with a 0-dim t would wait for an accelerator to say what t is."""
+    return values.index_select(0, t.reshape(-1).to(values.device)).reshape(t.shape)
 
 
 class _FusedFakeQuantize(torch.autograd.Function):
@@ -120,13 +154,14 @@ class _FusedFakeQuantize(torch.autograd.Function):
         noise = None if noise is None else kernels.like(x, noise)
         ctx.save_for_backward(x, s, z, noise)
         ctx.numbers = n, p, scale, kind
-        return kernels.forward(x, s, z, n, p, noise)
+        return kernels.kernels_for(x).forward(x, s, z, n, p, noise, kernels.result_type(x))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, s, z, noise = ctx.saved_tensors
         n, p, scale, kind = ctx.numbers
-        found = kernels.backward(kernels.like(x, gradients[0]), x, s, z, n, p, scale, kind, noise)
+        g = kernels.like(x, gradients[0])
+        found = kernels.kernels_for(x).backward(g, x, s, z, n, p, scale, kind, noise)
         wanted = (g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False))
         return *wanted, None, None, None, None, None
 
@@ -146,59 +181,40 @@ class _FakeQuantize(torch.autograd.Function):
         clipped: bool,
         noise: Tensor | None,
     ) -> Tensor:
-        v = x / s
-        if z is None:
-            x_hat = v.clamp(n, p)
-        else:
-            x_hat = torch.maximum(v, n - z)
-            torch.minimum(x_hat, p - z, out=x_hat)
-        if noise is None:
-            x_hat.round_()
-        else:
-            low, high = (n, p) if z is None else (n - z, p - z)
-            x_hat.addcmul_(noise, ((v > low) & (v < high)).to(noise.dtype))
-        x_hat.mul_(s)
+        v, x_hat = plain.forward(x, s, z, n, p, noise)
         ctx.save_for_backward(v, x_hat, s, z)
         ctx.codes, ctx.scale, ctx.clipped = (n, p), scale, clipped
         return x_hat
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = gradients
         v, x_hat, s, z = ctx.saved_tensors
-        n, p = ctx.codes
-        g = g.contiguous()
-        g_x = torch.ops.aten.hardtanh_backward(
-            g, v if z is None else v + z, n, p
-        )  # one pass: g where n < u < p, else 0
+        g = gradients[0].contiguous()
+        g_x = plain.gradient_of_input(g, v, z, *ctx.codes)
         g_s = g_z = None
         if ctx.needs_input_grad[1]:
-            if ctx.clipped:
-                g_s = _sum_like((g - g_x), x_hat, s) / s
-            else:
-                g_s = _sum_like(g, x_hat, s) / s - _sum_like(g_x, v, s)
-            g_s = g_s * ctx.scale
+            g_s = plain.gradient_of_step_size(g, g_x, v, x_hat, s, ctx.scale, ctx.clipped)
         if ctx.needs_input_grad[2]:
-            per_sample = s.numel() > 1 or z.numel() > 1
-            outside = (g_x - g).flatten(1).sum(1).reshape(-1, *[1] * (g.dim() - 1)) if per_sample else (g_x - g).sum()
-            g_z = outside * s
-            g_z = g_z.reshape(z.shape) if z.numel() == g_z.numel() else g_z.sum().reshape(z.shape)
+            g_z = plain.gradient_of_zero_point(g, g_x, s, z)
         return g_x if ctx.needs_input_grad[0] else None, g_s, g_z, None, None, None, None, None
-
-
-def _sum_like(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
-    """sum(a b) over all axes along which s is constant; s is a scalar or `[B, 1, ...]`."""
-    if s.numel() == 1:
-        return torch.dot(a.reshape(-1), b.reshape(-1)).reshape(s.shape)
-    return (a * b).flatten(1).sum(1).reshape(s.shape)
 
 
 def _fake_quantize(
     x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float, kind: str, noise: Tensor | None = None
 ) -> Tensor:
-    if kernels.fit(x, s, z):
-        return _FusedFakeQuantize.apply(x, s, z, n, p, scale, kind, noise)
-    return _FakeQuantize.apply(x, s, z, n, p, scale, kind == "clipped", noise)
+    """x_hat, by the first of three ways that applies.
+
+    1. No fused kernel is for such tensors, or kernels are off: single tensor operations.
+    2. Somebody records operations or replaces memory: a torch operator that stands for the kernel.
+    3. Plain tensors: the kernel itself.
+    """
+    if not kernels.fused(x, s, z):
+        x = x.float() if x.dtype == torch.bfloat16 else x
+        return _FakeQuantize.apply(x, s, z, n, p, scale, kind == "clipped", noise)
+    if kernels.traced(x):
+        dtype = kernels.result_type(x)
+        return kernels.traced_fake_quantize(x, s, z, (n, p), scale, kind, noise, dtype)
+    return _FusedFakeQuantize.apply(x, s, z, n, p, scale, kind, noise)
 
 
 def affine_range(low: Tensor, high: Tensor, n: int, p: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.quant import ops
+from tdq_exp.quant import kernels, ops
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.intervals.base import Interval
 from tdq_exp.quant.intervals.dynamic import Dynamic
@@ -67,11 +67,17 @@ class Quantizer(nn.Module):
         return s, z.reshape(-1, *[1] * (x.dim() - 1)) if z.dim() else z
 
     def forward(self, x: Tensor) -> Tensor:
-        """x_hat, float32."""
+        """x_hat, float32, or autocast's type on a GPU (see `kernels.result_type`)."""
         if self.observer is not None:
             self.observer(x)
             return x
-        x = x.float()  # the arithmetic of quantizers stays in float32 under autocast
+        # The arithmetic of quantizers stays in float32 under autocast.
+        x = kernels.readable(x)
+        if not self.training and not torch.is_grad_enabled():
+            lookup = self.interval.lookup()
+            if lookup is not None:
+                return ops.fake_quantize_at(x, *lookup, self._zero_points(), self.grid.n, self.grid.p)
+
         s, z_or_zero = self.parameters_at(x)
         z = None if self.zero_point is None and not self.interval.dynamic else z_or_zero
         if self.training:
@@ -79,6 +85,11 @@ class Quantizer(nn.Module):
         if torch.is_grad_enabled():  # evaluated inside of somebody's graph: the same numbers, differentiable
             return ops.fake_quantize_learned(x, s, z, self.grid.n, self.grid.p)
         return ops.fake_quantize(x, s, z, self.grid.n, self.grid.p)
+
+    def _zero_points(self) -> Tensor | None:
+        """The zero point's table, `[T]` or `[1]`, of a baked quantizer; None is 0."""
+        zero_point = self.zero_point
+        return zero_point.zero_points if isinstance(zero_point, TableZeroPoint) else None
 
     def rule(self, x: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
         """x_hat with the gradients of a method."""

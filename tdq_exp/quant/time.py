@@ -24,6 +24,7 @@ class TimeContext:
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self.version = 0  # grows at every change: what is computed from t can be kept until then
+        self.kept: tuple[object, Tensor] | None = None  # who computed what from t, in compiled code
         self._t: Tensor | None = None
         self._index: int | None = None
 
@@ -64,7 +65,7 @@ class TimeContext:
                 raise ValueError(
                     f"t must be an integer or a vector of integers, not {t.dtype} of shape {tuple(t.shape)}"
                 )
-        self._t, self._index = t, None
+        self._t, self._index, self.kept = t, None, None
         self.version += 1
 
     @contextmanager

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from tdq_exp.quant import ops
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.intervals.base import at
 
 
 class ZeroPoint(nn.Module):
@@ -83,4 +82,4 @@ class TableZeroPoint(nn.Module):
 
     def forward(self, s: Tensor) -> Tensor:
         """z at the current time step."""
-        return at(self.zero_points, self.time.t) if self.timed else self.zero_points[0]
+        return ops.at(self.zero_points, self.time.t) if self.timed else self.zero_points[0]

@@ -9,6 +9,7 @@ from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.intervals.static import PerStep, Static
 from tdq_exp.quant.intervals.temporal import GeneratorBank, Temporal
 from tdq_exp.quant.kernels import cpu as kernels
+from tdq_exp.quant.kernels import unfused
 from tdq_exp.quant.release import ReleaseDetails
 from tdq_exp.quant.rules.lsq import Lsq
 from tdq_exp.quant.rules.pact import DorefaWeights, Pact
@@ -35,7 +36,7 @@ def mode(request):
         assert not isinstance(kernels.library(), str), kernels.library()
         yield
     else:
-        with kernels.unfused():
+        with unfused():
             yield
 
 

@@ -11,7 +11,7 @@ from tdq_exp.quant import calibrate, ops
 from tdq_exp.quant.convert import Recipe, activation_quantizers, bake, code_weights, coded_weight
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.intervals.static import Static, StaticIntervals
-from tdq_exp.quant.kernels.cpu import unfused
+from tdq_exp.quant.kernels import unfused
 from tdq_exp.quant.layers import CodedWeight, QuantLayer
 from tdq_exp.quant.ops import affine_range
 from tdq_exp.quant.quantizer import Quantizer

@@ -29,7 +29,7 @@ class Dynamic(Interval):
 
     def affine(self, x: Tensor, n: int, p: int) -> tuple[Tensor, Tensor]:
         """(s, z) of an input, `[B]` or 0-dim, on codes n..p; without gradient."""
-        x = x.detach()
+        x = x.detach().float()
         low, high = x.flatten(1).aminmax(dim=1) if self.per_sample else x.aminmax()
         return ops.affine_range(low, high, n, p)
 

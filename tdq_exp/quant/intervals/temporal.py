@@ -132,12 +132,20 @@ class GeneratorBank(nn.Module):
 
     def step_sizes(self) -> Tensor:
         """The matrix at the current time step, for training: `[Q, B]`, or `[Q]` for a 0-dim t. Computed once for it."""
-        t = self.time.t
+        if torch.compiler.is_compiling():
+            # Weights don't change within compiled code, and their addresses are unknown there.
+            if self.time.kept is None or self.time.kept[0] is not self:
+                self.time.kept = (self, self._matrix_now())
+            return self.time.kept[1]
         key = (self.time.version, torch.is_grad_enabled(), self._versions())
         if self._kept is None or self._kept[0] != key:
-            matrix = self.generate(self.encodings[t.reshape(-1)])
-            self._kept = (key, matrix if t.dim() else matrix[:, 0])
+            self._kept = (key, self._matrix_now())
         return self._kept[1]
+
+    def _matrix_now(self) -> Tensor:
+        t = self.time.t
+        matrix = self.generate(self.encodings[t.reshape(-1)])
+        return matrix if t.dim() else matrix[:, 0]
 
     def row_now(self, row: int) -> Tensor:
         """One quantizer's entry of the table at the current time step, for eval: 0-dim, or `[B]`."""
@@ -160,6 +168,10 @@ class GeneratorBank(nn.Module):
             self._table = (key, self.generate(self.encodings))
             self.training = training
         return self._table[1]
+
+    def forget(self) -> None:
+        """Drop what is kept for the current time step, and with it the graph of the last forward pass."""
+        self._kept = self._read = None
 
     def _versions(self) -> tuple[Any, ...]:
         return tuple((p.data_ptr(), p.dtype, p._version) for p in self.parameters())
