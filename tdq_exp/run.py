@@ -21,13 +21,13 @@ from tdq_exp.config import assets, compose, schema
 def main() -> None:
     """The command. Hydra does the rest, but what it says of a mistake would be five lines: so it is looked for first."""
     arguments = sys.argv[1:]
-    if not any(argument.startswith("-") for argument in arguments):  # --help, -m and their like are Hydra's own
-        try:
+    try:
+        compose.register(arguments)
+        if not any(argument.startswith("-") for argument in arguments):  # --help, -m and their like are Hydra's own
             compose.compose(arguments)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-    compose.register()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     _job()
 
 

@@ -12,12 +12,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from tdq_exp.config import assets, schema
+from tdq_exp.config import assets, experiments, schema
 
 
-def register() -> None:
-    """Makes the schema known to Hydra under the name that `config.yaml` takes it by."""
+def register(overrides: Sequence[str] = ()) -> None:
+    """Make the schema, and the experiments that overrides name, known to Hydra."""
     ConfigStore.instance().store(name="schema", node=schema.Config)
+    experiments.register(overrides)
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -29,7 +30,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ValueError: for an unknown group, option or key, or a value of the wrong type; one line.
     """
-    register()
+    register(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(assets.configs())):
