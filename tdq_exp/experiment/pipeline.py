@@ -145,7 +145,7 @@ def _row(
     measured = measure(
         network, store.read(), data.train, data.held_out, job.evaluation.metrics, job.evaluation.batch, processes,
         cache_folder(job), job.evaluation.reference_images,
-        partial(sample_stage.Reconstructions, job.model, processes=processes) if job.model.lossy else None,
+        partial(sample_stage.Reconstructions, job.model, processes=processes) if job.model.codec else None,
     )  # fmt: skip
     row = {
         "name": job.name, "seed": job.seed, "sample": job.sample_name, "report": job.fit.report, "update": update,

@@ -39,6 +39,7 @@ from tdq_exp.data.arrays import Column, GroupedArrays
 from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.draws import Stream, fixed_draws, generator, groups, starting_noise
 from tdq_exp.diffusion.objective import Samples
+from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.runtime import files, stage
 from tdq_exp.runtime.processes import Processes
@@ -307,7 +308,7 @@ def _trajectories(
 
     generators = [generator(spec.seed, Stream.TRAJECTORY, i) for i in padded]
     x_t = starting_noise(generators, model.sample_shape).to(device)
-    x_0 = sampler.sample(lambda x, t: model.predict(net, x, t), x_t, model.schedule, generators, keep)
+    x_0 = sampler.sample(Denoiser(net, model), x_t, model.schedule, generators, keep)
     t = torch.tensor([[t for _, t in samples] for samples in chosen])
     image = torch.tensor(list(indices)).repeat_interleave(each)
     return x.flatten(0, 1), t.flatten(), image, x_0[: len(indices)].cpu()
