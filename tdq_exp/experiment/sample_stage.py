@@ -175,7 +175,7 @@ def engine(
     found = processes.decide(
         lambda: choose.choice(net, lambda n: model.predict(n, x, t), min_speedup, folder / "engine.json")
     )
-    return integer.integerize(net, found["layers"]), f"integer: {len(found['layers'])} of {found['of']} layers"
+    return integer.integerize(net, model.chains(net), found["layers"]), f"integer: {len(found['layers'])} of {found['of']} layers"
 
 
 def write_pngs(pixels: NDArray[np.uint8], folder: Path) -> None:

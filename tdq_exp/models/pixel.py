@@ -19,9 +19,11 @@ from tdq_exp.data.images import Images
 from tdq_exp.data.latents import encoded
 from tdq_exp.diffusion.objective import LOSSES, Samples, noise_prediction_loss
 from tdq_exp.diffusion.schedule import Schedule
+from tdq_exp.models.resnet_blocks import unet_chains
 from tdq_exp.models.roles import unet_roles
 from tdq_exp.models.trainable import Codec, Trainable
 from tdq_exp.models.weights.load import load_weights
+from tdq_exp.quant.chains import Chains
 from tdq_exp.quant.roles import Role
 from tdq_exp.runtime.processes import Processes
 
@@ -123,8 +125,12 @@ class DiffusionModel(Trainable):
         return noise_prediction_loss(eps_hat, eps, self.loss)
 
     def roles(self, net: nn.Module) -> dict[str, Role]:
-        """What each convolution and linear layer is for."""
+        """Return what each convolution and linear layer is for."""
         return unet_roles(net)
+
+    def chains(self, net: nn.Module) -> Chains:
+        """Return the chains of modules of a network, float or quantized, that can be fused."""
+        return unet_chains(net)
 
     def part(self, name: str) -> Trainable:
         """Return what `fit.part` names: `network` is this model itself, `autoencoder` its codec.
