@@ -65,6 +65,22 @@ class Images:
         return torch.where(flip[:, None, None, None], images.flip(-1), images).contiguous()
 
 
+@dataclass(frozen=True)
+class Data:
+    """The images of a run: those it is trained on, and those held out for validation."""
+
+    train: Images
+    held_out: Images
+
+    def parts(self) -> dict[str, str]:
+        """Return what the pixels are, for fingerprints; never where they lie."""
+        return {
+            "train": self.train.content,
+            "held_out": self.held_out.content,
+            "protocol": self.train.protocol,
+        }
+
+
 def to_uint8(x: Tensor, truncate: bool = False) -> Tensor:
     """Pixels of samples in [-1, 1]: `[B, C, H, W]` float -> `[B, H, W, C]` uint8, rounded to nearest.
 

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from tdq_exp.data.arrays import ImageStore
-from tdq_exp.data.images import load_images
+from tdq_exp.data.images import Data, load_images
 from tdq_exp.experiment import sample_stage
 from tdq_exp.experiment.build import Job
-from tdq_exp.experiment.fit_stage import Data, Fit, cache_folder, finished_net, fitted
+from tdq_exp.experiment.fit_stage import Fit, cache_folder, finished_net, fitted
 from tdq_exp.fit.loop import best_file
 from tdq_exp.metrics import VALUES
 from tdq_exp.metrics.measure import measure
