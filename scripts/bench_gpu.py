@@ -383,7 +383,8 @@ def churches(bench: Bench, job: jobs.Job, batch: int) -> None:
                 bench.timed(name, Training(bench, job, form, precision, batch), rounds=2 if bench.small else 5)
     denoising(bench, job, "ldm", 2 if bench.small else 100, precisions)
     with bench.part("decode"), torch.no_grad():
-        codec: Any = job.model.codec()
+        assert job.model.codec is not None
+        codec = job.model.codec.build()
         codec.to(bench.device).eval()
         latent = torch.randn(2 if bench.small else 8, *job.model.sample_shape, device=bench.device)
         bench.timed("decode ldm", lambda: codec.decode(latent))

@@ -49,7 +49,9 @@ def network(job: jobs.Job, form: str) -> nn.Module:
         return job.model.build().eval()
     assert job.recipe is not None
     net = bake(fit_stage.skeleton(job, job.recipe), inplace=True)
-    return integer.integerize(net, list(integer.candidates(net))) if form == "integer" else net
+    if form == "integer":
+        return integer.integerize(net, job.model.chains(net))
+    return net
 
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ def test_reconstructions_are_images_through_one_draw_of_their_latents(tmp_path, 
     processes = Processes(cpu=True)
     held_out = pipeline.load_data(made, processes).held_out
     back = sample_stage.Reconstructions(made.model, held_out, 150, processes)
-    assert len(back) == 150 and back.content == f"{held_out.content}-{made.model.codec_fingerprint}"
+    assert len(back) == 150 and back.content == f"{held_out.content}-{made.model.codec.fingerprint}"
     net = made.model.autoencoder.net()
     for i in (0, 149):
         x = torch.from_numpy(held_out.pixels[i : i + 1].copy()).permute(0, 3, 1, 2) / 127.5 - 1

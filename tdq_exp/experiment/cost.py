@@ -99,7 +99,7 @@ def _seconds(work: Callable[[], Tensor]) -> float:
 
 def _coding_seconds(job: Job, device: torch.device) -> tuple[float, float]:
     """Of one image: to encode it with its mirror, and to decode it. Both 0 for a model of pixels."""
-    codec = job.model.codec()
+    codec = job.model.codec.build() if job.model.codec else None
     if codec is None:
         return 0.0, 0.0
     codec.to(device).eval()

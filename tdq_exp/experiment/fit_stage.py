@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdq_exp.data.images import Images, default_cache
+from tdq_exp.data.images import Data, Images, default_cache
 from tdq_exp.diffusion.draws import Stream, fixed_draws
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.experiment.build import Job
@@ -34,18 +34,6 @@ from tdq_exp.runtime import environment, figures, files, stage
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console
 from tdq_exp.runtime.tracking import Tracker
-
-
-@dataclass(frozen=True)
-class Data:
-    """Training and held-out images."""
-
-    train: Images
-    held_out: Images
-
-    def parts(self) -> dict[str, Any]:
-        """For fingerprints: what the pixels are, never where they lie."""
-        return {"train": self.train.content, "held_out": self.held_out.content, "protocol": self.train.protocol}
 
 
 def samples_of(job: Job, images: Images, processes: Processes, mirror: bool = False) -> Samples:

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from tdq_exp.data.arrays import ImageStore
-from tdq_exp.data.images import load_images
+from tdq_exp.data.images import Data, load_images
 from tdq_exp.experiment import sample_stage
 from tdq_exp.experiment.build import Job
-from tdq_exp.experiment.fit_stage import Data, Fit, cache_folder, finished_net, fitted
+from tdq_exp.experiment.fit_stage import Fit, cache_folder, finished_net, fitted
 from tdq_exp.fit.loop import best_file
 from tdq_exp.metrics import VALUES
 from tdq_exp.metrics.measure import measure
@@ -145,7 +145,7 @@ def _row(
     measured = measure(
         network, store.read(), data.train, data.held_out, job.evaluation.metrics, job.evaluation.batch, processes,
         cache_folder(job), job.evaluation.reference_images,
-        partial(sample_stage.Reconstructions, job.model, processes=processes) if job.model.lossy else None,
+        partial(sample_stage.Reconstructions, job.model, processes=processes) if job.model.codec else None,
     )  # fmt: skip
     row = {
         "name": job.name, "seed": job.seed, "sample": job.sample_name, "report": job.fit.report, "update": update,

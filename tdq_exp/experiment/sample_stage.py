@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,21 +17,10 @@ from tdq_exp.data.images import Images, to_uint8
 from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.denoising_graph import DenoisingGraph
 from tdq_exp.diffusion.draws import Stream, generator, groups, image_generators, starting_noise
+from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console, track
-
-
-@dataclass(frozen=True)
-class _Denoiser:
-    """A network with its description; equal for each group, so that a recorded step is used again."""
-
-    net: nn.Module
-    model: DiffusionModel
-
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """eps_hat."""
-        return self.model.predict(self.net, x_t, t)
 
 
 @torch.no_grad()
@@ -63,7 +51,7 @@ def sample_group(
     """
     generators = image_generators(seed, indices, stream)
     x = starting_noise(generators, model.sample_shape).to(device)
-    x = sampler.sample(_Denoiser(net, model), x, model.schedule, generators, on_step)
+    x = sampler.sample(Denoiser(net, model), x, model.schedule, generators, on_step)
     return to_uint8(model.decode(x).cpu(), truncate).numpy()
 
 
@@ -123,7 +111,10 @@ class Reconstructions:
 
     def __init__(self, model: DiffusionModel, images: Images, count: int, processes: Processes) -> None:
         self.model, self.images, self.count, self.processes = model, images, count, processes
-        self.content = f"{images.content}-{model.codec_fingerprint}"
+        if model.codec is None:
+            raise ValueError("this model has no codec: its images are reconstructed exactly")
+        self.codec = model.codec
+        self.content = f"{images.content}-{model.codec.fingerprint}"
 
     def __len__(self) -> int:
         return self.count
@@ -139,7 +130,7 @@ class Reconstructions:
                 images = self.images.batch(some, torch.zeros(len(some), dtype=torch.bool))
                 streams = [generator(0, Stream.RECONSTRUCTION, int(i)) for i in some]
                 noise = [torch.randn(self.model.sample_shape, generator=g) for g in streams]
-                back = self.model.reconstruct(images.to(device), torch.stack(noise).to(device))
+                back = self.codec.reconstruct(images.to(device), torch.stack(noise).to(device))
                 made.append(to_uint8(back.cpu()).numpy())
                 advance(f"{int(some[-1]) + 1} images")
         # Nothing to make: with few images, some processes have no part in a set.
@@ -186,7 +177,7 @@ def engine(
     found = processes.decide(
         lambda: choose.choice(net, lambda n: model.predict(n, x, t), min_speedup, folder / "engine.json")
     )
-    return integer.integerize(net, found["layers"]), f"integer: {len(found['layers'])} of {found['of']} layers"
+    return integer.integerize(net, model.chains(net), found["layers"]), f"integer: {len(found['layers'])} of {found['of']} layers"
 
 
 def write_pngs(pixels: NDArray[np.uint8], folder: Path) -> None:
