@@ -70,7 +70,7 @@ class Bench:
     def note(self, kind: str, name: str, value: Any) -> None:
         """Keep a result, and write all that there are."""
         self.results[kind][name] = value
-        files.write(self.out / "gpu.json", self.results)
+        files.write_json(self.out / "gpu.json", self.results)
         print(f"{kind:13} {name:60} {value if not isinstance(value, list) else '...'}", flush=True)
 
     @contextmanager

@@ -34,7 +34,7 @@ def write(folder: Path, hours: bool) -> None:
         folder: of both.
         hours: add the GPU hours of the tables? It composes every cell's configuration: half a minute.
     """
-    results = files.read(folder / "gpu.json")
+    results = files.read_json(folder / "gpu.json")
     if results is None:
         raise SystemExit(f"{folder / 'gpu.json'} is missing: run scripts/bench_gpu.py on a GPU first")
     lines = [*_about(results), *_bars(results), *_times(results), *_profiles(results)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +16,30 @@ from torch import Tensor, nn
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.data.images import Images, to_uint8
 from tdq_exp.diffusion.ddim import Ddim
+from tdq_exp.diffusion.denoising_graph import DenoisingGraph
 from tdq_exp.diffusion.draws import Stream, generator, groups, image_generators, starting_noise
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console, track
 
 
+@dataclass(frozen=True)
+class _Denoiser:
+    """A network with its description; equal for each group, so that a recorded step is used again."""
+
+    net: nn.Module
+    model: DiffusionModel
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """eps_hat."""
+        return self.model.predict(self.net, x_t, t)
+
+
 @torch.no_grad()
 def sample_group(
     net: nn.Module,
     model: DiffusionModel,
-    sampler: Ddim,
+    sampler: Ddim | DenoisingGraph,
     indices: range,
     *,
     seed: int,
@@ -49,7 +63,7 @@ def sample_group(
     """
     generators = image_generators(seed, indices, stream)
     x = starting_noise(generators, model.sample_shape).to(device)
-    x = sampler.sample(lambda x_t, t: model.predict(net, x_t, t), x, model.schedule, generators, on_step)
+    x = sampler.sample(_Denoiser(net, model), x, model.schedule, generators, on_step)
     return to_uint8(model.decode(x).cpu(), truncate).numpy()
 
 
@@ -76,12 +90,13 @@ def sample_set(
     mine = missing[processes.rank :: processes.world]
     every = dict(groups(store.images, store.batch))
     net = net.to(processes.device).eval()
+    group_sampler = DenoisingGraph(sampler) if isinstance(sampler, Ddim) else sampler
     began = time.monotonic()
     done = len(every) - len(missing)
     with track("sampling", len(every), done, show=processes.main) as advance:
         for group in mine:
             pixels = sample_group(
-                net, model, sampler, every[group], seed=seed, device=processes.device, truncate=truncate
+                net, model, group_sampler, every[group], seed=seed, device=processes.device, truncate=truncate
             )
             store.put(group, pixels)
             if on_group is not None and processes.main:
