@@ -14,7 +14,7 @@ from tdq_exp.commands import sample as sample_command
 from tdq_exp.commands.pack import pack
 from tdq_exp.config.compose import compose
 from tdq_exp.deploy import integer
-from tdq_exp.diffusion.draws import generator
+from tdq_exp.diffusion.draws import Stream, generator
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import cost as costs
 from tdq_exp.experiment import fit_stage, pipeline, sample_stage
@@ -108,7 +108,7 @@ def test_reconstructions_are_images_through_one_draw_of_their_latents(tmp_path, 
     net = made.model.autoencoder.net()
     for i in (0, 149):
         x = torch.from_numpy(held_out.pixels[i : i + 1].copy()).permute(0, 3, 1, 2) / 127.5 - 1
-        noise = torch.randn(1, *made.model.sample_shape, generator=generator(0, 12, i))
+        noise = torch.randn(1, *made.model.sample_shape, generator=generator(0, Stream.RECONSTRUCTION, i))
         mean, log_variance = net.posterior(x)
         image = net.kl.decode(mean + torch.exp(0.5 * log_variance) * noise).sample
         pixels = (image.clamp(-1, 1) * 127.5 + 127.5).permute(0, 2, 3, 1).detach().numpy()

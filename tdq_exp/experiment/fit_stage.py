@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tdq_exp.data.images import Images, default_cache
-from tdq_exp.diffusion.draws import fixed_draws
+from tdq_exp.diffusion.draws import Stream, fixed_draws
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.experiment.build import Job
 from tdq_exp.experiment.first_layer import first_range, noise_beyond
@@ -241,8 +241,8 @@ def _reconstructed(
         log=log,
     )  # fmt: skip
     draws = fixed_draws(
-        job.seed + 1, samples=job.fit.validation_samples, images=len(held_out), shape=job.model.sample_shape,
-        steps=job.model.steps, random=held_out.random,
+        job.seed, Stream.VALIDATION, samples=job.fit.validation_samples, images=len(held_out),
+        shape=job.model.sample_shape, steps=job.model.steps, random=held_out.random,
     )  # fmt: skip
     loss = validation_loss(net, job.model, held_out, draws, BATCH, processes)
     worse = [block["block"] for block in history.blocks if not block["kept"]]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.data.images import Images, to_uint8
 from tdq_exp.diffusion.ddim import Ddim
-from tdq_exp.diffusion.draws import generator, groups, image_generators, starting_noise
+from tdq_exp.diffusion.draws import Stream, generator, groups, image_generators, starting_noise
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console, track
@@ -30,6 +30,7 @@ def sample_group(
     *,
     seed: int,
     device: torch.device,
+    stream: Stream = Stream.IMAGE,
     truncate: bool = False,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> NDArray[np.uint8]:
@@ -42,10 +43,11 @@ def sample_group(
         indices: global image indices; each has noise of its own.
         seed: of the set.
         device: where to compute.
+        stream: of the noise.
         truncate: drop the fraction of a pixel in place of rounding (see `to_uint8`).
         on_step: called with (t, x_t) before every step.
     """
-    generators = image_generators(seed, indices)
+    generators = image_generators(seed, indices, stream)
     x = starting_noise(generators, model.sample_shape).to(device)
     x = sampler.sample(lambda x_t, t: model.predict(net, x_t, t), x, model.schedule, generators, on_step)
     return to_uint8(model.decode(x).cpu(), truncate).numpy()
@@ -120,7 +122,8 @@ class Reconstructions:
         ):
             for some in index.split(self.BATCH) if len(index) else ():  # an empty tensor splits into one empty part
                 images = self.images.batch(some, torch.zeros(len(some), dtype=torch.bool))
-                noise = [torch.randn(self.model.sample_shape, generator=generator(0, 12, int(i))) for i in some]
+                streams = [generator(0, Stream.RECONSTRUCTION, int(i)) for i in some]
+                noise = [torch.randn(self.model.sample_shape, generator=g) for g in streams]
                 back = self.model.reconstruct(images.to(device), torch.stack(noise).to(device))
                 made.append(to_uint8(back.cpu()).numpy())
                 advance(f"{int(some[-1]) + 1} images")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.diffusion.draws import fixed_draws
+from tdq_exp.diffusion.draws import Stream, fixed_draws
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.ptq.stored_set import CalibrationSet
 from tdq_exp.models.pixel import DiffusionModel
@@ -44,7 +44,7 @@ class Shown:
 def drawn(model: DiffusionModel, images: Samples, samples: int, seed: int) -> Shown:
     """Training samples noised to t, stratified over all of time."""
     draws = fixed_draws(
-        seed + 2, samples=samples, images=len(images), shape=model.sample_shape, steps=model.steps,
+        seed, Stream.CALIBRATION, samples=samples, images=len(images), shape=model.sample_shape, steps=model.steps,
         random=images.random,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import torch
 from tdq_exp.data import latents
 from tdq_exp.data.images import Images
 from tdq_exp.data.latents import encoded
-from tdq_exp.diffusion.draws import draw_batch, fixed_draws
+from tdq_exp.diffusion.draws import Stream, draw_batch, fixed_draws
 from tdq_exp.runtime.processes import Processes
 
 SHAPE = (2, 2, 2)
@@ -107,7 +107,7 @@ def test_noise_of_samples_leaves_every_other_draw_as_it_was():
     common = {"batch_size": 6, "images": 9, "shape": SHAPE, "steps": 100, "flip": True}
     plain, drawn = draw_batch(3, 5, **common), draw_batch(3, 5, **common, random=True)
     fixed = {"samples": 6, "images": 9, "shape": SHAPE, "steps": 100}
-    pairs = [(plain, drawn), (fixed_draws(3, **fixed), fixed_draws(3, **fixed, random=True))]
+    pairs = [(plain, drawn), (fixed_draws(3, Stream.VALIDATION, **fixed), fixed_draws(3, Stream.VALIDATION, **fixed, random=True))]
     for without, with_noise in pairs:
         assert without.noise is None
         for name in ("index", "flip", "t", "eps"):

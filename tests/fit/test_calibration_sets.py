@@ -13,7 +13,7 @@ import torch
 
 from tdq_exp.config.compose import compose
 from tdq_exp.diffusion.ddim import Ddim, time_steps
-from tdq_exp.diffusion.draws import generator, starting_noise
+from tdq_exp.diffusion.draws import Stream, generator, starting_noise
 from tdq_exp.experiment import build as jobs
 from tdq_exp.fit.ptq import calibration_set
 from tdq_exp.fit.ptq.calibration_set import CalibrationSpec, chosen_steps, make_set
@@ -244,7 +244,7 @@ def test_x_is_the_runs_own_at_that_step_bit_for_bit(tmp_path, processes, tiny, g
         seen = {}
         end = sampler.sample(
             lambda x_t, step: model.predict(net, x_t, step),
-            starting_noise([generator(5, 9, i) for i in runs], model.sample_shape),
+            starting_noise([generator(5, Stream.TRAJECTORY, i) for i in runs], model.sample_shape),
             model.schedule,
             on_step=lambda step, x_t, seen=seen: seen.update({step: x_t.clone()}),
         )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tdq_exp.diffusion.draws import generator
+from tdq_exp.diffusion.draws import Stream, generator
 from tdq_exp.fit.ptq.blocks import blocks_of, inputs_of, output_of
 from tdq_exp.fit.ptq.capture import Spill
 from tdq_exp.fit.ptq.reconstruct import (
@@ -128,7 +128,7 @@ def reconstruction(interval, processes=None, offset="by_role", **changed):
 
 def drawn(work, phase, update):
     """The samples of an update."""
-    g = generator(KEY[0], 6, KEY[1], phase, update)
+    g = generator(KEY[0], Stream.BLOCK_BATCH, KEY[1], phase, update)
     return work.data.train[torch.randint(len(work.data.train), (BATCH,), generator=g)]
 
 

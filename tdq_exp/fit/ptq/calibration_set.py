@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.diffusion.ddim import Ddim
-from tdq_exp.diffusion.draws import fixed_draws, generator, groups, starting_noise
+from tdq_exp.diffusion.draws import Stream, fixed_draws, generator, groups, starting_noise
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.ptq.stored_set import CalibrationSet, check
 from tdq_exp.models.pixel import DiffusionModel
@@ -96,7 +96,7 @@ def chosen_steps(spec: CalibrationSpec, visited: list[int], total: int, image: i
     Raises:
         ValueError: if `uniform` asks for more samples of a trajectory than it has steps.
     """
-    count, g = spec.samples // spec.images, generator(spec.seed, 5, image)
+    count, g = spec.samples // spec.images, generator(spec.seed, Stream.CALIBRATION_TIMES, image)
     if spec.kind == "uniform":
         if count > len(visited):
             raise ValueError(
@@ -166,16 +166,23 @@ def _noised(
     assert images is not None
     each = spec.samples // spec.images
     draws = fixed_draws(
-        spec.seed + 4, samples=spec.samples, images=spec.samples, shape=(1,), steps=model.schedule.steps
+        spec.seed,
+        Stream.FORWARD_TIMES,
+        samples=spec.samples,
+        images=spec.samples,
+        shape=(1,),
+        steps=model.schedule.steps,
     )
     t = draws.t[indices.start * each : indices.stop * each]
-    order = torch.randperm(len(images), generator=generator(spec.seed, 7))
+    order = torch.randperm(len(images), generator=generator(spec.seed, Stream.FORWARD_IMAGES))
     pick = order[torch.tensor(list(indices)) % len(images)]
     noise = None
     if images.random:
-        noise = torch.stack([torch.randn(model.sample_shape, generator=generator(spec.seed, 11, i)) for i in indices])
+        streams = [generator(spec.seed, Stream.FORWARD_LATENTS, i) for i in indices]
+        noise = torch.stack([torch.randn(model.sample_shape, generator=g) for g in streams])
     x_0 = images.batch(pick, torch.zeros(len(pick), dtype=torch.bool), noise)
-    eps = torch.cat([torch.randn(each, *model.sample_shape, generator=generator(spec.seed, 8, i)) for i in indices])
+    streams = [generator(spec.seed, Stream.FORWARD_NOISE, i) for i in indices]
+    eps = torch.cat([torch.randn(each, *model.sample_shape, generator=g) for g in streams])
     image = torch.tensor(list(indices)).repeat_interleave(each)
     return model.schedule.add_noise(x_0.repeat_interleave(each, 0), eps, t), t, image, x_0
 
@@ -202,7 +209,7 @@ def _trajectories(
             x[row, number] = x_t[row].cpu()
         place += 1
 
-    generators = [generator(spec.seed, 9, i) for i in padded]  # none of the noise that images are sampled from
+    generators = [generator(spec.seed, Stream.TRAJECTORY, i) for i in padded]
     x_t = starting_noise(generators, model.sample_shape).to(device)
     x_0 = sampler.sample(lambda x, t: model.predict(net, x, t), x_t, model.schedule, generators, keep)
     t = torch.tensor([[t for _, t in samples] for samples in chosen])

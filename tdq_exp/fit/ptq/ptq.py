@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdq_exp.diffusion.draws import share_of
+from tdq_exp.diffusion.draws import Stream, seed_global, share_of
 from tdq_exp.fit.calibrated import BATCH, Shown, of_set, show
 from tdq_exp.fit.checkpoint import load_state, save_state
 from tdq_exp.fit.loop import Log
@@ -200,7 +200,7 @@ def _blocks(
             saved = _load(file, mark, processes)
             if saved is None:
                 began = clock.monotonic()
-                torch.manual_seed((seed * 65537 + number) * 65537 + processes.rank)  # dropout of generators, if any
+                seed_global(seed, Stream.BLOCK_NOISE, number, processes.rank)  # dropout, if any
                 seen = capture(net, float_net, model, shown, block, options, folder, processes)
                 data = BlockData(*seen, t, train, held_out)
                 work = Reconstruction(net, block, data, options.block, (seed, number), processes)
