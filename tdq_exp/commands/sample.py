@@ -54,8 +54,8 @@ def draw(options: argparse.Namespace) -> None:
     if options.engine not in ("fake", "integer"):
         raise ValueError(f"--engine={options.engine}: choose fake or integer")
     job, net = load(options.run)
-    if job.fit.part != "network":
-        raise ValueError(f"{options.run}: is the model's {job.fit.part}; images are drawn from its network")
+    if not job.fit.options.fits_network:
+        raise ValueError(f"{options.run}: is the model's {job.fit.options.part}; images are drawn from its network")
     sampler = job.sampler if options.steps is None else dataclasses.replace(job.sampler, steps=options.steps)
     size = job.model.image_size
     processes = Processes(cpu=options.cpu)

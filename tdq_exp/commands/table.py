@@ -19,7 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tdq_exp.config import assets, schema
+from tdq_exp.config import assets, naming, schema
 from tdq_exp.config.compose import compose
 from tdq_exp.report import cells as tables
 from tdq_exp.report import charts
@@ -159,7 +159,7 @@ def ask(
             command = (*chosen, f"out={_quoted(out)}", *tracker, *extra)
             cfg = compose(command)
             bare = compose(chosen) if said(extra) else cfg
-            folder, sample = schema.run_folder(cfg), schema.sample_name(cfg)
+            folder, sample = naming.run_folder(cfg), naming.sample_name(cfg)
             nets = {"weights": shipped_hash(cfg.model.weights), "autoencoder": shipped_hash(cfg.model.autoencoder)}
             known = {key: mark for key, mark in nets.items() if mark is not None}
             values = schema.plain(cfg)
@@ -256,14 +256,14 @@ def show_plan(cells: Sequence[Cell]) -> bool:
         except ValueError as error:
             raise ValueError(f"{cell.name}: {error}; --column runs one column, with overrides of its own") from error
         # A measured forward pass of a large net is slow, and cells of one shape cost the same.
-        shape = [job.part("model", "fit"), job.recipe is not None, job.fit.report, job.sampling.images]
+        shape = [job.part("model", "fit"), job.recipe is not None, job.fit.options.report, job.sampling.images]
         key = json.dumps([*shape, job.sampling.steps, costs.stages_done(job)], sort_keys=True)
         if key not in known:
             known[key] = costs.estimate(job)
         cost = known[key]
         lines.append([cell.name, cell.config["sampler"]["images"], *_costs(cost.seconds, cost.disk_bytes)])
         seconds, disk = seconds + cost.seconds, disk + cost.disk_bytes
-        paper = paper or (job.config["protocol"]["scale"] == "paper" and not job.smoke)
+        paper = paper or (job.config["protocol"]["scale"] == "paper" and not job.machine.smoke)
     total = [f"all {len(cells)}", sum(line[1] for line in lines), *_costs(seconds, disk)]
     print_table("cells to run, and about what they cost", ["cell", "images", "time", "disk"], [*lines, total])
     encode = max((cost.encode_seconds for cost in known.values()), default=0.0)

@@ -27,6 +27,7 @@ class FitOptions:
         needs_calibration_set: is shown a calibration set.
         trains_on_images: draws its batches from the training images.
         gives_rows: its network is sampled and measured.
+        loads_only: computes nothing; the result is the float network.
         reconstructs: fits the network block by block.
         checkpoints: how many checkpoints of lowest validation loss are kept.
         part: part of the model that is fitted.
@@ -37,6 +38,7 @@ class FitOptions:
     needs_calibration_set: ClassVar[bool] = False
     trains_on_images: ClassVar[bool] = False
     gives_rows: ClassVar[bool] = True
+    loads_only: ClassVar[bool] = False
     checkpoints: ClassVar[int] = 0
     part: ClassVar[str] = NETWORK
 
@@ -75,6 +77,8 @@ class FitOptions:
 class LoadOptions(FitOptions):
     """The weights as they were loaded."""
 
+    loads_only: ClassVar[bool] = True
+
     kind: str = setting("none", choices=("none",))
 
 
@@ -95,6 +99,10 @@ class TrainOptions:
     validate_every: int = setting(1000, low=1, help="updates between validations and checkpoints")
     validation_samples: int = setting(1024, low=1, help="(x, t, eps) of the fixed validation set")
     precision: str = setting("float32", choices=("float32", "bfloat16"))
+    stop_after: int = setting(
+        0, low=0, fingerprint=False,
+        help="leave after so many updates, as a kill would (0: don't); for rehearsals",
+    )  # fmt: skip
 
     def rate(self, update: int) -> float:
         """Return the share of the learning rates that an update (from 0) takes, in (0, 1].
@@ -133,7 +141,6 @@ class PretrainOptions(FitOptions, TrainOptions):
     kind: str = setting("pretrain", choices=("pretrain",))
     part: str = setting(NETWORK, since=NETWORK, help="network, or autoencoder")  # type: ignore[misc]
     export: str | None = setting(None, fingerprint=False, help="also write the weights here")
-    stop_after: int = setting(0, low=0, fingerprint=False, help="leave after so many updates")
 
 
 @dataclass
@@ -149,7 +156,6 @@ class QatOptions(FitOptions, QatNumbers):
     lr_generator: float = setting(0.0, low=0, help="of TDQ's generators")
     decay_generator: float = setting(0.0, low=0, help="weight decay of the generators")
     real_rounding: float = setting(0.2, low=0.0, high=1.0, help="NIPQ: last share of the updates")
-    stop_after: int = setting(0, low=0, fingerprint=False, help="leave after so many updates")
 
 
 @dataclass

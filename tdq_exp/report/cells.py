@@ -217,7 +217,7 @@ def find(cell: Cell) -> Cell:
 
 def _compared(config: dict[str, Any]) -> dict[str, Any]:
     """What makes a row stale when it changes: everything that its fingerprints read, but the number of images."""
-    from tdq_exp.experiment.build import parts_of  # it imports torch
+    from tdq_exp.config.schema import parts_of
 
     groups = ["model", "sampler"]
     if config["method"]["quantized"]:
