@@ -182,7 +182,7 @@ def main() -> None:
 def write(found: dict[str, dict[str, float]], options: argparse.Namespace) -> None:
     """`qat.json` with every figure, `qat.md` to read."""
     about = {"threads": options.threads, "rounds": options.rounds, "batch": options.batch, **environment.environment()}
-    files.write(options.out / "qat.json", {"milliseconds": found, "about": about})
+    files.write_json(options.out / "qat.json", {"milliseconds": found, "about": about})
     lines = [
         f"`ddim_small`, batch {options.batch}, {options.threads} threads, {options.rounds} interleaved rounds, "
         f"milliseconds. {about['machine']}, torch {torch.__version__}, Python {platform.python_version()}, "

@@ -88,7 +88,8 @@ class Nets:
         }  # fmt: skip
         form, _, kind = key.partition(" ")
         if form == "integer":
-            return integer.integerize(self.get(f"baked {kind}"))
+            baked = self.get(f"baked {kind}")
+            return integer.integerize(baked, self.model.chains(baked))
         x = torch.randn(4, *self.model.sample_shape)
         net = quantized(self.model, Recipe(4, 4, Lsq, Lsq, intervals[kind]), x, torch.tensor(T))
         return bake(net)
@@ -340,7 +341,7 @@ def report(content: dict[str, Any]) -> str:
 
 def save(content: dict[str, Any], out: Path) -> None:
     """Writes `integer.json` and the page, and prints it."""
-    files.write(out / "integer.json", content)
+    files.write_json(out / "integer.json", content)
     (out / "integer.md").write_text(report(content))
     print(report(content))
 
@@ -387,7 +388,7 @@ def main() -> None:
         variants = [v for v in VARIANTS if not (options.no_compile and "compiled" in v)]
         content: dict[str, Any] = {"about": {"threads": options.threads, **environment.environment()}, "models": {}}
         if options.keep_times:
-            kept = files.read(options.out / "integer.json")
+            kept = files.read_json(options.out / "integer.json")
             if kept is None:
                 raise SystemExit(f"error: {options.out / 'integer.json'}: is not there; measure the times first")
             content = kept

@@ -49,7 +49,9 @@ def network(job: jobs.Experiment, form: str) -> nn.Module:
         return job.model.build().eval()
     assert job.recipe is not None
     net = bake(skeleton(job.model, job.recipe), inplace=True)
-    return integer.integerize(net, list(integer.candidates(net))) if form == "integer" else net
+    if form == "integer":
+        return integer.integerize(net, job.model.chains(net))
+    return net
 
 
 @torch.no_grad()
@@ -97,7 +99,7 @@ def write(found: dict[str, Any], options: argparse.Namespace) -> None:
     """`large.json` with every figure, `large.md` to read."""
     about = {"experiment": options.experiment, "threads": options.threads, "rounds": options.rounds}
     about |= environment.environment()
-    files.write(options.out / "large.json", {"forms": found, "about": about})
+    files.write_json(options.out / "large.json", {"forms": found, "about": about})
     rows = [[FORMS["baseline"], "-", "-", "-", f"{found['baseline']['memory']:.2f}"]]
     for batch in map(str, options.batches):
         reference = middle(found["float"]["steps"][batch]["seconds"])

@@ -23,6 +23,7 @@ from tdq_exp.experiment import fit_stage
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.first_layer import first_range
 from tdq_exp.experiment.load import load
+from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.report.render import markdown_lines
 from tdq_exp.runtime import environment, files
 from tdq_exp.runtime.processes import Processes
@@ -37,7 +38,7 @@ HEADERS = (
 @torch.no_grad()
 def drawn(job: Experiment, net: nn.Module, x_t: Tensor) -> Tensor:
     """x_0, before decoding, of the noise that a row's first images start from."""
-    return job.sampler.sample(lambda x, t: job.model.predict(net, x, t), x_t, job.model.schedule)
+    return job.sampler.sample(Denoiser(net, job.model), x_t, job.model.schedule)
 
 
 def analyse(job: Experiment, net: nn.Module, x_t: Tensor, expected: Tensor) -> list[dict[str, Any]]:
@@ -104,7 +105,7 @@ def main() -> None:
 def write(records: list[dict[str, Any]], gains: dict[str, float], options: argparse.Namespace) -> None:
     """`clipped_noise.json` with every figure, `clipped_noise.md` to read."""
     about = {"images": options.images, "gains": gains, **environment.environment()}
-    files.write(options.out / "clipped_noise.json", {"networks": records, "about": about})
+    files.write_json(options.out / "clipped_noise.json", {"networks": records, "about": about})
     rows = [
         [
             r["name"], r["range"], f"{r['share']:.3f}",

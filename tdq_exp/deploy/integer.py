@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tdq_exp.deploy.coders import Coded, Coder, DynamicCoder, coder_of, largest_code, too_wide
 from tdq_exp.deploy.fuse import fuse
 from tdq_exp.deploy.products import Product, Window, exact_here
+from tdq_exp.quant.chains import Chains
 from tdq_exp.quant.convert import replace_module
 from tdq_exp.quant.layers import CodedWeight, QuantAttention, QuantConv2d, QuantLayer
 from tdq_exp.quant.quantizer import Quantizer
@@ -150,7 +151,7 @@ def codable(net: nn.Module) -> dict[str, Quantizer]:
     shared: dict[str, QuantAttention] = {}
     for name, module in net.named_modules():
         if isinstance(module, QuantAttention) and module.input_quantizer is not None:
-            shared |= dict.fromkeys(_readers(name), module)
+            shared |= dict.fromkeys(readers(net, name), module)
 
     found: dict[str, Quantizer] = {}
     for name, module in net.named_modules():
@@ -176,10 +177,21 @@ def candidates(net: nn.Module) -> dict[str, IntegerLayer]:
     return found
 
 
-def _readers(name: str) -> tuple[str, ...]:
-    """Return the names of q, k and v of an attention, by that of its processor."""
-    block = name.removesuffix(".processor")
-    return f"{block}.to_q", f"{block}.to_k", f"{block}.to_v"
+def readers(net: nn.Module, name: str) -> tuple[str, ...]:
+    """Return the names of q, k and v of an attention: the layers that read its coded tensor.
+
+    They are the layers of the attention's block without an input quantizer of their own.
+
+    Args:
+        net: baked.
+        name: of the `QuantAttention`.
+    """
+    block = name.rpartition(".")[0]
+    return tuple(
+        f"{block}.{child}"
+        for child, module in net.get_submodule(block).named_children()
+        if isinstance(module, QuantLayer) and module.input_quantizer is None
+    )
 
 
 def _whole_attentions(net: nn.Module, found: dict[str, Quantizer]) -> dict[str, Quantizer]:
@@ -187,18 +199,23 @@ def _whole_attentions(net: nn.Module, found: dict[str, Quantizer]) -> dict[str, 
     for name, module in net.named_modules():
         if not isinstance(module, QuantAttention) or module.input_quantizer is None:
             continue
-        leaves = _readers(name)
+        leaves = readers(net, name)
         if not all(leaf in found for leaf in leaves):
             found = {leaf: reads for leaf, reads in found.items() if leaf not in leaves}
     return found
 
 
 @torch.no_grad()
-def integerize(net: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
-    """A copy of a baked network whose layers run on codes, in channels-last layout; its root forward sets the time as before.
+def integerize(
+    net: nn.Module, chains: Chains, names: Iterable[str] | None = None
+) -> nn.Module:
+    """Return a copy of a baked network whose layers run on codes, in channels-last layout.
+
+    Its root forward sets the time as before.
 
     Args:
         net: baked, in eval mode, on the CPU.
+        chains: what may be fused, from its model's description.
         names: which of the `candidates`; all if not given.
 
     Raises:
@@ -216,12 +233,12 @@ def integerize(net: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
         raise ValueError(f"{unknown[0]}: can't run on codes{reason}")
     for name, module in list(net.named_modules()):
         if isinstance(module, QuantAttention) and module.input_quantizer is not None:
-            leaves = set(_readers(name))
+            leaves = set(readers(net, name))
             if leaves & chosen:
                 if not leaves <= chosen:
                     raise ValueError(f"{name}: q, k and v read one coded tensor: choose all three or none")
                 module.input_quantizer = coder_of(module.input_quantizer)  # type: ignore[assignment]
     for name in chosen:
         replace_module(net, name, found[name])
-    fuse(net)
+    fuse(net, chains)
     return net.to(memory_format=torch.channels_last)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tdq_exp.diffusion.objective import Denoiser
+from tdq_exp.diffusion.objective import NoisePredictor
 from tdq_exp.diffusion.schedule import Schedule
 
 SPACINGS = ("leading", "trailing", "linspace", "quad")
@@ -109,7 +109,7 @@ class Ddim:
 
     def sample(
         self,
-        denoise: Denoiser,
+        denoise: NoisePredictor,
         x: Tensor,
         schedule: Schedule,
         generators: Sequence[torch.Generator] = (),

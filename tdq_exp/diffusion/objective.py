@@ -15,7 +15,7 @@ from torch import Tensor
 LOSSES = ("l2", "l1")
 
 
-class Denoiser(Protocol):
+class NoisePredictor(Protocol):
     """Predicts the noise in x_t."""
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor: ...

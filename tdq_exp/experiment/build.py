@@ -16,15 +16,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from tdq_exp.config import assets, naming, records, schema
 from tdq_exp.config.schema import parts_of
-from tdq_exp.data.images import default_cache
+from tdq_exp.data.images import Data, default_cache
 from tdq_exp.data.sources import Source
 from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.experiment.options import EvalOptions, SamplerOptions
-from tdq_exp.fit.fit import Data, Fit, Subject
+from tdq_exp.fit.fit import Fit, Subject
 from tdq_exp.fit.options import FitOptions
 from tdq_exp.fit.registry import fit_class
 from tdq_exp.metrics.features import FeatureNetwork
-from tdq_exp.models.pixel import DiffusionModel, Trainable
+from tdq_exp.metrics.fidelity import check_names
+from tdq_exp.models.pixel import DiffusionModel
+from tdq_exp.models.trainable import Trainable
 from tdq_exp.quant.convert import Recipe
 from tdq_exp.runtime.options import LauncherOptions, TrackerOptions
 
@@ -162,6 +164,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
     """
     # 1. Values, checked; names; and the same values without interpolations.
     config = schema.typed(cfg)
+    check_names(config.eval.metrics)
     name, sample, folder = naming.fit_name(cfg), naming.sample_name(cfg), naming.run_folder(cfg)
     values = schema.plain(cfg)
     resolved = OmegaConf.create(values)

@@ -118,7 +118,7 @@ def _seconds(work: Callable[[], Tensor]) -> float:
 
 def _coding_seconds(job: Experiment, device: torch.device) -> tuple[float, float]:
     """Return the seconds to encode an image with its mirror, and to decode one; 0 for pixels."""
-    codec = job.model.codec()
+    codec = job.model.codec.build() if job.model.codec else None
     if codec is None:
         return 0.0, 0.0
     codec.to(device).eval()
@@ -129,8 +129,8 @@ def _coding_seconds(job: Experiment, device: torch.device) -> tuple[float, float
 
 def stages_done(job: Experiment) -> tuple[bool, bool]:
     """Return whether there is a finished fit, and a row; fingerprints are checked when it runs."""
-    fit = files.read(job.folder / "fit.json")
-    rows = files.read(job.folder / job.sample_name / "metrics.json")
+    fit = files.read_json(job.folder / "fit.json")
+    rows = files.read_json(job.folder / job.sample_name / "metrics.json")
 
     name = job.evaluation.label
     measured = rows is not None and any(r["config"]["eval"]["label"] == name for r in rows["rows"])

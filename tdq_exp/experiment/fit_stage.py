@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from tdq_exp.data.images import Data
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.first_layer import first_range, noise_beyond
 from tdq_exp.fit import quantized
-from tdq_exp.fit.fit import Data
 from tdq_exp.models.weights.load import load_weights, save_weights
 from tdq_exp.quant.convert import bake
 from tdq_exp.runtime import environment, figures

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from tdq_exp.data.images import Data
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.fit_stage import FittedModel
 from tdq_exp.experiment.row import Row, RowRecord
 from tdq_exp.experiment.sample_stage import Reconstructions, SampleStage, run_sampling
-from tdq_exp.fit.fit import Data
 from tdq_exp.metrics.features import FeatureNetwork
 from tdq_exp.metrics.measure import measure
 from tdq_exp.quant import kernels
@@ -50,7 +50,7 @@ def run_measures(
         measured = measure(
             network, images.pixels, data.train, data.held_out, options.metrics, options.batch, processes,
             job.data.cache, options.reference_images,
-            partial(Reconstructions, job.model, processes=processes) if job.model.lossy else None,
+            partial(Reconstructions, job.model, processes=processes) if job.model.codec else None,
         )  # fmt: skip
 
         fingerprints = {

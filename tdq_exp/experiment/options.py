@@ -7,7 +7,6 @@ from typing import Any
 
 from tdq_exp.config.setting import setting
 
-METRICS = ("fid", "isc", "kid", "prc")
 ENGINES = ("fake", "integer")
 
 
@@ -46,7 +45,7 @@ class EvalOptions:
 
     label: str = setting(fingerprint=False)
     features: Any = setting(help="_target_: the feature network")
-    metrics: list[str] = setting(["fid", "isc", "kid"], choices=METRICS)
+    metrics: list[str] = setting(["fid", "isc", "kid"], help="names of the registry in `metrics.fidelity`")
     batch: int = setting(50, low=1, help="images that pass the feature network together")
     reference_images: int | None = setting(
         None, low=1, help="the first so many of the training set; all of them if null"

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from tdq_exp.data.images import load_images
+from tdq_exp.data.images import Data, load_images
 from tdq_exp.experiment import show as pictures
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.fit_stage import FittedModel, finished_net, run_fit
 from tdq_exp.experiment.measure_stage import run_measures
 from tdq_exp.experiment.row import write_row
 from tdq_exp.experiment.sample_stage import sample_stage_of
-from tdq_exp.fit.fit import Data
 from tdq_exp.fit.loop import best_file
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.tracking import Tracker

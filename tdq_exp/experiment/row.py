@@ -113,11 +113,11 @@ class RowRecord:
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """Return the rows of a file; none if there is no file."""
-    return (files.read(file) or {"rows": []})["rows"]
+    return (files.read_json(file) or {"rows": []})["rows"]
 
 
 def write_row(file: Path, row: dict[str, Any]) -> None:
     """Add a row to its file, in place of an older one of the same features."""
     features = row["features"]["name"]
     others = [r for r in read_rows(file) if r["features"]["name"] != features]
-    files.write(file, {"rows": sorted([*others, row], key=lambda r: r["features"]["name"])})
+    files.write_json(file, {"rows": sorted([*others, row], key=lambda r: r["features"]["name"])})

@@ -19,6 +19,7 @@ from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.draws import Stream, generator, groups, image_generators, starting_noise
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.fit_stage import FittedModel
+from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console, track
@@ -160,7 +161,7 @@ def sample_group(
     """
     generators = image_generators(seed, indices, stream)
     x = starting_noise(generators, model.sample_shape).to(device)
-    x = sampler.sample(lambda x_t, t: model.predict(net, x_t, t), x, model.schedule, generators, on_step)
+    x = sampler.sample(Denoiser(net, model), x, model.schedule, generators, on_step)
     return to_uint8(model.decode(x).cpu(), truncate).numpy()
 
 
@@ -230,7 +231,10 @@ class Reconstructions:
 
     def __init__(self, model: DiffusionModel, images: Images, count: int, processes: Processes) -> None:
         self.model, self.images, self.count, self.processes = model, images, count, processes
-        self.content = f"{images.content}-{model.codec_fingerprint}"
+        if model.codec is None:
+            raise ValueError("this model has no codec: its images are reconstructed exactly")
+        self.codec = model.codec
+        self.content = f"{images.content}-{model.codec.fingerprint}"
 
     def __len__(self) -> int:
         return self.count
@@ -246,7 +250,7 @@ class Reconstructions:
                 images = self.images.batch(some, torch.zeros(len(some), dtype=torch.bool))
                 streams = [generator(0, Stream.RECONSTRUCTION, int(i)) for i in some]
                 noise = [torch.randn(self.model.sample_shape, generator=g) for g in streams]
-                back = self.model.reconstruct(images.to(device), torch.stack(noise).to(device))
+                back = self.codec.reconstruct(images.to(device), torch.stack(noise).to(device))
                 made.append(to_uint8(back.cpu()).numpy())
                 advance(f"{int(some[-1]) + 1} images")
         # Nothing to make: with few images, some processes have no part in a set.
@@ -310,7 +314,8 @@ def engine(
     found = processes.decide(
         lambda: choose.choice(net, lambda n: model.predict(n, x, t), min_speedup, folder / "engine.json")
     )
-    return integer.integerize(net, found["layers"]), f"integer: {len(found['layers'])} of {found['of']} layers"
+    said = f"integer: {len(found['layers'])} of {found['of']} layers"
+    return integer.integerize(net, model.chains(net), found["layers"]), said
 
 
 def write_pngs(pixels: NDArray[np.uint8], folder: Path) -> None:

@@ -9,18 +9,12 @@ from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.measure_stage import rows_file
 from tdq_exp.experiment.row import read_rows, real_metrics
 from tdq_exp.experiment.sample_stage import sample_group, store_of
+from tdq_exp.metrics import VALUES
 from tdq_exp.runtime import figures
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console, print_table
 from tdq_exp.runtime.tracking import Tracker
 
-METRIC_NAMES = {
-    "fid": "Frechet distance",
-    "isc_mean": "inception-style score",
-    "kid_mean": "kernel distance",
-    "precision": "precision",
-    "recall": "recall",
-}
 REAL_NAMES = {"held_out": "real, held out", "reconstructed": "real, reconstructed"}
 
 
@@ -57,7 +51,7 @@ def _draw(job: Experiment, folder: Path, row: dict[str, Any], processes: Process
 
     images, batch = store_of(job, folder).read(), job.sampling.batch
     features = f"{row['features']['name']} features {row['features']['weights']}"
-    name, value = next((METRIC_NAMES[k], v) for k, v in row["metrics"].items() if k in METRIC_NAMES)
+    name, value = next((VALUES[k].label, v) for k, v in row["metrics"].items() if k in VALUES)
     title = f"{job.name}, {name} {value:.4g} ({features}, {row['images']} images)"
     rows = {title: images[:batch]}
 
@@ -84,7 +78,7 @@ def print_row(job: Experiment, rows: list[dict[str, Any]]) -> None:
     # 1. The row, the float model's and those of real images.
     (row,) = rows
     features = row["features"]
-    names = {key: name for key, name in METRIC_NAMES.items() if key in row["metrics"]}
+    names = {key: value.label for key, value in VALUES.items() if key in row["metrics"]}
     lines = [[r["name"], r["images"], *(r["metrics"][key] for key in names)] for r in [row, *_float_rows(job, row)]]
     for kind, real in real_metrics(row).items():
         lines.append([REAL_NAMES[kind], real["images"], *(real[key] for key in names)])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tdq_exp.diffusion.draws import Stream, fixed_draws
 from tdq_exp.diffusion.objective import Samples
-from tdq_exp.fit.ptq.stored_set import CalibrationSet
+from tdq_exp.fit.ptq.calibration_set import CalibrationSet
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant import calibrate
 from tdq_exp.quant.convert import Recipe, quantize
@@ -95,7 +95,7 @@ def calibrated(
     # 2. Start values that an earlier run found.
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
     file = context.cache / "calibration" / f"{digest}.json"
-    found = processes.decide(lambda: files.read(file))
+    found = processes.decide(lambda: files.read_json(file))
     if found is not None:
         calibrate.apply(net, {name: (s, z) for name, (s, z) in found.items()})
         return net
@@ -115,7 +115,7 @@ def calibrated(
             advance("")
 
     time.set(None)
-    processes.decide(lambda: files.write(file, calibration.found))
+    processes.decide(lambda: files.write_json(file, calibration.found))
     return net
 
 

@@ -15,30 +15,15 @@ import torch
 from torch import nn
 
 from tdq_exp.config.setting import fingerprint_keys
-from tdq_exp.data.images import Images
+from tdq_exp.data.images import Data, Images
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.options import FitOptions
-from tdq_exp.models.pixel import DiffusionModel, Trainable
+from tdq_exp.models.pixel import DiffusionModel
+from tdq_exp.models.trainable import Trainable
 from tdq_exp.quant.convert import Recipe
 from tdq_exp.runtime.context import RunContext
 
 O_co = TypeVar("O_co", bound=FitOptions, covariant=True)
-
-
-@dataclass(frozen=True)
-class Data:
-    """Training and held-out images."""
-
-    train: Images
-    held_out: Images
-
-    def parts(self) -> dict[str, Any]:
-        """Return parts of fingerprints: what the pixels are, never where they lie."""
-        return {
-            "train": self.train.content,
-            "held_out": self.held_out.content,
-            "protocol": self.train.protocol,
-        }
 
 
 @dataclass(frozen=True)

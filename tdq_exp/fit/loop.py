@@ -22,7 +22,7 @@ from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.checkpoint import load_state, save_state
 from tdq_exp.fit.ema import Ema
 from tdq_exp.fit.options import TrainOptions
-from tdq_exp.models.pixel import Trainable
+from tdq_exp.models.trainable import Trainable
 from tdq_exp.models.weights.load import save_weights
 from tdq_exp.runtime.context import RunContext
 from tdq_exp.runtime.processes import Processes

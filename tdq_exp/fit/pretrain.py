@@ -16,7 +16,8 @@ from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.fit import Fit, Subject, Work
 from tdq_exp.fit.loop import History, Training, TrainingSets
 from tdq_exp.fit.options import PretrainOptions
-from tdq_exp.models.pixel import DiffusionModel, Trainable
+from tdq_exp.models.pixel import DiffusionModel
+from tdq_exp.models.trainable import Trainable
 from tdq_exp.models.weights.load import load_weights, save_weights
 from tdq_exp.quant.convert import Recipe
 from tdq_exp.runtime import figures, files
@@ -94,7 +95,7 @@ class Pretrain(Fit[PretrainOptions]):
             **facts["environment"],
             "validation_loss": facts["validation"],
         }
-        files.write(target.with_suffix(".history.json"), history)
+        files.write_json(target.with_suffix(".history.json"), history)
 
 
 def _write(folder: Path, model: Trainable, net: nn.Module, history: History, held_out: Samples) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,11 +23,12 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tdq_exp.data.images import Images, to_uint8
+from tdq_exp.data.images import to_uint8
 from tdq_exp.diffusion.draws import Stream, generator
 from tdq_exp.diffusion.objective import Samples
+from tdq_exp.models.trainable import Trainable
 from tdq_exp.models.weights.load import load_autoencoder, state_hash
-from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime import files
 
 
 class ScaledAutoencoder(nn.Module):
@@ -65,8 +65,9 @@ class ScaledAutoencoder(nn.Module):
         return self.kl.decoder(self.kl.post_quant_conv(z)), mean, log_variance
 
 
-class Autoencoder:
-    """The description of an autoencoder, which is trained like any model, and its net once weights are attached.
+class Autoencoder(Trainable):
+    """The description of an autoencoder, which is trained like any model, and its network once
+    weights are attached.
 
     Args:
         network: arguments of `AutoencoderKL`.
@@ -75,8 +76,6 @@ class Autoencoder:
         kl_weight: of the divergence, per element of z, beside the error per element of the image.
         flip: mirror training images?
     """
-
-    steps = 1  # of time: there is none
 
     def __init__(
         self,
@@ -112,6 +111,11 @@ class Autoencoder:
         return int(self.network["latent_channels"]), side, side
 
     @property
+    def steps(self) -> int:
+        """T: there is no time, so 1."""
+        return 1
+
+    @property
     def input_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
         return self.channels, self.image_size, self.image_size
@@ -121,14 +125,6 @@ class Autoencoder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return ScaledAutoencoder(self.network)
-
-    def parts(self) -> dict[str, str]:
-        """For fingerprints: it depends on nothing but its definition and its weights."""
-        return {}
-
-    def samples(self, images: Images, *, mirror: bool, cache: Path, processes: Processes) -> Samples:
-        """What it is trained on: the images."""
-        return images
 
     def training_loss(self, net: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """See the module; x_0 are images, `eps` draws z, t has no meaning."""
@@ -187,9 +183,16 @@ class Autoencoder:
 
     @property
     def hash(self) -> str:
-        """Of the weights, scale included."""
+        """Hash of the weights, scale included."""
         self.net()
         return self._hash
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of weights and architecture: the same weights mean another thing with other groups of
+        a norm.
+        """
+        return files.fingerprint({"weights": self.hash, "network": self.network})
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,5 +203,15 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, x_0: Tensor) -> Tensor:
-        """Images, `[B, C, H, W]`, of x_0, `[B, c, h, w]`; in bounded batches."""
+        """Return images, `[B, C, H, W]`, of x_0, `[B, c, h, w]`; in bounded batches."""
         return torch.cat([self.net(x_0.device).decode(part) for part in x_0.split(self.batch)])
+
+    def reconstruct(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Return images through one draw of x_0 each: what a perfect denoiser would give.
+
+        Args:
+            images: `[B, C, H, W]`, in [-1, 1].
+            noise: `[B, c, h, w]`, standard normal.
+        """
+        mean, deviation = self.encode(images)
+        return self.decode(mean + deviation * noise)

@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from torch import Tensor
 
-from tdq_exp.diffusion.objective import Denoiser
+from tdq_exp.diffusion.objective import NoisePredictor
 from tdq_exp.diffusion.schedule import Schedule
 
 OnStep = Callable[[int, Tensor], None]
@@ -55,7 +55,7 @@ class _DiffusersSampler:
 
     def sample(
         self,
-        denoise: Denoiser,
+        denoise: NoisePredictor,
         x: Tensor,
         schedule: Schedule,
         generators: Sequence[torch.Generator] = (),

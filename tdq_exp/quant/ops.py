@@ -36,7 +36,7 @@ class _RoundToGrid(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, n: float, p: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.codes = n, p
-        return x.round().clamp_(n, p)
+        return x.round().clamp(n, p)  # in place, torch.compile of torch 2.11 loses the gradient
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from tdq_exp.config import assets, schema
+from tdq_exp.config.schema import parts_of
+from tdq_exp.fit.registry import options_class
 from tdq_exp.runtime import files, stage
 
 SAMPLER = ("steps", "spacing", "eta", "clip", "offset", "final_alpha_one", "truncate")
@@ -198,7 +200,7 @@ def find(cell: Cell) -> Cell:
     """
 
     def rows(path: Path) -> list[dict[str, Any]]:
-        found = (files.read(path) or {"rows": []})["rows"]
+        found = (files.read_json(path) or {"rows": []})["rows"]
         return [row for row in found if row["config"]["eval"]["label"] == cell.config["eval"]["label"]]
 
     exact = rows(cell.folder / cell.sample / "metrics.json")
@@ -217,12 +219,11 @@ def find(cell: Cell) -> Cell:
 
 def _compared(config: dict[str, Any]) -> dict[str, Any]:
     """What makes a row stale when it changes: everything that its fingerprints read, but the number of images."""
-    from tdq_exp.config.schema import parts_of
-
     groups = ["model", "sampler"]
     if config["method"]["quantized"]:
         groups += ["bits", "weight", "act", "tdq", "plan", "habits", "fit"]
-        groups += ["calibration"] if config["fit"]["kind"] == "ptq" else []
+        fit = options_class(config["fit"]["kind"])
+        groups += ["calibration"] if fit.needs_calibration_set else []
     # An older row may lack a key that there is now: None, and so a change.
     parts = {group: parts_of(group, defaultdict(lambda: None, config[group])) for group in groups}
     del parts["sampler"]["images"]

@@ -28,12 +28,14 @@ class Recorded:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: Tensor | None = None
         self._warm_up = warm_up
+        # One stream for warm-up and recording: autograd adds gradients up on the stream that it first saw.
+        self._stream = torch.cuda.Stream(device) if self._on_gpu() else None
 
     def prepare(self) -> None:
         """Run the warm-up; the caller puts changed inputs back before `record`."""
-        if not self._on_gpu():
+        side = self._stream
+        if side is None:
             return
-        side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(self._warm_up):
@@ -43,11 +45,11 @@ class Recorded:
 
     def record(self) -> None:
         """Record the function. Nothing is computed: the first call does that."""
-        if not self._on_gpu():
+        if self._stream is None:
             return
         graph = torch.cuda.CUDAGraph()
         # Other threads (copies of batches, a process group's watchdog) may go on calling the driver.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._result = self._function()
         self._graph = graph
 

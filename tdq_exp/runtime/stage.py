@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from tdq_exp.runtime.files import Parts, fingerprint, read, write
+from tdq_exp.runtime.files import Parts, fingerprint, read_json, write_json
 from tdq_exp.runtime.processes import Processes
 
 Result = dict[str, Any]
@@ -90,7 +90,7 @@ class StageFile:
     def write(self, result: Result) -> None:
         """Write the file: what it is about, its fingerprint and parts, and the result."""
         named = {"fingerprint": self.fingerprint, "parts": self.parts}
-        write(self.file, {**self.about, **named, **result})
+        write_json(self.file, {**self.about, **named, **result})
 
     def begin(self) -> Result | None:
         """Write an unfinished file if there is none; return what one said before.
@@ -128,7 +128,7 @@ def check_same(
     Raises:
         ValueError: if it was made by other parts; names up to four differences and says what to do.
     """
-    found = read(path)
+    found = read_json(path)
     if found is None or found["fingerprint"] == fingerprint(parts):
         return found
 

@@ -87,6 +87,15 @@ def test_without_kernels_the_operator_computes_by_single_operations():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_single_operations_compile_too():
+    module, x = Quantized(S, Z), example()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with kernels.unfused():
+        (wanted,) = torch.autograd.grad(module(x).square().sum(), module.s)
+        (found,) = torch.autograd.grad(compiled(x).square().sum(), module.s)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_fake_tensors_have_shapes_and_no_memory_that_is_read():
     with FakeTensorMode() as mode:
         x = mode.from_tensor(example(True)).requires_grad_()

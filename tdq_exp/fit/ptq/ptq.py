@@ -28,10 +28,9 @@ from tdq_exp.fit.fit import Subject, Work
 from tdq_exp.fit.loop import validation_draws, validation_loss
 from tdq_exp.fit.options import CalibrationSpec, PtqOptions
 from tdq_exp.fit.ptq.block_by_block import BlockByBlock
-from tdq_exp.fit.ptq.calibration_set import make_set
+from tdq_exp.fit.ptq.calibration_set import CalibrationSet, make_set
 from tdq_exp.fit.ptq.over_time import learns_over_time, make_over_time
 from tdq_exp.fit.ptq.part_file import quant_layers
-from tdq_exp.fit.ptq.stored_set import CalibrationSet
 from tdq_exp.fit.quantized import QuantizedFit
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.convert import activation_quantizers, code_weights

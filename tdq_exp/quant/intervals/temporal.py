@@ -169,6 +169,10 @@ class GeneratorBank(nn.Module):
             self.training = training
         return self._table[1]
 
+    def forget(self) -> None:
+        """Drop what is kept for the current time step, and with it the graph of the last forward pass."""
+        self._kept = self._read = None
+
     def _versions(self) -> tuple[Any, ...]:
         return tuple((p.data_ptr(), p.dtype, p._version) for p in self.parameters())
 

@@ -22,6 +22,8 @@ def forward(
     else:
         low, high = (n, p) if z is None else (n - z, p - z)
         x_hat.addcmul_(noise, ((v > low) & (v < high)).to(noise.dtype))
+    if torch.compiler.is_compiling():
+        return v, x_hat * s  # after an operation in place, torch 2.11 loses the gradient here
     return v, x_hat.mul_(s)
 
 
