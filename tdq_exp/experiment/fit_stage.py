@@ -30,6 +30,7 @@ from tdq_exp.fit.ptq.ptq import ptq
 from tdq_exp.fit.qat import interval_tables, qat
 from tdq_exp.models.weights.load import load_weights, save_weights
 from tdq_exp.quant.convert import Recipe, bake, layer_map, quantize
+from tdq_exp.quant.training import initialize
 from tdq_exp.runtime import environment, figures, files, stage
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console
@@ -314,7 +315,5 @@ def skeleton(job: Job, recipe: Recipe) -> nn.Module:
     """The quantized network before calibration: the right modules, any numbers."""
     net = job.model.build()
     quantize(net, job.model.roles(net), recipe, job.model.schedule.steps)
-    for module in net.modules():
-        if hasattr(module, "start") and hasattr(module, "interval"):
-            module.start(1.0, 0)  # type: ignore[operator]
+    initialize(net)
     return net.eval()

@@ -108,7 +108,7 @@ def train(
     folder: Path,
     mark: str,
     processes: Processes,
-    penalty: Callable[[], Tensor] | None = None,
+    penalty: Callable[[], Tensor | None] | None = None,
     on_update: Callable[[int], None] | None = None,
     log: Log | None = None,
 ) -> tuple[nn.Module, History]:
@@ -159,7 +159,8 @@ def train(
                 steps=model.steps, flip=model.flip, random=images.random,
             ).shard(processes.rank, processes.world)  # fmt: skip
             loss = _loss(shared, model, images, draws, device, options.precision)
-            total = loss if penalty is None else loss + penalty()
+            extra = None if penalty is None else penalty()
+            total = loss if extra is None else loss + extra
             value = float(processes.mean(total.detach()))
             _require_finite(value, "loss", update + 1, state_file)
             optimizer.zero_grad(set_to_none=True)

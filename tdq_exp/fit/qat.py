@@ -6,8 +6,8 @@ enough to move by whole codes); generators (with weight decay).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +17,7 @@ from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.loop import History, Log, TrainOptions, train
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.convert import activation_quantizers
-from tdq_exp.quant.intervals.temporal import GeneratorBank
-from tdq_exp.quant.rules.nipq import Nipq
-from tdq_exp.quant.rules.pact import Pact
-from tdq_exp.quant.zero_point import LowerBound, ZeroPoint
+from tdq_exp.quant.training import parameter_groups, penalty, set_final_phase
 from tdq_exp.runtime.processes import Processes
 
 
@@ -68,49 +65,26 @@ def qat(
         real_rounding: NIPQ's last share of the updates without noise. The rest as in `loop.train`.
     """
     optimizer = torch.optim.AdamW(optimizer_groups(net, rates), fused=True)  # hundreds of scalars, one pass
-    noisy = [module for module in net.modules() if isinstance(module, Nipq)]
     first_real = round(options.updates * (1 - real_rounding))
 
     def phase(update: int) -> None:
-        for quantizer in noisy:
-            quantizer.noisy = update < first_real
+        set_final_phase(net, update >= first_real)
 
     return train(
         net, model, images, held_out, optimizer, options, seed=seed, folder=folder, mark=mark, processes=processes,
-        penalty=clipping_penalty(net), on_update=phase if noisy else None, log=log,
+        penalty=partial(penalty, net), on_update=phase, log=log,
     )  # fmt: skip
-
-
-def clipping_penalty(net: nn.Module) -> Callable[[], Tensor] | None:
-    """The sum of PACT's penalties, or None where no quantizer has one."""
-    clipped = [module for module in net.modules() if isinstance(module, Pact) and module.decay]
-    if not clipped:
-        return None
-    return lambda: torch.stack([quantizer.penalty() for quantizer in clipped]).sum()
 
 
 def optimizer_groups(net: nn.Module, rates: Rates) -> list[dict[str, object]]:
     """Every trainable parameter in exactly one named group; empty groups are left out."""
-    kinds: dict[str, list[nn.Parameter]] = {"weights": [], "step_sizes": [], "zero_points": [], "generators": []}
-    for module in net.modules():
-        for parameter in module.parameters(recurse=False):
-            if not parameter.requires_grad:
-                continue
-            if isinstance(module, GeneratorBank):
-                kinds["generators"].append(parameter)
-            elif isinstance(module, ZeroPoint):
-                kinds["zero_points"].append(parameter)
-            elif isinstance(module, LowerBound) or hasattr(module, "rho"):
-                kinds["step_sizes"].append(parameter)
-            else:
-                kinds["weights"].append(parameter)
     numbers = {
         "weights": (rates.weights, rates.decay), "step_sizes": (rates.step_size, 0.0),
         "zero_points": (rates.zero_point, 0.0), "generators": (rates.generator, rates.generator_decay),
     }  # fmt: skip
     return [
         {"name": kind, "params": parameters, "lr": numbers[kind][0], "weight_decay": numbers[kind][1]}
-        for kind, parameters in kinds.items()
+        for kind, parameters in parameter_groups(net).items()
         if parameters
     ]
 

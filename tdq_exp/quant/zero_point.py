@@ -23,6 +23,7 @@ class ZeroPoint(nn.Module):
     """
 
     timed = False
+    parameter_group = "zero_points"
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
@@ -54,6 +55,7 @@ class LowerBound(nn.Module):
         self.beta = nn.Parameter(torch.tensor(beta or 0.0), requires_grad=learned)
 
     timed = True
+    parameter_group = "step_sizes"  # a real number in units of x, like s
 
     def start(self, s: float, z: int) -> None:
         """Sets the start value."""
