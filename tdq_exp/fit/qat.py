@@ -18,10 +18,7 @@ from tdq_exp.fit.loop import Training, TrainingSets
 from tdq_exp.fit.options import QatOptions
 from tdq_exp.fit.quantized import QuantizedFit
 from tdq_exp.models.pixel import DiffusionModel
-from tdq_exp.quant.intervals.temporal import GeneratorBank
-from tdq_exp.quant.rules.nipq import Nipq
-from tdq_exp.quant.rules.pact import Pact
-from tdq_exp.quant.zero_point import LowerBound, ZeroPoint
+from tdq_exp.quant import parameter_groups, penalty, set_final_phase
 from tdq_exp.runtime.context import RunContext
 
 STEP = 5  # forward passes of the float network that one training step takes
@@ -76,18 +73,13 @@ class QatTraining(Training):
         context: RunContext,
     ) -> None:
         super().__init__(net, model, sets, optimizer, options, context)
-        self.noisy = [module for module in net.modules() if isinstance(module, Nipq)]
-        self.clipped = [m for m in net.modules() if isinstance(m, Pact) and m.decay]
-        self.first_real = round(options.updates * (1 - options.real_rounding))
+        self.first_final = round(options.updates * (1 - options.real_rounding))
 
     def before_update(self, update: int) -> None:
-        for quantizer in self.noisy:
-            quantizer.noisy = update < self.first_real
+        set_final_phase(self.net, update >= self.first_final)
 
     def penalty(self) -> Tensor | None:
-        if not self.clipped:
-            return None
-        return torch.stack([quantizer.penalty() for quantizer in self.clipped]).sum()
+        return penalty(self.net)
 
 
 @dataclass(frozen=True)
@@ -125,26 +117,6 @@ def rates_of(options: QatOptions) -> Rates:
 
 def optimizer_groups(net: nn.Module, rates: Rates) -> list[dict[str, object]]:
     """Return every trainable parameter in exactly one named group; empty groups are left out."""
-    kinds: dict[str, list[nn.Parameter]] = {
-        "weights": [],
-        "step_sizes": [],
-        "zero_points": [],
-        "generators": [],
-    }
-
-    for module in net.modules():
-        for parameter in module.parameters(recurse=False):
-            if not parameter.requires_grad:
-                continue
-            if isinstance(module, GeneratorBank):
-                kinds["generators"].append(parameter)
-            elif isinstance(module, ZeroPoint):
-                kinds["zero_points"].append(parameter)
-            elif isinstance(module, LowerBound) or hasattr(module, "rho"):
-                kinds["step_sizes"].append(parameter)
-            else:
-                kinds["weights"].append(parameter)
-
     numbers = {
         "weights": (rates.weights, rates.decay),
         "step_sizes": (rates.step_size, 0.0),
@@ -153,6 +125,6 @@ def optimizer_groups(net: nn.Module, rates: Rates) -> list[dict[str, object]]:
     }
     return [
         {"name": kind, "params": parameters, "lr": numbers[kind][0], "weight_decay": numbers[kind][1]}
-        for kind, parameters in kinds.items()
+        for kind, parameters in parameter_groups(net).items()
         if parameters
     ]

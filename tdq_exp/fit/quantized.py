@@ -13,6 +13,7 @@ from tdq_exp.fit.fit import Fit, Subject
 from tdq_exp.fit.options import FitOptions
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.models.weights.load import load_weights
+from tdq_exp.quant import initialize
 from tdq_exp.quant.convert import Recipe, activation_quantizers, bake, layer_map, quantize
 from tdq_exp.runtime import files
 from tdq_exp.runtime.context import RunContext
@@ -83,11 +84,7 @@ def skeleton(model: DiffusionModel, recipe: Recipe) -> nn.Module:
     """Return the quantized network before calibration: the right modules, any numbers."""
     net = model.build()
     quantize(net, model.roles(net), recipe, model.schedule.steps)
-
-    for module in net.modules():
-        if hasattr(module, "start") and hasattr(module, "interval"):
-            module.start(1.0, 0)  # type: ignore[operator]
-
+    initialize(net)
     return net.eval()
 
 
