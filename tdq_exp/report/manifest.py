@@ -157,7 +157,7 @@ def _line(content: Mapping[str, Any]) -> Line:
     _require_groups(choices)
 
     rest = {key: value for key, value in content.items() if key in NOT_CHOICES}
-    lists = {key: tuple(rest[key]) for key in ("sampler_seeds", "overrides") if key in rest}
+    lists: dict[str, Any] = {key: tuple(rest[key]) for key in ("sampler_seeds", "overrides") if key in rest}
     return Line(choices=choices, **{**rest, **lists})
 
 
