@@ -14,6 +14,7 @@ from pathlib import Path
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.experiment import sample_stage
 from tdq_exp.experiment.load import load
+from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.runtime import figures
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console
@@ -63,7 +64,7 @@ def draw(options: argparse.Namespace) -> None:
         net, job.model, options.engine, batch=options.batch, min_speedup=1.0, folder=options.out, processes=processes
     )
     store = ImageStore(options.out / "images", options.images, options.batch, (size, size, job.model.channels))
-    sample_stage.sample_set(net, job.model, sampler, store, seed=options.seed, processes=processes)
+    sample_stage.sample_set(Denoiser(net, job.model), sampler, store, seed=options.seed, processes=processes)
     sample_stage.write_pngs(store.read(), options.out)
     figures.sample_grid({f"{job.name}, seed {options.seed}": store.read()}, options.out / "grid.png")
     processes.close()

@@ -19,7 +19,7 @@ from tdq_exp.config import assets, schema
 
 
 def register() -> None:
-    """Make the schema known to Hydra: the root by the name that `config.yaml` takes, and each fit."""
+    """Make the schema known to Hydra: the root, and each kind of fit."""
     for group, name, node in schema.nodes():
         ConfigStore.instance().store(group=group, name=name, node=node)
 
@@ -43,7 +43,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def _one_line(error: BaseException) -> str:
-    """Return Hydra's message as one line, without the search path and its hint at a debug switch."""
+    """Return Hydra's message as one line, without search path and debug hint."""
     said = str(error).split("Config search path")[0].split("Set the environment")[0]
     words = " ".join(said.split())
     cause = error.__cause__
