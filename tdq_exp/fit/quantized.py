@@ -104,4 +104,6 @@ def _write_layer_map(folder: Path, model: DiffusionModel, net: nn.Module) -> Non
     rows = layer_map(net, roles)
     quantized = sum(row["weight"] not in ("float", "-") for row in rows)
     leaves = sum(row["weight"] != "-" for row in rows)
-    files.write_json(folder / "layers.json", {"quantized_leaves": quantized, "leaves": leaves, "layers": rows})
+    files.write_json(
+        folder / "layers.json", {"quantized_leaves": quantized, "leaves": leaves, "layers": rows}
+    )
