@@ -23,11 +23,12 @@ from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.calibrate import calibrating
-from tdq_exp.quant.convert import Recipe, activation_quantizers, bake, quantize
+from tdq_exp.quant.convert import Recipe, activation_quantizers, bake
 from tdq_exp.quant.intervals.base import Interval
 from tdq_exp.quant.intervals.static import StaticIntervals
 from tdq_exp.quant.intervals.temporal import GeneratorBank, Temporal, TemporalIntervals, encode_time
 from tdq_exp.quant.kernels import cpu as kernels
+from tdq_exp.quant.kernels import unfused
 from tdq_exp.quant.rules.lsq import Lsq
 from tdq_exp.runtime import environment, files
 
@@ -55,7 +56,7 @@ class TorchFused(Lsq):
 class OneByOne(Interval):
     """A generator of its own for one quantizer, evaluated when it is asked."""
 
-    timed = True
+    time_dependent = True
 
     def __init__(self, bank: GeneratorBank, row: int) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ class OneByOne(Interval):
             layers += [linear, nn.ReLU()]
         self.generate = nn.Sequential(*layers[:-1], nn.Softplus())
 
-    def forward(self, x: Tensor | None = None) -> Tensor:
+    def step_size(self) -> Tensor:
         """`[B]`."""
         return self.generate(encode_time(self.time.t.reshape(-1), self.encoding)).squeeze(-1)
 
@@ -77,7 +78,7 @@ class OneByOne(Interval):
 def quantized(model: DiffusionModel, recipe: Recipe, x: Tensor, t: Tensor) -> nn.Module:
     """A calibrated network in training form."""
     net = model.build()
-    quantize(net, model.roles(net), recipe, model.schedule.steps)
+    model.quantize(net, recipe)
     with calibrating(net.eval(), 1), torch.no_grad():
         model.predict(net, x, t)
     return net.train()
@@ -117,11 +118,11 @@ def denoising_step(model: DiffusionModel, net: nn.Module, x: Tensor) -> Callable
     return step
 
 
-def unfused(step: Callable[[], object]) -> Callable[[], object]:
+def without_kernels(step: Callable[[], object]) -> Callable[[], object]:
     """The same step with one operation after another in the place of fused kernels."""
 
     def run() -> None:
-        with kernels.unfused():
+        with unfused():
             step()
 
     return run
@@ -170,10 +171,10 @@ def main() -> None:
     baked = {f"denoise {name} baked": denoising_step(model, bake(nets[name]), x) for name in ("LSQ", "LSQ+TDQ")}
     nets["LSQ+TDQ, generators one by one"] = one_by_one(nets["LSQ+TDQ"])
     training = {f"train {name}": training_step(model, net, x, t) for name, net in nets.items()}
-    training |= {f"train {name}, unfused": unfused(training[f"train {name}"]) for name in ("LSQ", "LSQ+TDQ")}
+    training |= {f"train {name}, unfused": without_kernels(training[f"train {name}"]) for name in ("LSQ", "LSQ+TDQ")}
     found = medians(training, options.rounds)
     denoising = {"denoise float": denoising_step(model, nets["float"], x), **baked}
-    denoising["denoise LSQ+TDQ baked, unfused"] = unfused(baked["denoise LSQ+TDQ baked"])
+    denoising["denoise LSQ+TDQ baked, unfused"] = without_kernels(baked["denoise LSQ+TDQ baked"])
     found |= medians(denoising, options.rounds * 3)
     write(found, options)
 
@@ -181,7 +182,7 @@ def main() -> None:
 def write(found: dict[str, dict[str, float]], options: argparse.Namespace) -> None:
     """`qat.json` with every figure, `qat.md` to read."""
     about = {"threads": options.threads, "rounds": options.rounds, "batch": options.batch, **environment.environment()}
-    files.write(options.out / "qat.json", {"milliseconds": found, "about": about})
+    files.write_json(options.out / "qat.json", {"milliseconds": found, "about": about})
     lines = [
         f"`ddim_small`, batch {options.batch}, {options.threads} threads, {options.rounds} interleaved rounds, "
         f"milliseconds. {about['machine']}, torch {torch.__version__}, Python {platform.python_version()}, "

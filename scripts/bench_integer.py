@@ -340,7 +340,7 @@ def report(content: dict[str, Any]) -> str:
 
 def save(content: dict[str, Any], out: Path) -> None:
     """Writes `integer.json` and the page, and prints it."""
-    files.write(out / "integer.json", content)
+    files.write_json(out / "integer.json", content)
     (out / "integer.md").write_text(report(content))
     print(report(content))
 
@@ -387,7 +387,7 @@ def main() -> None:
         variants = [v for v in VARIANTS if not (options.no_compile and "compiled" in v)]
         content: dict[str, Any] = {"about": {"threads": options.threads, **environment.environment()}, "models": {}}
         if options.keep_times:
-            kept = files.read(options.out / "integer.json")
+            kept = files.read_json(options.out / "integer.json")
             if kept is None:
                 raise SystemExit(f"error: {options.out / 'integer.json'}: is not there; measure the times first")
             content = kept

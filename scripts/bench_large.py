@@ -97,7 +97,7 @@ def write(found: dict[str, Any], options: argparse.Namespace) -> None:
     """`large.json` with every figure, `large.md` to read."""
     about = {"experiment": options.experiment, "threads": options.threads, "rounds": options.rounds}
     about |= environment.environment()
-    files.write(options.out / "large.json", {"forms": found, "about": about})
+    files.write_json(options.out / "large.json", {"forms": found, "about": about})
     rows = [[FORMS["baseline"], "-", "-", "-", f"{found['baseline']['memory']:.2f}"]]
     for batch in map(str, options.batches):
         reference = middle(found["float"]["steps"][batch]["seconds"])

@@ -113,7 +113,7 @@ def whole_fits(out: Path) -> list[str]:
     """Lines of the whole fits of `ddim_small` at W8A5, from their rows, if they were made."""
     lines = []
     for name in FITS:
-        found = files.read(out / "runs" / f"ddim_small_w8a5_{name}" / "seed0" / "fit.json")
+        found = files.read_json(out / "runs" / f"ddim_small_w8a5_{name}" / "seed0" / "fit.json")
         if found is not None and found["done"]:
             facts = found["facts"]
             lines.append(f"| {name} | {facts['seconds']:.0f} | {facts['peak_memory_gb']} |")
@@ -137,7 +137,7 @@ def main() -> None:
     minmax = minmax_seconds(processes)
     about = {"threads": options.threads, **environment.environment()}
     found = {"seconds_per_1000_updates": blocks, "minmax_ddim_cifar10_256_samples": minmax, "about": about}
-    files.write(options.out / "bench" / "ptq.json", found)
+    files.write_json(options.out / "bench" / "ptq.json", found)
     total = {name: sum(times[name] for times in blocks.values()) for name in ("static", "TDQ")}
     lines = [
         f"`ddim_small`, batch 32, W8A4, {options.threads} threads, medians of {options.rounds} interleaved stretches of"

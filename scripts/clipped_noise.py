@@ -104,7 +104,7 @@ def main() -> None:
 def write(records: list[dict[str, Any]], gains: dict[str, float], options: argparse.Namespace) -> None:
     """`clipped_noise.json` with every figure, `clipped_noise.md` to read."""
     about = {"images": options.images, "gains": gains, **environment.environment()}
-    files.write(options.out / "clipped_noise.json", {"networks": records, "about": about})
+    files.write_json(options.out / "clipped_noise.json", {"networks": records, "about": about})
     rows = [
         [
             r["name"], r["range"], f"{r['share']:.3f}",

@@ -27,7 +27,7 @@ from tdq_exp.config.compose import compose
 from tdq_exp.config.schema import plain
 from tdq_exp.diffusion import Ddim
 from tdq_exp.fit.ptq.calibration_set import CalibrationSpec
-from tdq_exp.runtime.files import fingerprint, read, write
+from tdq_exp.runtime.files import fingerprint, read_json, write_json
 
 Record = dict[str, Any]
 
@@ -59,7 +59,7 @@ def migrate(run: Path, data_sets: list[Any]) -> bool:
     for samples_file in sorted(run.glob("**/samples.json")):
         _migrate_samples(samples_file, old, new, data_sets)
 
-    write(run / "fit.json", new)
+    write_json(run / "fit.json", new)
     if (run / "packed.safetensors").exists():
         _migrate_packed(run / "packed.safetensors", old, new)
     return _contents(run) != before
@@ -120,14 +120,14 @@ def _migrate_samples(path: Path, fit: Record, new_fit: Record, data_sets: list[A
 
     parts = {**records.upgrade(old["parts"]), "fit": new_fit["fingerprint"]}
     mark = fingerprint(parts)
-    write(path, {**old, "parts": parts, "fingerprint": mark})
+    write_json(path, {**old, "parts": parts, "fingerprint": mark})
 
     rows_file = path.with_name("metrics.json")
     rows = [
         _new_row(row, new_fit["fingerprint"], mark, [fit["parts"].get("data"), *data_sets], path)
         for row in _read(rows_file)["rows"]
     ]
-    write(rows_file, {"rows": rows})
+    write_json(rows_file, {"rows": rows})
 
 
 def _new_row(row: Record, fit: str, sample: str, data_sets: list[Any], path: Path) -> Record:
@@ -179,7 +179,7 @@ def _require(computed: str, recorded: str, path: Path) -> None:
 
 
 def _read(path: Path) -> Record:
-    content = read(path)
+    content = read_json(path)
     if content is None:
         raise ValueError(f"{path}: is missing")
     return content

@@ -117,7 +117,7 @@ def main() -> None:
 def write(models: dict[str, Any], options: argparse.Namespace) -> None:
     """`range_over_t.json` with every r, `range_over_t.md` to read."""
     about = {"images": options.images, "steps": options.steps, **environment.environment()}
-    files.write(options.out / "range_over_t.json", {"models": models, "about": about})
+    files.write_json(options.out / "range_over_t.json", {"models": models, "about": about})
     columns = list(next(iter(models.values()))["shares"])
     headers = ["model", "tensors", *(f"|r({c.split()[0]}, t)| > {c.split()[2]}" for c in columns)]
     rows = [[n, str(m["tensors"]), *(f"{100 * m['shares'][c]:.1f} %" for c in columns)] for n, m in models.items()]

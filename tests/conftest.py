@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,15 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,6 +34,22 @@ def _own_cache(tmp_path_factory):
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_old_garbage():
+    """Every run collects garbage at its end; this keeps it from looking through all that was imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def few_start_values(monkeypatch):
+    """Calibrates on fewer values: the search for start values takes longer than fitting a tiny net."""
+    from tdq_exp.quant import calibrate
+
+    monkeypatch.setattr(calibrate, "KEPT", 512)
 
 
 @pytest.fixture(scope="session")
@@ -40,15 +67,78 @@ def tiny_weights(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def command(tmp_path):
-    """Runs a command of the package from another folder with one thread; returns the finished process."""
+    """Runs a command of the package as a process, from another folder, with one thread; returns the finished process."""
 
     def run(*arguments: str, verb: str = "run", launcher: tuple[str, ...] = (), timeout: int = 240):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
         module = ["tdq_exp.run"] if verb == "run" else ["tdq_exp", verb]
-        environment.pop("HYDRA_FULL_ERROR", None)
-        return subprocess.run(
-            [sys.executable, *launcher, "-m", *module, *arguments],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout,
-        )  # fmt: skip
+        return _process([*launcher, "-m", *module, *arguments], tmp_path, timeout)
 
     return run
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch, capsys):
+    """Runs a command of the package within this process; returns its exit code and what it printed.
+
+    Starting a process costs five seconds, most of them imports. `command` proves that a verb starts; this, what it does.
+    """
+
+    def run(*arguments: str, verb: str = "run") -> subprocess.CompletedProcess[str]:
+        from hydra.core.global_hydra import GlobalHydra
+
+        from tdq_exp import commands
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["tdq_exp", verb, *arguments])
+        capsys.readouterr()
+        try:
+            code = commands.main()
+        except SystemExit as error:
+            code = error.code
+        finally:
+            GlobalHydra.instance().clear()
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess([verb, *arguments], code, printed.out, printed.err)
+
+    return run
+
+
+_TWO_PROCESSES = """
+import os, sys
+import torch
+from tdq_exp.config.compose import compose
+from tdq_exp.experiment import build, pipeline
+
+
+def process(rank, port, arguments):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    pipeline.run(build.build(compose(arguments)))
+
+
+torch.multiprocessing.start_processes(process, (sys.argv[1], sys.argv[2:]), nprocs=2, start_method="fork")
+"""
+
+
+@pytest.fixture
+def together(tmp_path):
+    """Runs a job in two processes with gloo between them, as torch's launcher would start them, but with one import.
+
+    `setup` is code that runs before: what a test has replaced in its own process is not replaced there.
+    """
+
+    def run(*arguments: str, setup: str = "") -> subprocess.CompletedProcess[str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        return _process(["-c", setup + _TWO_PROCESSES, port, *arguments], tmp_path)
+
+    return run
+
+
+def _process(arguments: list[str], folder: Path, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
+    environment.pop("HYDRA_FULL_ERROR", None)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
+    )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import os
 
+import pytest
+import torch
+
+from tdq_exp.models.weights.load import state_hash
 from tdq_exp.runtime import environment, files, stage
+from tdq_exp.runtime.hashes import tensor_hash
 
 
 def test_a_fingerprint_depends_on_values_and_not_on_their_order():
@@ -21,7 +26,7 @@ def test_differences_name_the_leaves():
 def test_the_same_parts_are_found_and_others_are_refused(tmp_path):
     file, parts = tmp_path / "run" / "fit.json", {"fit": {"lr": 0.1, "batch": (1, 2)}}
     assert stage.check_same(file, parts) is None
-    files.write(file, {"fingerprint": files.fingerprint(parts), "parts": parts})
+    files.write_json(file, {"fingerprint": files.fingerprint(parts), "parts": parts})
     assert stage.check_same(file, parts)["parts"]["fit"]["lr"] == 0.1
     with pytest.raises(ValueError, match=r"fit\.lr: 0\.1 -> 0\.2\).*label=NAME"):
         stage.check_same(file, {"fit": {"lr": 0.2, "batch": (1, 2)}})
@@ -30,20 +35,63 @@ def test_the_same_parts_are_found_and_others_are_refused(tmp_path):
 def test_a_damaged_record_is_named(tmp_path):
     (tmp_path / "fit.json").write_text('{"fingerprint": ')
     with pytest.raises(ValueError, match=r"fit\.json: damaged"):
-        files.read(tmp_path / "fit.json")
+        files.read_json(tmp_path / "fit.json")
 
 
 def test_a_failed_write_leaves_the_old_record(tmp_path, monkeypatch):
     file = tmp_path / "fit.json"
-    files.write(file, {"a": 1})
+    files.write_json(file, {"a": 1})
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match=r"fit\.json: can't be written \(No space left on device\); free space"):
-        files.write(file, {"a": 2})
-    assert files.read(file) == {"a": 1}
+        files.write_json(file, {"a": 2})
+    assert files.read_json(file) == {"a": 1}
+
+
+def test_after_a_failure_nothing_is_left_beside_the_target(tmp_path):
+    with pytest.raises(ValueError, match="stop"), files.replacing(tmp_path / "a" / "x.bin") as part:
+        part.write_bytes(b"half")
+        raise ValueError("stop")
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_two_runs_can_write_the_same_target_at_once(tmp_path):
+    target = tmp_path / "x.bin"
+    with files.replacing(target) as one:
+        one.write_bytes(b"one")
+        with files.replacing(target) as two:
+            two.write_bytes(b"two")
+        assert one != two and target.read_bytes() == b"two"
+    assert target.read_bytes() == b"one"
+
+    with files.replacing(target, keep_other=True) as late:
+        late.write_bytes(b"late")
+    assert target.read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_only_old_part_files_of_the_same_target_are_removed(tmp_path):
+    old, new, other = (
+        tmp_path / name for name in (".x.json.1.part", ".x.json.2.part", ".y.json.1.part")
+    )
+    for part in (old, new, other):
+        part.write_bytes(b"half")
+    for part in (old, other):
+        os.utime(part, (0, 0))
+    files.write_json(tmp_path / "x.json", {})
+    assert not old.exists() and new.exists() and other.exists()
+
+
+def test_hashes_of_tensors_do_not_depend_on_layout_and_keep_both_spellings_of_a_shape():
+    x = torch.arange(12.0).reshape(3, 4)
+    assert tensor_hash({"x": x.T.contiguous().T, "b": x}) == tensor_hash({"b": x, "x": x})
+    assert tensor_hash({"x": x}) == state_hash({"x": x}) != tensor_hash({"x": x}, tuple)
+    # Frozen: models' weights are recorded by the first, feature networks' by the second.
+    assert tensor_hash({"x": x}) == "5732d96cf499f118"
+    assert tensor_hash({"x": x}, tuple) == "1adda017029da7dd"
 
 
 def test_the_environment_says_where_a_number_comes_from():

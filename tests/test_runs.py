@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -24,12 +25,27 @@ def build(tmp_path, weights, *overrides):
     return jobs.build(compose([*QUICK, f"out={tmp_path}", f"model.weights={weights}", *overrides]))
 
 
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory, tiny_weights):
+    """Where the default run lies, finished."""
+    out = tmp_path_factory.mktemp("default")
+    pipeline.run(build(out, tiny_weights))
+    return out
+
+
+@pytest.fixture
+def finished(default_run, tmp_path):
+    """A copy of the default run in the test's own folder: there it is done already."""
+    shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
+
+
 def images(made):
     return np.load(made.folder / made.sample_name / "images" / "images.npy")
 
 
 @pytest.mark.parametrize("method", ["lsq", "pact", "nipq"])
 @pytest.mark.parametrize("tdq", ["none", "temporal", "s10"])
+@pytest.mark.usefixtures("few_start_values")
 def test_every_method_goes_from_float_net_to_row(tmp_path, tiny_weights, method, tdq):
     made = build(tmp_path, tiny_weights, f"method={method}", f"tdq={tdq}")
     (row,) = pipeline.run(made)
@@ -56,7 +72,7 @@ def test_a_first_layer_that_cuts_the_starting_noise_is_recorded_and_said(tmp_pat
     assert "of the starting noise is beyond" not in capsys.readouterr().out
 
 
-def test_the_same_command_again_does_nothing(tmp_path, tiny_weights, monkeypatch):
+def test_the_same_command_again_does_nothing(tmp_path, tiny_weights, finished, monkeypatch):
     made = build(tmp_path, tiny_weights)
     first = pipeline.run(made)
     before = {f: f.stat().st_mtime_ns for f in made.folder.rglob("*") if f.is_file() and f.name != "fit.json"}
@@ -67,6 +83,7 @@ def test_the_same_command_again_does_nothing(tmp_path, tiny_weights, monkeypatch
     assert before == {f: f.stat().st_mtime_ns for f in made.folder.rglob("*") if f.is_file() and f.name != "fit.json"}
 
 
+@pytest.mark.usefixtures("few_start_values")
 def test_a_killed_fit_ends_with_the_bits_of_one_that_was_not(tmp_path, tiny_weights):
     dropout = ["tdq.interval.dropout=0.2"]  # its random state has to survive, too
     whole = build(tmp_path / "whole", tiny_weights, *dropout)
@@ -81,7 +98,7 @@ def test_a_killed_fit_ends_with_the_bits_of_one_that_was_not(tmp_path, tiny_weig
     assert np.array_equal(images(whole), images(killed))
 
 
-def test_killed_sampling_goes_on_with_the_same_bits(tmp_path, tiny_weights):
+def test_killed_sampling_goes_on_with_the_same_bits(tmp_path, tiny_weights, finished):
     made = build(tmp_path, tiny_weights)
     pipeline.run(made)
     before = images(made).copy()
@@ -98,6 +115,7 @@ def test_killed_sampling_goes_on_with_the_same_bits(tmp_path, tiny_weights):
 
 @pytest.mark.parametrize("sampler", ["ddpm", "pndm"])
 @pytest.mark.parametrize("method", ["lsq", "ptq4dm"])
+@pytest.mark.usefixtures("few_start_values")
 def test_every_sampler_takes_a_fit_to_a_row(tmp_path, tiny_weights, method, sampler):
     made = build(tmp_path, tiny_weights, f"method={method}", f"sampler={sampler}", "sampler.steps=5")
     (row,) = pipeline.run(made)
@@ -105,21 +123,21 @@ def test_every_sampler_takes_a_fit_to_a_row(tmp_path, tiny_weights, method, samp
     assert images(made).std() > 1
 
 
-def test_more_images_begin_with_the_same_images(tmp_path, tiny_weights):
+def test_more_images_begin_with_the_same_images(tmp_path, tiny_weights, finished):
     few, many = build(tmp_path, tiny_weights), build(tmp_path, tiny_weights, "sampler.images=18")
     pipeline.run(few)
     pipeline.run(many)
     assert np.array_equal(images(many)[:12], images(few))
 
 
-def test_another_sampler_samples_again_and_does_not_train_again(tmp_path, tiny_weights, monkeypatch):
+def test_another_sampler_samples_again_and_does_not_train_again(tmp_path, tiny_weights, finished, monkeypatch):
     pipeline.run(build(tmp_path, tiny_weights))
     monkeypatch.setattr(fit_stage, "qat", None)
     (row,) = pipeline.run(build(tmp_path, tiny_weights, "sampler.steps=4"))
     assert row["sample"] == "ddim4_n12"
 
 
-def test_another_configuration_under_the_same_name_is_refused_with_the_difference(tmp_path, tiny_weights):
+def test_another_configuration_under_the_same_name_is_refused_with_the_difference(tmp_path, tiny_weights, finished):
     pipeline.run(build(tmp_path, tiny_weights))
     with pytest.raises(ValueError, match=r"fit\.lr: 0\.001 -> 0\.5.*label=NAME"):
         pipeline.run(build(tmp_path, tiny_weights, "fit.lr=0.5"))
@@ -127,21 +145,22 @@ def test_another_configuration_under_the_same_name_is_refused_with_the_differenc
         pipeline.run(build(tmp_path, tiny_weights, "sampler.clip=true"))
 
 
-def test_a_path_is_not_part_of_a_fingerprint_but_its_content_is(tmp_path, tiny_weights):
-    first = build(tmp_path / "out", tiny_weights)
+def test_a_path_is_not_part_of_a_fingerprint_but_its_content_is(tmp_path, tiny_weights, finished):
+    first = build(tmp_path, tiny_weights)
     pipeline.run(first)
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(tiny_weights.read_bytes())
-    pipeline.run(build(tmp_path / "out", copy))  # the same weights elsewhere: already done
+    pipeline.run(build(tmp_path, copy))  # the same weights elsewhere: already done
     other = tmp_path / "other.safetensors"
     net = first.model.build(seed=9)
     from tdq_exp.models.weights.load import save_weights
 
     save_weights(net, other, {})
     with pytest.raises(ValueError, match="weights:"):
-        pipeline.run(build(tmp_path / "out", other))
+        pipeline.run(build(tmp_path, other))
 
 
+@pytest.mark.usefixtures("few_start_values")
 def test_best_of_5_samples_every_kept_checkpoint_and_says_so(tmp_path, tiny_weights):
     made = build(tmp_path, tiny_weights, "fit.report=best_of_5")
     (row,) = pipeline.run(made)
@@ -152,6 +171,7 @@ def test_best_of_5_samples_every_kept_checkpoint_and_says_so(tmp_path, tiny_weig
     assert row["metrics"]["fid"] == min(distances)
 
 
+@pytest.mark.usefixtures("few_start_values")
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, tiny_weights, monkeypatch):
     calls = []
 
@@ -170,7 +190,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path,
     assert np.isfinite(row["metrics"]["fid"])
 
 
-def test_a_finished_run_can_be_loaded_and_sampled(tmp_path, tiny_weights, command):
+def test_a_finished_run_can_be_loaded_and_sampled(tmp_path, tiny_weights, finished, command, inside):
     made = build(tmp_path, tiny_weights)
     pipeline.run(made)
     net = tdq_exp.load(made.folder)
@@ -182,15 +202,14 @@ def test_a_finished_run_can_be_loaded_and_sampled(tmp_path, tiny_weights, comman
     assert len(list((tmp_path / "drawn").glob("0*.png"))) == 4
     drawn = np.load(tmp_path / "drawn" / "images" / "images.npy")
     assert np.array_equal(drawn, images(made)[:4])  # seed 0: the measured images
-    again = command(str(made.folder), "--out", "drawn", verb="sample")
+    again = inside(str(made.folder), "--out", "drawn", verb="sample")
     assert again.returncode == 2
     assert "not empty" in again.stderr
 
 
 def test_two_processes_make_the_same_images_and_one_row(tmp_path, tiny_weights, command):
     arguments = [*QUICK, f"model.weights={tiny_weights}", "launcher.threads=1"]
-    alone = command(*arguments, f"out={tmp_path / 'one'}")
-    assert alone.returncode == 0, alone.stderr
+    pipeline.run(jobs.build(compose([*arguments, f"out={tmp_path / 'one'}"])))
     both = command(*arguments, f"out={tmp_path / 'two'}", "launcher.nproc=2")
     assert both.returncode == 0, both.stderr
     one, two = (
@@ -216,26 +235,27 @@ def test_two_processes_make_the_same_images_and_one_row(tmp_path, tiny_weights, 
     assert len(json.loads((folder / "metrics.json").read_text())["rows"]) == 1
 
 
-def test_two_processes_train_a_float_net_as_one_does(tmp_path, command):
+def test_two_processes_train_a_float_net_as_one_does(tmp_path, tiny_weights, together):
     arguments = ["model=tiny", "method=fp", "fit=pretrain", "tracker=none", "launcher=cpu", "launcher.threads=1"]
-    found = []
-    for count in ("1", "2"):
-        done = command(*arguments, f"out={tmp_path / count}", f"launcher.nproc={count}")
-        assert done.returncode == 0, done.stderr
-        found.append(load_file(tmp_path / count / "runs/tiny_fp_pretrain/seed0/weights.safetensors"))
+    done = together(*arguments, f"out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "runs/tiny_fp_pretrain/seed0/fit.json").read_text())["facts"]
+    assert facts["processes"] == 2
+    found = [load_file(tiny_weights), load_file(tmp_path / "runs/tiny_fp_pretrain/seed0/weights.safetensors")]
     for key, value in found[0].items():
         # Softmax does not see the bias of k: its gradient is zero but for last bits, which Adam makes as large as any.
         assert key.endswith("to_k.bias") or torch.allclose(value, found[1][key], rtol=1e-4, atol=2e-6), key
 
 
-def test_a_sweep_writes_three_fits_under_the_right_names(tmp_path, tiny_weights, command):
-    done = command("-m", *QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "bits=w8a8,w4a4,w3a3")
+@pytest.mark.usefixtures("few_start_values")
+def test_a_sweep_writes_three_fits_under_the_right_names(tmp_path, tiny_weights, inside):
+    done = inside("-m", *QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "bits=w8a8,w4a4,w3a3")
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert names == ["tiny_w3a3_lsq_tdq", "tiny_w4a4_lsq_tdq", "tiny_w8a8_lsq_tdq"]
 
 
-def test_an_offline_wandb_run_can_be_read_back(tmp_path, tiny_weights, command):
+def test_an_offline_wandb_run_can_be_read_back(tmp_path, tiny_weights, command, inside):
     done = command(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "tracker=offline")
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs/tiny_w4a4_lsq_tdq/seed0/wandb").glob("offline-run-*")
@@ -247,49 +267,50 @@ def test_an_offline_wandb_run_can_be_read_back(tmp_path, tiny_weights, command):
     assert read.returncode == 0, read.stderr
     assert "validation_loss" in read.stdout
     assert "fid" in read.stdout
-    again = command(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "tracker=offline")
+    again = inside(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "tracker=offline")
     assert again.returncode == 0, again.stderr
     assert list(run.parent.glob("offline-run-*")) == [run]  # nothing was left to do, so nothing is said
 
 
-@pytest.mark.parametrize(
-    "overrides, said",
-    [
-        (["bits.act=17"], "bits.act=17"),
-        (["model.weights=missing.safetensors"], "missing.safetensors"),
-        (["fit.batch_size=5000"], "fit.batch_size=5000"),
-        (["tdq=s10", "tdq.interval.groups=5000"], "tdq.interval.groups=5000"),
-        (["sampler.spacing=cosine"], "sampler.spacing='cosine'"),
-        (["out=/proc/nowhere"], "/proc/nowhere"),
-    ],
-)
+MISTAKES = [
+    (["bits.act=17"], "bits.act=17"),
+    (["model.weights=missing.safetensors"], "missing.safetensors"),
+    (["fit.batch_size=5000"], "fit.batch_size=5000"),
+    (["tdq=s10", "tdq.interval.groups=5000"], "tdq.interval.groups=5000"),
+    (["sampler.spacing=cosine"], "sampler.spacing='cosine'"),
+    (["out=/proc/nowhere"], "/proc/nowhere"),
+]
+
+
+@pytest.mark.parametrize("way, overrides, said", [("command", *MISTAKES[1]), *(("inside", *m) for m in MISTAKES)])
 def test_a_mistake_on_the_command_line_is_one_line_without_a_traceback(
-    tmp_path, tiny_weights, command, overrides, said
+    tmp_path, tiny_weights, request, way, overrides, said
 ):
-    done = command(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", *overrides)
-    assert done.returncode != 0
+    run = request.getfixturevalue(way)
+    done = run(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", *overrides)
+    assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
 
 
-def test_plan_only_prints_and_writes_nothing(tmp_path, tiny_weights, command):
-    done = command(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path / 'none'}", "plan_only=true")
+def test_plan_only_prints_and_writes_nothing(tmp_path, tiny_weights, inside):
+    done = inside(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path / 'none'}", "plan_only=true")
     assert done.returncode == 0, done.stderr
     assert "12 images" in done.stdout
     assert not (tmp_path / "none").exists()
 
 
-def test_paper_scale_without_a_gpu_stops_and_says_what_to_do(tmp_path, command):
+def test_paper_scale_without_a_gpu_stops_and_says_what_to_do(tmp_path, inside):
     if torch.accelerator.is_available():
         pytest.skip("there is a GPU")
-    done = command("+experiment=ddim_w4a4_lsq_tdq", f"out={tmp_path}")
+    done = inside("+experiment=ddim_w4a4_lsq_tdq", f"out={tmp_path}")
     assert done.returncode == 2
     assert "ddim_small" in done.stderr
     assert "35,746,307" in done.stdout
 
 
-def test_the_integer_engine_samples_the_same_fit_into_a_row_of_its_own(tmp_path, tiny_weights):
+def test_the_integer_engine_samples_the_same_fit_into_a_row_of_its_own(tmp_path, tiny_weights, finished):
     integers = ["sampler.engine=integer", "sampler.min_speedup=0"]
     (simulated,) = pipeline.run(build(tmp_path, tiny_weights))
     made = build(tmp_path, tiny_weights, *integers)
@@ -310,14 +331,14 @@ def test_the_integer_engine_samples_the_same_fit_into_a_row_of_its_own(tmp_path,
 
 
 def test_without_integer_kernels_quantization_is_simulated_and_a_line_says_why(
-    tmp_path, tiny_weights, monkeypatch, capsys
+    tmp_path, tiny_weights, finished, monkeypatch, capsys
 ):
     from tdq_exp.deploy import integer
 
-    monkeypatch.setattr(integer, "unavailable", lambda device: "this CPU has no VNNI instructions")
+    monkeypatch.setattr(integer, "unavailable", lambda device: "this torch has no oneDNN kernels")
     made = build(tmp_path, tiny_weights, "sampler.engine=integer")
     (row,) = pipeline.run(made)
-    assert row["engine"] == "fake: this CPU has no VNNI instructions"
-    assert "sampler.engine=integer: this CPU has no VNNI instructions" in capsys.readouterr().out
+    assert row["engine"] == "fake: this torch has no oneDNN kernels"
+    assert "sampler.engine=integer: this torch has no oneDNN kernels" in capsys.readouterr().out
     pipeline.run(build(tmp_path, tiny_weights))
     assert np.array_equal(images(made), images(build(tmp_path, tiny_weights)))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.deploy.onnx import graph as onnx
+from tdq_exp.diffusion.draws import Stream
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import sample_stage
 from tdq_exp.experiment.load import load
@@ -134,7 +135,13 @@ def _seen(job: jobs.Job, net: nn.Module, images: int) -> dict[str, list[tuple[in
     for start in range(0, images, 16):
         indices = range(start, min(start + 16, images))
         sample_stage.sample_group(
-            net, job.model, job.sampler, indices, seed=job.sampling.seed + 1, device=torch.device("cpu")
+            net,
+            job.model,
+            job.sampler,
+            indices,
+            seed=job.sampling.seed,
+            stream=Stream.EXPORT_RANGE,
+            device=torch.device("cpu"),
         )
     for handle in handles:
         handle.remove()

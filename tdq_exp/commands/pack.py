@@ -45,7 +45,7 @@ def pack(run: Path, out: Path | None = None) -> Path:
     job, net = load(run)
     if job.recipe is None:
         raise ValueError(f"{run}: is a float run; there is nothing to pack")
-    found = files.read(run / "fit.json")
+    found = files.read_json(run / "fit.json")
     assert found is not None
     size = packed.save(net.state_dict(), out, found["config"], found["fingerprint"], job.model.parts())
     parameters = sum(p.numel() for p in job.model.build().parameters())

@@ -1,90 +1,125 @@
-"""An array on disk that is filled a group of rows at a time, and a map of the groups that are finished.
+"""Arrays on disk that are filled a group of rows at a time, with a map of the finished groups.
 
-    <name>.npy    [N, ...]
-    groups.npy    uint8 [ceil(N / group)]   1: finished
+    <name>.npy    [N, ...], one or several
+    groups.npy    uint8 [number of groups]   1: finished
 
-Processes write disjoint groups of the same files, so nothing is merged afterwards, and what was interrupted goes on where
-it stopped: a group's byte is set only after its rows are flushed.
+Processes write disjoint groups of the same files, so nothing is merged afterwards. An interrupted run
+is continued where it stopped: a group's byte is set only after its rows are flushed.
 """
 
 from __future__ import annotations
 
-import os
-import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from tdq_exp.runtime import files
 
-class GroupedArray:
-    """Args:
-        folder: of the files.
-        name: of the array's file.
-        shape: [N, ...].
+
+@dataclass(frozen=True)
+class Column:
+    """One array of a `GroupedArrays`.
+
+    Args:
+        shape: `[N, ...]`.
         dtype: of the array.
-        group: rows of a group; the last one may have fewer.
-        again: what makes it anew, for messages: `encode`.
-        elsewhere: the key that moves it, for messages: `out`.
+        group: rows of a group; the last group may have fewer.
+    """
+
+    shape: Sequence[int]
+    dtype: DTypeLike
+    group: int
+
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return -(-self.shape[0] // self.group)
+
+
+class GroupedArrays:
+    """Arrays in one folder that are filled together, group by group.
+
+    Args:
+        folder: of the files.
+        columns: the arrays, by name; all of them have the same number of groups.
+        again: what makes the arrays again, for messages: `encode`.
+        elsewhere: the configuration key of the folder, for messages: `out`.
 
     Raises:
-        ValueError: if the files are damaged, or another array's.
-        OSError: if the folder can't be written.
+        ValueError: from whatever opens a file, if it is damaged or of another shape or type.
+        OSError: from `create`, if the folder can't be written.
     """
 
     def __init__(
-        self, folder: Path, name: str, shape: Sequence[int], dtype: DTypeLike, group: int, again: str, elsewhere: str
+        self, folder: Path, columns: Mapping[str, Column], again: str, elsewhere: str
     ) -> None:
-        self.folder, self.name, self.group, self.again, self.elsewhere = folder, name, group, again, elsewhere
-        self.rows, self.groups = shape[0], -(-shape[0] // group)
-        self._files = {name: (tuple(shape), np.dtype(dtype)), "groups": ((self.groups,), np.dtype(np.uint8))}
+        self.folder, self.columns = folder, dict(columns)
+        self.again, self.elsewhere = again, elsewhere
+
+        (self.groups,) = {column.groups for column in self.columns.values()}
+        self._files = {name: (tuple(c.shape), np.dtype(c.dtype)) for name, c in columns.items()}
+        self._files["groups"] = ((self.groups,), np.dtype(np.uint8))
 
     def create(self) -> None:
-        """Makes the files, empty, if there are none; one process does this before any opens them."""
+        """Make the files, empty, if there are none; one process does this before any opens them.
+
+        Raises:
+            OSError: naming the folder, if it can't be written or is full.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not self._path(self.name).exists():
-                self._path("groups").unlink(missing_ok=True)  # it speaks of an array that is gone
-            for name in self._files:
-                self._make(name)
+
+            # A map without its arrays describes arrays that are gone.
+            if not all(self._path(name).exists() for name in self.columns):
+                self._path("groups").unlink(missing_ok=True)
         except OSError as error:
             raise OSError(
-                f"{self.folder}: can't be written ({error.strerror}); free space or set {self.elsewhere}=FOLDER"
+                f"{self.folder}: can't be written ({error.strerror}); {self._remedy}"
             ) from error
+
+        for name in self._files:
+            self._make(name)
+
+    @property
+    def _remedy(self) -> str:
+        return f"free space or set {self.elsewhere}=FOLDER"
 
     def _make(self, name: str) -> None:
         path = self._path(name)
         if path.exists():
             return
         shape, dtype = self._files[name]
-        part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")  # a run beside this one has its own
-        try:
-            with part.open("wb") as file:  # really written: a full disk is an error now, not a crash later
-                np.lib.format.write_array(file, np.zeros(shape, dtype))
-            if not path.exists():  # or it is the other run's by now
-                os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+
+        # A run beside this one may make the same file: the first one that is finished stays.
+        with files.replacing(path, self._remedy, keep_other=True) as part, part.open("wb") as file:
+            # Zeros that are really written: a full disk is an error now, not a crash later.
+            np.lib.format.write_array(file, np.zeros(shape, dtype))
 
     def missing(self) -> list[int]:
-        """Groups that are not finished."""
+        """Return the groups that are not finished."""
         return [int(i) for i in np.flatnonzero(self._open("groups") == 0)]
 
-    def put(self, group: int, rows: NDArray[Any]) -> None:
-        """Stores a group; rows past the end of the array (padding) are dropped."""
-        start = group * self.group
-        stop = min(start + self.group, self.rows)
-        array, done = self._open(self.name, "r+"), self._open("groups", "r+")
-        array[start:stop] = rows[: stop - start]
-        array.flush()
+    def put(self, group: int, **rows: NDArray[Any]) -> None:
+        """Store a group: the rows of every array. Rows past the end (padding) are dropped."""
+        for name, column in self.columns.items():
+            start = group * column.group
+            stop = min(start + column.group, column.shape[0])
+
+            array = self._open(name, "r+")
+            array[start:stop] = rows[name][: stop - start]
+            array.flush()
+
+        done = self._open("groups", "r+")
         done[group] = 1
         done.flush()
 
-    def read(self) -> NDArray[Any]:
-        """The array, memory-mapped, finished or not."""
-        return self._open(self.name)
+    def read(self, name: str) -> NDArray[Any]:
+        """Return an array, memory-mapped, finished or not."""
+        return self._open(name)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npy"
@@ -94,16 +129,20 @@ class GroupedArray:
         try:
             array = np.load(path, mmap_mode=mode)
         except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"{path}: damaged; remove {self.folder} to {self.again} again") from error
+            raise ValueError(
+                f"{path}: damaged; remove {self.folder} to {self.again} again"
+            ) from error
+
         shape, dtype = self._files[name]
         if array.shape != shape or array.dtype != dtype:
             raise ValueError(
-                f"{path}: holds {array.dtype} {array.shape}, expected {dtype} {shape}; remove {self.folder}"
+                f"{path}: holds {array.dtype} {array.shape}, expected {dtype} {shape};"
+                f" remove {self.folder} to {self.again} again"
             )
         return array
 
 
-class ImageStore(GroupedArray):
+class ImageStore:
     """Images of one sampling run, uint8 `[N, H, W, C]`.
 
     Args:
@@ -118,11 +157,24 @@ class ImageStore(GroupedArray):
     """
 
     def __init__(self, folder: Path, images: int, batch: int, shape: tuple[int, int, int]) -> None:
-        super().__init__(folder, "images", (images, *shape), np.uint8, batch, again="sample", elsewhere="out")
+        columns = {"images": Column((images, *shape), np.uint8, batch)}
+        self.arrays = GroupedArrays(folder, columns, again="sample", elsewhere="out")
         self.images, self.batch = images, batch
 
+    def create(self) -> None:
+        """Make the files; see `GroupedArrays.create`."""
+        self.arrays.create()
+
+    def missing(self) -> list[int]:
+        """Return the groups that are not finished."""
+        return self.arrays.missing()
+
+    def put(self, group: int, pixels: NDArray[np.uint8]) -> None:
+        """Store the images of a group; those past the end (padding) are dropped."""
+        self.arrays.put(group, images=pixels)
+
     def read(self) -> NDArray[np.uint8]:
-        """The whole set, memory-mapped.
+        """Return the whole set, memory-mapped.
 
         Raises:
             ValueError: if images are missing: fewer than asked is an error, never a number.
@@ -130,7 +182,7 @@ class ImageStore(GroupedArray):
         missing = self.missing()
         if missing:
             raise ValueError(
-                f"{self.folder}: {len(missing)} of {self.groups} groups of images are missing; "
-                "run the same command again to finish them"
+                f"{self.arrays.folder}: {len(missing)} of {self.arrays.groups} groups of images are"
+                " missing; run the same command again to finish them"
             )
-        return super().read()
+        return self.arrays.read("images")

@@ -1,6 +1,6 @@
-"""Training and held-out images: decoded once into a memory-mapped uint8 cache, read by index from then on.
+"""Training and held-out images: decoded once into a memory-mapped uint8 cache, read by index then.
 
-The only importer of `datasets`. A cache is one `.npy` of `[N, H, W, C]` uint8 and a `.json` beside it with the hash of
+A cache is one `.npy` of `[N, H, W, C]` uint8 and a `.json` beside it with the hash of
 its content; the hash, never the path, is what a run's fingerprint cites.
 """
 
@@ -11,11 +11,10 @@ import io
 import itertools
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -24,7 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from tdq_exp.data.sources import Source
+from tdq_exp.runtime import files
 
+CACHE_REMEDY = "free space or set data.cache=FOLDER"
 SPLITS = ("train", "validation")
 _HEADER = 128  # bytes, of a .npy file of images
 
@@ -98,7 +99,6 @@ def load_images(
     channels: int,
     cache: str | None = None,
     limit: int | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> Images:
     """The images of a split, decoded on first use. One process calls this first; the others find the cache.
 
@@ -109,7 +109,6 @@ def load_images(
         channels: 1 (gray) or 3.
         cache: folder for decoded sets; `default_cache()` if not given.
         limit: only the first so many; all of them if not given.
-        progress: called with the number of images decoded so far.
 
     Raises:
         ValueError: for an unreadable source or image, naming it.
@@ -122,19 +121,17 @@ def load_images(
     root = (Path(cache).expanduser() if cache else default_cache()) / "images"
     pixels, meta = root / f"{key}.npy", root / f"{key}.json"
     if not meta.exists():
-        root.mkdir(parents=True, exist_ok=True)
 
         def decoded() -> Iterator[NDArray[np.uint8]]:
-            for number, image in enumerate(itertools.islice(source.read(split), limit), 1):
+            for image in itertools.islice(source.read(split), limit):
                 square = resize_center(image.convert("L" if channels == 1 else "RGB"), size)
                 yield np.asarray(square, dtype=np.uint8).reshape(size, size, channels)
-                if progress is not None:
-                    progress(number)
 
-        _replace(pixels, lambda f: _write_rows(f, decoded(), (size, size, channels), split))
+        with files.replacing(pixels, CACHE_REMEDY) as part, part.open("wb") as file:
+            _write_rows(file, decoded(), (size, size, channels), split)
         array = np.load(pixels, mmap_mode="r")
         about = {"source": source.key(split), "split": split, "content": _hash(array), "images": len(array)}
-        _replace(meta, lambda f: f.write(json.dumps(about, indent=1).encode()))
+        files.write_text(meta, json.dumps(about, indent=1), CACHE_REMEDY)
     about = json.loads(meta.read_text())
     return Images(np.load(pixels, mmap_mode="r"), about["content"], protocol)
 
@@ -162,14 +159,3 @@ def _hash(array: NDArray[np.uint8]) -> str:
     for start in range(0, len(array), 1024):
         digest.update(array[start : start + 1024].tobytes())
     return digest.hexdigest()[:16]
-
-
-def _replace(path: Path, write: Callable[[Any], object]) -> None:
-    """Writes beside the target and renames: a reader finds the whole file or none."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
-            write(file)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tdq_exp.data.arrays import GroupedArray
+from tdq_exp.data.arrays import Column, GroupedArrays
 from tdq_exp.data.images import Images
 from tdq_exp.runtime import files
 from tdq_exp.runtime.processes import Processes
@@ -34,7 +34,9 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Latents:
-    """Args:
+    """A training set as distributions of x_0, read from disk.
+
+    Args:
         folder: of the files.
         images: N.
         mirrors: M.
@@ -47,13 +49,15 @@ class Latents:
 
     def __init__(self, folder: Path, images: int, mirrors: int, shape: tuple[int, int, int], content: str) -> None:
         self.content = content
-        self.files = GroupedArray(
-            folder, "moments", (images, mirrors, 2, *shape), np.float32, GROUP, again="encode", elsewhere="data.cache"
+        self.images = images
+        moments = Column((images, mirrors, 2, *shape), np.float32, GROUP)
+        self.arrays = GroupedArrays(
+            folder, {"moments": moments}, again="encode", elsewhere="data.cache"
         )
         self._moments: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
-        return self.files.rows
+        return self.images
 
     @property
     def random(self) -> bool:
@@ -69,10 +73,10 @@ class Latents:
         if noise is None:
             raise ValueError("latents are drawn: a batch needs noise")
         if self._moments is None:
-            self._moments = self.files.read()
+            self._moments = self.arrays.read("moments")
         mirrors = self._moments.shape[1]
         if mirrors == 1 and bool(flip.any()):
-            raise ValueError(f"{self.files.folder}: mirrored images were not encoded")
+            raise ValueError(f"{self.arrays.folder}: mirrored images were not encoded")
         mean, deviation = torch.from_numpy(self._moments[index.numpy(), flip.long().numpy()]).unbind(1)
         return mean + deviation * noise
 
@@ -107,20 +111,20 @@ def encoded(
     found = Latents(folder, len(images), 1 + mirror, shape, content)
 
     def begin() -> list[int]:
-        found.files.create()
-        files.write(folder / "about.json", parts)
-        return found.files.missing()
+        found.arrays.create()
+        files.write_json(folder / "about.json", parts)
+        return found.arrays.missing()
 
     missing = processes.decide(begin)
-    done = found.files.groups - len(missing)
-    with track("encoding images", found.files.groups, done, show=processes.main and bool(missing)) as advance:
+    done = found.arrays.groups - len(missing)
+    with track("encoding images", found.arrays.groups, done, show=processes.main and bool(missing)) as advance:
         for group in missing[processes.rank :: processes.world]:
             index = torch.arange(group * GROUP, min((group + 1) * GROUP, len(images)))
             sides = []
             for side in range(1 + mirror):
                 batch = images.batch(index, torch.full((len(index),), bool(side)))
                 sides.append(torch.stack([value.cpu() for value in encode(batch.to(processes.device))], 1))
-            found.files.put(group, torch.stack(sides, 1).numpy())
+            found.arrays.put(group, moments=torch.stack(sides, 1).numpy())
             advance(f"{int(index[-1]) + 1} images")
     processes.barrier()
     return found

@@ -107,7 +107,7 @@ def choice(net: nn.Module, run: Callable[[nn.Module], object], min_speedup: floa
     Returns:
         `layers`: their names; `of`: how many quantized layers there are; `shapes`: what was measured.
     """
-    found = files.read(file)
+    found = files.read_json(file)
     if found is not None:
         return found
     times = timed(net, run)
@@ -123,7 +123,7 @@ def choice(net: nn.Module, run: Callable[[nn.Module], object], min_speedup: floa
     )
     shapes = [dataclasses.asdict(entry) for entry in times]
     made = {"layers": names, "of": of, "min_speedup": min_speedup, "shapes": shapes}
-    files.write(file, made)
+    files.write_json(file, made)
     return made
 
 

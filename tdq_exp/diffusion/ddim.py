@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +70,16 @@ def time_steps(spacing: str, count: int, total: int, offset: int = 0) -> list[in
             "take fewer steps or another spacing"
         )
     return [int(t) for t in steps.flip(0)]
+
+
+class Coefficients(NamedTuple):
+    """The numbers of one update; see the formulas above."""
+
+    signal: float  # sqrt(abar_t)
+    noise: float  # sqrt(1 - abar_t)
+    signal_prev: float  # sqrt(abar_prev)
+    towards_x_t: float  # sqrt(1 - abar_prev - sigma^2)
+    sigma: float
 
 
 @dataclass(frozen=True)
@@ -130,19 +141,49 @@ class Ddim:
         generators: Sequence[torch.Generator] = (),
     ) -> Tensor:
         """One update x_t -> x_{t_prev}, in x's precision; coefficients are computed in float64."""
+        values = self.coefficients(t, t_prev, schedule)
+        return self.update(eps, x, values, self.noise(x, generators) if values.sigma > 0 else None)
+
+    def coefficients(self, t: int, t_prev: int, schedule: Schedule) -> Coefficients:
+        """The numbers of one update."""
         abar = float(schedule.alphas_cumprod[t])
         last = 1.0 if self.final_alpha_one else float(schedule.alphas_cumprod[0])
         abar_prev = float(schedule.alphas_cumprod[t_prev]) if t_prev >= 0 else last
-        x_0 = (x - (1 - abar) ** 0.5 * eps) / abar**0.5
-        if self.clip:
-            x_0 = x_0.clamp(-1, 1)
-            eps = (x - abar**0.5 * x_0) / (1 - abar) ** 0.5
         variance = (1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)
         sigma = self.eta * max(variance, 0.0) ** 0.5
-        x = abar_prev**0.5 * x_0 + max(1 - abar_prev - sigma**2, 0.0) ** 0.5 * eps
-        if sigma > 0:
-            if len(generators) != len(x):
-                raise ValueError("eta > 0 needs one generator per sample")
-            z = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])
-            x = x + sigma * z.to(x)
-        return x
+        towards_x_t = max(1 - abar_prev - sigma**2, 0.0) ** 0.5
+        return Coefficients(abar**0.5, (1 - abar) ** 0.5, abar_prev**0.5, towards_x_t, sigma)
+
+    def update(
+        self, eps: Tensor, x: Tensor, values: Coefficients | Sequence[Tensor], z: Tensor | None
+    ) -> Tensor:
+        """x_{t_prev} from x_t.
+
+        Args:
+            eps: eps_hat, of x's shape.
+            x: x_t.
+            values: of `coefficients`, or the same as 0-dim tensors.
+            z: standard normal, of x's shape; None where sigma is 0.
+        """
+        signal, noise, signal_prev, towards_x_t, sigma = values
+        x_0 = _divide(x - noise * eps, signal)
+        if self.clip:
+            x_0 = x_0.clamp(-1, 1)
+            eps = _divide(x - signal * x_0, noise)
+        x = signal_prev * x_0 + towards_x_t * eps
+        return x if z is None else x + sigma * z
+
+    def noise(self, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """z of one update, drawn on the CPU, one generator for each sample.
+
+        Raises:
+            ValueError: if there is not one generator for each sample.
+        """
+        if len(generators) != len(x):
+            raise ValueError("eta > 0 needs one generator per sample")
+        return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
+
+
+def _divide(a: Tensor, b: float | Tensor) -> Tensor:
+    """a / b as torch divides by a number: on a GPU, it multiplies by the reciprocal."""
+    return a * b.reciprocal() if isinstance(b, Tensor) and a.is_cuda else a / b

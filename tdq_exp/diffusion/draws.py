@@ -1,17 +1,94 @@
-"""Which noise starts which image: one seed per image, images in fixed groups.
+"""Random draws: named streams, draws that are pure functions of their key, images in fixed groups.
 
-A group is `batch` consecutive image indices; the last one is padded with indices past the end, whose results are
-dropped. Shards and resumes cut at group borders only, so every image is always computed in the same batch, and the set
-is the same bits for any number of processes, any order, and any interruption.
+Every draw has a key, `(seed, stream, index, ...)`, and a generator of its own, so a run that is
+resumed, or shared by several processes, sees exactly the draws of one that ran alone without a
+break. `Stream` names what is drawn; no arithmetic is done on seeds.
+
+Images are computed in groups of `batch` consecutive indices. The last group is padded with indices
+past the end, whose results are dropped. Shards and resumes cut at group borders only, so every image
+is always computed in the same batch, and a set is the same bits for any number of processes, any
+order, and any interruption.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+
+class Stream(IntEnum):
+    """What random numbers are drawn for. Two streams share no numbers, at any two seeds.
+
+    The values are part of the key of every draw: changing one changes results. 3 is taken (see
+    `RECORDED_KEYS`).
+    """
+
+    EPOCH = 1  # order of the training images: (seed, EPOCH, epoch)
+    UPDATE = 2  # t, eps and flips of one training update: (seed, UPDATE, update)
+    IMAGE = 4  # noise of one sampled image: (seed, IMAGE, image)
+    CALIBRATION_TIMES = 5  # t of one trajectory of a calibration set: (seed, ..., trajectory)
+    BLOCK_BATCH = 6  # samples of one update of a block: (seed, ..., block, phase, update)
+    FORWARD_IMAGES = 7  # order of the images of a `forward` calibration set: (seed, ...)
+    FORWARD_NOISE = 8  # eps of one image of a `forward` calibration set: (seed, ..., image)
+    TRAJECTORY = 9  # noise of one trajectory of a calibration set: (seed, ..., trajectory)
+    OVER_TIME_BATCH = 10  # samples of one update of the fit over time: (seed, ..., update)
+    FORWARD_LATENTS = 11  # latents of one image of a `forward` calibration set: (seed, ..., image)
+    RECONSTRUCTION = 12  # latents of one reconstructed reference image: (seed, ..., image)
+    VALIDATION = 13  # the draws on which validation loss is computed: (seed, ...)
+    CALIBRATION = 14  # the draws on which start values are computed: (seed, ...)
+    FORWARD_TIMES = 15  # t of a `forward` calibration set: (seed, ...)
+    PREVIEW = 16  # latents of an autoencoder's preview images: (seed, ...)
+    EXPORT_RANGE = 17  # noise of one image on which an exported graph's ranges are computed
+    TRAINING_NOISE = 18  # global generator while training: dropout, NIPQ: (seed, ..., rank)
+    BLOCK_NOISE = 19  # global generator while a block is reconstructed: (seed, ..., block, rank)
+    OVER_TIME_NOISE = 20  # global generator during the fit over time: (seed, ...)
+
+
+# Committed rows of seed 0 were drawn with these keys. They stay, so that the rows can be made again;
+# every other seed has the key (seed, stream).
+RECORDED_KEYS: dict[tuple[int, Stream], tuple[int, ...]] = {
+    (0, Stream.VALIDATION): (1, 3),
+    (0, Stream.CALIBRATION): (2, 3),
+    (0, Stream.FORWARD_TIMES): (4, 3),
+}
+
+
+def generator(seed: int, stream: Stream, *index: int) -> torch.Generator:
+    """Return the CPU generator of one key, `(seed, stream, *index)`."""
+    key = RECORDED_KEYS.get((seed, stream), (seed, int(stream)))
+    return torch.Generator().manual_seed(mix(*key, *index))
+
+
+def seed_global(seed: int, stream: Stream, *index: int) -> None:
+    """Seed torch's global generators, for layers that draw their own noise (dropout, NIPQ)."""
+    if seed == 0 and stream == Stream.TRAINING_NOISE:
+        (state,) = index  # committed rows of seed 0 were trained so: the rank alone
+    else:
+        state = mix(seed, int(stream), *index)
+    torch.manual_seed(state)
+
+
+def mix(*key: int) -> int:
+    """Return a 63-bit hash of all the integers of a key.
+
+    One step of splitmix64 per integer: neighbouring keys give unrelated streams.
+
+    Source: Steele, Lea, Flood, *Fast Splittable Pseudorandom Number Generators* (OOPSLA 2014).
+    """
+    mask = 2**64 - 1
+    state = 0x9E3779B97F4A7C15
+
+    for part in key:
+        state = (state + (part & mask) + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+
+    return state & (2**63 - 1)
 
 
 def groups(images: int, batch: int) -> Iterator[tuple[int, range]]:
@@ -20,25 +97,16 @@ def groups(images: int, batch: int) -> Iterator[tuple[int, range]]:
         yield number, range(number * batch, (number + 1) * batch)
 
 
-def image_generators(seed: int, indices: range) -> list[torch.Generator]:
-    """One generator per image, keyed by (seed, image index): the same image for any batch that it is part of."""
-    return [generator(seed, 4, index) for index in indices]
+def image_generators(
+    seed: int, indices: range, stream: Stream = Stream.IMAGE
+) -> list[torch.Generator]:
+    """Return one generator per image, so that an image is the same in any batch it is part of."""
+    return [generator(seed, stream, index) for index in indices]
 
 
 def starting_noise(generators: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
     """x_T, `[B, *shape]`, standard normal, drawn on the CPU so that every device starts from the same numbers."""
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
-
-
-def generator(*key: int) -> torch.Generator:
-    """A CPU generator whose seed is a well mixed function of all the integers of `key`."""
-    state = 0x9E3779B97F4A7C15
-    for part in key:  # splitmix64: neighbouring keys give unrelated streams
-        state = (state + (part & (2**64 - 1)) + 0x9E3779B97F4A7C15) & (2**64 - 1)
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-        state ^= state >> 31
-    return torch.Generator().manual_seed(state & (2**63 - 1))
 
 
 def share_of(batch: int, rank: int, world: int) -> slice:
@@ -103,9 +171,9 @@ def draw_batch(
     epochs = position // images
     index = torch.empty_like(position)
     for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):  # a batch may span the border of two epochs
-        order = torch.randperm(images, generator=generator(seed, 1, epoch))
+        order = torch.randperm(images, generator=generator(seed, Stream.EPOCH, epoch))
         index[epochs == epoch] = order[position[epochs == epoch] % images]
-    g = generator(seed, 2, update)
+    g = generator(seed, Stream.UPDATE, update)
     t = torch.randint(steps, (batch_size,), generator=g)
     mirrored = torch.rand(batch_size, generator=g) < (0.5 if flip else 0.0)
     eps = torch.randn(batch_size, *shape, generator=g)
@@ -113,14 +181,30 @@ def draw_batch(
 
 
 def fixed_draws(
-    seed: int, *, samples: int, images: int, shape: tuple[int, ...], steps: int, random: bool = False
+    seed: int,
+    stream: Stream,
+    *,
+    samples: int,
+    images: int,
+    shape: tuple[int, ...],
+    steps: int,
+    random: bool = False,
 ) -> Draws:
-    """Draws that cover all of time evenly, for validation and calibration: t is stratified, nothing is mirrored.
+    """Return draws that cover all of time evenly, for validation and calibration.
 
-    Sample i has t = floor((i + u_i) T / samples), so any 1,000 samples see every tenth of the time steps alike; images
-    repeat only if there are fewer than samples.
+    Sample i has t = floor((i + u_i) T / samples), in random order, so any 1,000 samples see every
+    tenth of the time steps alike. Nothing is mirrored.
+
+    Args:
+        seed: the fit's, or the calibration set's.
+        stream: what the draws are for.
+        samples: number of draws.
+        images: size of the set; images repeat only if there are fewer than samples.
+        shape: of one sample, `(C, H, W)`.
+        steps: T.
+        random: also draw noise for the samples, after all else.
     """
-    g = generator(seed, 3)
+    g = generator(seed, stream)
     strata = torch.rand(samples, generator=g, dtype=torch.float64)
     t = ((torch.arange(samples) + strata) * steps / samples).long().clamp_(max=steps - 1)
     t = t[torch.randperm(samples, generator=g)]

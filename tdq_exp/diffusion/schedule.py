@@ -62,5 +62,18 @@ class Schedule:
             eps: standard normal noise of the same shape.
             t: time steps, `[B]`, integer.
         """
-        abar = self.alphas_cumprod.to(x_0.device)[t].reshape(-1, *[1] * (x_0.dim() - 1))
+        abar = self._alphas_cumprod_on(x_0.device)[t].reshape(-1, *[1] * (x_0.dim() - 1))
         return (abar.sqrt() * x_0 + (1 - abar).sqrt() * eps).to(x_0.dtype)
+
+    def _alphas_cumprod_on(self, device: torch.device) -> Tensor:
+        """abar on a device, copied once: each copy from the host would wait for the device."""
+        if device not in self._copies:
+            copied = self.alphas_cumprod.to(device)
+            if type(copied) is not Tensor:  # somebody's fake tensor
+                return copied
+            self._copies[device] = copied
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, Tensor]:
+        return {}

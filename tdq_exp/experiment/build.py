@@ -24,6 +24,7 @@ from tdq_exp.fit.ptq.ptq import PtqOptions
 from tdq_exp.fit.ptq.reconstruct import ReconstructOptions
 from tdq_exp.fit.qat import Rates
 from tdq_exp.metrics.features import FeatureNetwork
+from tdq_exp.metrics.fidelity import check_names
 from tdq_exp.models.pixel import DiffusionModel, Trainable
 from tdq_exp.quant.convert import Recipe
 
@@ -146,6 +147,7 @@ def build(cfg: DictConfig, source: bool = True) -> Job:
         ValueError: one line that names the key.
     """
     schema.validate(cfg)
+    check_names(cfg.eval.metrics)
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     cfg = OmegaConf.create(values)  # resolved once: no interpolation is left
     fit = schema.FitConfig(**cfg.fit)

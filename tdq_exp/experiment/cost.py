@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.experiment.build import Job
-from tdq_exp.quant.convert import layer_map, quantize
+from tdq_exp.quant.convert import layer_map
 from tdq_exp.runtime import files, launch
 from tdq_exp.runtime.progress import console, print_table
 
@@ -127,8 +127,8 @@ def _forward_passes(job: Job, net: nn.Module) -> float:
 
 def stages_done(job: Job) -> tuple[bool, bool]:
     """Is there a finished fit, and a row, under this job's names? Their fingerprints are checked when it runs."""
-    fit = files.read(job.folder / "fit.json")
-    rows = files.read(job.folder / job.sample_name / "metrics.json")
+    fit = files.read_json(job.folder / "fit.json")
+    rows = files.read_json(job.folder / job.sample_name / "metrics.json")
     name = job.config["eval"]["label"]
     measured = rows is not None and any(row["config"]["eval"]["label"] == name for row in rows["rows"])
     return bool(fit and fit["done"]), measured
@@ -170,7 +170,7 @@ def _show_layers(job: Job) -> None:
     assert job.recipe is not None
     net = job.model.build()
     roles = job.model.roles(net)
-    quantize(net, roles, job.recipe, job.model.schedule.steps)
+    job.model.quantize(net, job.recipe)
     rows = layer_map(net, roles)
     groups = Counter((r["role"], r["weight"], r["input"].split(":")[0]) for r in rows)
     leaves = [r for r in rows if r["weight"] != "-"]

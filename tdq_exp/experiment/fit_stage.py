@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tdq_exp.data.images import Images, default_cache
-from tdq_exp.diffusion.draws import fixed_draws
+from tdq_exp.diffusion.draws import Stream, fixed_draws
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.experiment.build import Job
 from tdq_exp.experiment.first_layer import first_range, noise_beyond
@@ -29,7 +29,7 @@ from tdq_exp.fit.ptq.calibration_set import make_set
 from tdq_exp.fit.ptq.ptq import ptq
 from tdq_exp.fit.qat import interval_tables, qat
 from tdq_exp.models.weights.load import load_weights, save_weights
-from tdq_exp.quant.convert import Recipe, bake, layer_map, quantize
+from tdq_exp.quant.convert import Recipe, bake, layer_map
 from tdq_exp.quant.training import initialize
 from tdq_exp.runtime import environment, figures, files, stage
 from tdq_exp.runtime.processes import Processes
@@ -91,7 +91,7 @@ def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
         processes.decide(lambda: _export_is_free(job))  # now, and not after an hour
     if found is None:
         begun = {"name": job.name, "fingerprint": mark, "parts": parts, "config": job.recorded(), "done": False}
-        processes.decide(lambda: files.write(file, begun))
+        processes.decide(lambda: files.write_json(file, begun))
     if found is not None and found["done"]:
         if job.fit.kind == "pretrain" and job.fit.export is not None:
             processes.decide(lambda: _export(job, found))
@@ -129,7 +129,7 @@ def fitted(job: Job, data: Data, processes: Processes, tracker: Tracker) -> Fit:
     facts["environment"] = environment.environment()
     about = {"name": job.name, "fingerprint": mark, "parts": parts, "config": job.recorded()}
     made = {**about, "done": True, "facts": facts}
-    processes.decide(lambda: files.write(file, made))
+    processes.decide(lambda: files.write_json(file, made))
     if job.fit.kind == "pretrain" and job.fit.export is not None:
         processes.decide(lambda: _export(job, made))
     assert net is not None
@@ -242,8 +242,8 @@ def _reconstructed(
         log=log,
     )  # fmt: skip
     draws = fixed_draws(
-        job.seed + 1, samples=job.fit.validation_samples, images=len(held_out), shape=job.model.sample_shape,
-        steps=job.model.steps, random=held_out.random,
+        job.seed, Stream.VALIDATION, samples=job.fit.validation_samples, images=len(held_out),
+        shape=job.model.sample_shape, steps=job.model.steps, random=held_out.random,
     )  # fmt: skip
     loss = validation_loss(net, job.model, held_out, draws, BATCH, processes)
     worse = [block["block"] for block in history.blocks if not block["kept"]]
@@ -257,7 +257,7 @@ def _write_layer_map(job: Job, net: nn.Module) -> None:
     rows = layer_map(net, job.model.roles(job.model.build()))
     quantized = sum(row["weight"] not in ("float", "-") for row in rows)
     leaves = sum(row["weight"] != "-" for row in rows)
-    files.write(job.folder / "layers.json", {"quantized_leaves": quantized, "leaves": leaves, "layers": rows})
+    files.write_json(job.folder / "layers.json", {"quantized_leaves": quantized, "leaves": leaves, "layers": rows})
 
 
 def _keep(job: Job, net: nn.Module, history: History, held_out: Samples) -> None:
@@ -282,7 +282,7 @@ def _export(job: Job, fit: dict[str, Any]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, target)
     facts = fit["facts"]
-    files.write(
+    files.write_json(
         target.with_suffix(".history.json"),
         {
             "net": target.name, "name": fit["name"], "fingerprint": fit["fingerprint"], "seconds": facts["seconds"],
@@ -314,6 +314,6 @@ def finished_net(job: Job, device: torch.device, checkpoint: Path | None = None)
 def skeleton(job: Job, recipe: Recipe) -> nn.Module:
     """The quantized network before calibration: the right modules, any numbers."""
     net = job.model.build()
-    quantize(net, job.model.roles(net), recipe, job.model.schedule.steps)
+    job.model.quantize(net, recipe)
     initialize(net)
     return net.eval()

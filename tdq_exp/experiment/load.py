@@ -21,7 +21,7 @@ def load(run: str | Path) -> tuple[jobs.Job, nn.Module]:
     folder = Path(run).expanduser()
     if folder.suffix == ".safetensors":
         return _packed(folder)
-    found = files.read(folder / "fit.json")
+    found = files.read_json(folder / "fit.json")
     if found is None or not found["done"]:
         state = "is not finished: run its command again" if found else "holds no run (there is no fit.json)"
         raise FileNotFoundError(f"{folder} {state}")

@@ -18,24 +18,17 @@ from torch import nn
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.data.images import load_images
 from tdq_exp.experiment import sample_stage
-from tdq_exp.runtime import stage
 from tdq_exp.experiment.build import Job
 from tdq_exp.experiment.fit_stage import Data, Fit, cache_folder, finished_net, fitted
 from tdq_exp.fit.loop import best_file
+from tdq_exp.metrics import VALUES
 from tdq_exp.metrics.measure import measure
-from tdq_exp.quant.kernels import cpu as kernels
-from tdq_exp.runtime import environment, figures, files
+from tdq_exp.quant import kernels
+from tdq_exp.runtime import environment, figures, files, stage
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console, print_table
 from tdq_exp.runtime.tracking import Tracker
 
-METRIC_NAMES = {
-    "fid": "Frechet distance",
-    "isc_mean": "inception-style score",
-    "kid_mean": "kernel distance",
-    "precision": "precision",
-    "recall": "recall",
-}
 REAL_NAMES = {"held_out": "real, held out", "reconstructed": "real, reconstructed"}
 
 
@@ -123,7 +116,7 @@ def _row(
         "reference_images": job.evaluation.reference_images,
     }  # fmt: skip
     mark = files.fingerprint(measure_parts)
-    rows = (processes.decide(lambda: files.read(folder / "metrics.json")) or {"rows": []})["rows"]
+    rows = (processes.decide(lambda: files.read_json(folder / "metrics.json")) or {"rows": []})["rows"]
     for row in rows:
         if row["fingerprints"]["measure"] == mark:
             return row, False
@@ -132,7 +125,7 @@ def _row(
     earlier: float = found["seconds"] if found else 0.0
 
     def note(seconds: float) -> None:  # group by group, so that what a killed run took counts too
-        files.write(record_file, {"fingerprint": sample_mark, "parts": parts, "seconds": earlier + seconds})
+        files.write_json(record_file, {"fingerprint": sample_mark, "parts": parts, "seconds": earlier + seconds})
 
     processes.decide(lambda: note(0.0))
     size = job.model.image_size
@@ -172,9 +165,9 @@ def _row(
 
 def _add_row(path: Path, row: dict[str, Any]) -> None:
     """Adds a row to its file, in place of an older one of the same features."""
-    rows = (files.read(path) or {"rows": []})["rows"]
+    rows = (files.read_json(path) or {"rows": []})["rows"]
     others = [r for r in rows if r["features"]["name"] != row["features"]["name"]]
-    files.write(path, {"rows": sorted([*others, row], key=lambda r: r["features"]["name"])})
+    files.write_json(path, {"rows": sorted([*others, row], key=lambda r: r["features"]["name"])})
 
 
 def _real(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -191,7 +184,7 @@ def _pictures(job: Job, fit: Fit, folder: Path, row: dict[str, Any], processes: 
     shape = (size, size, job.model.channels)
     images = ImageStore(folder / "images", job.sampling.images, job.sampling.batch, shape).read()
     features = f"{row['features']['name']} features {row['features']['weights']}"
-    name, value = next((METRIC_NAMES[key], value) for key, value in row["metrics"].items() if key in METRIC_NAMES)
+    name, value = next((VALUES[key].label, value) for key, value in row["metrics"].items() if key in VALUES)
     title = f"{job.name}, {name} {value:.4g} ({features}, {row['images']} images)"
     rows = {title: images[: job.sampling.batch]}
     if job.recipe is not None and job.weights is not None:
@@ -210,7 +203,7 @@ def _pictures(job: Job, fit: Fit, folder: Path, row: dict[str, Any], processes: 
 def _float_row(job: Job, row: dict[str, Any]) -> list[dict[str, Any]]:
     """The float model's row of the same sampler, if there is one beside this run."""
     folder = job.folder.parents[1] / f"{job.config['model']['label']}_fp" / f"seed{job.seed}" / job.sample_name
-    found = files.read(folder / "metrics.json") or {"rows": []}
+    found = files.read_json(folder / "metrics.json") or {"rows": []}
     same = [r for r in found["rows"] if r["features"] == row["features"] and r["images"] == row["images"]]
     return [r for r in same if r["name"] != row["name"]]
 
@@ -223,7 +216,7 @@ def show(job: Job, rows: list[dict[str, Any]]) -> None:
         return
     (row,) = rows
     features = row["features"]
-    names = {key: name for key, name in METRIC_NAMES.items() if key in row["metrics"]}
+    names = {key: value.label for key, value in VALUES.items() if key in row["metrics"]}
     others = [row, *_float_row(job, row)]
     lines = [
         *([r["name"], r["images"], *(r["metrics"][key] for key in names)] for r in others),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +16,35 @@ from torch import Tensor, nn
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.data.images import Images, to_uint8
 from tdq_exp.diffusion.ddim import Ddim
-from tdq_exp.diffusion.draws import generator, groups, image_generators, starting_noise
+from tdq_exp.diffusion.denoising_graph import DenoisingGraph
+from tdq_exp.diffusion.draws import Stream, generator, groups, image_generators, starting_noise
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console, track
+
+
+@dataclass(frozen=True)
+class _Denoiser:
+    """A network with its description; equal for each group, so that a recorded step is used again."""
+
+    net: nn.Module
+    model: DiffusionModel
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """eps_hat."""
+        return self.model.predict(self.net, x_t, t)
 
 
 @torch.no_grad()
 def sample_group(
     net: nn.Module,
     model: DiffusionModel,
-    sampler: Ddim,
+    sampler: Ddim | DenoisingGraph,
     indices: range,
     *,
     seed: int,
     device: torch.device,
+    stream: Stream = Stream.IMAGE,
     truncate: bool = False,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> NDArray[np.uint8]:
@@ -42,12 +57,13 @@ def sample_group(
         indices: global image indices; each has noise of its own.
         seed: of the set.
         device: where to compute.
+        stream: of the noise.
         truncate: drop the fraction of a pixel in place of rounding (see `to_uint8`).
         on_step: called with (t, x_t) before every step.
     """
-    generators = image_generators(seed, indices)
+    generators = image_generators(seed, indices, stream)
     x = starting_noise(generators, model.sample_shape).to(device)
-    x = sampler.sample(lambda x_t, t: model.predict(net, x_t, t), x, model.schedule, generators, on_step)
+    x = sampler.sample(_Denoiser(net, model), x, model.schedule, generators, on_step)
     return to_uint8(model.decode(x).cpu(), truncate).numpy()
 
 
@@ -74,12 +90,13 @@ def sample_set(
     mine = missing[processes.rank :: processes.world]
     every = dict(groups(store.images, store.batch))
     net = net.to(processes.device).eval()
+    group_sampler = DenoisingGraph(sampler) if isinstance(sampler, Ddim) else sampler
     began = time.monotonic()
     done = len(every) - len(missing)
     with track("sampling", len(every), done, show=processes.main) as advance:
         for group in mine:
             pixels = sample_group(
-                net, model, sampler, every[group], seed=seed, device=processes.device, truncate=truncate
+                net, model, group_sampler, every[group], seed=seed, device=processes.device, truncate=truncate
             )
             store.put(group, pixels)
             if on_group is not None and processes.main:
@@ -120,7 +137,8 @@ class Reconstructions:
         ):
             for some in index.split(self.BATCH) if len(index) else ():  # an empty tensor splits into one empty part
                 images = self.images.batch(some, torch.zeros(len(some), dtype=torch.bool))
-                noise = [torch.randn(self.model.sample_shape, generator=generator(0, 12, int(i))) for i in some]
+                streams = [generator(0, Stream.RECONSTRUCTION, int(i)) for i in some]
+                noise = [torch.randn(self.model.sample_shape, generator=g) for g in streams]
                 back = self.model.reconstruct(images.to(device), torch.stack(noise).to(device))
                 made.append(to_uint8(back.cpu()).numpy())
                 advance(f"{int(some[-1]) + 1} images")

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.diffusion.draws import fixed_draws
+from tdq_exp.diffusion.draws import Stream, fixed_draws
 from tdq_exp.diffusion.objective import Samples
-from tdq_exp.fit.ptq.stored_set import CalibrationSet
+from tdq_exp.fit.ptq.calibration_set import CalibrationSet
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant import calibrate
-from tdq_exp.quant.convert import Recipe, quantize
+from tdq_exp.quant.convert import Recipe
 from tdq_exp.runtime import files
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import track
@@ -44,7 +44,7 @@ class Shown:
 def drawn(model: DiffusionModel, images: Samples, samples: int, seed: int) -> Shown:
     """Training samples noised to t, stratified over all of time."""
     draws = fixed_draws(
-        seed + 2, samples=samples, images=len(images), shape=model.sample_shape, steps=model.steps,
+        seed, Stream.CALIBRATION, samples=samples, images=len(images), shape=model.sample_shape, steps=model.steps,
         random=images.random,
     )  # fmt: skip
 
@@ -84,10 +84,10 @@ def quantized_and_calibrated(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        time = quantize(net, model.roles(net), recipe, model.schedule.steps)
+        time = model.quantize(net, recipe)
     net.to(processes.device).eval()
     file = cache / "calibration" / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]}.json"
-    found = processes.decide(lambda: files.read(file))
+    found = processes.decide(lambda: files.read_json(file))
     if found is not None:
         calibrate.apply(net, {name: (s, z) for name, (s, z) in found.items()})
         return net
@@ -104,7 +104,7 @@ def quantized_and_calibrated(
             show(net, model, shown, number, processes)
             advance("")
     time.set(None)
-    processes.decide(lambda: files.write(file, calibration.found))
+    processes.decide(lambda: files.write_json(file, calibration.found))
     return net
 
 

@@ -6,11 +6,12 @@ each process. Draws of data need no state (see `diffusion.objective`).
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tdq_exp.runtime import files
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -19,15 +20,11 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: if the folder can't be written or is full; the old file is untouched then.
     """
-    part = path.with_suffix(".part")
-    try:
-        torch.save(state, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        part.unlink(missing_ok=True)
-        raise OSError(
-            f"{path}: can't be written ({str(error).splitlines()[0]}); free space or set out=FOLDER"
-        ) from error
+    with files.replacing(path) as part:
+        try:
+            torch.save(state, part)
+        except RuntimeError as error:  # so torch reports a full disk
+            raise OSError(str(error)) from error
 
 
 def load_state(path: Path) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.diffusion.draws import Draws, draw_batch, fixed_draws
+from tdq_exp.diffusion.draws import Draws, Stream, draw_batch, fixed_draws, seed_global
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.checkpoint import load_state, save_state
 from tdq_exp.fit.ema import Ema
@@ -137,13 +137,13 @@ def train(
     ema = Ema(net, options.ema_decay)
     rates = [group["lr"] for group in optimizer.param_groups]
     history = History()
-    torch.manual_seed(seed * 65537 + processes.rank)  # dropout only: every other draw is keyed
+    seed_global(seed, Stream.TRAINING_NOISE, processes.rank)  # every other draw has a key
     state_file = folder / "state.pt"
     first = _restore(state_file, mark, net, ema, optimizer, history, processes)
     shared = processes.wrap(net)
     validation = fixed_draws(
-        seed + 1, samples=options.validation_samples, images=len(held_out), shape=model.sample_shape,
-        steps=model.steps, random=held_out.random,
+        seed, Stream.VALIDATION, samples=options.validation_samples, images=len(held_out),
+        shape=model.sample_shape, steps=model.steps, random=held_out.random,
     )  # fmt: skip
     net.train()
     began, before = time.monotonic(), history.seconds

@@ -91,8 +91,5 @@ def optimizer_groups(net: nn.Module, rates: Rates) -> list[dict[str, object]]:
 
 def interval_tables(net: nn.Module) -> dict[str, Tensor]:
     """Step size over t of every activation quantizer, by name, on the CPU."""
-    return {
-        name: quantizer.tables()[0].cpu()
-        for name, quantizer in activation_quantizers(net).items()
-        if not quantizer.interval.dynamic
-    }
+    tables = {name: q.tables() for name, q in activation_quantizers(net).items()}
+    return {name: table[0].cpu() for name, table in tables.items() if table is not None}

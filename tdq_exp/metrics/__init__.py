@@ -5,5 +5,6 @@ This package is the only one that imports torch_fidelity.
 """
 
 from tdq_exp.metrics.features import digits, efficientnet_lite0, inception
+from tdq_exp.metrics.fidelity import METRICS, VALUES
 
-__all__ = ["digits", "efficientnet_lite0", "inception"]
+__all__ = ["METRICS", "VALUES", "digits", "efficientnet_lite0", "inception"]

@@ -17,7 +17,6 @@ References:
     https://github.com/toshas/torch-fidelity
 """
 
-import hashlib
 import io
 import pickle
 from collections.abc import Callable
@@ -33,7 +32,8 @@ from torch import nn
 from torch_fidelity import FeatureExtractorBase, FeatureExtractorInceptionV3
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-METRICS = ("fid", "isc", "kid", "prc")
+from tdq_exp.metrics.fidelity import METRICS
+from tdq_exp.runtime.hashes import tensor_hash
 
 _POOL_AND_LOGITS = {"fid": "pool", "kid": "pool", "prc": "pool", "isc": "logits"}
 
@@ -158,15 +158,8 @@ class FeatureNetwork:
 
     @property
     def weights_hash(self) -> str:
-        """The first 16 hex digits of SHA-256 over (name, dtype, shape, bytes) of every tensor, in order of name.
-
-        It does not depend on the file that held the weights, on the device or on the memory layout.
-        """
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.extractor.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """The hash of the weights: the same in whatever file they came. See `tensor_hash`."""
+        return tensor_hash(self.extractor.state_dict(), tuple)
 
     def extract(
         self,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +14,11 @@ from safetensors.torch import load_file, save
 from tdq_exp.data.images import Images
 from tdq_exp.metrics.features import FeatureNetwork
 from tdq_exp.metrics.fidelity import distances
+from tdq_exp.runtime import files
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import track
+
+CACHE_REMEDY = "free space or set data.cache=FOLDER"
 
 
 class Pixels(Protocol):
@@ -55,16 +56,8 @@ def features_of_known(
     file = cache / "features" / f"{content}-{len(pixels)}-{network.weights_hash}-{batch}.safetensors"
     if not processes.decide(file.exists):
         found = features_of(network, pixels, batch, processes, label)
-        processes.decide(lambda: _save(found, file))
+        processes.decide(lambda: files.write_bytes(file, save(found), CACHE_REMEDY))
     return load_file(file)
-
-
-def _save(features: dict[str, torch.Tensor], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: two runs may fill the shared cache at the same time.
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.stem, suffix=".part", delete=False) as part:
-        part.write(save(features))
-    os.replace(part.name, file)
 
 
 def measure(

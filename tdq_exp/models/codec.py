@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tdq_exp.data.images import Images, to_uint8
-from tdq_exp.diffusion.draws import generator
+from tdq_exp.diffusion.draws import Stream, generator
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.models.weights.load import load_autoencoder, state_hash
 from tdq_exp.runtime.processes import Processes
@@ -157,7 +157,7 @@ class Autoencoder:
         """Images, and below them what is left of them after one draw of z."""
         index = torch.arange(min(len(held_out), 32))
         images = held_out.batch(index, torch.zeros(len(index), dtype=torch.bool))
-        noise = torch.randn(len(index), *self.sample_shape, generator=generator(0, 12))
+        noise = torch.randn(len(index), *self.sample_shape, generator=generator(0, Stream.PREVIEW))
         device = next(net.parameters()).device
         parts = zip(images.split(self.batch), noise.split(self.batch), strict=True)
         back = torch.cat([net(x.to(device), draw.to(device))[0].cpu() for x, draw in parts])

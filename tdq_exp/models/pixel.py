@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from tdq_exp.data.images import Images
 from tdq_exp.diffusion.objective import LOSSES, Samples, noise_prediction_loss
 from tdq_exp.diffusion.schedule import Schedule
+from tdq_exp.models.attention import quantize_attention
 from tdq_exp.models.roles import unet_roles
 from tdq_exp.models.weights.load import load_weights
+from tdq_exp.quant.convert import Recipe, quantize
 from tdq_exp.quant.roles import Role
+from tdq_exp.quant.time import TimeContext
 from tdq_exp.runtime.processes import Processes
 
 
@@ -105,6 +108,10 @@ class DiffusionModel:
     def roles(self, net: nn.Module) -> dict[str, Role]:
         """What each convolution and linear layer is for."""
         return unet_roles(net)
+
+    def quantize(self, net: nn.Module, recipe: Recipe) -> TimeContext:
+        """Quantize a float network of this model in place; see `tdq_exp.quant.quantize`."""
+        return quantize(net, self.roles(net), recipe, self.steps, quantize_attention)
 
     def part(self, name: str) -> Trainable:
         """What `fit.part` trains: `network` is this model itself.

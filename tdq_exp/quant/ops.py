@@ -16,7 +16,7 @@ Gradients, with m = [lo < v < hi] (strict, as in LSQ, arXiv 1902.08153, eq. 3):
 
 The first of the two holds for NIPQ's pseudo quantization noise as well, where x_hat = x + s u inside.
 
-Where `kernels` fit, each direction is one fused kernel; x_hat is the same to the bit.
+Where `kernels` apply, each direction is one fused kernel; x_hat is the same to the bit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdq_exp.quant.kernels import cpu as kernels
+from tdq_exp.quant import kernels
+from tdq_exp.quant.kernels import plain
 
 
 class _RoundToGrid(torch.autograd.Function):
@@ -35,19 +36,24 @@ class _RoundToGrid(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, n: float, p: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.codes = n, p
-        return x.round().clamp_(n, p)
+        return x.round().clamp(n, p)  # in place, torch.compile of torch 2.11 loses the gradient
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x,), (n, p), (g,) = ctx.saved_tensors, ctx.codes, gradients
-        outwards = ((x < n) & (g > 0)) | ((x > p) & (g < 0))  # a descent step would move further away
+        if kernels.fused_on_gpu(x):
+            return kernels.kernels_for(x).round_backward(x, g, n, p), None, None
+        outwards = ((x < n) & (g > 0)) | (
+            (x > p) & (g < 0)
+        )  # a descent step would move further away
         return torch.where(outwards, 0.0, g), None, None
 
 
 def round_straight_through(x: Tensor, n: float = -torch.inf, p: float = torch.inf) -> Tensor:
-    """round(x) clipped to n..p, with the gradient of x; beyond the ends only what leads back passes.
+    """Return round(x) clipped to n..p, with the gradient of x.
 
-    Without the latter a parameter that one update has carried past an end would stay there for ever.
+    Beyond the ends only a gradient that leads back passes: without it, a parameter that one update has
+    carried past an end would stay there for ever.
     """
     return _RoundToGrid.apply(x, n, p)
 
@@ -62,29 +68,29 @@ class _PassStraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
-class _ScaleGradient(torch.autograd.Function):
+class _MultiplyGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, s: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
+    def forward(ctx: Any, s: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
         return s.view_as(s)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.scale, None
+        return gradients[0] * ctx.factor, None
 
 
-def scale_gradient(s: Tensor, scale: float) -> Tensor:
-    """s, whose gradient is multiplied by a constant on its way back."""
-    return s if scale == 1.0 else _ScaleGradient.apply(s, scale)
+def multiply_gradient(s: Tensor, factor: float) -> Tensor:
+    """Return s, whose gradient is multiplied by a constant on its way back."""
+    return s if factor == 1.0 else _MultiplyGradient.apply(s, factor)
 
 
 def pass_straight_through(x: Tensor, x_hat: Tensor) -> Tensor:
-    """x_hat, with all of its gradient going to x."""
+    """Return x_hat, with all of its gradient going to x."""
     return _PassStraightThrough.apply(x, x_hat)
 
 
-def quantize(x: Tensor, s: Tensor, z: Tensor, n: int, p: int) -> Tensor:
-    """Codes `clip(round(x / s) + z, n, p)` as floats.
+def to_codes(x: Tensor, s: Tensor, z: Tensor, n: int, p: int) -> Tensor:
+    """Return the codes `clip(round(x / s) + z, n, p)` as floats.
 
     Args:
         x: any shape.
@@ -97,9 +103,16 @@ def quantize(x: Tensor, s: Tensor, z: Tensor, n: int, p: int) -> Tensor:
 
 
 def fake_quantize(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int) -> Tensor:
-    """x_hat, without gradient: what inference computes. Arguments as in `quantize`; z = None is 0, in fewer passes."""
-    if kernels.fit(x, s, z):
-        return kernels.forward(kernels.dense(x), s, z, n, p)
+    """Return x_hat, without gradient: what inference computes.
+
+    Arguments as in `to_codes`; z = None is 0, in fewer passes.
+    """
+    if kernels.fused(x, s, z):
+        dtype = kernels.result_type(x)
+        if kernels.traced(x):
+            return kernels.traced_fake_quantize(x, s, z, (n, p), 1.0, "learned", None, dtype)
+        return kernels.kernels_for(x).forward(kernels.dense(x), s, z, n, p, None, dtype)
+    x = x.float() if x.dtype == torch.bfloat16 else x
     v = x / s
     if z is None:
         v.clamp_(n, p)
@@ -109,24 +122,63 @@ def fake_quantize(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int) -> Ten
     return v.round_().mul_(s)
 
 
+def fake_quantize_at(x: Tensor, s: Tensor, t: Tensor, z: Tensor | None, n: int, p: int) -> Tensor:
+    """Return x_hat, without gradient, with s and z read from tables at one time step for the whole tensor.
+
+    On a GPU the kernel reads them, so that a time-dependent step size costs no launch more than a static one.
+
+    Args:
+        x: any shape.
+        s: step sizes, `[T]`.
+        t: 0-dim, integer.
+        z: zero points, `[T]` or `[1]`; None is 0.
+        n: smallest code.
+        p: largest code.
+    """
+    if x.is_cuda and t.device == x.device and kernels.fused(x) and not kernels.traced(x):
+        found = kernels.kernels_for(x)
+        return found.forward_at(kernels.dense(x), s, z, t, n, p, kernels.result_type(x))
+    step = at(s, t)
+    if z is None:
+        return fake_quantize(x, step, None, n, p)
+    return fake_quantize(x, step, at(z, t) if len(z) > 1 else z[0], n, p)
+
+
+def at(values: Tensor, t: Tensor) -> Tensor:
+    """Return `values[t]` for t 0-dim or `[B]`.
+
+    Plain indexing with a 0-dim t would wait for an accelerator to say what t is.
+    """
+    return values.index_select(0, t.reshape(-1).to(values.device)).reshape(t.shape)
+
+
 class _FusedFakeQuantize(torch.autograd.Function):
-    """x_hat by fused kernels. `kind` is learned, clipped or noise; `noise` is u of the last."""
+    """Fake quantization by fused kernels. `kind` is learned, clipped or noise; `noise` is u of the last."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float, kind: str, noise: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        s: Tensor,
+        z: Tensor | None,
+        n: int,
+        p: int,
+        scale: float,
+        kind: str,
+        noise: Tensor | None,
     ) -> Tensor:
         x = kernels.dense(x)
         noise = None if noise is None else kernels.like(x, noise)
         ctx.save_for_backward(x, s, z, noise)
         ctx.numbers = n, p, scale, kind
-        return kernels.forward(x, s, z, n, p, noise)
+        return kernels.kernels_for(x).forward(x, s, z, n, p, noise, kernels.result_type(x))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, s, z, noise = ctx.saved_tensors
         n, p, scale, kind = ctx.numbers
-        found = kernels.backward(kernels.like(x, gradients[0]), x, s, z, n, p, scale, kind, noise)
+        g = kernels.like(x, gradients[0])
+        found = kernels.kernels_for(x).backward(g, x, s, z, n, p, scale, kind, noise)
         wanted = (g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False))
         return *wanted, None, None, None, None, None
 
@@ -146,63 +198,53 @@ class _FakeQuantize(torch.autograd.Function):
         clipped: bool,
         noise: Tensor | None,
     ) -> Tensor:
-        v = x / s
-        if z is None:
-            x_hat = v.clamp(n, p)
-        else:
-            x_hat = torch.maximum(v, n - z)
-            torch.minimum(x_hat, p - z, out=x_hat)
-        if noise is None:
-            x_hat.round_()
-        else:
-            low, high = (n, p) if z is None else (n - z, p - z)
-            x_hat.addcmul_(noise, ((v > low) & (v < high)).to(noise.dtype))
-        x_hat.mul_(s)
+        v, x_hat = plain.forward(x, s, z, n, p, noise)
         ctx.save_for_backward(v, x_hat, s, z)
         ctx.codes, ctx.scale, ctx.clipped = (n, p), scale, clipped
         return x_hat
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = gradients
         v, x_hat, s, z = ctx.saved_tensors
-        n, p = ctx.codes
-        g = g.contiguous()
-        g_x = torch.ops.aten.hardtanh_backward(
-            g, v if z is None else v + z, n, p
-        )  # one pass: g where n < u < p, else 0
+        g = gradients[0].contiguous()
+        g_x = plain.gradient_of_input(g, v, z, *ctx.codes)
         g_s = g_z = None
         if ctx.needs_input_grad[1]:
-            if ctx.clipped:
-                g_s = _sum_like((g - g_x), x_hat, s) / s
-            else:
-                g_s = _sum_like(g, x_hat, s) / s - _sum_like(g_x, v, s)
-            g_s = g_s * ctx.scale
+            g_s = plain.gradient_of_step_size(g, g_x, v, x_hat, s, ctx.scale, ctx.clipped)
         if ctx.needs_input_grad[2]:
-            per_sample = s.numel() > 1 or z.numel() > 1
-            outside = (g_x - g).flatten(1).sum(1).reshape(-1, *[1] * (g.dim() - 1)) if per_sample else (g_x - g).sum()
-            g_z = outside * s
-            g_z = g_z.reshape(z.shape) if z.numel() == g_z.numel() else g_z.sum().reshape(z.shape)
+            g_z = plain.gradient_of_zero_point(g, g_x, s, z)
         return g_x if ctx.needs_input_grad[0] else None, g_s, g_z, None, None, None, None, None
 
 
-def _sum_like(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
-    """sum(a b) over all axes along which s is constant; s is a scalar or `[B, 1, ...]`."""
-    if s.numel() == 1:
-        return torch.dot(a.reshape(-1), b.reshape(-1)).reshape(s.shape)
-    return (a * b).flatten(1).sum(1).reshape(s.shape)
-
-
 def _fake_quantize(
-    x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float, kind: str, noise: Tensor | None = None
+    x: Tensor,
+    s: Tensor,
+    z: Tensor | None,
+    n: int,
+    p: int,
+    scale: float,
+    kind: str,
+    noise: Tensor | None = None,
 ) -> Tensor:
-    if kernels.fit(x, s, z):
-        return _FusedFakeQuantize.apply(x, s, z, n, p, scale, kind, noise)
-    return _FakeQuantize.apply(x, s, z, n, p, scale, kind == "clipped", noise)
+    """x_hat, by the first of three ways that applies.
+
+    1. No fused kernel is for such tensors, or kernels are off: single tensor operations.
+    2. Somebody records operations or replaces memory: a torch operator that stands for the kernel.
+    3. Plain tensors: the kernel itself.
+    """
+    if not kernels.fused(x, s, z):
+        x = x.float() if x.dtype == torch.bfloat16 else x
+        return _FakeQuantize.apply(x, s, z, n, p, scale, kind == "clipped", noise)
+    if kernels.traced(x):
+        dtype = kernels.result_type(x)
+        return kernels.traced_fake_quantize(x, s, z, (n, p), scale, kind, noise, dtype)
+    return _FusedFakeQuantize.apply(x, s, z, n, p, scale, kind, noise)
 
 
 def affine_range(low: Tensor, high: Tensor, n: int, p: int) -> tuple[Tensor, Tensor]:
-    """(s, z) of the ranges [low, high], widened to hold 0, and on a symmetric grid to both sides; of their shape.
+    """Return (s, z) of the ranges [low, high], of their shape.
+
+    The ranges are widened to hold 0, and on a symmetric grid to both sides.
 
         s = (high - low) / (p - n),   z = round(n - low / s),   low <= 0 <= high
 
@@ -218,8 +260,10 @@ def affine_range(low: Tensor, high: Tensor, n: int, p: int) -> tuple[Tensor, Ten
     return s, (n - low / s).round().clamp(n, p)
 
 
-def fake_quantize_learned(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float = 1.0) -> Tensor:
-    """x_hat with LSQ's gradients.
+def fake_quantize_learned(
+    x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float = 1.0
+) -> Tensor:
+    """Return x_hat with LSQ's gradients.
 
     Args:
         x: any shape.
@@ -235,8 +279,12 @@ def fake_quantize_learned(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int
     return _fake_quantize(x, s, z, n, p, scale, "learned")
 
 
-def fake_quantize_clipped(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float = 1.0) -> Tensor:
-    """x_hat with PACT's gradient: s learns from clipped elements only. Arguments as in `fake_quantize_learned`.
+def fake_quantize_clipped(
+    x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float = 1.0
+) -> Tensor:
+    """Return x_hat with PACT's gradient: s learns from clipped elements only.
+
+    Arguments as in `fake_quantize_learned`.
 
     References:
         Choi et al., *PACT*, arXiv 1805.06085, eq. (3).
@@ -244,8 +292,12 @@ def fake_quantize_clipped(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int
     return _fake_quantize(x, s, z, n, p, scale, "clipped")
 
 
-def add_quantization_noise(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, noise: Tensor) -> Tensor:
-    """x + s u inside the range and the bound outside, with gradients of both. Other arguments as above.
+def add_quantization_noise(
+    x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, noise: Tensor
+) -> Tensor:
+    """Return x + s u inside the range and the bound outside, with gradients of both.
+
+    Other arguments as in `fake_quantize_learned`.
 
     Args:
         noise: u, of x's shape, in [-1/2, 1/2].

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.quant import ops
+from tdq_exp.quant import kernels, ops
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.intervals.base import Interval
 from tdq_exp.quant.zero_point import ZeroPointSource
@@ -49,7 +49,9 @@ class Quantizer(nn.Module):
         super().__init__()
         self.grid, self.interval, self.zero_point = grid, interval, zero_point
         self.gradient_scale = gradient_scale
-        self.observer: Any = None  # while calibrating: receives what passes, and nothing is quantized
+        self.observer: Any = (
+            None  # while calibrating: receives what passes, and nothing is quantized
+        )
         self.zero: Tensor
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
@@ -88,6 +90,11 @@ class Quantizer(nn.Module):
 
     # --- What all rules share
 
+    @property
+    def transforms_step(self) -> bool:
+        """Does this rule change the step size that its interval gives?"""
+        return type(self).transform_step is not Quantizer.transform_step
+
     def start(self, s: float, z: int) -> None:
         """Set the start values that calibration found."""
         self.interval.start(s)
@@ -119,17 +126,27 @@ class Quantizer(nn.Module):
         return s, z
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x_hat, float32, of x's shape."""
+        """Return x_hat, of x's shape: float32, or autocast's type on a GPU (see `kernels.result_type`)."""
         if self.observer is not None:
             self.observer(x)
             return x
-        x = x.float()  # the arithmetic of quantizers stays in float32 under autocast
+        n, p = self.grid.n, self.grid.p
+        x = kernels.readable(x)  # the arithmetic of quantizers stays in float32 under autocast
+
+        # Inference from tables, at one time step: a kernel reads the entries itself.
+        if not self.training and not torch.is_grad_enabled():
+            lookup = self.interval.lookup()
+            if lookup is not None:
+                s, t = lookup
+                z = None if self.zero_point is None else self.zero_point.table(s)
+                return ops.fake_quantize_at(x, s, t, z, n, p)
+
         s, z = self._step_and_zero(x)
         if self.training:
             return self.rule(x, s, z)
         if torch.is_grad_enabled():  # inside of somebody's graph: the same numbers, differentiable
-            return ops.fake_quantize_learned(x, s, z, self.grid.n, self.grid.p)
-        return ops.fake_quantize(x, s, z, self.grid.n, self.grid.p)
+            return ops.fake_quantize_learned(x, s, z, n, p)
+        return ops.fake_quantize(x, s, z, n, p)
 
     @torch.no_grad()
     def tables(self) -> tuple[Tensor, Tensor] | None:
@@ -166,7 +183,7 @@ def check_rule(quantizer: Quantizer, s: Tensor | None = None, z: Tensor | None =
     if not quantizer.integer:
         return  # such a rule has one formula, for training and eval
     n, p = quantizer.grid.n, quantizer.grid.p
-    s = torch.tensor(0.3) if s is None else s
+    s = torch.tensor(0.3, device="cpu") if s is None else s
     if z is None and n == 0:
         z = torch.tensor(float(p // 2), device=s.device)
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from tdq_exp.quant import ops
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.intervals.base import at
 from tdq_exp.quant.time import TimeContext
 
 
@@ -127,7 +126,7 @@ class TableZeroPoint(ZeroPointSource):
         if not self.time_dependent:
             return self.zero_points[0]
         assert self.time is not None
-        return at(self.zero_points, self.time.t)
+        return ops.at(self.zero_points, self.time.t)
 
     def table(self, s: Tensor) -> Tensor:
         """Return the table."""

@@ -198,7 +198,7 @@ def find(cell: Cell) -> Cell:
     """
 
     def rows(path: Path) -> list[dict[str, Any]]:
-        found = (files.read(path) or {"rows": []})["rows"]
+        found = (files.read_json(path) or {"rows": []})["rows"]
         return [row for row in found if row["config"]["eval"]["label"] == cell.config["eval"]["label"]]
 
     exact = rows(cell.folder / cell.sample / "metrics.json")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tdq_exp.runtime import files
 
 STALE, SHORT = "†", "‡"
 
@@ -73,12 +74,9 @@ def escaped(text: str) -> str:
 
 def write(table: Table, stem: Path) -> list[Path]:
     """Writes `<stem>.md` and `<stem>.tex`, each whole or not at all."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
     paths = []
     for suffix, text in ((".md", markdown(table)), (".tex", latex(table))):
         path = stem.with_name(stem.name + suffix)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(text.encode())
-        os.replace(part, path)
+        files.write_text(path, text)
         paths.append(path)
     return paths

@@ -1,30 +1,94 @@
-"""Rows, and the fingerprints that say what they are rows of.
+"""Files of a run: JSON, fingerprints, and the one way in which a file is replaced.
 
-A fingerprint is the hash of *parts*: the plain values that a stage's result depends on. Stages build on each other,
-fit < sample < measure, and the upstream fingerprint is one of the downstream parts. Paths are never parts: the hash of
-what they hold is. The same fingerprint means "already done"; another one under the same name is refused, with the
-difference.
+A fingerprint is the hash of *parts*: the plain values that a stage's result depends on. Stages build
+on each other, fit < sample < measure, and the upstream fingerprint is one of the downstream parts.
+Paths are never parts: the hash of what they hold is. The same fingerprint means "already done";
+another one under the same name is refused, with the difference.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 Parts = Mapping[str, Any]
 
+REMEDY = "free space or set out=FOLDER"
+ABANDONED = 24 * 3600.0  # seconds after which a part file belongs to no living run
+
 
 def fingerprint(parts: Parts) -> str:
-    """First 16 hex digits of the SHA-256 of the parts as canonical JSON."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
+    """Return the first 16 hex digits of the SHA-256 of the parts as canonical JSON."""
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def read(path: Path) -> dict[str, Any] | None:
-    """A JSON file, or None if there is none.
+@contextmanager
+def replacing(path: Path, remedy: str = REMEDY, keep_other: bool = False) -> Iterator[Path]:
+    """Write a file beside its target and rename it: a reader finds the whole file or none.
+
+    After an error the target is as it was, and nothing is left beside it.
+
+    Args:
+        path: the target; its folder is made if need be.
+        remedy: what the message of an error says to do.
+        keep_other: if the target exists by the time the new file is finished, keep the target.
+
+    Yields:
+        The file to write. Its name is unique, so that runs beside this one can write the same
+        target.
+
+    Raises:
+        OSError: naming the target, if the folder can't be written or is full.
+    """
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
+        yield part
+        if not (keep_other and path.exists()):
+            os.replace(part, path)
+    except OSError as error:
+        reason = error.strerror or str(error).partition("\n")[0]
+        raise OSError(f"{path}: can't be written ({reason}); {remedy}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed runs left beside a target: part files that were not written for a day."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with suppress(FileNotFoundError):  # another run removes it, too
+            if time.time() - part.stat().st_mtime > ABANDONED:
+                part.unlink()
+
+
+def write_bytes(path: Path, content: bytes, remedy: str = REMEDY) -> None:
+    """Replace a file in one step. See `replacing`."""
+    with replacing(path, remedy) as part:
+        part.write_bytes(content)
+
+
+def write_text(path: Path, content: str, remedy: str = REMEDY) -> None:
+    """Replace a text file, UTF-8, in one step. See `replacing`."""
+    write_bytes(path, content.encode(), remedy)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file in one step, its keys sorted. See `replacing`."""
+    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the content of a JSON file, or None if there is none.
 
     Raises:
         ValueError: if it is damaged.
@@ -37,16 +101,5 @@ def read(path: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path}: damaged ({error}); remove it to do this stage again") from error
 
 
-def write(path: Path, content: Any) -> None:
-    """Writes JSON beside the target and renames it.
-
-    Raises:
-        OSError: naming the file, if the folder can't be written or is full.
-    """
-    part = path.with_suffix(f"{path.suffix}.{os.getpid()}.part")  # caches are shared by runs that go on side by side
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-        os.replace(part, path)
-    except OSError as error:
-        raise OSError(f"{path}: can't be written ({error.strerror}); free space or set out=FOLDER") from error
+# The former names, for callers that still have them.
+read, write = read_json, write_json

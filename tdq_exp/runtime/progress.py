@@ -16,11 +16,12 @@ from rich.table import Table
 
 WIDE = 200  # columns of a table in a file or a pipe, where nobody's window limits it
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
+SECONDS = 30.0  # between two lines where there is no terminal
 Advance = Callable[[str], None]
 
 
 @contextmanager
-def track(label: str, total: int, start: int = 0, show: bool = True, seconds: float = 30.0) -> Iterator[Advance]:
+def track(label: str, total: int, start: int = 0, show: bool = True) -> Iterator[Advance]:
     """Counts from `start` to `total`; call the yielded function once for each unit, with a short remark.
 
     Args:
@@ -28,7 +29,6 @@ def track(label: str, total: int, start: int = 0, show: bool = True, seconds: fl
         total: number of units.
         start: units that an earlier run has done.
         show: False on all processes but one.
-        seconds: between two lines where there is no terminal.
     """
     if not show:
         yield lambda remark: None
@@ -46,7 +46,7 @@ def track(label: str, total: int, start: int = 0, show: bool = True, seconds: fl
         nonlocal done, said
         done += 1
         now = time.monotonic()
-        if now - said >= seconds or done == total:
+        if now - said >= SECONDS or done == total:
             said = now
             left = (now - began) / max(done - start, 1) * (total - done)
             console.print(f"{label} {done}/{total}, {now - began:.0f} s, {left:.0f} s left, {remark}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tdq_exp.runtime.files import Parts, fingerprint, read
+from tdq_exp.runtime.files import Parts, fingerprint, read_json
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
@@ -34,7 +34,7 @@ def check_same(
     Raises:
         ValueError: if it was made by other parts; names up to four differences and says what to do.
     """
-    found = read(path)
+    found = read_json(path)
     if found is None or found["fingerprint"] == fingerprint(parts):
         return found
     old, new = dict(found["parts"]), json.loads(json.dumps(parts))

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 KINDS = ("none", "offline", "wandb")
+POINTS = 100  # time steps of an interval that are logged
 
 
 class Tracker:
@@ -63,13 +64,13 @@ class Tracker:
         if self._started() is not None:
             self._run.log({"update": step, **values})
 
-    def intervals(self, tables: Mapping[str, Tensor], points: int = 100) -> None:
-        """Every interval over t: one table of (quantizer, t, step size), thinned to about `points` time steps each."""
+    def intervals(self, tables: Mapping[str, Tensor]) -> None:
+        """Every interval over t: one table of (quantizer, t, step size), thinned to about `POINTS` time steps each."""
         if self._started() is None or self._wandb is None:
             return
         rows = []
         for name, table in tables.items():
-            stride = max(len(table) // points, 1)
+            stride = max(len(table) // POINTS, 1)
             rows += [[name, t, float(table[t])] for t in range(0, len(table), stride)]
         self._run.log({"intervals": self._wandb.Table(columns=["quantizer", "t", "step_size"], data=rows)})
 

@@ -8,7 +8,7 @@ import pytest
 
 from tdq_exp.config import records
 from tdq_exp.experiment import build as jobs
-from tdq_exp.runtime.files import read
+from tdq_exp.runtime.files import read_json
 
 RUN = Path(__file__).resolve().parents[2] / "results" / "runs" / "digits_w4a4_lsq_tdq" / "seed0" / "fit.json"
 
@@ -43,7 +43,7 @@ def test_every_older_name_leads_to_something_that_there_is():
     ],
 )  # fmt: skip
 def test_a_strangers_record_calls_nothing(target, tmp_path, monkeypatch):
-    config = copy.deepcopy(read(RUN)["config"])
+    config = copy.deepcopy(read_json(RUN)["config"])
     marker = tmp_path / "called"
     config["plan"]["plan"] = {"_target_": target, "_args_": [["touch", str(marker)]]}
     with pytest.raises(ValueError, match=r"stranger\.json: names .* not a part of tdq_exp"):

@@ -9,7 +9,7 @@ import torch
 from tdq_exp.data import latents
 from tdq_exp.data.images import Images
 from tdq_exp.data.latents import encoded
-from tdq_exp.diffusion.draws import draw_batch, fixed_draws
+from tdq_exp.diffusion.draws import Stream, draw_batch, fixed_draws
 from tdq_exp.runtime.processes import Processes
 
 SHAPE = (2, 2, 2)
@@ -62,10 +62,10 @@ def test_two_draws_of_one_image_differ_and_a_draw_is_never_forgotten(tmp_path, p
 def test_the_same_set_is_encoded_once_and_another_one_apart(tmp_path, processes):
     first = made(processes, tmp_path)
     again = made(processes, tmp_path, encode=None)  # would fail if it were called
-    assert again.files.folder == first.files.folder and again.content == first.content
+    assert again.arrays.folder == first.arrays.folder and again.content == first.content
     others = [made(processes, tmp_path, by="other"), made(processes, tmp_path, of=images(seed=1))]
     assert len({first.content, *(other.content for other in others)}) == 3
-    assert len({first.files.folder, *(other.files.folder for other in others)}) == 3
+    assert len({first.arrays.folder, *(other.arrays.folder for other in others)}) == 3
 
 
 def test_interrupted_encoding_goes_on_with_the_same_bits(tmp_path, processes):
@@ -84,20 +84,20 @@ def test_interrupted_encoding_goes_on_with_the_same_bits(tmp_path, processes):
     calls.clear()
     found = made(processes, tmp_path / "broken", encode=lambda x: (calls.append(len(x)), encode(x))[1])
     assert calls == [4, 4, 2, 2]  # the first group was kept
-    assert (found.files.folder / "moments.npy").read_bytes() == (whole.files.folder / "moments.npy").read_bytes()
+    assert (found.arrays.folder / "moments.npy").read_bytes() == (whole.arrays.folder / "moments.npy").read_bytes()
 
 
 def test_validation_needs_no_mirrors(tmp_path, processes):
     found = made(processes, tmp_path, mirror=False)
     noise = torch.zeros(1, *SHAPE)
-    assert np.load(found.files.folder / "moments.npy", mmap_mode="r").shape == (10, 1, 2, *SHAPE)
+    assert np.load(found.arrays.folder / "moments.npy", mmap_mode="r").shape == (10, 1, 2, *SHAPE)
     with pytest.raises(ValueError, match="mirrored images were not encoded"):
         found.batch(torch.tensor([1]), torch.tensor([True]), noise)
 
 
 def test_a_damaged_file_is_one_line_that_names_it(tmp_path, processes):
     found = made(processes, tmp_path)
-    (found.files.folder / "moments.npy").write_bytes(b"no array")
+    (found.arrays.folder / "moments.npy").write_bytes(b"no array")
     again = made(processes, tmp_path)
     with pytest.raises(ValueError, match=r"moments\.npy: damaged; remove"):
         again.batch(torch.tensor([0]), torch.tensor([False]), torch.zeros(1, *SHAPE))
@@ -107,7 +107,7 @@ def test_noise_of_samples_leaves_every_other_draw_as_it_was():
     common = {"batch_size": 6, "images": 9, "shape": SHAPE, "steps": 100, "flip": True}
     plain, drawn = draw_batch(3, 5, **common), draw_batch(3, 5, **common, random=True)
     fixed = {"samples": 6, "images": 9, "shape": SHAPE, "steps": 100}
-    pairs = [(plain, drawn), (fixed_draws(3, **fixed), fixed_draws(3, **fixed, random=True))]
+    pairs = [(plain, drawn), (fixed_draws(3, Stream.VALIDATION, **fixed), fixed_draws(3, Stream.VALIDATION, **fixed, random=True))]
     for without, with_noise in pairs:
         assert without.noise is None
         for name in ("index", "flip", "t", "eps"):

@@ -14,6 +14,7 @@ from tdq_exp.quant.convert import Recipe, activation_quantizers, bake
 from tdq_exp.quant.intervals.static import StaticIntervals
 from tdq_exp.quant.intervals.temporal import TemporalIntervals
 from tdq_exp.quant.kernels import cpu as kernels
+from tdq_exp.quant.kernels import unfused
 from tdq_exp.quant.plan import Plan
 from tdq_exp.quant.rules.lsq import Lsq
 from tests.quant.builders import inputs, make_net, randn
@@ -47,7 +48,7 @@ def test_norm_silu_and_codes_in_one_pass(shape, groups, silu, fused):
         norm, x = made(shape[1], groups, affine), randn(*shape) * 3 + 20
         x[:, 0] *= 100  # channels of very different size within a group
         y = exact(x, norm, silu)
-        with nullcontext() if fused else kernels.unfused():
+        with nullcontext() if fused else unfused():
             found = kernels.norm_codes(x, norm, silu, S, Z, 0, P)
             normalised = kernels.normalised(x, norm, silu)
         assert found.dtype == torch.uint8 and found.is_contiguous(memory_format=torch.channels_last)
@@ -72,7 +73,7 @@ def test_silu_is_right_for_every_size_of_input():
 @pytest.mark.parametrize("fused", [True, False])
 def test_ranges_hold_zero(fused):
     x = torch.stack([randn(3, 50, 50), randn(3, 50, 50).abs() + 1, -randn(3, 50, 50).abs() - 1])
-    with nullcontext() if fused else kernels.unfused():
+    with nullcontext() if fused else unfused():
         low, high = kernels.ranges(x)
     assert torch.equal(low, x.flatten(1).amin(1).clamp(max=0))
     assert torch.equal(high, x.flatten(1).amax(1).clamp(min=0))

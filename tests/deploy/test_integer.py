@@ -17,6 +17,7 @@ from tdq_exp.quant.intervals.dynamic import DynamicIntervals
 from tdq_exp.quant.intervals.static import StaticIntervals
 from tdq_exp.quant.intervals.temporal import TemporalIntervals
 from tdq_exp.quant.kernels import cpu as kernels
+from tdq_exp.quant.kernels import unfused
 from tdq_exp.quant.layers import CodedWeight, QuantConv2d, QuantLayer, QuantLinear
 from tdq_exp.quant.plan import Plan
 from tdq_exp.quant.release import ReleaseDetails
@@ -140,7 +141,7 @@ def test_affine_codes_fit_into_signed_bytes_and_only_wide_ones_need_a_second_sum
 def test_codes_are_the_quantizers_own(fused):
     x = torch.cat([randn(500) * 3, torch.tensor([1e30, -1e30, 0.25, 0.75, float("nan")])]).reshape(1, -1)
     expected = ((x / 0.5).clamp(-3, 12).round() + 3).nan_to_num(0)
-    with nullcontext() if fused else kernels.unfused():
+    with nullcontext() if fused else unfused():
         found = kernels.codes(x, torch.tensor([0.5]), torch.tensor([3.0]), 0, 15)
     assert found.dtype == torch.uint8
     assert torch.equal(found.float(), expected)

@@ -19,7 +19,6 @@ from tdq_exp.quant.convert import Recipe, bake
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.intervals.base import LookupTable
 from tdq_exp.quant.intervals.dynamic import DynamicIntervals
-from tdq_exp.quant.intervals.temporal import TemporalIntervals
 from tdq_exp.quant.layers import CodedWeight, QuantConv2d, QuantLinear
 from tdq_exp.quant.rules.lsq import Lsq
 from tdq_exp.quant.rules.minmax import MinMaxWeights
@@ -174,19 +173,6 @@ def test_what_has_no_table_or_no_bytes_is_refused_by_name():
     wide = bake(make_net(Recipe(4, 9, MinMaxWeights, Lsq, weight_interval="channel_range")))
     with pytest.raises(ValueError, match="conv_in: can't be exported, its input is wider than 8 bits"):
         onnx.graph_of(wide, {}, "portable")
-
-
-@torch.no_grad()
-def test_a_whole_network_in_the_portable_form(tmp_path):
-    """At 8 bits a code that falls on the other side of a border changes little."""
-    net = bake(make_net(Recipe(8, 8, Lsq, Lsq, TemporalIntervals(encoding=16, width=8))))
-    x = randn(3, 1, 8, 8)
-    file = tmp_path / "net.onnx"
-    onnx.write(onnx.graph_of(net, {}, "portable"), (1, 8, 8), file)
-    session = export.session(file)
-    for t in (0, 500, 999):
-        found = torch.from_numpy(session.run(None, {"x_t": x.numpy(), "t": np.array(t, dtype=np.int64)})[0])
-        assert onnx.parity(found, net(x, torch.tensor(t)).sample) < 0.02
 
 
 @pytest.fixture(scope="module")

@@ -44,9 +44,14 @@ def test_two_four_bit_codes_share_a_byte():
     assert packed.pack_codes(torch.tensor([-7, 7, 0, 1]), -7, 4).tolist() == [0xE0, 0x87]
 
 
-@pytest.fixture(params=[["method=lsq", "tdq=temporal"], ["method=minmax", "tdq=none", "bits=w8a8"]])
-def run(request, tmp_path, tiny_weights):
-    quick = ["model=tiny", "tracker=none", "launcher=cpu", "fit.calibration_samples=64", f"out={tmp_path}"]
+RUNS = {"qat": ["method=lsq", "tdq=temporal"], "post-training": ["method=minmax", "tdq=none", "bits=w8a8"]}
+
+
+@pytest.fixture(scope="module", params=RUNS.values(), ids=RUNS.keys())
+def run(request, tmp_path_factory, tiny_weights):
+    """The folder of a finished run, which the tests only read."""
+    out = tmp_path_factory.mktemp("run")
+    quick = ["model=tiny", "tracker=none", "launcher=cpu", "fit.calibration_samples=64", f"out={out}"]
     made = jobs.build(compose([*quick, f"model.weights={tiny_weights}", *request.param]))
     pipeline.run(made)
     return made.folder
@@ -82,10 +87,16 @@ def test_what_is_wrong_with_a_file_is_one_line(run, tmp_path):
         tdq_exp.load(tmp_path / "none.safetensors")
 
 
-def test_the_commands_pack_and_draw(run, tmp_path, command):
-    done = command(str(run), "--out", "net.safetensors", verb="pack")
+def test_the_commands_pack_and_draw(run, tmp_path, inside):
+    done = inside(str(run), "--out", "net.safetensors", verb="pack")
     assert done.returncode == 0 and "read back and compared" in done.stdout, done.stderr
-    drawn = command("net.safetensors", "--images", "3", "--engine", "integer", "--out", "drawn", verb="sample")
+    drawn = inside("net.safetensors", "--images", "3", "--engine", "integer", "--out", "drawn", verb="sample")
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "drawn" / "grid.png").stat().st_size > 0
-    assert "Traceback" not in command("x", "--engine", "warp", verb="sample").stderr
+    refused = inside("x", "--engine", "warp", verb="sample")
+    assert refused.returncode == 2 and "--engine=warp" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_the_packing_command_starts_as_a_process(tmp_path, command):
+    done = command("nowhere", verb="pack")
+    assert done.returncode == 2 and "nowhere" in done.stderr and "Traceback" not in done.stderr

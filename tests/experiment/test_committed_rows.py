@@ -14,7 +14,7 @@ import pytest
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import fit_stage, pipeline
-from tdq_exp.runtime.files import fingerprint, read
+from tdq_exp.runtime.files import fingerprint, read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "results" / "runs"
@@ -25,7 +25,7 @@ BY_HAND = {"ddim_small_w8a8_ptq4dm_mid_t/seed0", "ddim_small_w8a8_ptq4dm_balance
 
 
 def fit_of(run):
-    return read(RUNS / run / "fit.json")
+    return read_json(RUNS / run / "fit.json")
 
 
 def parts_of(job, record):
@@ -56,11 +56,11 @@ def test_no_row_is_lost_and_each_has_its_listed_hashes(run):
     assert fit["fingerprint"] == LISTED[run]["fit"][1] == fingerprint(fit["parts"])
 
     for name, rows in LISTED[run]["samples"].items():
-        samples = read(RUNS / run / name / "samples.json")
+        samples = read_json(RUNS / run / name / "samples.json")
         assert samples["fingerprint"] == fingerprint(samples["parts"])
         assert samples["parts"]["fit"] == fit["fingerprint"]
 
-        recorded = {row["features"]["name"]: row for row in read(RUNS / run / name / "metrics.json")["rows"]}
+        recorded = {row["features"]["name"]: row for row in read_json(RUNS / run / name / "metrics.json")["rows"]}
         for features, listed in rows.items():
             row = recorded[features]
             assert row["metrics"].get("fid") == listed["fid"]
@@ -100,5 +100,5 @@ def test_the_same_command_does_nothing(name, tmp_path, monkeypatch):
     job = jobs.build(compose([*overrides, f"out={out}", "tracker=none", "launcher=cpu"]))
     (row,) = pipeline.run(job)
 
-    assert row == read(RUNS / name / "seed0" / "ddim50_n1000" / "metrics.json")["rows"][0]
+    assert row == read_json(RUNS / name / "seed0" / "ddim50_n1000" / "metrics.json")["rows"][0]
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before

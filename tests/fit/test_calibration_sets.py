@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 
@@ -13,11 +14,16 @@ import torch
 
 from tdq_exp.config.compose import compose
 from tdq_exp.diffusion.ddim import Ddim, time_steps
-from tdq_exp.diffusion.draws import generator, starting_noise
+from tdq_exp.diffusion.draws import Stream, generator, starting_noise
 from tdq_exp.experiment import build as jobs
 from tdq_exp.fit.ptq import calibration_set
-from tdq_exp.fit.ptq.calibration_set import CalibrationSpec, chosen_steps, make_set
-from tdq_exp.fit.ptq.stored_set import CalibrationSet, check
+from tdq_exp.fit.ptq.calibration_set import (
+    CalibrationSet,
+    CalibrationSpec,
+    check,
+    chosen_steps,
+    make_set,
+)
 from tdq_exp.runtime.processes import Processes
 from tests.quant.builders import load_model
 
@@ -70,6 +76,11 @@ def made(processes, tiny, cache, kind="uniform", samples=30, images=10, steps=6,
 def bits(found):
     """All files of a set, byte by byte."""
     return {file.name: file.read_bytes() for file in sorted(found.folder.iterdir())}
+
+
+def ends(found):
+    """x_0 of every trajectory, `[images, C, H, W]`."""
+    return torch.from_numpy(np.array(found.arrays.read("x_0")))
 
 
 def spec_of(kind, each, images=2000, **options):
@@ -208,7 +219,9 @@ def test_killed_while_its_files_were_being_made_is_the_same_bytes(tmp_path, proc
     folder = tmp_path / "killed" / "calibration_sets" / whole.folder.name
     folder.mkdir(parents=True)
     np.save(folder / "x.npy", np.zeros((30, 1, 8, 8), np.float32))
-    (folder / "t.part").write_bytes(b"half")
+    abandoned = folder / ".t.npy.0badc0de.part"
+    abandoned.write_bytes(b"half")
+    os.utime(abandoned, (0, 0))
     found = made(processes, tiny, tmp_path / "killed")
     assert found.folder == folder
     assert bits(found) == bits(whole)
@@ -229,7 +242,7 @@ def test_a_set_of_more_runs_begins_with_the_same_runs(tmp_path, processes, tiny,
     few = made(processes, tiny, tmp_path, samples=15, images=5)
     many = made(processes, tiny, tmp_path, samples=30, images=10)
     assert torch.equal(many.batch(slice(0, 15))[0], few.batch(slice(None))[0])
-    assert torch.equal(many.ends()[:5], few.ends())
+    assert torch.equal(ends(many)[:5], ends(few))
 
 
 @pytest.mark.parametrize("kind", NETWORK_KINDS)
@@ -244,7 +257,7 @@ def test_x_is_the_runs_own_at_that_step_bit_for_bit(tmp_path, processes, tiny, g
         seen = {}
         end = sampler.sample(
             lambda x_t, step: model.predict(net, x_t, step),
-            starting_noise([generator(5, 9, i) for i in runs], model.sample_shape),
+            starting_noise([generator(5, Stream.TRAJECTORY, i) for i in runs], model.sample_shape),
             model.schedule,
             on_step=lambda step, x_t, seen=seen: seen.update({step: x_t.clone()}),
         )
@@ -255,13 +268,13 @@ def test_x_is_the_runs_own_at_that_step_bit_for_bit(tmp_path, processes, tiny, g
                 at = min(seen, key=lambda step: abs(T - 1 - at - step))
             assert torch.equal(x[sample], seen[at][row])
         here = slice(runs.start, min(runs.stop, 10))
-        assert torch.equal(found.ends()[here], end[: here.stop - here.start])
+        assert torch.equal(ends(found)[here], end[: here.stop - here.start])
 
 
 def test_forward_sets_are_training_images_noised_to_their_own_t(tmp_path, processes, tiny, groups_of_4):
     model, _ = tiny
     found = made(processes, tiny, tmp_path, "forward", samples=400, images=20)
-    (x, t), image, x_0 = found.batch(slice(None)), found.image(), found.ends()
+    (x, t), image, x_0 = found.batch(slice(None)), found.image(), ends(found)
     assert image.tolist() == [i for i in range(20) for _ in range(20)]
     pictures = SomeImages().batch(torch.arange(10), torch.zeros(10, dtype=torch.bool))
     which = [int((pictures == end).flatten(1).all(1).nonzero()) for end in x_0]
@@ -293,7 +306,7 @@ def errors_at(digits, found, told):
     """
     model, net = digits
     x, _ = found.batch(slice(None))
-    x_0 = found.ends()[torch.from_numpy(found.image())]
+    x_0 = ends(found)[torch.from_numpy(found.image())]
     abar = model.schedule.alphas_cumprod[told].reshape(-1, 1, 1, 1)
     eps = ((x - abar.sqrt() * x_0) / (1 - abar).sqrt()).float()
     error = (model.predict(net, x, told) - eps).square().flatten(1).mean(1)
@@ -363,7 +376,7 @@ def sound(tmp_path_factory, processes, tiny):
 def stored(tmp_path, sound):
     """A finished set that may be damaged."""
     folder = shutil.copytree(sound.folder, tmp_path / "stored")
-    return CalibrationSet(folder, sound.samples, sound.images, (1, 8, 8), 1)
+    return CalibrationSet(folder, sound.samples, sound.images, (1, 8, 8), calibration_set.GROUP)
 
 
 PARTS = ({"network": "tiny", "schedule": {"beta_end": 0.02}}, "abc", dataclasses.asdict(Ddim(6)), "digits")
@@ -417,7 +430,7 @@ def test_a_path_without_a_set_is_an_error_that_names_the_key(tmp_path, processes
 
 READ = {
     "x": lambda found: found.batch(slice(0, 4)), "t": lambda found: found.batch(slice(0, 4)),
-    "image": CalibrationSet.image, "x_0": CalibrationSet.ends, "groups": CalibrationSet.missing,
+    "image": CalibrationSet.image, "x_0": lambda found: ends(found), "groups": CalibrationSet.missing,
 }  # fmt: skip
 
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,7 +20,6 @@ from tdq_exp.experiment import fit_stage, pipeline
 from tdq_exp.fit.ptq import calibration_set, ptq
 from tdq_exp.fit.ptq.over_time import Values, fit_over_time, observed
 from tdq_exp.fit.qat import Rates
-from tdq_exp.quant import calibrate
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.rules.minmax import MinMax
 from tdq_exp.quant.time import TimeContext
@@ -42,19 +36,10 @@ ROOT = Path(tdq_exp.__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """Drawing, and the search for start values, take longer than fitting a tiny net."""
-    monkeypatch.setattr(calibrate, "KEPT", 512)
+def _quick(monkeypatch, few_start_values):
+    """Drawing takes longer than fitting a tiny net."""
     monkeypatch.setattr(figures, "sample_grid", lambda rows, path, *rest: path.touch())
     monkeypatch.setattr(figures, "intervals_over_time", lambda tables, path, *rest: path.touch())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_old_garbage():
-    """Every run collects garbage at its end; this keeps it from looking through all that was imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -359,43 +344,16 @@ def test_a_uniform_set_of_more_steps_than_the_run_has_names_the_key(tmp_path, ti
         pipeline.run(made)
 
 
-TWO = """
-import os, sys
-import torch
-import torch.multiprocessing
-from tdq_exp.config.compose import compose
-from tdq_exp.experiment import build as jobs
-from tdq_exp.experiment import pipeline
+QUICK_PROCESS = """
 from tdq_exp.quant import calibrate
 from tdq_exp.runtime import figures
 
 figures.intervals_over_time = figures.sample_grid = lambda *rest: None
 calibrate.KEPT = 512
-
-
-def process(rank, port, arguments):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    pipeline.run(jobs.build(compose(arguments)))
-
-
-torch.multiprocessing.start_processes(process, (sys.argv[1], sys.argv[2:]), nprocs=2, start_method="fork")
 """
 
 
-def together(folder, *arguments):
-    """The same command in two processes with gloo between them, as torch's launcher would start them, but with one import."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", TWO, port, *arguments],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-
-
-def test_two_processes_make_the_same_set_and_the_same_fit(tmp_path, tiny_weights):
+def test_two_processes_make_the_same_set_and_the_same_fit(tmp_path, tiny_weights, together):
     cache, options = tmp_path / "cache", [
         *cell(tdq="temporal"), "calibration.images=66", "calibration.samples=66", "fit.updates=2",
         "launcher.threads=1", f"data.cache={tmp_path / 'cache'}",
@@ -405,7 +363,8 @@ def test_two_processes_make_the_same_set_and_the_same_fit(tmp_path, tiny_weights
     (first,) = sets(cache)
     first = first.rename(tmp_path / first.name)
     shutil.rmtree(cache / "calibration")  # nothing is left but the decoded images, and features of theirs
-    both = together(tmp_path, *QUICK, f"model.weights={tiny_weights}", f"out={tmp_path / 'two'}", *options)
+    out = f"out={tmp_path / 'two'}"
+    both = together(*QUICK, f"model.weights={tiny_weights}", out, *options, setup=QUICK_PROCESS)
     assert both.returncode == 0, both.stderr
     assert facts(two)["processes"] == 2
     (second,) = sets(cache)

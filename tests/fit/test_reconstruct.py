@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tdq_exp.diffusion.draws import generator
+from tdq_exp.diffusion.draws import Stream, generator
 from tdq_exp.fit.ptq.blocks import blocks_of, inputs_of, output_of
 from tdq_exp.fit.ptq.capture import Spill
 from tdq_exp.fit.ptq.reconstruct import (
@@ -73,16 +73,18 @@ def samples(count=SAMPLES, seed=0):
     return randn(count, 1, 8, 8, seed=seed), t
 
 
-def made(interval, offset="by_role"):
+def made(interval, zero_point="by_role"):
     """(model, float net, quantized net with coded weights): only what is to be learned takes gradients."""
-    return copy.deepcopy(_made(interval, offset))
+    return copy.deepcopy(_made(interval, zero_point))
 
 
 @lru_cache
 @torch.no_grad()
-def _made(interval, offset):
+def _made(interval, zero_point):
     model = load_model("tiny")
-    recipe = Recipe(4, 4, MinMaxWeights, Lsq, INTERVALS[interval](), weight_interval="channel_range", offset=offset)
+    recipe = Recipe(
+        4, 4, MinMaxWeights, Lsq, INTERVALS[interval](), weight_interval="channel_range", zero_point=zero_point
+    )
     net, float_net = make_net(recipe, calibrated=False), model.build().eval()
     quantizers, seen = activation_quantizers(net), {}
     for name, quantizer in quantizers.items():
@@ -119,8 +121,8 @@ def shown(net, float_net, name=BLOCK):
     return BlockData(call, stores[:-1], stores[-1], t, train, held_out)
 
 
-def reconstruction(interval, processes=None, offset="by_role", **changed):
-    model, float_net, net = made(interval, offset=offset)
+def reconstruction(interval, processes=None, zero_point="by_role", **changed):
+    model, float_net, net = made(interval, zero_point=zero_point)
     data = shown(net, float_net)
     work = Reconstruction(net, the_block(net, model), data, options(**changed), KEY, processes or Alone())
     return work, net, float_net
@@ -128,7 +130,7 @@ def reconstruction(interval, processes=None, offset="by_role", **changed):
 
 def drawn(work, phase, update):
     """The samples of an update."""
-    g = generator(KEY[0], 6, KEY[1], phase, update)
+    g = generator(KEY[0], Stream.BLOCK_BATCH, KEY[1], phase, update)
     return work.data.train[torch.randint(len(work.data.train), (BATCH,), generator=g)]
 
 
@@ -183,10 +185,10 @@ def with_rates(quantizers, o):
     return found
 
 
-@pytest.mark.parametrize("offset", ["by_role", "static"])
+@pytest.mark.parametrize("zero_point", ["by_role", "static"])
 @pytest.mark.parametrize("interval", INTERVALS)
-def test_a_reconstruction_is_the_plain_loop_step_for_step(interval, offset):
-    work, net, _ = reconstruction(interval, offset=offset)
+def test_a_reconstruction_is_the_plain_loop_step_for_step(interval, zero_point):
+    work, net, _ = reconstruction(interval, zero_point=zero_point)
     quantizers, weights = as_numbers(work), block_weights(work.module)
     assert quantizers.keys() == {"conv1", "conv2", "conv_shortcut", "time_emb_proj"}
     (x, temb), target, t = work.data.inputs, work.data.target, work.data.t

@@ -4,11 +4,18 @@ import math
 
 import numpy as np
 import pytest
-import safetensors.numpy
 import scipy.linalg
 import torch
 
-from tdq_exp.metrics.fidelity import Statistics, distances, frechet_distance
+from tdq_exp.metrics.fidelity import (
+    METRICS,
+    VALUES,
+    Statistics,
+    distances,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+)
 
 LAYERS = {"fid": "pool", "kid": "pool", "prc": "pool", "isc": "logits"}
 
@@ -94,16 +101,6 @@ def test_statistics_are_float64_and_unbiased():
     assert statistics.n == 50 and statistics.features == "digits/pool"
 
 
-def test_statistics_survive_a_file_to_the_bit(tmp_path):
-    statistics = Statistics.of(correlated(30, 5, 7), "digits/pool")
-    path = tmp_path / "reference" / "digits.safetensors"
-    statistics.save(path)
-    loaded = Statistics.load(path)
-    assert np.array_equal(loaded.mu, statistics.mu) and np.array_equal(loaded.sigma, statistics.sigma)
-    assert (loaded.n, loaded.features) == (30, "digits/pool")
-    assert [p.name for p in path.parent.iterdir()] == ["digits.safetensors"]
-
-
 def test_statistics_of_other_features_have_no_distance():
     a = Statistics.of(gaussian(20, 4, 0), "digits/pool")
     with pytest.raises(ValueError, match="eval.features"):
@@ -112,30 +109,13 @@ def test_statistics_of_other_features_have_no_distance():
         frechet_distance(a, Statistics.of(gaussian(20, 4, 0), "efficientnet_lite0/pool"))
 
 
-def test_bad_statistics_files_are_one_clear_line(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.safetensors") as missing:
-        Statistics.load(tmp_path / "nowhere.safetensors")
-    (tmp_path / "text").write_text("not a safetensors file")
-    with pytest.raises(ValueError, match="text does not hold statistics") as text:
-        Statistics.load(tmp_path / "text")
-    safetensors.numpy.save_file({"weight": np.zeros(3)}, tmp_path / "weights")
-    with pytest.raises(ValueError, match="weights does not hold statistics") as weights:
-        Statistics.load(tmp_path / "weights")
-    arrays = {"mu": np.zeros(3), "sigma": np.zeros((2, 2))}
-    safetensors.numpy.save_file(arrays, tmp_path / "shape", metadata={"n": "5"})
-    with pytest.raises(ValueError, match="compute the statistics again") as shape:
-        Statistics.load(tmp_path / "shape")
-    for error in (missing, text, weights, shape):
-        assert "\n" not in str(error.value)
-
-
 # --- IS
 
 
 @pytest.mark.parametrize("classes", [2, 10])
 def test_inception_score_of_sure_and_uniform_predictions_is_the_number_of_classes(classes):
     logits = 100 * torch.eye(classes).repeat(30, 1)
-    result = distances({"logits": logits}, {}, LAYERS, ["isc"], isc_splits=1)
+    result = inception_score(logits, splits=1)
     assert result == {"isc_mean": pytest.approx(classes), "isc_std": pytest.approx(0), "isc_splits": 1}
 
 
@@ -148,7 +128,7 @@ def test_inception_score_equals_its_definition():
     logits = 2 * gaussian(60, 7, 1)
     p = torch.softmax(logits.double(), 1)
     expected = torch.exp((p * (p / p.mean(0)).log()).sum(1).mean()).item()
-    assert distances({"logits": logits}, {}, LAYERS, ["isc"], isc_splits=1)["isc_mean"] == pytest.approx(expected)
+    assert inception_score(logits, splits=1)["isc_mean"] == pytest.approx(expected)
 
 
 def test_inception_score_of_few_images_takes_fewer_parts():
@@ -161,7 +141,7 @@ def test_inception_score_of_few_images_takes_fewer_parts():
 
 def test_kid_equals_its_definition():
     x, y = gaussian(30, 6, 0), gaussian(30, 6, 1, mean=0.3)
-    result = distances({"pool": x}, {"pool": y}, LAYERS, ["kid"], kid_subsets=3)
+    result = kernel_distance(x, y, subsets=3)
     assert result["kid_subset_size"] == 30  # every subset is the whole set, so this is one value
     assert result["kid_mean"] == pytest.approx(slow_kid(x.double().numpy(), y.double().numpy()), rel=1e-9)
     assert result["kid_std"] == pytest.approx(0, abs=1e-9)
@@ -170,7 +150,7 @@ def test_kid_equals_its_definition():
 def test_kid_is_unbiased_at_zero():
     """Over many pairs of sets from one distribution the mean is zero within its error: some values are negative."""
     values = [
-        distances({"pool": gaussian(50, 8, s)}, {"pool": gaussian(50, 8, 500 + s)}, LAYERS, ["kid"], kid_subsets=1)
+        kernel_distance(gaussian(50, 8, s), gaussian(50, 8, 500 + s), subsets=1)
         for s in range(200)
     ]
     kid = np.array([v["kid_mean"] for v in values])
@@ -186,15 +166,15 @@ def test_kid_is_unbiased_at_zero():
 def test_kid_keeps_its_precision_for_large_features():
     """In float32 the sums of k lose the distance between sets whose features are large."""
     x, y = gaussian(200, 4, 0, mean=300), gaussian(200, 4, 1, mean=300)
-    expected = distances({"pool": x.double()}, {"pool": y.double()}, LAYERS, ["kid"], kid_subsets=2)
-    actual = distances({"pool": x}, {"pool": y}, LAYERS, ["kid"], kid_subsets=2)
+    expected = kernel_distance(x.double(), y.double(), subsets=2)
+    actual = kernel_distance(x, y, subsets=2)
     assert actual["kid_mean"] == expected["kid_mean"]
 
 
 def test_kid_subset_is_no_larger_than_either_set():
     def size(n: int, m: int, wanted: int) -> float:
-        sets = {"pool": gaussian(n, 4, 0)}, {"pool": gaussian(m, 4, 1)}
-        return distances(*sets, LAYERS, ["kid"], kid_subset_size=wanted, kid_subsets=2)["kid_subset_size"]
+        sets = gaussian(n, 4, 0), gaussian(m, 4, 1)
+        return kernel_distance(*sets, subset_size=wanted, subsets=2)["kid_subset_size"]
 
     assert (size(20, 30, 1000), size(30, 20, 1000), size(30, 20, 7)) == (20, 20, 7)
 
@@ -217,7 +197,7 @@ def test_all_metrics_are_reported_under_their_names():
     def features(seed: int) -> dict[str, torch.Tensor]:
         return {"pool": gaussian(60, 5, seed), "logits": gaussian(60, 10, seed)}
 
-    result = distances(features(0), features(1), LAYERS, ("fid", "isc", "kid", "prc"), kid_subset_size=20)
+    result = distances(features(0), features(1), LAYERS, ("fid", "isc", "kid", "prc"))
     assert set(result) == {
         *("fid", "isc_mean", "isc_std", "isc_splits", "kid_mean", "kid_std", "kid_subset_size", "precision", "recall")
     }
@@ -227,8 +207,8 @@ def test_all_metrics_are_reported_under_their_names():
 
 def test_same_seed_same_numbers_other_seed_other_numbers():
     def run(seed: int) -> dict[str, float]:
-        a, b = ({"pool": gaussian(60, 5, s), "logits": gaussian(60, 10, s)} for s in (0, 1))
-        return distances(a, b, LAYERS, kid_subset_size=20, seed=seed)
+        a, b, logits = gaussian(60, 5, 0), gaussian(60, 5, 1), gaussian(60, 10, 0)
+        return kernel_distance(a, b, subset_size=20, seed=seed) | inception_score(logits, seed=seed)
 
     state = np.random.get_state()[1].copy()
     assert run(0) == run(0)
@@ -238,7 +218,7 @@ def test_same_seed_same_numbers_other_seed_other_numbers():
 
 def test_a_worse_set_is_further_away():
     reference, close, far = ({"pool": gaussian(200, 6, s, mean=m)} for s, m in ((0, 0.0), (1, 0.1), (2, 0.5)))
-    a, b = (distances(g, reference, LAYERS, ["fid", "kid"], kid_subset_size=100) for g in (close, far))
+    a, b = (distances(g, reference, LAYERS, ["fid", "kid"]) for g in (close, far))
     assert a["fid"] < b["fid"] and a["kid_mean"] < b["kid_mean"]
 
 
@@ -266,7 +246,7 @@ def test_too_few_images_are_refused(metric, least):
 
 def test_wrong_names_and_widths_are_refused():
     rows = {"pool": gaussian(20, 4, 0)}
-    with pytest.raises(ValueError, match="eval.metrics has sfid: choose from fid, isc, kid, prc"):
+    with pytest.raises(ValueError, match="eval.metrics=.*sfid.*: choose from fid, isc, kid, prc"):
         distances(rows, rows, LAYERS, ["fid", "sfid"])
     with pytest.raises(ValueError, match="reads layer 'logits', which the generated features lack"):
         distances(rows, rows, LAYERS, ["isc"])
@@ -275,3 +255,18 @@ def test_wrong_names_and_widths_are_refused():
     for metric in ("fid", "kid", "prc"):
         with pytest.raises(ValueError, match="use one eval.features for both"):
             distances(rows, {"pool": gaussian(20, 5, 0)}, LAYERS, [metric])
+
+
+def test_the_registry_names_every_shown_number_and_which_side_is_better():
+    features = {"pool": gaussian(60, 5, 0), "logits": gaussian(60, 10, 0)}
+    result = distances(features, features, LAYERS, list(METRICS))
+    assert list(VALUES) == ["fid", "isc_mean", "kid_mean", "precision", "recall"]
+    assert set(VALUES) <= set(result)
+    better = {key: value.better for key, value in VALUES.items()}
+    assert better == {
+        "fid": "lower",
+        "isc_mean": "higher",
+        "kid_mean": "lower",
+        "precision": "higher",
+        "recall": "higher",
+    }

@@ -7,6 +7,7 @@ import torch
 
 from tdq_exp.quant import ops
 from tdq_exp.quant.kernels import cpu as kernels
+from tdq_exp.quant.kernels import unfused
 from tests.quant.builders import randn
 
 
@@ -43,7 +44,7 @@ def test_values_and_gradients_of_the_input_are_the_same_bits(name):
         return ops.fake_quantize(x, s, z, 0, 15), x_hat, *torch.autograd.grad(x_hat, inputs, g)
 
     fused = run()
-    with kernels.unfused():
+    with unfused():
         single = run()
     assert all(torch.equal(a, b) for a, b in zip(fused[:3], single[:3], strict=True))
     for a, b in zip(fused[3:], single[3:], strict=True):

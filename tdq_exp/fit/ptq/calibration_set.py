@@ -1,4 +1,4 @@
-"""Making calibration sets: which x_t, at which t, post-training quantization is shown.
+"""Calibration sets: which x_t, at which t, post-training quantization is shown.
 
 | kind             | x_t                                          | t |
 |------------------|----------------------------------------------|---|
@@ -7,8 +7,16 @@
 | `ndtc_published` | the same, at T - 1 - t                       | as `ndtc`: the published code pairs x and t in reverse |
 | `forward`        | noised training images                       | evenly over 0..T-1; no run needed |
 
-Each trajectory has noise of its own seed, and trajectories are computed in fixed groups, so that a set is the same bits
-for any number of processes and after any interruption.
+Each trajectory has noise of its own key, and trajectories are computed in fixed groups, so that a set
+is the same bits for any number of processes and after any interruption. A set is made once under its
+fingerprint and shared by every run that asks for the same one. On disk, streamed, never read whole:
+
+    x.npy      float32 [N, C, H, W]       x_t
+    t.npy      int64 [N]                  its time step
+    image.npy  int64 [N]                  which trajectory (or training image) the sample is of
+    x_0.npy    float32 [images, C, H, W]  where each trajectory ended (or the training image)
+    groups.npy uint8                      which groups of trajectories are finished
+    about.json                            fingerprint and parts
 
 Source: Shang et al., *Post-training Quantization on Diffusion Models* (PTQ4DM), arXiv 2211.15736; `uniform`: So et al.,
 arXiv 2306.02316. The published code of PTQ4DM stores a sample when the index of its loop equals t, and the loop begins
@@ -17,20 +25,22 @@ with the noisiest step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tdq_exp.data.arrays import Column, GroupedArrays
 from tdq_exp.diffusion.ddim import Ddim
-from tdq_exp.diffusion.draws import fixed_draws, generator, groups, starting_noise
+from tdq_exp.diffusion.draws import Stream, fixed_draws, generator, groups, starting_noise
 from tdq_exp.diffusion.objective import Samples
-from tdq_exp.fit.ptq.stored_set import CalibrationSet, check
 from tdq_exp.models.pixel import DiffusionModel
-from tdq_exp.runtime import files
+from tdq_exp.runtime import files, stage
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import track
 
@@ -96,7 +106,7 @@ def chosen_steps(spec: CalibrationSpec, visited: list[int], total: int, image: i
     Raises:
         ValueError: if `uniform` asks for more samples of a trajectory than it has steps.
     """
-    count, g = spec.samples // spec.images, generator(spec.seed, 5, image)
+    count, g = spec.samples // spec.images, generator(spec.seed, Stream.CALIBRATION_TIMES, image)
     if spec.kind == "uniform":
         if count > len(visited):
             raise ValueError(
@@ -112,6 +122,93 @@ def chosen_steps(spec: CalibrationSpec, visited: list[int], total: int, image: i
         return [(place, visited[place]) for place in nearest]
     reverse = ((total - 1 - steps[nearest])[:, None] - steps).abs().argmin(1).tolist()
     return [(taken, visited[place]) for taken, place in zip(reverse, nearest, strict=True)]
+
+
+class CalibrationSet:
+    """A calibration set on disk.
+
+    Args:
+        folder: of the files.
+        samples: N.
+        images: number of trajectories; N is a multiple of it.
+        shape: (C, H, W) of a sample.
+        group: trajectories that are made (and resumed) at a time.
+
+    Raises:
+        ValueError: from whatever reads, if the files are damaged or another set's.
+    """
+
+    def __init__(
+        self, folder: Path, samples: int, images: int, shape: Sequence[int], group: int
+    ) -> None:
+        self.folder, self.samples, self.images = folder, samples, images
+        each = samples // images
+        columns = {
+            "x": Column((samples, *shape), np.float32, group * each),
+            "t": Column((samples,), np.int64, group * each),
+            "image": Column((samples,), np.int64, group * each),
+            "x_0": Column((images, *shape), np.float32, group),
+        }
+        self.arrays = GroupedArrays(
+            folder, columns, again="make the set", elsewhere="data.cache"
+        )
+
+    def create(self, parts: Mapping[str, Any]) -> None:
+        """Make the files, empty, if there are none yet, and then say what they are of.
+
+        Raises:
+            OSError: if the folder can't be written or is full.
+        """
+        self.arrays.create()
+        about = {"fingerprint": files.fingerprint(parts), "parts": parts}
+        files.write_json(self.folder / "about.json", about)
+
+    def missing(self) -> list[int]:
+        """Return the groups that are not finished."""
+        return self.arrays.missing()
+
+    def put(self, group: int, x: Tensor, t: Tensor, image: Tensor, x_0: Tensor) -> None:
+        """Store a group: its samples, and where its trajectories ended."""
+        self.arrays.put(group, x=x.numpy(), t=t.numpy(), image=image.numpy(), x_0=x_0.numpy())
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def batch(self, index: slice | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return (x, t) of some samples, copied into memory."""
+        x, t = (np.array(self.arrays.read(name)[index]) for name in ("x", "t"))
+        return torch.from_numpy(x), torch.from_numpy(t)
+
+    def times(self) -> Tensor:
+        """Return t of every sample, `[N]`."""
+        return torch.from_numpy(np.array(self.arrays.read("t")))
+
+    def image(self) -> NDArray[np.int64]:
+        """Return the trajectory of every sample, `[N]`."""
+        return np.array(self.arrays.read("image"))
+
+
+def check(folder: Path, parts: Mapping[str, Any]) -> None:
+    """Refuse a set of other parts: another model, schedule, sampler, seed or number.
+
+    Raises:
+        FileNotFoundError: if there is no set.
+        ValueError: names up to four differences.
+    """
+    about = files.read_json(folder / "about.json")
+    if about is None:
+        raise FileNotFoundError(
+            f"calibration.path={folder}: holds no calibration set (about.json is missing)"
+        )
+    if about["fingerprint"] == files.fingerprint(parts):
+        return
+
+    changed = stage.differences(about["parts"], parts)
+    rest = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
+    raise ValueError(
+        f"{folder}: a calibration set of other parts ({'; '.join(changed[:4])}{rest});"
+        " leave calibration.path out to make one"
+    )
 
 
 @torch.no_grad()
@@ -139,7 +236,7 @@ def make_set(
     """
     folder = path or cache / "calibration_sets" / files.fingerprint(parts)
     batches = list(groups(spec.images, GROUP))
-    found = CalibrationSet(folder, spec.samples, spec.images, model.sample_shape, len(batches))
+    found = CalibrationSet(folder, spec.samples, spec.images, model.sample_shape, GROUP)
     if path is not None:
         processes.decide(lambda: check(folder, parts))
     else:
@@ -151,8 +248,7 @@ def make_set(
             indices = range(group * GROUP, min((group + 1) * GROUP, spec.images))
             make = _noised if spec.kind == "forward" else _trajectories
             x, t, image, x_0 = make(spec, net, model, sampler, images, indices, processes.device)
-            each = spec.samples // spec.images
-            found.put(group, indices.start * each, x, t, image, x_0, indices.start)
+            found.put(group, x, t, image, x_0)
             advance(f"{indices.stop} images")
     processes.barrier()
     return found
@@ -166,16 +262,23 @@ def _noised(
     assert images is not None
     each = spec.samples // spec.images
     draws = fixed_draws(
-        spec.seed + 4, samples=spec.samples, images=spec.samples, shape=(1,), steps=model.schedule.steps
+        spec.seed,
+        Stream.FORWARD_TIMES,
+        samples=spec.samples,
+        images=spec.samples,
+        shape=(1,),
+        steps=model.schedule.steps,
     )
     t = draws.t[indices.start * each : indices.stop * each]
-    order = torch.randperm(len(images), generator=generator(spec.seed, 7))
+    order = torch.randperm(len(images), generator=generator(spec.seed, Stream.FORWARD_IMAGES))
     pick = order[torch.tensor(list(indices)) % len(images)]
     noise = None
     if images.random:
-        noise = torch.stack([torch.randn(model.sample_shape, generator=generator(spec.seed, 11, i)) for i in indices])
+        streams = [generator(spec.seed, Stream.FORWARD_LATENTS, i) for i in indices]
+        noise = torch.stack([torch.randn(model.sample_shape, generator=g) for g in streams])
     x_0 = images.batch(pick, torch.zeros(len(pick), dtype=torch.bool), noise)
-    eps = torch.cat([torch.randn(each, *model.sample_shape, generator=generator(spec.seed, 8, i)) for i in indices])
+    streams = [generator(spec.seed, Stream.FORWARD_NOISE, i) for i in indices]
+    eps = torch.cat([torch.randn(each, *model.sample_shape, generator=g) for g in streams])
     image = torch.tensor(list(indices)).repeat_interleave(each)
     return model.schedule.add_noise(x_0.repeat_interleave(each, 0), eps, t), t, image, x_0
 
@@ -202,7 +305,7 @@ def _trajectories(
             x[row, number] = x_t[row].cpu()
         place += 1
 
-    generators = [generator(spec.seed, 9, i) for i in padded]  # none of the noise that images are sampled from
+    generators = [generator(spec.seed, Stream.TRAJECTORY, i) for i in padded]
     x_t = starting_noise(generators, model.sample_shape).to(device)
     x_0 = sampler.sample(lambda x, t: model.predict(net, x, t), x_t, model.schedule, generators, keep)
     t = torch.tensor([[t for _, t in samples] for samples in chosen])

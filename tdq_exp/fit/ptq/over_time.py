@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.diffusion.draws import generator
+from tdq_exp.diffusion.draws import Stream, generator, seed_global
 from tdq_exp.fit.loop import cosine
 from tdq_exp.fit.ptq.reconstruct import trainable
 from tdq_exp.fit.qat import Rates, optimizer_groups
@@ -90,7 +90,7 @@ def fit_over_time(
             parts = torch.arange(len(t)).split(1024)
             return sum(float(error(part)) * len(part) for part in parts) / len(t)
 
-    torch.manual_seed((seed * 65537 + 10) * 65537)  # dropout of generators, if any: the same in every process
+    seed_global(seed, Stream.OVER_TIME_NOISE)  # dropout of generators, if any: the same in every process
     before = whole()
     with trainable(quantizers) as learned, track("fitting over time", updates, show=show) as advance:
         optimizer = torch.optim.Adam(optimizer_groups(learned, rates), fused=True)
@@ -98,7 +98,8 @@ def fit_over_time(
         for update in range(updates):
             for group, rate in zip(optimizer.param_groups, full, strict=True):
                 group["lr"] = rate * cosine(update, updates)
-            loss = error(torch.randint(len(t), (batch_size,), generator=generator(seed, 10, update)))
+            g = generator(seed, Stream.OVER_TIME_BATCH, update)
+            loss = error(torch.randint(len(t), (batch_size,), generator=g))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(learned.parameters(), 1.0)

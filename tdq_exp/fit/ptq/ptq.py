@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdq_exp.diffusion.draws import share_of
+from tdq_exp.diffusion.draws import Stream, seed_global, share_of
 from tdq_exp.fit.calibrated import BATCH, Shown, of_set, show
 from tdq_exp.fit.checkpoint import load_state, save_state
 from tdq_exp.fit.loop import Log
 from tdq_exp.fit.ptq.blocks import Block, blocks_of, inputs_of, output_of
+from tdq_exp.fit.ptq.calibration_set import CalibrationSet
 from tdq_exp.fit.ptq.capture import Spill, needed_bytes
 from tdq_exp.fit.ptq.over_time import fit_over_time, observed
 from tdq_exp.fit.ptq.reconstruct import BlockData, Reconstruction, ReconstructOptions
-from tdq_exp.fit.ptq.stored_set import CalibrationSet
 from tdq_exp.fit.qat import Rates
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.convert import activation_quantizers, code_weights
@@ -200,7 +200,7 @@ def _blocks(
             saved = _load(file, mark, processes)
             if saved is None:
                 began = clock.monotonic()
-                torch.manual_seed((seed * 65537 + number) * 65537 + processes.rank)  # dropout of generators, if any
+                seed_global(seed, Stream.BLOCK_NOISE, number, processes.rank)  # dropout, if any
                 seen = capture(net, float_net, model, shown, block, options, folder, processes)
                 data = BlockData(*seen, t, train, held_out)
                 work = Reconstruction(net, block, data, options.block, (seed, number), processes)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.diffusion.draws import generator, share_of
+from tdq_exp.diffusion.draws import Stream, generator, share_of
 from tdq_exp.fit.loop import cosine
 from tdq_exp.fit.ptq.blocks import Block, Call
 from tdq_exp.fit.ptq.capture import Spill
@@ -253,7 +253,7 @@ class Reconstruction:
             factor = cosine(update, updates) if falling else 1.0
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-            g = generator(self.key[0], 6, self.key[1], phase, update)
+            g = generator(self.key[0], Stream.BLOCK_BATCH, self.key[1], phase, update)
             index = self.data.train[torch.randint(len(self.data.train), (batch,), generator=g)][share]
             target = self.data.target.take(index).to(self.processes.device)
             loss = total(update, output_loss(self.output(index), target, power, self._weights(index)))

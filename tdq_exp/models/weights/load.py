@@ -20,11 +20,9 @@ References:
     Original weights as plain state dicts: https://github.com/pesser/pytorch_diffusion.
 """
 
-import hashlib
 import inspect
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Collection, Mapping
@@ -46,6 +44,8 @@ from safetensors.torch import load_file, save_file
 from tdq_exp.models.weights import compvis
 from tdq_exp.models.weights.inert_pickle import CheckpointError, read_tensors
 from tdq_exp.models.weights.names import diffusers_names
+from tdq_exp.runtime import files
+from tdq_exp.runtime.hashes import tensor_hash
 
 __all__ = [
     "NOT_WEIGHTS",
@@ -160,19 +160,8 @@ def _stored_scale(path: Path) -> float | None:
 
 
 def state_hash(state: Mapping[str, torch.Tensor]) -> str:
-    """The name of a set of weights: the same for the same weights, in whatever file they came.
-
-    hash = first 16 hexadecimal digits of sha256 over (name, dtype, shape, bytes) of each tensor, sorted by name
-
-    Args:
-        state: tensors of any shape and type, by name.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        # Bytes, because NumPy does not know bfloat16.
-        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(force=True).data)
-    return digest.hexdigest()[:16]
+    """Return the hash of a set of weights, the same in whatever file they came. See `tensor_hash`."""
+    return tensor_hash(state)
 
 
 def file_hash(path: Path) -> str:
@@ -192,18 +181,15 @@ def save_weights(
     """
     path = Path(path)
     state = net_or_state.state_dict() if isinstance(net_or_state, torch.nn.Module) else net_or_state
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # safetensors makes files that their owner alone can read; weights are as public as any other new file.
-        partial.touch()
-        mode = partial.stat().st_mode
-        save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, partial, dict(metadata))
-        _sort_metadata(partial)
-        partial.chmod(mode)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+
+    with files.replacing(path) as part:
+        # safetensors makes files that only their owner can read; weights get the usual mode.
+        part.touch()
+        mode = part.stat().st_mode
+        save_file(tensors, part, dict(metadata))
+        _sort_metadata(part)
+        part.chmod(mode)
 
 
 def _sort_metadata(path: Path) -> None:

@@ -22,20 +22,13 @@ import math
 from torch import Tensor, nn
 
 from tdq_exp.quant.grid import Grid
+from tdq_exp.quant.ops import at
 from tdq_exp.quant.time import TimeContext
 
 
 def inverse_softplus(s: float) -> float:
     """Return rho with softplus(rho) = s, for s > 0, without overflow: `s + ln(1 - e^-s)`."""
     return s + math.log(-math.expm1(-s))
-
-
-def at(values: Tensor, t: Tensor) -> Tensor:
-    """Return `values[t]` for t 0-dim or `[B]`.
-
-    Plain indexing with a 0-dim t would wait for an accelerator to say what t is.
-    """
-    return values.index_select(0, t.reshape(-1).to(values.device)).reshape(t.shape)
 
 
 class Interval(nn.Module):
@@ -80,6 +73,13 @@ class Interval(nn.Module):
         """
         return None
 
+    def lookup(self) -> tuple[Tensor, Tensor] | None:
+        """Return (table `[T]`, 0-dim t) where s is an entry of a table, one for the whole batch, else None.
+
+        A kernel can then read the entry itself, in place of a gather before it.
+        """
+        return None
+
 
 class LookupTable(Interval):
     """A baked interval: one step size for each time step, or one for all.
@@ -108,3 +108,9 @@ class LookupTable(Interval):
     def table(self) -> Tensor:
         """Return the table."""
         return self.step_sizes
+
+    def lookup(self) -> tuple[Tensor, Tensor] | None:
+        """Return (table, t) where all samples are at one time step."""
+        if not self.time_dependent or self.time is None or self.time.t.dim():
+            return None
+        return self.step_sizes, self.time.t

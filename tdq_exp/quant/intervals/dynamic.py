@@ -35,7 +35,7 @@ class Dynamic(Interval):
 
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
         """Return (s, z), `[B]` or 0-dim, without gradient."""
-        x = x.detach()
+        x = x.detach().float()
         low, high = x.flatten(1).aminmax(dim=1) if self.per_sample else x.aminmax()
         return ops.affine_range(low, high, grid.n, grid.p)
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdq_exp.quant.intervals.base import Interval, at, inverse_softplus
+from tdq_exp.quant.intervals.base import Interval, inverse_softplus
+from tdq_exp.quant.ops import at
 from tdq_exp.quant.time import TimeContext
 
 

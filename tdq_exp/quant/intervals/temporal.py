@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from tdq_exp.quant.intervals.base import Interval, inverse_softplus
 from tdq_exp.quant.time import TimeContext
 
 T_MAX = 10000.0
+T = TypeVar("T")
 
 
 def encode_time(t: Tensor, width: int) -> Tensor:
@@ -46,20 +47,24 @@ def encode_time(t: Tensor, width: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1).float()
 
 
-class Cache:
+class Cache(Generic[T]):
     """The last value that was computed, for as long as its key stays the same.
 
     Copies and pickles of it are empty: a cached tensor may belong to the graph of one network.
     """
 
     def __init__(self) -> None:
-        self._held: tuple[Any, Tensor] | None = None
+        self._held: tuple[Any, T] | None = None
 
-    def get(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
+    def get(self, key: Any, compute: Callable[[], T]) -> T:
         """Return the value of a key, computed if the last call had another key."""
         if self._held is None or self._held[0] != key:
             self._held = (key, compute())
         return self._held[1]
+
+    def clear(self) -> None:
+        """Drop the value."""
+        self._held = None
 
     def __reduce__(self) -> tuple[type[Cache], tuple[()]]:
         return Cache, ()
@@ -114,7 +119,10 @@ class GeneratorBank(nn.Module):
         self.encodings: Tensor
         codes = encode_time(torch.arange(time.steps), encoding)
         self.register_buffer("encodings", codes, persistent=False)
-        self._matrix_cache, self._table_cache, self._eval_cache = Cache(), Cache(), Cache()
+        self._matrix_cache: Cache[Tensor] = Cache()
+        self._rows_cache: Cache[tuple[Tensor, ...]] = Cache()
+        self._table_cache: Cache[Tensor] = Cache()
+        self._eval_cache: Cache[Tensor] = Cache()
 
     @property
     def weights(self) -> list[nn.Parameter]:
@@ -162,14 +170,28 @@ class GeneratorBank(nn.Module):
 
         It is computed once for each time step, and all quantizers share its graph.
         """
+        if torch.compiler.is_compiling():
+            # Weights don't change within compiled code, and their addresses are unknown there.
+            if self.time.kept is None or self.time.kept[0] is not self:
+                self.time.kept = (self, self._matrix_now())
+            return self.time.kept[1]
+        return self._matrix_cache.get(self._now(), self._matrix_now)
+
+    def row_in_training(self, row: int) -> Tensor:
+        """Return one quantizer's row of `step_sizes`: 0-dim, or `[B]`.
+
+        All rows are taken at once: on the way back their gradients are then stacked, where hundreds of
+        single rows would each be padded to a whole matrix and added.
+        """
+        if torch.compiler.is_compiling():
+            return self.step_sizes()[row]
+        rows = self._rows_cache.get(self._now(), lambda: self.step_sizes().unbind())
+        return rows[row]
+
+    def _matrix_now(self) -> Tensor:
         t = self.time.t
-
-        def compute() -> Tensor:
-            matrix = self.generate(self.encodings[t.reshape(-1)])
-            return matrix if t.dim() else matrix[:, 0]
-
-        key = (self.time.version, torch.is_grad_enabled(), self._versions())
-        return self._matrix_cache.get(key, compute)
+        matrix = self.generate(self.encodings[t.reshape(-1)])
+        return matrix if t.dim() else matrix[:, 0]
 
     def row_now(self, row: int) -> Tensor:
         """Return one quantizer's entry of the table at the current time step, for eval: 0-dim, or `[B]`."""
@@ -191,6 +213,15 @@ class GeneratorBank(nn.Module):
         # Fused optimisers write without counting a version, so the weights' sums are looked at as well.
         key = (self._versions(), tuple(_sum(p) for p in self.parameters()))
         return self._table_cache.get(key, compute)
+
+    def forget(self) -> None:
+        """Drop what is kept for the current time step, and with it the graph of the last forward pass."""
+        for cache in (self._matrix_cache, self._rows_cache, self._eval_cache):
+            cache.clear()
+
+    def _now(self) -> tuple[Any, ...]:
+        """Return what the step sizes at the current time step depend on."""
+        return self.time.version, torch.is_grad_enabled(), self._versions()
 
     def _versions(self) -> tuple[Any, ...]:
         return tuple((p.data_ptr(), p.dtype, p._version) for p in self.parameters())
@@ -252,7 +283,9 @@ class GeneratorBank(nn.Module):
                 continue
             with torch.no_grad():
                 stack[row].copy_(state_dict[key])
-        unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in known]
+        unexpected_keys += [
+            key for key in state_dict if key.startswith(prefix) and key not in known
+        ]
 
 
 def _sum(p: Tensor) -> float:
@@ -290,7 +323,7 @@ class Temporal(Interval):
     def step_size(self) -> Tensor:
         """Return s at the current time step, 0-dim or `[B]`."""
         if self.bank.training:
-            return self.bank.step_sizes()[self.row]
+            return self.bank.row_in_training(self.row)
         return self.bank.row_now(self.row)
 
     def table(self) -> Tensor:

@@ -18,8 +18,6 @@ import platform
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,13 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tdq_exp.quant.kernels.switch import enabled, traced
+
 SOURCE = Path(__file__).with_name("cpu.c")
 CHUNK = 4096  # of cpu.c
 KINDS = {"learned": 0, "clipped": 1, "noise": 2}
 # The arithmetic of IEEE 754 as it is written: no reciprocal, no contraction, no other order but where a pragma says so.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _Pointer, _Long, _Float, _Int = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
-_on = True
 
 
 @lru_cache
@@ -75,28 +74,12 @@ def _cpu_flags() -> str:
         return platform.processor()
 
 
-@contextmanager
-def unfused() -> Iterator[None]:
-    """One tensor operation after another within the block, to compare."""
-    global _on
-    before, _on = _on, False
-    try:
-        yield
-    finally:
-        _on = before
-
-
-def used(device: torch.device) -> str:
-    """`fused`, or why a network on this device is computed by single tensor operations; for the record."""
-    if device.type != "cpu":
-        return f"unfused: {device.type}"
-    found = library()
-    return f"unfused: {found}" if isinstance(found, str) else "fused"
-
-
 def fit(x: Tensor, *per_row: Tensor | None) -> bool:
-    """Do the kernels apply: single precision on a CPU, and values that are one for all rows of x or one for each?"""
-    if not _on or x.device.type != "cpu" or x.dtype != torch.float32 or not x.dim() or not x.numel():
+    """Do the kernels apply: single precision on a CPU, and values that are one for all rows of x or one for each?
+
+    They do not where somebody records operations, or replaces memory by fakes: see `switch.traced`.
+    """
+    if not enabled() or traced(x) or x.device.type != "cpu" or x.dtype != torch.float32 or not x.dim() or not x.numel():
         return False
     rowwise = all(v is None or v.numel() == 1 or v.numel() == len(v) == len(x) for v in per_row)
     return rowwise and not isinstance(library(), str)
@@ -121,8 +104,17 @@ def _step(value: Tensor | None) -> int:
     return int(value is not None and value.numel() > 1)
 
 
-def forward(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, noise: Tensor | None = None) -> Tensor:
-    """x_hat of a dense x; s and z as `fit` wants them, noise (u) in the layout of x."""
+def forward(
+    x: Tensor,
+    s: Tensor,
+    z: Tensor | None,
+    n: int,
+    p: int,
+    noise: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """x_hat of a dense x; s and z as `fit` wants them, noise (u) in the layout of x; dtype is float32 on a CPU."""
+    assert dtype == torch.float32
     kernels = library()
     assert not isinstance(kernels, str)
     x_hat, rows = torch.empty_like(x), len(x)

@@ -43,6 +43,8 @@ class Nipq(Quantizer):
         n, p = self.grid.n, self.grid.p
         if not self.noisy:
             return ops.fake_quantize_learned(x, s, z, n, p)
+
+        x = x.float()  # the noise is drawn in float32
         if self.histogram:
             noise = self._draw(x.detach(), s.detach(), self.zero if z is None else z.detach())
         else:

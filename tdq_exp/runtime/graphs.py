@@ -1,0 +1,84 @@
+"""CUDA graphs: a whole step of work launched by one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Recorded:
+    """A function without arguments, recorded once and replayed at each call.
+
+    What it reads and writes stays where it was while recording: put new inputs into the same tensors,
+    and read results from the tensors that it returned. It must not wait for the GPU, nor depend on
+    numbers that change on the host. On a CPU there is nothing to record: each call runs the function.
+
+    Args:
+        function: the step; called `warm_up` times before it is recorded, so that whatever is made at
+            first use (compiled kernels, workspaces, weights from codes) exists by then.
+        device: where it computes.
+        warm_up: number of those calls.
+
+    """
+
+    def __init__(self, function: Callable[[], Tensor], device: torch.device, warm_up: int = 2) -> None:
+        self._function, self._device = function, device
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result: Tensor | None = None
+        self._warm_up = warm_up
+        # One stream for warm-up and recording: autograd adds gradients up on the stream that it first saw.
+        self._stream = torch.cuda.Stream(device) if self._on_gpu() else None
+
+    def prepare(self) -> None:
+        """Run the warm-up; the caller puts changed inputs back before `record`.
+
+        Raises:
+            RuntimeError: if the function waits for the GPU.
+        """
+        side = self._stream
+        if side is None:
+            return
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            for _ in range(self._warm_up):
+                self._function()
+            torch.cuda.synchronize(self._device)
+            self._run_without_waiting()
+        torch.cuda.current_stream(self._device).wait_stream(side)
+        torch.cuda.synchronize(self._device)
+
+    def _run_without_waiting(self) -> None:
+        """Run the function once more, and fail if it waits: while recording, that would break the context.
+
+        Raises:
+            RuntimeError: if it does.
+        """
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self._function()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    def record(self) -> None:
+        """Record the function. Nothing is computed: the first call does that."""
+        if self._stream is None:
+            return
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (copies of batches, a process group's watchdog) may go on calling the driver.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            self._result = self._function()
+        self._graph = graph
+
+    def __call__(self) -> Tensor:
+        """Run the step; the result is overwritten by the next call."""
+        if self._graph is None:
+            return self._function()
+        self._graph.replay()
+        assert self._result is not None
+        return self._result
+
+    def _on_gpu(self) -> bool:
+        return self._device.type != "cpu" and torch.cuda.is_available()

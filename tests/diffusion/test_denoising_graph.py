@@ -1,0 +1,110 @@
+"""Sampling by replays of one recorded step gives what the eager loop gives, to the bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tdq_exp.diffusion import denoising_graph
+from tdq_exp.diffusion.ddim import Ddim
+from tdq_exp.diffusion.denoising_graph import DenoisingGraph
+from tdq_exp.diffusion.draws import image_generators, starting_noise
+from tdq_exp.diffusion.schedule import Schedule
+from tdq_exp.quant import bake
+from tests.quant.builders import make_net, make_recipe
+
+SCHEDULE = Schedule()
+SAMPLERS = {
+    "plain": Ddim(5),
+    "clipped": Ddim(5, clip=True),
+    "as LDM": Ddim(5, offset=1, final_alpha_one=False),
+    "quadratic": Ddim(7, "quad"),
+    "stochastic": Ddim(5, eta=1.0),
+    "stochastic, clipped": Ddim(5, eta=0.5, clip=True),
+}
+
+
+def denoise(x: Tensor, t: Tensor) -> Tensor:
+    """Something of x and t that forgets neither."""
+    return torch.tanh(x + 0.3) * (1 + t / 1000)
+
+
+def start(device: str = "cpu", seed: int = 0) -> tuple[Tensor, list[torch.Generator]]:
+    """(x_T, one generator per image), of three images."""
+    generators = image_generators(seed, range(3))
+    return starting_noise(generators, (1, 8, 8)).to(device), generators
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_recorded_step_has_the_bits_of_the_eager_one(name):
+    ddim, (x, generators) = SAMPLERS[name], start()
+    wanted = ddim.sample(denoise, x, SCHEDULE, generators)
+
+    x, generators = start()
+    steps = denoising_graph.RecordedSteps(ddim, denoise, x, SCHEDULE)  # runs, unrecorded, on a CPU
+    steps.record()
+    assert torch.equal(steps.run(x, generators, None), wanted)
+
+
+def test_each_batch_starts_anew_and_sees_every_step():
+    ddim, seen = SAMPLERS["plain"], []
+    steps = denoising_graph.RecordedSteps(ddim, denoise, start()[0], SCHEDULE)
+    for seed in (1, 2):
+        x, generators = start(seed=seed)
+        seen.clear()
+        found = steps.run(x, generators, lambda t, x_t: seen.append((t, x_t)))
+        assert torch.equal(found, ddim.sample(denoise, x, SCHEDULE))
+        assert [t for t, _ in seen] == [t for t, _ in ddim.pairs(SCHEDULE)]
+        assert torch.equal(seen[0][1], x) and not torch.equal(seen[0][1], seen[1][1])
+
+
+def test_without_a_gpu_it_is_the_sampler_itself():
+    x, generators = start()
+    found = DenoisingGraph(SAMPLERS["stochastic"]).sample(denoise, x, SCHEDULE, generators)
+    x, generators = start()
+    assert torch.equal(found, SAMPLERS["stochastic"].sample(denoise, x, SCHEDULE, generators))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_on_a_gpu_replays_give_the_eager_loops_bits(name):
+    ddim, (x, generators) = SAMPLERS[name], start("cuda")
+    wanted = ddim.sample(denoise, x, SCHEDULE, generators)
+    graph = DenoisingGraph(ddim)
+    for _ in range(2):
+        x, generators = start("cuda")
+        assert torch.equal(graph.sample(denoise, x, SCHEDULE, generators), wanted)
+    assert graph._steps is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("interval", ["static", "temporal"])
+def test_a_baked_network_is_recorded_and_gives_the_same_images(interval):
+    net = bake(make_net(make_recipe("lsq", interval))).cuda()
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        return net(x, t, return_dict=False)[0]
+
+    ddim = replace(SAMPLERS["plain"], steps=20)
+    graph = DenoisingGraph(ddim)
+    x, _ = start("cuda")
+    with torch.no_grad():
+        wanted = ddim.sample(predict, x, SCHEDULE)
+    found = graph.sample(predict, x, SCHEDULE)
+    assert graph._steps is not None
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_recorded_is_sampled_step_by_step_and_said():
+    def waits(x: Tensor, t: Tensor) -> Tensor:
+        return denoise(x, t) * (1 + int(t) / 1e6)
+
+    x, _ = start("cuda")
+    graph = DenoisingGraph(SAMPLERS["plain"])
+    with pytest.warns(UserWarning, match="step by step"):
+        found = graph.sample(waits, x, SCHEDULE)
+    assert torch.equal(found, SAMPLERS["plain"].sample(waits, x, SCHEDULE))
