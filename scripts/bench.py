@@ -23,7 +23,7 @@ from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.calibrate import calibrating
-from tdq_exp.quant.convert import Recipe, activation_quantizers, bake, quantize
+from tdq_exp.quant.convert import Recipe, activation_quantizers, bake
 from tdq_exp.quant.intervals.base import Interval
 from tdq_exp.quant.intervals.static import StaticIntervals
 from tdq_exp.quant.intervals.temporal import GeneratorBank, Temporal, TemporalIntervals, encode_time
@@ -56,7 +56,7 @@ class TorchFused(Lsq):
 class OneByOne(Interval):
     """A generator of its own for one quantizer, evaluated when it is asked."""
 
-    timed = True
+    time_dependent = True
 
     def __init__(self, bank: GeneratorBank, row: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class OneByOne(Interval):
             layers += [linear, nn.ReLU()]
         self.generate = nn.Sequential(*layers[:-1], nn.Softplus())
 
-    def forward(self, x: Tensor | None = None) -> Tensor:
+    def step_size(self) -> Tensor:
         """`[B]`."""
         return self.generate(encode_time(self.time.t.reshape(-1), self.encoding)).squeeze(-1)
 
@@ -78,7 +78,7 @@ class OneByOne(Interval):
 def quantized(model: DiffusionModel, recipe: Recipe, x: Tensor, t: Tensor) -> nn.Module:
     """A calibrated network in training form."""
     net = model.build()
-    quantize(net, model.roles(net), recipe, model.schedule.steps)
+    model.quantize(net, recipe)
     with calibrating(net.eval(), 1), torch.no_grad():
         model.predict(net, x, t)
     return net.train()
