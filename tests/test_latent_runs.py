@@ -23,7 +23,7 @@ from tdq_exp.fit.loop import Interrupted
 from tdq_exp.models.weights.load import save_weights
 from tdq_exp.runtime.processes import Processes
 
-QUICK = ["model=tiny_latent", "tracker=none", "launcher=cpu", "fit.calibration_samples=64"]
+QUICK = ["model=tiny_latent", "tracker=none", "launcher=cpu", "protocol.qat.calibration_samples=64"]
 
 
 def build(out, *overrides):
@@ -233,7 +233,7 @@ def test_mistakes_are_one_line_that_names_the_key(tmp_path, weights, autoencoder
         jobs.build(compose(["model=tiny", "model.weights=x.safetensors", "model.autoencoder=net.safetensors"]))
     with pytest.raises(ValueError, match="fit.part=autoencoder: this model has no such part"):
         jobs.build(compose(["model=tiny", "method=fp", "fit=pretrain_autoencoder"]))
-    with pytest.raises(ValueError, match="fit.part=autoencoder: only a pre-training has a choice"):
+    with pytest.raises(ValueError, match=r"fit\.part.*not in 'QatOptions'"):
         build(tmp_path, *weights, "fit.part=autoencoder")
 
 
@@ -273,7 +273,7 @@ def test_the_plan_of_an_autoencoder_counts_its_own_parameters(tmp_path, inside):
     done = inside(*QUICK, "method=fp", "fit=pretrain_autoencoder", f"out={tmp_path}", "plan_only=true")
     assert done.returncode == 0, done.stderr
     made = build(tmp_path, "method=fp", "fit=pretrain_autoencoder")
-    count = sum(p.numel() for p in made.subject.build().parameters())
+    count = sum(p.numel() for p in made.trained.build().parameters())
     assert f"{count:,} parameters" in done.stdout
 
 

@@ -30,7 +30,6 @@ of its loop equals t, and the loop begins with the noisiest step.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,76 +42,14 @@ from tdq_exp.data.arrays import Column, GroupedArrays
 from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.draws import Stream, fixed_draws, generator, groups, starting_noise
 from tdq_exp.diffusion.objective import Samples
+from tdq_exp.fit.options import CalibrationSpec
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.runtime import files, stage
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import track
 
-KINDS = ("uniform", "ndtc", "ndtc_published", "forward")
 GROUP = 64  # trajectories that are computed at a time
-
-
-@dataclass(frozen=True)
-class CalibrationSpec:
-    """What a calibration set holds.
-
-    Args:
-        kind: see the module.
-        samples: N, a multiple of `images`.
-        images: number of trajectories.
-        mu, sigma: of the normal distribution of t, as shares of T.
-        seed: of noise and time steps.
-
-    Raises:
-        ValueError: naming the key.
-    """
-
-    kind: str
-    samples: int
-    images: int
-    mu: float = 0.4
-    sigma: float = 0.4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"calibration.kind={self.kind!r}: choose one of {', '.join(KINDS)}")
-        if self.images < 1 or self.samples < 1 or self.samples % self.images:
-            raise ValueError(
-                f"calibration.samples={self.samples}: must be a positive multiple of"
-                f" calibration.images={self.images}"
-            )
-
-    def parts(
-        self, model: Mapping[str, Any], weights: str, sampler: Mapping[str, Any], data: str
-    ) -> dict[str, Any]:
-        """Return what the set depends on, for its fingerprint.
-
-        Args:
-            model: the model's definition.
-            weights: hash of the float weights.
-            sampler: the method of the trajectories.
-            data: hash of the training images; only `forward` sets depend on it.
-        """
-        spec = {
-            "kind": self.kind,
-            "samples": self.samples,
-            "images": self.images,
-            "seed": self.seed,
-        }
-        # No weights: it is the same set for any float network of the same data.
-        if self.kind == "forward":
-            return {"version": 1, "calibration": spec, "model": dict(model), "data": data}
-        if self.kind != "uniform":
-            spec |= {"mu": self.mu, "sigma": self.sigma}
-        return {
-            "version": 1,
-            "calibration": spec,
-            "model": dict(model),
-            "weights": weights,
-            "sampler": dict(sampler),
-        }
 
 
 def chosen_steps(

@@ -64,6 +64,8 @@ class GeneratorBank(nn.Module):
         he: He initialisation of the last layer; with it on all layers s(t) / s0 would spread over 0.2..5.6.
     """
 
+    parameter_group = "generators"
+
     def __init__(
         self,
         names: Sequence[str],
@@ -91,6 +93,7 @@ class GeneratorBank(nn.Module):
         self.encodings: Tensor
         self.register_buffer("encodings", encode_time(torch.arange(time.steps), encoding), persistent=False)
         self._kept: tuple[Any, Tensor] | None = None
+        self._rows: tuple[Tensor, tuple[Tensor, ...]] | None = None
         self._table: tuple[Any, Tensor] | None = None
         self._read: tuple[Any, Tensor] | None = None
 
@@ -169,9 +172,22 @@ class GeneratorBank(nn.Module):
             self.training = training
         return self._table[1]
 
+    def row_in_training(self, row: int) -> Tensor:
+        """One quantizer's row of `step_sizes`.
+
+        All rows are taken at once: on the way back their gradients are then stacked, where hundreds of single rows
+        would each be padded to a whole matrix and added.
+        """
+        matrix = self.step_sizes()
+        if torch.compiler.is_compiling():
+            return matrix[row]
+        if self._rows is None or self._rows[0] is not matrix:
+            self._rows = (matrix, matrix.unbind())
+        return self._rows[1][row]
+
     def forget(self) -> None:
         """Drop what is kept for the current time step, and with it the graph of the last forward pass."""
-        self._kept = self._read = None
+        self._kept = self._read = self._rows = None
 
     def _versions(self) -> tuple[Any, ...]:
         return tuple((p.data_ptr(), p.dtype, p._version) for p in self.parameters())
@@ -197,7 +213,7 @@ class GeneratorBank(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> GeneratorBank:
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
-        kept, self._kept, self._table, self._read = self._kept, None, None, None
+        kept, self._kept, self._table, self._read, self._rows = self._kept, None, None, None, None
         try:  # the kept matrix belongs to this network's graph, which can't be copied
             twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
         finally:
@@ -255,7 +271,7 @@ class Temporal(Interval):
 
     def forward(self, x: Tensor | None = None) -> Tensor:
         if self.bank.training:
-            return self.bank.step_sizes()[self.row]
+            return self.bank.row_in_training(self.row)
         return self.bank.row_now(self.row)
 
     def table(self) -> Tensor:
