@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tdq_exp.config import assets, experiments, schema
+from tdq_exp.config import assets, experiments, naming, schema
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
 from tdq_exp.report import manifest as manifests
@@ -172,7 +172,7 @@ def test_hydra_composes_an_experiment_that_has_no_file():
 
 
 def test_no_argument_is_the_demo():
-    assert schema.fit_name(compose([])) == "digits_w4a4_lsq_tdq"
+    assert naming.fit_name(compose([])) == "digits_w4a4_lsq_tdq"
 
 
 @pytest.mark.parametrize(
@@ -186,13 +186,13 @@ def test_no_argument_is_the_demo():
     ],
 )
 def test_whatever_differs_from_the_default_is_in_the_name(overrides, name):
-    assert schema.fit_name(compose(overrides)) == name
+    assert naming.fit_name(compose(overrides)) == name
 
 
 @pytest.mark.parametrize("experiment", ["ddim_w4a4_lsq_tdq", "ddim_small_w8a8_pact", "digits_fp", "ldm_w4a4_lsq"])
 def test_smoke_shrinks_any_experiment(experiment):
     made = jobs.build(compose([f"+experiment={experiment}", "debug=smoke", *local(experiment)]))
-    assert made.smoke
+    assert made.machine.smoke
     assert made.name == f"{experiment}_smoke"
     assert made.sampling.steps == 2
 
@@ -242,5 +242,5 @@ def test_a_mistake_is_one_line_that_names_the_key(overrides, said):
 def test_a_key_that_came_later_is_a_part_only_where_it_differs():
     fit = schema.plain(compose([]).fit)
     assert fit["lr_schedule"] == "constant"
-    assert "lr_schedule" not in jobs.parts_of("fit", fit)  # so that earlier rows are still rows of this fit
-    assert jobs.parts_of("fit", fit | {"lr_schedule": "cosine"})["lr_schedule"] == "cosine"
+    assert "lr_schedule" not in schema.parts_of("fit", fit)  # so that earlier rows are still rows of this fit
+    assert schema.parts_of("fit", fit | {"lr_schedule": "cosine"})["lr_schedule"] == "cosine"

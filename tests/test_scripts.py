@@ -14,7 +14,7 @@ import torch
 from tdq_exp.config.compose import compose
 from tdq_exp.diffusion.draws import image_generators, starting_noise
 from tdq_exp.experiment import build as jobs
-from tdq_exp.experiment import fit_stage
+from tdq_exp.fit.quantized import skeleton
 from tdq_exp.quant.convert import activation_quantizers
 from tdq_exp.quant.layers import QuantLayer
 from tdq_exp.report import pages
@@ -36,7 +36,7 @@ def test_clipped_noise_tells_places_beyond_the_first_range_from_all_others(limit
     module = script("analysis/clipped_noise")
     overrides = ["bits.weight=16", "bits.act=16", "tdq=none", "sampler.steps=5", "tracker=none", "label=wide"]
     made = jobs.build(compose(["model=tiny", "model.weights=none", *overrides]), source=False)
-    net, float_net = fit_stage.skeleton(made, made.recipe), made.model.build().eval()
+    net, float_net = skeleton(made.model, made.recipe), made.model.build().eval()
     for quantizer in activation_quantizers(net).values():
         quantizer.start(100 / 2**15, 2**15)
     for layer in net.modules():

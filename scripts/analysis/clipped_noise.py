@@ -21,9 +21,10 @@ from tdq_exp.commands import cli
 from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.draws import image_generators, starting_noise
 from tdq_exp.experiment import fit_stage
-from tdq_exp.experiment.build import Job
+from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.first_layer import first_range
 from tdq_exp.experiment.load import load
+from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.report import pages
 from tdq_exp.report.render import markdown_lines
 from tdq_exp.runtime.processes import Processes
@@ -35,12 +36,12 @@ HEADERS = (
 
 
 @torch.no_grad()
-def drawn(job: Job, net: nn.Module, x_t: Tensor) -> Tensor:
+def drawn(job: Experiment, net: nn.Module, x_t: Tensor) -> Tensor:
     """x_0, before decoding, of the noise that a row's first images start from."""
-    return job.sampler.sample(lambda x, t: job.model.predict(net, x, t), x_t, job.model.schedule)
+    return job.sampler.sample(Denoiser(net, job.model), x_t, job.model.schedule)
 
 
-def analyse(job: Job, net: nn.Module, x_t: Tensor, expected: Tensor) -> list[dict[str, Any]]:
+def analyse(job: Experiment, net: nn.Module, x_t: Tensor, expected: Tensor) -> list[dict[str, Any]]:
     """A record for the network as it is, and one with its first layer's input in float.
 
     Raises:

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from tdq_exp.commands import cli
 from tdq_exp.experiment import fit_stage
 from tdq_exp.experiment.load import load
+from tdq_exp.fit.options import PtqOptions
 from tdq_exp.fit.ptq.calibration_set import make_set
+from tdq_exp.fit.ptq.ptq import Ptq
 from tdq_exp.fit.ptq.reconstruct import sample_losses
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.runtime.processes import Processes
@@ -53,19 +55,19 @@ def measure(options: argparse.Namespace) -> None:
     processes = Processes(cpu=True)
     loaded = [load(run) for run in options.runs]
     job = loaded[0][0]
-    if job.calibration is None or job.ptq is None:
+    if not isinstance(job.fit, Ptq) or not isinstance(job.fit.options, PtqOptions):
         raise ValueError(f"{options.runs[0]}: is not a post-training run")
 
-    each = job.calibration.samples // job.calibration.images
-    images = options.images or job.calibration.images
-    spec = dataclasses.replace(job.calibration, images=images, samples=images * each)
+    each = job.fit.calibration.samples // job.fit.calibration.images
+    images = options.images or job.fit.calibration.images
+    spec = dataclasses.replace(job.fit.calibration, images=images, samples=images * each)
     float_net, weights = fit_stage.float_net(job, processes)
 
     # 2. The set, made anew.
     with tempfile.TemporaryDirectory() as cache:
-        parts = spec.parts(job.part("model"), weights, dataclasses.asdict(job.trajectory), "none")
+        parts = spec.parts(job.part("model"), weights, dataclasses.asdict(job.fit.trajectory), "none")
         made = make_set(
-            spec, float_net, job.model, job.trajectory, None, parts=parts, cache=Path(cache), processes=processes
+            spec, float_net, job.model, job.fit.trajectory, None, parts=parts, cache=Path(cache), processes=processes
         )
         x, t = made.batch(slice(0, len(made)))
 
@@ -75,7 +77,7 @@ def measure(options: argparse.Namespace) -> None:
     eps = predictions(job.model, float_net, x, t)
     for run, (_, net) in zip(options.runs, loaded, strict=True):
         eps_hat = predictions(job.model, net, x, t)
-        losses = sample_losses(eps_hat, eps, job.ptq.block.power)
+        losses = sample_losses(eps_hat, eps, job.fit.options.power)
         rows = []
         for group, (start, end) in enumerate(zip(EDGES, ends, strict=True)):
             inside = groups == group

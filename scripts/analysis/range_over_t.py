@@ -47,11 +47,11 @@ def watched(model: DiffusionModel, net: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def over_time(job: jobs.Job, net: nn.Module, images: int, steps: int, device: torch.device) -> dict[str, Tensor]:
+def over_time(job: jobs.Experiment, net: nn.Module, images: int, steps: int, device: torch.device) -> dict[str, Tensor]:
     """`t`: `[S]`, ascending; and for each tensor `[S, 2]`, its standard deviation and range at these time steps."""
     seen: dict[str, list[Tensor]] = defaultdict(list)
     visited: list[int] = []
-    sampler = dataclasses.replace(job.trajectory, steps=steps)
+    sampler = dataclasses.replace(job.sampler, steps=steps, eta=0.0)
 
     def hook(name: str) -> Any:
         def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -89,7 +89,8 @@ class Nets:
         }  # fmt: skip
         form, _, kind = key.partition(" ")
         if form == "integer":
-            return integer.integerize(self.get(f"baked {kind}"))
+            baked = self.get(f"baked {kind}")
+            return integer.integerize(baked, self.model.chains(baked))
         x = torch.randn(4, *self.model.sample_shape)
         net = quantized(self.model, Recipe(4, 4, Lsq, Lsq, intervals[kind]), x, torch.tensor(T))
         return bake(net)

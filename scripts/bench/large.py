@@ -23,7 +23,7 @@ from torch import nn
 from tdq_exp.config.compose import compose
 from tdq_exp.deploy import integer
 from tdq_exp.experiment import build as jobs
-from tdq_exp.experiment import fit_stage
+from tdq_exp.fit.quantized import skeleton
 from tdq_exp.quant.convert import bake
 from tdq_exp.report import pages
 from tdq_exp.report.render import markdown_lines
@@ -37,19 +37,21 @@ FORMS = {
 }
 
 
-def job_of(experiment: str) -> jobs.Job:
+def job_of(experiment: str) -> jobs.Experiment:
     """The experiment, its weights not looked for."""
     overrides = [f"+experiment={experiment}", "model.weights=none.safetensors"]
     return jobs.build(compose(overrides), source=False)
 
 
-def network(job: jobs.Job, form: str) -> nn.Module:
+def network(job: jobs.Experiment, form: str) -> nn.Module:
     """The network in a form, in eval mode."""
     if form == "float":
         return job.model.build().eval()
     assert job.recipe is not None
-    net = bake(fit_stage.skeleton(job, job.recipe), inplace=True)
-    return integer.integerize(net, list(integer.candidates(net))) if form == "integer" else net
+    net = bake(skeleton(job.model, job.recipe), inplace=True)
+    if form == "integer":
+        return integer.integerize(net, job.model.chains(net))
+    return net
 
 
 @torch.no_grad()

@@ -19,10 +19,12 @@ from torch import nn
 
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
-from tdq_exp.fit.calibrated import Shown, quantized_and_calibrated
+from tdq_exp.fit import calibrated as calibration
+from tdq_exp.fit.calibrated import Batches
+from tdq_exp.fit.options import PtqOptions, ReconstructOptions
+from tdq_exp.fit.ptq.block_by_block import capture
 from tdq_exp.fit.ptq.blocks import blocks_of
-from tdq_exp.fit.ptq.ptq import PtqOptions, capture
-from tdq_exp.fit.ptq.reconstruct import BlockData, Reconstruction, ReconstructOptions
+from tdq_exp.fit.ptq.reconstruct import BlockData, Reconstruction
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.convert import Recipe, code_weights
 from tdq_exp.quant.intervals.static import StaticIntervals
@@ -31,6 +33,7 @@ from tdq_exp.quant.rules.lsq import Lsq
 from tdq_exp.quant.rules.minmax import MinMax, MinMaxWeights
 from tdq_exp.report import pages
 from tdq_exp.runtime import files
+from tdq_exp.runtime.context import RunContext
 from tdq_exp.runtime.processes import Processes
 
 AIM = 1.15
@@ -38,20 +41,19 @@ SAMPLES = 256
 FITS = ("minmax", "ptq4dm", "ptq4dm_tdq")
 
 
-def shown_noise(model: DiffusionModel, samples: int) -> Shown:
+def shown_noise(model: DiffusionModel, samples: int) -> Batches:
     """Random samples at random time steps."""
     x = torch.randn(samples, *model.sample_shape, generator=torch.Generator().manual_seed(0))
     t = torch.randint(model.schedule.steps, (samples,), generator=torch.Generator().manual_seed(1))
-    return Shown(samples, lambda n: (x[n * 64 : (n + 1) * 64], t[n * 64 : (n + 1) * 64]))
+    return Batches(samples, lambda n: (x[n * 64 : (n + 1) * 64], t[n * 64 : (n + 1) * 64]))
 
 
-def calibrated(model: DiffusionModel, recipe: Recipe, shown: Shown, processes: Processes) -> nn.Module:
+def calibrated(model: DiffusionModel, recipe: Recipe, shown: Batches, processes: Processes) -> nn.Module:
     """A quantized network with start values; nothing is cached."""
     with tempfile.TemporaryDirectory() as cache:
         net = model.build().to(processes.device).eval()
-        return quantized_and_calibrated(
-            net, model, recipe, shown, seed=0, processes=processes, cache=Path(cache), key={}
-        )
+        context = RunContext(Path(cache), "", 0, processes, Path(cache))
+        return calibration.calibrated(net, model, recipe, shown, context, key={})
 
 
 def block_seconds(
@@ -72,7 +74,7 @@ def block_seconds(
             parameter.requires_grad_(False)
     blocks = {name: blocks_of(net, model, model.roles(float_net)) for name, net in nets.items()}
     options = ReconstructOptions(updates, 32, 1e-3, 1e-3, 1e-3)
-    every = torch.cat([shown.get(n)[1] for n in range(shown.batches)])
+    every = torch.cat([shown.get(n)[1] for n in range(len(shown))])
     index = torch.arange(SAMPLES)
     found = {}
     for number in range(len(blocks["static"])):
@@ -80,7 +82,9 @@ def block_seconds(
         for name, net in nets.items():
             block = blocks[name][number]
             with tempfile.TemporaryDirectory() as folder:
-                seen = capture(net, float_net, model, shown, block, PtqOptions(True, options), Path(folder), processes)
+                seen = capture(
+                    net, float_net, model, shown, block, PtqOptions.memory_gb, Path(folder), processes
+                )
             for quantizer in block.quantizers.values():
                 quantizer.requires_grad_(True)
             data = BlockData(*seen, every, index, index)

@@ -114,7 +114,7 @@ def _check_options(out: Path, form: str, images: int) -> None:
         raise ValueError(f"export needs {', '.join(missing)}: pip install 'tdq_exp[onnx]'")
 
 
-def graph_file(job: jobs.Job, net: nn.Module, out: Path, form: str, images: int) -> int:
+def graph_file(job: jobs.Experiment, net: nn.Module, out: Path, form: str, images: int) -> int:
     """Writes the graph of a baked network and returns its bytes. Arguments as `export`."""
     steps = job.model.schedule.steps
     ranges = onnx.output_ranges(_seen(job, net, images), steps) if form == "integer" else {}
@@ -129,7 +129,7 @@ def graph_file(job: jobs.Job, net: nn.Module, out: Path, form: str, images: int)
 
 
 @torch.no_grad()
-def _seen(job: jobs.Job, net: nn.Module, images: int) -> dict[str, list[tuple[int, float, float]]]:
+def _seen(job: jobs.Experiment, net: nn.Module, images: int) -> dict[str, list[tuple[int, float, float]]]:
     """(t, smallest, largest) of each convolution's first sum, at every step of a sampling."""
     seen: dict[str, dict[int, tuple[float, float]]] = {}
 
@@ -163,7 +163,7 @@ def _seen(job: jobs.Job, net: nn.Module, images: int) -> dict[str, list[tuple[in
 
 
 @torch.no_grad()
-def compare(job: jobs.Job, net: nn.Module, file: Path) -> list[tuple[int, float, float]]:
+def compare(job: jobs.Experiment, net: nn.Module, file: Path) -> list[tuple[int, float, float]]:
     """(t, difference of ONNX Runtime from the simulated network, difference of that one at another batch size).
 
     At few bits a sum on the border of two codes may fall on either side, and the layers behind it see it: what another

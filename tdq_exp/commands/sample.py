@@ -55,8 +55,8 @@ def draw(options: argparse.Namespace) -> None:
 
     # 2. The network, on the engine that was asked for.
     job, net = load(options.run)
-    if job.fit.part != "network":
-        raise ValueError(f"{options.run}: is the model's {job.fit.part}; images are drawn from its network")
+    if not job.fit.options.fits_network:
+        raise ValueError(f"{options.run}: is the model's {job.fit.options.part}; images are drawn from its network")
     sampler = job.sampler if options.steps is None else dataclasses.replace(job.sampler, steps=options.steps)
     size = job.model.image_size
     processes = Processes(cpu=options.cpu)

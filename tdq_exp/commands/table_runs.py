@@ -101,7 +101,7 @@ def show_plan(cells: Sequence[Cell]) -> bool:
         duration = costs.duration(1000 * encode)
         console.print(f"on top, once for all cells: encoding training images, about {duration} for 1,000")
 
-    return any(job.config["protocol"]["scale"] == "paper" and not job.smoke for job in jobs_of_cells)
+    return any(job.config["protocol"]["scale"] == "paper" and not job.machine.smoke for job in jobs_of_cells)
 
 
 def _warn_of_stale(cells: Sequence[Cell]) -> None:
@@ -114,7 +114,7 @@ def _warn_of_stale(cells: Sequence[Cell]) -> None:
         )
 
 
-def _job(cell: Cell) -> jobs.Job:
+def _job(cell: Cell) -> jobs.Experiment:
     from tdq_exp.experiment import build as jobs  # it imports torch
 
     try:
@@ -123,11 +123,11 @@ def _job(cell: Cell) -> jobs.Job:
         raise ValueError(f"{cell.name}: {error}; --column runs one column, with overrides of its own") from error
 
 
-def _shape(job: jobs.Job) -> str:
+def _shape(job: jobs.Experiment) -> str:
     """Return what the cost of a job depends on, as text."""
     from tdq_exp.experiment import cost as costs
 
-    fit = [job.part("model", "fit"), job.recipe is not None, job.fit.report]
+    fit = [job.part("model", "fit"), job.recipe is not None, job.fit.options.report]
     sampling = [job.sampling.images, job.sampling.steps]
     return json.dumps([*fit, *sampling, costs.stages_done(job)], sort_keys=True)
 

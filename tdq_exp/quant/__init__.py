@@ -16,6 +16,7 @@ from tdq_exp.quant.rules.lsq import Lsq
 from tdq_exp.quant.rules.minmax import MinMax, MinMaxWeights
 from tdq_exp.quant.rules.nipq import Nipq, NipqWeights
 from tdq_exp.quant.rules.pact import DorefaWeights, Pact, PactWeights
+from tdq_exp.quant.training import initialize, parameter_groups, penalty, set_final_phase
 
 __all__ = [
     "DorefaWeights",
@@ -37,6 +38,10 @@ __all__ = [
     "TemporalIntervals",
     "bake",
     "calibrating",
+    "initialize",
     "layer_map",
+    "parameter_groups",
+    "penalty",
     "quantize",
+    "set_final_phase",
 ]

@@ -95,6 +95,16 @@ class Quantizer(nn.Module):
         """x_hat with the gradients of a method."""
         raise NotImplementedError(type(self).__name__)
 
+    def penalty(self) -> Tensor | None:
+        """Return what this rule adds to the loss at the current time steps, 0-dim; None for nothing."""
+        return None
+
+    def set_final_phase(self, final: bool) -> None:
+        """Hear whether training is in its final phase, in which `rule` must compute what inference does.
+
+        Only rules that train in two phases need it.
+        """
+
     def gradient_scale(self, x: Tensor) -> float:
         """LSQ's `1 / sqrt(N p)`, if it is on; N counts the elements that one s is for, activations per sample."""
         if not self.scale_gradient or not self.scales_gradient:

@@ -22,6 +22,7 @@ class ZeroPoint(nn.Module):
     """
 
     timed = False
+    parameter_group = "zero_points"
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
@@ -53,6 +54,7 @@ class LowerBound(nn.Module):
         self.beta = nn.Parameter(torch.tensor(beta or 0.0), requires_grad=learned)
 
     timed = True
+    parameter_group = "step_sizes"  # a real number in units of x, like s
 
     def start(self, s: float, z: int) -> None:
         """Sets the start value."""

@@ -17,8 +17,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tdq_exp.config import assets, schema
+from tdq_exp.config import assets, naming, schema
 from tdq_exp.config.compose import compose
+from tdq_exp.config.schema import parts_of
+from tdq_exp.fit.registry import options_class
 from tdq_exp.report.manifest import Line, Manifest
 from tdq_exp.runtime import files, stage
 
@@ -158,11 +160,11 @@ def _cells_of_line(
         yield Cell(
             column=column,
             line=line,
-            run=schema.fit_name(cfg),
+            run=naming.fit_name(cfg),
             overrides=command,
             config=schema.plain(cfg),
-            folder=schema.run_folder(cfg),
-            sample=schema.sample_name(cfg),
+            folder=naming.run_folder(cfg),
+            sample=naming.sample_name(cfg),
             images=bare.sampler.images,
             nets=_shipped_nets(cfg),
         )
@@ -218,13 +220,11 @@ def _compared(config: dict[str, Any]) -> dict[str, Any]:
 
     That is everything that its fingerprints read, but the number of images.
     """
-    from tdq_exp.experiment.build import parts_of  # it imports torch
-
     groups = ["model", "sampler"]
     if config["method"]["quantized"]:
         groups += ["bits", "weight", "act", "tdq", "plan", "habits", "fit"]
-        groups += ["calibration"] if config["fit"]["kind"] == "ptq" else []
-
+        fit = options_class(config["fit"]["kind"])
+        groups += ["calibration"] if fit.needs_calibration_set else []
     # An older row may lack a key that there is now: None, and so a change.
     parts = {group: parts_of(group, defaultdict(lambda: None, config[group])) for group in groups}
     del parts["sampler"]["images"]

@@ -20,6 +20,8 @@ class Static(Interval):
         raw: hold s itself, as the release does, in place of rho.
     """
 
+    parameter_group = "step_sizes"
+
     def __init__(self, raw: bool = False) -> None:
         super().__init__()
         self.raw = raw
@@ -46,6 +48,7 @@ class PerStep(Interval):
     """
 
     timed = True
+    parameter_group = "step_sizes"
 
     def __init__(self, groups: int, time: TimeContext) -> None:
         super().__init__()

@@ -64,6 +64,8 @@ class GeneratorBank(nn.Module):
         he: He initialisation of the last layer; with it on all layers s(t) / s0 would spread over 0.2..5.6.
     """
 
+    parameter_group = "generators"
+
     def __init__(
         self,
         names: Sequence[str],

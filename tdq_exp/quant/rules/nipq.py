@@ -31,7 +31,11 @@ class Nipq(Quantizer):
     def __init__(self, *args: object, histogram: bool = True, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self.histogram = histogram
-        self.noisy = True  # the fit clears it for the last phase
+        self.noisy = True
+
+    def set_final_phase(self, final: bool) -> None:
+        """Round for real in the final phase, and add noise before it."""
+        self.noisy = not final
 
     def rule(self, x: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
         """x plus noise, or in the last phase LSQ's rounding without its gradient scale."""

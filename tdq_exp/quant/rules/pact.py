@@ -34,10 +34,10 @@ class Pact(Quantizer):
         """x_hat with PACT's gradients."""
         return ops.fake_quantize_clipped(x, s, z, self.grid.n, self.grid.p)
 
-    def penalty(self) -> Tensor:
-        """`decay mean(alpha^2)` at the current time steps."""
-        if self.interval.dynamic:
-            return self.zero  # nothing is clipped, and alpha is not learned
+    def penalty(self) -> Tensor | None:
+        """Return `decay mean(alpha^2)` at the current time steps; None without decay, or if alpha is not learned."""
+        if not self.decay or self.interval.dynamic:
+            return None
         alpha = self.interval() * ((self.grid.p - self.grid.n) / 2)
         return self.decay * alpha.square().mean()
 
