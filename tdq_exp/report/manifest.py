@@ -156,9 +156,11 @@ def _line(content: Mapping[str, Any]) -> Line:
     choices = {key: option for key, option in content.items() if key not in NOT_CHOICES}
     _require_groups(choices)
 
-    rest = {key: value for key, value in content.items() if key in NOT_CHOICES}
-    lists: dict[str, Any] = {key: tuple(rest[key]) for key in ("sampler_seeds", "overrides") if key in rest}
-    return Line(choices=choices, **{**rest, **lists})
+    rest: dict[str, Any] = {key: value for key, value in content.items() if key in NOT_CHOICES}
+    for key in ("sampler_seeds", "overrides"):
+        if key in rest:
+            rest[key] = tuple(rest[key])
+    return Line(choices=choices, **rest)
 
 
 def _column(content: Mapping[str, Any]) -> Column:

@@ -1,6 +1,6 @@
-"""Speed of block reconstruction on `ddim_small`, and of MinMax on `ddim_cifar10` -> results/bench/ptq.md.
+"""Measure the speed of block reconstruction on `ddim_small`, and of MinMax -> results/bench/ptq.md.
 
-    python scripts/bench_ptq.py [--threads 2] [--updates 30] [--rounds 5]
+    python scripts/bench/ptq.py [--threads 2] [--updates 30] [--rounds 5]
 
 Static and TDQ's reconstruction of the same block are timed in turn in one process. The whole fits of
 `ddim_small` are read from their rows. Weights are random: they do not change how long anything takes.
@@ -31,7 +31,8 @@ from tdq_exp.quant.intervals.static import StaticIntervals
 from tdq_exp.quant.intervals.temporal import TemporalIntervals
 from tdq_exp.quant.rules.lsq import Lsq
 from tdq_exp.quant.rules.minmax import MinMax, MinMaxWeights
-from tdq_exp.runtime import environment, files
+from tdq_exp.report import pages
+from tdq_exp.runtime import files
 from tdq_exp.runtime.context import RunContext
 from tdq_exp.runtime.processes import Processes
 
@@ -134,38 +135,51 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="counted stretches of each (default: 5)")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results (default: results)")
     options = parser.parse_args()
+
     torch.set_num_threads(options.threads)
     processes = Processes(cpu=True)
     model = jobs.make(compose(["model=ddim_small"]), "model.definition")
     blocks = block_seconds(model, processes, options.updates, options.rounds)
     minmax = minmax_seconds(processes)
-    about = {"threads": options.threads, **environment.environment()}
-    found = {"seconds_per_1000_updates": blocks, "minmax_ddim_cifar10_256_samples": minmax, "about": about}
-    files.write_json(options.out / "bench" / "ptq.json", found)
+
+    about = pages.about(threads=options.threads)
+    measured = {"seconds_per_1000_updates": blocks, "minmax_ddim_cifar10_256_samples": minmax}
+    work = f"medians of {options.rounds} interleaved stretches of {options.updates} updates"
+    lines = page(blocks, minmax, about, work) + page_of_fits(options.out)
+    pages.report(options.out / "bench" / "ptq", measured, about, lines)
+
+
+def page(blocks: dict[str, dict[str, float]], minmax: float, about: dict[str, Any], work: str) -> list[str]:
+    """Return the lines of the Markdown page, whole fits left out."""
     total = {name: sum(times[name] for times in blocks.values()) for name in ("static", "TDQ")}
-    lines = [
-        f"`ddim_small`, batch 32, W8A4, {options.threads} threads, medians of {options.rounds} interleaved stretches of"
-        f" {options.updates} updates. {about['machine']}, torch {torch.__version__}, commit {about['commit']}."
-        " `make bench`.",
+    rows = [
+        f"| {name} | {times['static']:.1f} | {times['TDQ']:.1f} | {times['TDQ'] / times['static']:.2f} |"
+        for name, times in {**blocks, "all blocks": total}.items()
+    ]
+    return [
+        f"`ddim_small`, batch 32, W8A4, {about['threads']} threads, {work}."
+        f" {about['machine']}, torch {torch.__version__}, commit {about['commit']}. `make bench`.",
         "",
         "| block | static, s for 1,000 updates | TDQ | ratio |",
         "|---|---:|---:|---:|",
-        *(f"| {n} | {v['static']:.1f} | {v['TDQ']:.1f} | {v['TDQ'] / v['static']:.2f} |" for n, v in blocks.items()),
-        f"| all blocks | {total['static']:.1f} | {total['TDQ']:.1f} | {total['TDQ'] / total['static']:.2f} |",
+        *rows,
         "",
         f"Aim: TDQ's reconstruction at most {AIM} times the static one.",
         f"MinMax of `ddim_cifar10`, 256 samples, making the set excluded: {minmax:.0f} s (aim: under 300).",
     ]
-    fits = whole_fits(options.out)
-    if fits:
-        lines += [
-            "",
-            "| whole fit, ddim_small W8A5, making the set excluded | seconds | peak memory, GB |",
-            "|---|---:|---:|",
-            *fits,
-        ]
-    (options.out / "bench" / "ptq.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+
+
+def page_of_fits(out: Path) -> list[str]:
+    """Return the lines about whole fits, if their rows were made."""
+    fits = whole_fits(out)
+    if not fits:
+        return []
+    return [
+        "",
+        "| whole fit, ddim_small W8A5, making the set excluded | seconds | peak memory, GB |",
+        "|---|---:|---:|",
+        *fits,
+    ]
 
 
 if __name__ == "__main__":

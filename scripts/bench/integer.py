@@ -1,6 +1,6 @@
-"""Speed of a denoising step on integers -> results/bench/integer.md.
+"""Measure the speed of a denoising step on integers -> results/bench/integer.md.
 
-    python scripts/bench_integer.py [--threads 2] [--models ddim_small,ddim_cifar10] [--batches 1,8,64] [--no-compile]
+    python scripts/bench/integer.py [--threads 2] [--models ddim_small,ddim_cifar10] [--batches 1,8,64] [--no-compile]
 
 Everything is compared within one process, in turn; numbers are medians. Weights are random and W4A4: they do not change
 how long anything takes, and every layer runs on the same 8-bit kernels at any number of bits. Memory is measured
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import denoising_step, medians, quantized
+from steps import denoising_step, medians, quantized
 from torch import Tensor, nn
 
 from tdq_exp.commands import export
@@ -42,7 +42,8 @@ from tdq_exp.quant.intervals.temporal import TemporalIntervals
 from tdq_exp.quant.kernels import cpu as kernels
 from tdq_exp.quant.layers import QuantConv2d
 from tdq_exp.quant.rules.lsq import Lsq
-from tdq_exp.runtime import environment, files
+from tdq_exp.report import pages
+from tdq_exp.runtime import files
 
 FLOATS = ("float32 eager", "float32 eager, channels last")
 VARIANTS = (
@@ -275,8 +276,8 @@ def exactness(nets: Nets) -> float:
     return worst
 
 
-def report(content: dict[str, Any]) -> str:
-    """The Markdown page."""
+def page(content: dict[str, Any]) -> list[str]:
+    """Return the lines of the Markdown page."""
     about = content["about"]
     lines = [
         "# Integer execution: a denoising step",
@@ -336,14 +337,7 @@ def report(content: dict[str, Any]) -> str:
             *(f"| {label} | {mb:.2f} |" for label, mb in of["sizes_mb"].items()),
         ]
         lines += ["", f"ONNX Runtime's optimised integer graph: {of['operators']}."]
-    return "\n".join(lines) + "\n"
-
-
-def save(content: dict[str, Any], out: Path) -> None:
-    """Writes `integer.json` and the page, and prints it."""
-    files.write_json(out / "integer.json", content)
-    (out / "integer.md").write_text(report(content))
-    print(report(content))
+    return lines
 
 
 def besides_times(nets: Nets, variants: list[str], threads: int) -> dict[str, Any]:
@@ -386,7 +380,7 @@ def main() -> None:
             print(working_memory(step))
             return
         variants = [v for v in VARIANTS if not (options.no_compile and "compiled" in v)]
-        content: dict[str, Any] = {"about": {"threads": options.threads, **environment.environment()}, "models": {}}
+        content: dict[str, Any] = {"about": pages.about(threads=options.threads), "models": {}}
         if options.keep_times:
             kept = files.read_json(options.out / "integer.json")
             if kept is None:
@@ -399,7 +393,7 @@ def main() -> None:
                 of["ms"][str(batch)] = timed(nets, batch, variants)
                 print(name, batch, {k: round(v["median"], 1) for k, v in of["ms"][str(batch)].items()}, flush=True)
             of |= besides_times(nets, variants, options.threads)
-        save(content, options.out)
+        pages.report(options.out / "integer", {"models": content["models"]}, content["about"], page(content))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A denoising step of a full-size network: seconds and peak memory, float and quantized -> results/bench/large.{md,json}.
+"""Measure seconds and peak memory of a denoising step of a full-size network -> results/bench/large.md.
 
-    python scripts/bench_large.py [--experiment ldm_w8a8_lsq_tdq] [--batches 1 4] [--rounds 5] [--threads 2]
+    python scripts/bench/large.py [--experiment ldm_w8a8_lsq_tdq] [--batches 1 4] [--rounds 5] [--threads 2]
 
 Each form of the network runs in a process of its own, so that peak memory is its alone: Python and its libraries
 (`baseline`) included. Weights are random and step sizes are 1, of which neither seconds nor bytes depend.
@@ -25,9 +25,9 @@ from tdq_exp.deploy import integer
 from tdq_exp.experiment import build as jobs
 from tdq_exp.fit.quantized import skeleton
 from tdq_exp.quant.convert import bake
+from tdq_exp.report import pages
 from tdq_exp.report.render import markdown_lines
-from tdq_exp.runtime import environment, files
-from tdq_exp.runtime.progress import print_table
+from tdq_exp.runtime import environment
 
 FORMS = {
     "baseline": "Python and its libraries",
@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """The command; `--help` lists its options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--experiment", default="ldm_w8a8_lsq_tdq", help="a file of configs/experiment, quantized")
+    parser.add_argument("--experiment", default="ldm_w8a8_lsq_tdq", help="a quantized experiment")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="batch sizes, rising (default: 1 4)")
     parser.add_argument("--rounds", type=int, default=5, help="counted steps of each (default: 5)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
@@ -86,38 +86,39 @@ def main() -> None:
     if options.form is not None:
         print(json.dumps(measure(options)))
         return
-    found = {}
+
+    measured = {}
     for form in FORMS:
         done = subprocess.run([sys.executable, *sys.argv, "--form", form], capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"error: {form}: {done.stderr.strip().splitlines()[-1]}")
-        found[form] = json.loads(done.stdout.splitlines()[-1])
-    write(found, options)
+        measured[form] = json.loads(done.stdout.splitlines()[-1])
+
+    about = pages.about(experiment=options.experiment, threads=options.threads, rounds=options.rounds)
+    lines = page(measured, about, [str(batch) for batch in options.batches])
+    pages.report(options.out / "large", {"forms": measured}, about, lines)
 
 
-def write(found: dict[str, Any], options: argparse.Namespace) -> None:
-    """`large.json` with every figure, `large.md` to read."""
-    about = {"experiment": options.experiment, "threads": options.threads, "rounds": options.rounds}
-    about |= environment.environment()
-    files.write_json(options.out / "large.json", {"forms": found, "about": about})
-    rows = [[FORMS["baseline"], "-", "-", "-", f"{found['baseline']['memory']:.2f}"]]
-    for batch in map(str, options.batches):
-        reference = middle(found["float"]["steps"][batch]["seconds"])
+def page(measured: dict[str, Any], about: dict[str, Any], batches: list[str]) -> list[str]:
+    """Return the lines of the Markdown page."""
+    rows = [[FORMS["baseline"], "-", "-", "-", f"{measured['baseline']['memory']:.2f}"]]
+
+    for batch in batches:
+        reference = middle(measured["float"]["steps"][batch]["seconds"])
         for form in list(FORMS)[1:]:
-            step = found[form]["steps"][batch]
+            step = measured[form]["steps"][batch]
             seconds = middle(step["seconds"])
             rows.append([FORMS[form], batch, f"{seconds:.2f}", f"{seconds / reference:.2f}", f"{step['memory']:.2f}"])
+
     headers = ["network", "batch", "s for a step, median", "of float's", "peak memory of the process, GB"]
-    lines = [
-        f"`{options.experiment}`: one denoising step of a U-Net of {found['float']['parameters']:,} parameters,"
-        f" {options.threads} threads, medians of {options.rounds}; peak memory includes building the network."
+    return [
+        f"`{about['experiment']}`: one denoising step of a U-Net of {measured['float']['parameters']:,} parameters,"
+        f" {about['threads']} threads, medians of {about['rounds']}; peak memory includes building the network."
         f" {about['machine']}, torch {torch.__version__}, Python {platform.python_version()}, commit {about['commit']}."
-        f" `python scripts/bench_large.py`.",
+        f" `python scripts/bench/large.py`.",
         "",
         *markdown_lines(headers, rows),
     ]
-    (options.out / "large.md").write_text("\n".join(lines) + "\n")
-    print_table(options.experiment, headers, rows)
 
 
 def middle(values: list[float]) -> float:

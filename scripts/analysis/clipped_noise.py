@@ -1,8 +1,8 @@
-"""What the first layer's quantizer cuts off the starting noise, and what becomes of it -> results/analysis/clipped_noise.{md,json}.
+"""Measure what the first layer's quantizer cuts off the starting noise -> results/analysis/clipped_noise.md.
 
-    python scripts/clipped_noise.py results/runs/ldm_small_w4a4_lsq/seed0/packed.safetensors ... [--images 100]
+    python scripts/analysis/clipped_noise.py results/runs/ldm_small_w4a4_lsq/seed0/packed.safetensors ... [--images 100]
 
-Why it matters: `tdq_exp/quant/first_layer.py`. Places (pixels of x) with an element beyond the range are told from all
+Why it matters: `tdq_exp/experiment/first_layer.py`. Places (pixels of x) with an element beyond the range are told from all
 others; each network is then sampled a second time, from the same noise, with the input of its first layer left in float.
 An outlier is an element of x_0 more than twice as large as the float network's largest.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdq_exp.commands import cli
 from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.draws import image_generators, starting_noise
 from tdq_exp.experiment import fit_stage
@@ -24,10 +25,9 @@ from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.first_layer import first_range
 from tdq_exp.experiment.load import load
 from tdq_exp.models.denoiser import Denoiser
+from tdq_exp.report import pages
 from tdq_exp.report.render import markdown_lines
-from tdq_exp.runtime import environment, files
 from tdq_exp.runtime.processes import Processes
-from tdq_exp.runtime.progress import print_table
 
 HEADERS = (
     "network", "input of the first layer", "places beyond it", "error there", "error elsewhere", "largest x_0",
@@ -76,17 +76,27 @@ def analyse(job: Experiment, net: nn.Module, x_t: Tensor, expected: Tensor) -> l
     return found
 
 
-def main() -> None:
-    """The command; `--help` lists its options."""
+def main() -> int:
+    """Measure, and write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", help="folders of quantized runs, or their packed files")
     parser.add_argument("--images", type=int, default=100, help="drawn from each (default: 100)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("results/analysis"), help="folder to write")
-    options = parser.parse_args()
+    return cli.exit_code(measure, parser.parse_args())
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Sample each network twice from the same noise, as it is and with its first layer's input in float.
+
+    Raises:
+        ValueError, OSError: if a run is not there, or nothing can be cut off in it.
+    """
     torch.set_num_threads(options.threads)
     processes = Processes(cpu=True)
-    records, gains = [], {}
+    records: list[dict[str, Any]] = []
+    gains: dict[str, float] = {}
+
     try:
         for run in options.runs:
             job, net = load(run)
@@ -95,38 +105,42 @@ def main() -> None:
             records += analyse(job, net, x_t, drawn(job, float_net, x_t))
             abar = float(job.model.schedule.alphas_cumprod[job.sampler.pairs(job.model.schedule)[0][0]])
             gains[job.config["model"]["label"]] = ((1 - abar) / abar) ** 0.5
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     finally:
         processes.close()
-    write(records, gains, options)
+
+    about = pages.about(images=options.images, gains=gains)
+    lines = page(records, about, f"python scripts/analysis/clipped_noise.py {' '.join(map(str, options.runs))}")
+    pages.report(options.out / "clipped_noise", {"networks": records}, about, lines)
 
 
-def write(records: list[dict[str, Any]], gains: dict[str, float], options: argparse.Namespace) -> None:
-    """`clipped_noise.json` with every figure, `clipped_noise.md` to read."""
-    about = {"images": options.images, "gains": gains, **environment.environment()}
-    files.write_json(options.out / "clipped_noise.json", {"networks": records, "about": about})
-    rows = [
-        [
-            r["name"], r["range"], f"{r['share']:.3f}",
-            *("-" if r[error] is None else f"{r[error]:.3f}" for error in ("error_there", "error_elsewhere")),
-            f"{r['largest']:.1f}", f"{r['largest_of_float']:.1f}", f"{r['outliers']:.4f}",
-            "-" if r["outliers_there"] is None else f"{r['outliers_there']:.3f}",
-        ]
-        for r in records
-    ]  # fmt: skip
-    said = ", ".join(f"{gain:.1f} times for {model}" for model, gain in gains.items())
-    lines = [
-        f"x_0 (before decoding) of {options.images} images against the float network's, from the same noise: root mean"
+def page(records: list[dict[str, Any]], about: dict[str, Any], command: str) -> list[str]:
+    """Return the lines of the Markdown page."""
+    gains = ", ".join(f"{gain:.1f} times for {model}" for model, gain in about["gains"].items())
+    return [
+        f"x_0 (before decoding) of {about['images']} images against the float network's, from the same noise: root mean"
         " square error at places where some element of x_T is beyond the range of the first layer's input at the first"
-        f" step, and at all others; outliers are elements over twice the float network's largest. That step turns an error of eps into a larger one of x_0: {said}."
-        f" Commit {about['commit']}. `python scripts/clipped_noise.py {' '.join(map(str, options.runs))}`.",
+        " step, and at all others; outliers are elements over twice the float network's largest. That step turns an"
+        f" error of eps into a larger one of x_0: {gains}. Commit {about['commit']}. `{command}`.",
         "",
-        *markdown_lines(HEADERS, rows, left=2),
+        *markdown_lines(HEADERS, [_texts(record) for record in records], left=2),
     ]
-    (options.out / "clipped_noise.md").write_text("\n".join(lines) + "\n")
-    print_table("what is cut off the starting noise", HEADERS, rows)
+
+
+def _texts(record: dict[str, Any]) -> list[str]:
+    """Return a line of the table."""
+    errors = [record["error_there"], record["error_elsewhere"]]
+    there = record["outliers_there"]
+    return [
+        record["name"],
+        record["range"],
+        f"{record['share']:.3f}",
+        *("-" if error is None else f"{error:.3f}" for error in errors),
+        f"{record['largest']:.1f}",
+        f"{record['largest_of_float']:.1f}",
+        f"{record['outliers']:.4f}",
+        "-" if there is None else f"{there:.3f}",
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
