@@ -50,7 +50,7 @@ def over_time(job: jobs.Experiment, net: nn.Module, images: int, steps: int, dev
     """`t`: `[S]`, ascending; and for each tensor `[S, 2]`, its standard deviation and range at these time steps."""
     seen: dict[str, list[Tensor]] = defaultdict(list)
     visited: list[int] = []
-    sampler = dataclasses.replace(job.trajectory, steps=steps)
+    sampler = dataclasses.replace(jobs.trajectory_of(job.sampling), steps=steps)
 
     def hook(name: str) -> Any:
         def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:

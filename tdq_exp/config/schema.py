@@ -259,8 +259,9 @@ def typed(cfg: DictConfig) -> Config:
         )
     for group in dataclasses.fields(Config):
         node = cfg[group.name]
-        if group.name != "protocol" and OmegaConf.is_dict(node):
-            unknown = settings.unknown_keys(OmegaConf.get_type(node), node)
+        declared = OmegaConf.get_type(node)
+        if group.name != "protocol" and declared is not None and OmegaConf.is_dict(node):
+            unknown = settings.unknown_keys(declared, node)
             if unknown:
                 raise ValueError(f"{group.name}.{unknown[0]}: there is no such key")
 
