@@ -47,7 +47,7 @@ bench-integer: $(VENV)/installed
 
 bench-gpu: $(VENV)/installed
 	scripts/gpu_check.sh $(VENV)/bin/python
-	$(VENV)/bin/python scripts/bench_gpu.py --report
+	$(VENV)/bin/python scripts/bench/gpu.py --report
 
 clean:
 	rm -rf $(VENV) results/demo

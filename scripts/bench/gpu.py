@@ -1,8 +1,8 @@
 """Speed and memory on one GPU, at the paper's scale -> gpu.json, as each result comes, and gpu.md.
 
-    python scripts/bench_gpu.py [--seconds 330] [--out results/bench]
-    python scripts/bench_gpu.py --rehearse        everything on a CPU, at a tiny size
-    python scripts/bench_gpu.py --report          gpu.md anew, with the hours of both tables, from gpu.json
+    python scripts/bench/gpu.py [--seconds 330] [--out results/bench]
+    python scripts/bench/gpu.py --rehearse        everything on a CPU, at a tiny size
+    python scripts/bench/gpu.py --report          gpu.md anew, with the hours of both tables, from gpu.json
 
 `ddim_cifar10` at batch 128 and `ldm_churches` at batch 32, W4A4, weights and images random, of which
 no time depends. All in one process, each form warmed up, CUDA events, medians. A part that fails is
