@@ -4,7 +4,7 @@ VENV ?= .venv
 SCALE ?= paper
 RUN = $(VENV)/bin/python -m tdq_exp.run
 
-.PHONY: help demo test lint table1 table2 bench bench-integer clean
+.PHONY: help demo test lint table1 table2 bench bench-integer bench-gpu clean
 
 help:
 	@echo "make demo                    set up, then digits W4A4 LSQ+TDQ from float model to picture (minutes, CPU)"
@@ -15,6 +15,7 @@ help:
 	@echo "                             one column of either: TABLE_ARGS='--column ldm' (or ddim)"
 	@echo "make bench                   speed of training and denoising steps -> results/bench/"
 	@echo "make bench-integer           a denoising step on integers, simulated, in float and in ONNX Runtime (half an hour)"
+	@echo "make bench-gpu               the tests that need a GPU, then speed and memory on it -> results/bench/gpu.md"
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +44,10 @@ bench: $(VENV)/installed
 
 bench-integer: $(VENV)/installed
 	$(VENV)/bin/python scripts/bench/integer.py
+
+bench-gpu: $(VENV)/installed
+	scripts/gpu_check.sh $(VENV)/bin/python
+	$(VENV)/bin/python scripts/bench/gpu.py --report
 
 clean:
 	rm -rf $(VENV) results/demo
