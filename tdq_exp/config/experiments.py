@@ -1,6 +1,6 @@
 """Experiments by name: `+experiment=ddim_w4a4_lsq_tdq`, with or without a file in `configs/experiment`.
 
-The name of a run says which options it was composed of (`schema.fit_name`), so the way back needs no
+The name of a run says which options it was composed of (`naming.fit_name`), so the way back needs no
 file: `<model>[_<bits>]_<method>`, then the labels of whatever else differs from its default.
 
     ddim_small_w4a4_lsq_tdq      model=ddim_small bits=w4a4 method=lsq tdq=temporal
