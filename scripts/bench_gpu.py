@@ -36,7 +36,7 @@ from tdq_exp.fit.ema import Ema
 from tdq_exp.fit.qat import optimizer_groups, rates_of
 from tdq_exp.fit.training_graph import TrainingGraph
 from tdq_exp.models.pixel import DiffusionModel
-from tdq_exp.quant import Recipe, StaticIntervals, TemporalIntervals, bake, kernels, ops, quantize
+from tdq_exp.quant import Recipe, StaticIntervals, TemporalIntervals, bake, kernels, ops
 from tdq_exp.quant.quantizer import Quantizer
 from tdq_exp.quant.rules.lsq import Lsq
 from tdq_exp.runtime import environment, files
@@ -175,7 +175,7 @@ def built(model: DiffusionModel, form: str, device: torch.device) -> nn.Module:
         return net.train()
     encoding = model.network["block_out_channels"][0]
     intervals = TemporalIntervals(encoding=encoding) if form == "LSQ+TDQ" else StaticIntervals()
-    quantize(net, model.roles(net), Recipe(4, 4, Lsq, Lsq, intervals), model.schedule.steps)
+    model.quantize(net, Recipe(4, 4, Lsq, Lsq, intervals))
     net.to(device)
 
     quantizers = [module for module in net.modules() if isinstance(module, Quantizer)]

@@ -21,12 +21,13 @@ from tdq_exp.config import assets, compose, schema
 def main() -> None:
     """Run the command.
 
-    Hydra does the rest, but its message about a mistake has five lines, so that is looked for first.
+    Hydra does the rest, but its message about a mistake has five lines: it is looked for first.
     """
     arguments = sys.argv[1:]
     try:
         compose.register(arguments)
-        if not any(argument.startswith("-") for argument in arguments):  # --help, -m and their like are Hydra's own
+        # --help, -m and their like are Hydra's own.
+        if not any(argument.startswith("-") for argument in arguments):
             compose.compose(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,7 +68,8 @@ def _run(cfg: DictConfig) -> None:
     if cfg.protocol.scale == "paper" and not launch.gpus() and not cfg.go and not job.machine.smoke:
         costs.show(job)
         raise ValueError(
-            "this is the paper's scale and there is no GPU: take model=ddim_small, or insist with go=true"
+            "this is the paper's scale and there is no GPU: take model=ddim_small, or insist with"
+            " go=true"
         )
 
     # 3. Its processes, each of which comes here again.

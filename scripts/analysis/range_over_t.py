@@ -26,6 +26,7 @@ from tdq_exp.commands import cli
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import fit_stage, sample_stage
+from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.report import pages
 from tdq_exp.report.render import markdown_lines
@@ -67,7 +68,7 @@ def over_time(job: jobs.Experiment, net: nn.Module, images: int, steps: int, dev
             visited.append(t)
             advance(f"t = {t}")
 
-        sample_stage.sample_group(net, job.model, sampler, range(images), seed=job.seed, device=device, on_step=on_step)
+        sample_stage.sample_group(Denoiser(net, job.model), sampler, range(images), seed=job.seed, device=device, on_step=on_step)
     for handle in handles:
         handle.remove()
     order = torch.tensor(visited).argsort()

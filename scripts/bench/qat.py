@@ -53,7 +53,7 @@ class TorchFused(Lsq):
 class OneByOne(Interval):
     """A generator of its own for one quantizer, evaluated when it is asked."""
 
-    timed = True
+    time_dependent = True
 
     def __init__(self, bank: GeneratorBank, row: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class OneByOne(Interval):
             layers += [linear, nn.ReLU()]
         self.generate = nn.Sequential(*layers[:-1], nn.Softplus())
 
-    def forward(self, x: Tensor | None = None) -> Tensor:
+    def step_size(self) -> Tensor:
         """`[B]`."""
         return self.generate(encode_time(self.time.t.reshape(-1), self.encoding)).squeeze(-1)
 

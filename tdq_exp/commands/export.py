@@ -22,6 +22,7 @@ from tdq_exp.diffusion.draws import Stream
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import sample_stage
 from tdq_exp.experiment.load import load
+from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.quant.layers import QuantConv2d
 from tdq_exp.runtime.progress import console, print_table
 
@@ -149,8 +150,7 @@ def _seen(job: jobs.Experiment, net: nn.Module, images: int) -> dict[str, list[t
     for start in range(0, images, 16):
         indices = range(start, min(start + 16, images))
         sample_stage.sample_group(
-            net,
-            job.model,
+            Denoiser(net, job.model),
             job.sampler,
             indices,
             seed=job.sampling.seed,

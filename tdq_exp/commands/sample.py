@@ -15,6 +15,7 @@ from tdq_exp.commands import cli
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.experiment import sample_stage
 from tdq_exp.experiment.load import load
+from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.runtime import figures
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console
@@ -66,7 +67,7 @@ def draw(options: argparse.Namespace) -> None:
 
     # 3. The images, as an array, as PNGs and side by side.
     store = ImageStore(options.out / "images", options.images, options.batch, (size, size, job.model.channels))
-    sample_stage.sample_set(net, job.model, sampler, store, seed=options.seed, processes=processes)
+    sample_stage.sample_set(Denoiser(net, job.model), sampler, store, seed=options.seed, processes=processes)
     sample_stage.write_pngs(store.read(), options.out)
     figures.sample_grid({f"{job.name}, seed {options.seed}": store.read()}, options.out / "grid.png")
     processes.close()

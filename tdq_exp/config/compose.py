@@ -44,7 +44,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def _one_line(error: BaseException) -> str:
-    """Return Hydra's message as one line, without the search path and its hint at a debug switch."""
+    """Return Hydra's message as one line, without search path and debug hint."""
     said = str(error).split("Config search path")[0].split("Set the environment")[0]
     words = " ".join(said.split())
     cause = error.__cause__

@@ -29,7 +29,7 @@ def fit_name(cfg: DictConfig) -> str:
 
 
 def sample_name(cfg: DictConfig) -> str:
-    """Return sampler, number of images and what differs: `ddim50_n5000`, `ddim50quad_n5000_seed1`."""
+    """Return sampler, images and what differs: `ddim50_n5000`, `ddim50quad_n5000_seed1`."""
     s = cfg.sampler
 
     name = s.label

@@ -98,7 +98,8 @@ def of_its_kind(
 def _with_faces(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {
-            key: MOVED.get(str(entry), entry) if key == "_target_" else _with_faces(entry) for key, entry in value.items()
+            key: MOVED.get(str(entry), entry) if key == "_target_" else _with_faces(entry)
+            for key, entry in value.items()
         }
     if isinstance(value, list):
         return [_with_faces(entry) for entry in value]
@@ -119,7 +120,9 @@ def require_known(config: Any, where: str) -> None:
         package, _, name = str(target).rpartition(".")
         known = package in {f"tdq_exp.{face}" for face in FACES}
         if not known or name not in importlib.import_module(package).__all__:
-            raise ValueError(f"{where}: names {target!r}, which is not a part of tdq_exp; nothing of it was run")
+            raise ValueError(
+                f"{where}: names {target!r}, which is not a part of tdq_exp; nothing of it was run"
+            )
 
 
 def _targets(value: Any) -> Iterator[Any]:

@@ -47,9 +47,10 @@ class ModelConfig:
     label: str = setting(fingerprint=False)
     definition: Any = setting(help="_target_: a class like tdq_exp.models.DiffusionModel")
     weights: str | None = setting(
-        None, fingerprint=False,
+        None,
+        fingerprint=False,
         help="safetensors, .ckpt, diffusers folder, hub id, or shipped:NAME",
-    )  # fmt: skip
+    )
     ema: bool = setting(True, fingerprint=False, help="of a .ckpt that holds both")
     autoencoder: str | None = setting(
         None, fingerprint=False, help="weights of a latent model's first stage, as `weights`"
@@ -253,7 +254,9 @@ def typed(cfg: DictConfig) -> Config:
 
     options = options_class(cfg.fit.kind)
     if OmegaConf.get_type(cfg.fit) is not options:
-        raise ValueError(f"fit.kind={cfg.fit.kind!r}: is not the kind of this fit; choose it as fit=OPTION")
+        raise ValueError(
+            f"fit.kind={cfg.fit.kind!r}: is not the kind of this fit; choose it as fit=OPTION"
+        )
     for group in dataclasses.fields(Config):
         node = cfg[group.name]
         declared = OmegaConf.get_type(node) if OmegaConf.is_dict(node) else None

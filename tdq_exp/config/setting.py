@@ -1,4 +1,4 @@
-"""Settings: numbers that a component declares once, with their default, their range and their part in a fingerprint.
+"""Settings: numbers that a component declares once, with default, range and help.
 
 The dataclass that consumes a number declares it as `setting(...)`. The schema of the configuration,
 the check of a command line, the keys of a fingerprint and the labels in a run's name are derived
@@ -135,8 +135,11 @@ def fingerprint_keys(options: type[Any], values: Mapping[str, Any]) -> dict[str,
 
 
 def labels(options: type[Any], values: Mapping[str, Any]) -> list[str]:
-    """Return what a run's name says of values that are not the usual ones, in the order of the fields."""
-    named = [(field.metadata.get("named", {}), values[field.name]) for field in dataclasses.fields(options)]
+    """Return what a run's name says of unusual values, in the order of the fields."""
+    named = [
+        (field.metadata.get("named", {}), values[field.name])
+        for field in dataclasses.fields(options)
+    ]
     return [names[value] for names, value in named if names and value in names]
 
 

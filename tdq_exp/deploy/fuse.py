@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdq_exp.deploy.coders import Coded, Coder, DynamicCoder, Rounder
+from tdq_exp.models.attention import AttentionProcessor
 from tdq_exp.quant.chains import Chains, NormChain, UpsampleChain
 from tdq_exp.quant.convert import replace_module
 from tdq_exp.quant.layers import QuantAttention
@@ -75,10 +76,10 @@ class CodedUpsample(nn.Module):
         return self.conv(Coded(codes, coded.s, coded.z))
 
 
-class CodedAttention(QuantAttention):
+class CodedAttention(AttentionProcessor):
     """Quantized attention whose norm gives the codes of q, k and v.
 
-    Arguments as `QuantAttention`, the coder in place of the first quantizer.
+    Arguments as `AttentionProcessor`, the coder in place of the first quantizer.
     """
 
     def read(self, attention: Any, x: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""An experiment as objects: what a config says, instantiated. Beyond this module nothing knows Hydra.
+"""An experiment as objects. Beyond this module nothing knows Hydra.
 
 Building decides everything that can be wrong before anything is computed: unknown options of a
 `_target_`, a data folder that isn't there, step sizes that a weight can't have.
@@ -137,7 +137,7 @@ class Experiment:
         return Subject(self.model, self.recipe, self.part("model", *QUANTIZERS), weights, data)
 
     def part(self, *groups: str) -> dict[str, Any]:
-        """Return groups of the config as parts of a fingerprint: the keys that a result depends on."""
+        """Return groups of the config as parts of a fingerprint."""
         return {group: parts_of(group, self.config[group]) for group in groups}
 
     def recorded(self) -> dict[str, Any]:
@@ -177,7 +177,8 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
         model.attach(_shipped(config.model.autoencoder))
     if config.model.weights is None and fit.options.needs_weights:
         raise ValueError(
-            "model.weights has no value: name a file, or train the model first (method=fp fit=pretrain)"
+            "model.weights has no value: name a file, or train the model first"
+            " (method=fp fit=pretrain)"
         )
     weights = _shipped(config.model.weights) if fit.options.needs_weights else None
 
@@ -206,18 +207,23 @@ def _fit(config: schema.Config) -> Fit[FitOptions]:
     """Return the fit that a config names."""
     chosen, options = fit_class(config.fit), config.fit
     if options.needs_calibration_set:
-        return chosen(options, config.calibration, _trajectory(config.sampler))  # type: ignore[call-arg]
+        trajectory = _trajectory(config.sampler)
+        return chosen(options, config.calibration, trajectory)  # type: ignore[call-arg]
     return chosen(options)
 
 
 def _trajectory(s: SamplerOptions) -> Ddim:
-    """Return the sampler of a calibration set's trajectories: DDIM without noise, same time steps."""
+    """Return the sampler of trajectories: DDIM without noise, at the same time steps."""
     return Ddim(s.steps, s.spacing, 0.0, s.clip, s.offset, s.final_alpha_one)
 
 
 def _shipped(weights: str | None) -> str | None:
     """Return the path of a shipped net; anything else as it is (a path, or a hub id)."""
-    return str(assets.weights(weights)) if weights is not None and weights.startswith("shipped:") else weights
+    return (
+        str(assets.weights(weights))
+        if weights is not None and weights.startswith("shipped:")
+        else weights
+    )
 
 
 def features_of(cfg: DictConfig) -> FeatureNetwork:

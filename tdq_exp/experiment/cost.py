@@ -1,4 +1,4 @@
-"""What a run would do, and what it would cost: printed by `plan_only=true`, and before anything large.
+"""What a run would do and cost: printed by `plan_only=true`, and before anything large.
 
 Times come from one measured forward pass on this machine, not from a table; a fit says how many
 forward passes it takes, and sampling takes one per image and step.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.experiment.build import Experiment
-from tdq_exp.quant.convert import Recipe, layer_map, quantize
+from tdq_exp.quant.convert import Recipe, layer_map
 from tdq_exp.runtime import files, launch
 from tdq_exp.runtime.progress import console, print_table
 
@@ -122,7 +122,9 @@ def _coding_seconds(job: Experiment, device: torch.device) -> tuple[float, float
     if codec is None:
         return 0.0, 0.0
     codec.to(device).eval()
-    image = torch.zeros(1, job.model.channels, job.model.image_size, job.model.image_size, device=device)
+    image = torch.zeros(
+        1, job.model.channels, job.model.image_size, job.model.image_size, device=device
+    )
     x_0 = torch.zeros(1, *job.model.sample_shape, device=device)
     return 2 * _seconds(lambda: codec.encode(image)[0]), _seconds(lambda: codec.decode(x_0))
 
@@ -162,7 +164,9 @@ def show(job: Experiment) -> Cost:
 
     if job.fit.options.gives_rows:
         state = "done" if sample_done else f"about {duration(cost.sample_seconds)}"
-        console.print(f"  sample   {job.sampling.images} images, {job.sampling.steps} steps: {state}")
+        console.print(
+            f"  sample   {job.sampling.images} images, {job.sampling.steps} steps: {state}"
+        )
         metrics = ", ".join(job.evaluation.metrics)
         console.print(f"  measure  {metrics} on {job.evaluation.label} features")
 
@@ -171,10 +175,10 @@ def show(job: Experiment) -> Cost:
 
 
 def _show_layers(job: Experiment, recipe: Recipe) -> None:
-    """Print what would be done to the layers, grouped; a run saves the whole map as `layers.json`."""
+    """Print what would be done to the layers, grouped; `layers.json` has the whole map."""
     net = job.model.build()
     roles = job.model.roles(net)
-    quantize(net, roles, recipe, job.model.schedule.steps)
+    job.model.quantize(net, recipe)
 
     rows = layer_map(net, roles)
     groups = Counter((r["role"], r["weight"], r["input"].split(":")[0]) for r in rows)

@@ -106,7 +106,9 @@ def fit_parts(job: Experiment, data: Data, weights: str | None) -> dict[str, Any
     return job.fit.parts(job.subject(data, weights), job.seed)
 
 
-def finished_net(job: Experiment, device: torch.device, checkpoint: Path | None = None) -> nn.Module:
+def finished_net(
+    job: Experiment, device: torch.device, checkpoint: Path | None = None
+) -> nn.Module:
     """Return the network of a finished fit, or of one of its checkpoints, baked.
 
     Raises:
@@ -150,7 +152,7 @@ def _facts(
 
 
 def _first_layer(job: Experiment, net: nn.Module, say: bool) -> dict[str, Any]:
-    """Return how much of the starting noise the first layer does not see; say it where it matters."""
+    """Return how much of the starting noise the first layer does not see."""
     t = job.model.schedule.steps - 1  # where any sampler starts, or near it: a fit knows of none
     with torch.device("meta"):  # names are all that is wanted
         roles = job.model.roles(job.model.build())
@@ -164,8 +166,9 @@ def _first_layer(job: Experiment, net: nn.Module, say: bool) -> dict[str, Any]:
         edge_bits = quantized.required(job.recipe).plan.edge_bits
         advice = "" if edge_bits else "; plan=edge8 gives it 8 bits"
         console.print(
-            f"note: {share:.1%} of the starting noise is beyond the range of the first layer's input"
-            f" ({found[0]:.2f}..{found[1]:.2f} at t = {t}) and may come back as bright spots{advice}",
+            f"note: {share:.1%} of the starting noise is beyond the range of the first layer's"
+            f" input ({found[0]:.2f}..{found[1]:.2f} at t = {t}) and may come back as bright"
+            f" spots{advice}",
             markup=False,
         )
     return {"first_layer": {"t": t, "range": found, "noise_beyond": share}}

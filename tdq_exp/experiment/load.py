@@ -23,7 +23,11 @@ def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
         return _packed(folder)
     found = files.read_json(folder / "fit.json")
     if found is None or not found["done"]:
-        state = "is not finished: run its command again" if found else "holds no run (there is no fit.json)"
+        state = (
+            "is not finished: run its command again"
+            if found
+            else "holds no run (there is no fit.json)"
+        )
         raise FileNotFoundError(f"{folder} {state}")
     job = jobs.rebuild(found["config"], folder / "fit.json")
     job = dataclasses.replace(job, folder=folder)
@@ -40,7 +44,9 @@ def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
 def _check_parts(now: Mapping[str, str], then: Mapping[str, Any], where: Path) -> None:
     for part, value in now.items():
         if then.get(part) != value:
-            raise ValueError(f"model.{part}: is not the one of {where} ({value}, wanted {then.get(part)})")
+            raise ValueError(
+                f"model.{part}: is not the one of {where} ({value}, wanted {then.get(part)})"
+            )
 
 
 def _packed(path: Path) -> tuple[jobs.Experiment, nn.Module]:

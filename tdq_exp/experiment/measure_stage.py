@@ -48,10 +48,17 @@ def run_measures(
         began = time.monotonic()
         options = job.evaluation
         measured = measure(
-            network, images.pixels, data.train, data.held_out, options.metrics, options.batch, processes,
-            job.data.cache, options.reference_images,
+            network,
+            images.pixels,
+            data.train,
+            data.held_out,
+            options.metrics,
+            options.batch,
+            processes,
+            job.data.cache,
+            options.reference_images,
             partial(Reconstructions, job.model, processes=processes) if job.model.codec else None,
-        )  # fmt: skip
+        )
 
         fingerprints = {
             "fit": fit.fingerprint,

@@ -22,7 +22,9 @@ class SamplerOptions:
     method: Any = setting(help="_target_: the sampler's class")
     steps: int = setting(low=1, fingerprint=False, help="S")
     spacing: str = setting("leading", fingerprint=False, help="leading, trailing, linspace, quad")
-    eta: float = setting(0.0, low=0, fingerprint=False, help="0 is deterministic, 1 has DDPM's variance")
+    eta: float = setting(
+        0.0, low=0, fingerprint=False, help="0 is deterministic, 1 has DDPM's variance"
+    )
     clip: bool = setting(False, fingerprint=False, help="limit x0_hat to [-1, 1]")
     offset: int = setting(0, fingerprint=False, help="added to every time step")
     final_alpha_one: bool = setting(True, fingerprint=False, help="abar after the last step is 1")
@@ -30,9 +32,7 @@ class SamplerOptions:
     batch: int = setting(low=1, help="images that are computed together")
     seed: int = setting(0, help="of the images' starting noise")
     truncate: bool = setting(False, help="drop the fraction of a pixel in place of rounding")
-    engine: str = setting(
-        "fake", choices=ENGINES, help="fake (simulated quantization) or integer"
-    )
+    engine: str = setting("fake", choices=ENGINES, help="fake (simulated quantization) or integer")
     min_speedup: float = setting(
         1.0, low=0, since=1.0, help="integer: least gain of a layer that runs on integers"
     )
@@ -45,7 +45,9 @@ class EvalOptions:
 
     label: str = setting(fingerprint=False)
     features: Any = setting(help="_target_: the feature network")
-    metrics: list[str] = setting(["fid", "isc", "kid"], help="names of the registry in `metrics.fidelity`")
+    metrics: list[str] = setting(
+        ["fid", "isc", "kid"], help="names of the registry in `metrics.fidelity`"
+    )
     batch: int = setting(50, low=1, help="images that pass the feature network together")
     reference_images: int | None = setting(
         None, low=1, help="the first so many of the training set; all of them if null"

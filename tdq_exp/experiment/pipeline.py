@@ -34,7 +34,9 @@ def run(job: Experiment) -> list[dict[str, Any]]:
     try:
         data = load_data(job, processes)
         kind = tracking.kind if processes.main else "none"
-        tracker = Tracker(kind, tracking.project, f"{job.name}/seed{job.seed}", job.folder, job.config)
+        tracker = Tracker(
+            kind, tracking.project, f"{job.name}/seed{job.seed}", job.folder, job.config
+        )
 
         fit = run_fit(job, data, processes, tracker)
         if not job.fit.options.gives_rows:
@@ -61,9 +63,13 @@ def load_data(job: Experiment, processes: Processes) -> Data:
     def load() -> Data:
         size, channels = job.model.image_size, job.model.channels
         read = partial(
-            load_images, source, size=size, channels=channels, cache=job.config["data"]["cache"],
+            load_images,
+            source,
+            size=size,
+            channels=channels,
+            cache=job.config["data"]["cache"],
             limit=job.data.limit,
-        )  # fmt: skip
+        )
         return Data(read("train"), read("validation"))
 
     processes.decide(lambda: load() and None)

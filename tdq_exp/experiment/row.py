@@ -37,7 +37,7 @@ class Row:
         device: type of the device, such as `cpu`.
         threads: of torch, in each process.
         kernels: which kernels quantized.
-        engine: `fake` (simulated quantization) or `integer`, with how many layers ran so, or why not.
+        engine: `fake` (simulated quantization) or `integer`, and which layers ran so, or why not.
         environment: commit, machine, versions.
         config: the configuration, without what only concerns the machine.
         metrics: of the images, by name: `fid`, `isc_mean`, `kid_mean`, `precision`, ...

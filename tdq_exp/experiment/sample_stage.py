@@ -1,4 +1,4 @@
-"""The sample stage: a set of images, dealt out to processes in groups, that survives interruption."""
+"""The sample stage: images in groups, dealt out to processes, resumable at every group."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SampleStage:
 
 @dataclass(frozen=True)
 class SampledSet:
-    """A finished set: uint8 `[N, H, W, C]`, the seconds that it took, and the engine that made it."""
+    """A finished set: uint8 `[N, H, W, C]`, seconds that it took, and its engine."""
 
     pixels: NDArray[np.uint8]
     seconds: float
@@ -83,7 +83,9 @@ def sample_stage_of(
         "update": update,
         **job.part("sampler"),
     }
-    return SampleStage(folder, StageFile(folder / "samples.json", parts, keep="sampler.label"), net, update)
+    return SampleStage(
+        folder, StageFile(folder / "samples.json", parts, keep="sampler.label"), net, update
+    )
 
 
 def store_of(job: Experiment, folder: Path) -> ImageStore:
@@ -106,7 +108,8 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
         found = record.begun()
         if found is None and (folder / "images").exists():
             raise ValueError(
-                f"{folder / 'images'}: images that no samples.json speaks of; remove them to sample again"
+                f"{folder / 'images'}: images that no samples.json speaks of;"
+                " remove them to sample again"
             )
         earlier = float(found["seconds"]) if found else 0.0
         record.write({"seconds": earlier})
@@ -121,9 +124,14 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
             record.write({"seconds": earlier + seconds})
 
         spent = sample_set(
-            net, job.model, job.sampler, store, seed=job.sampling.seed, processes=processes,
-            truncate=job.sampling.truncate, on_group=note,
-        )  # fmt: skip
+            Denoiser(net, job.model),
+            job.sampler,
+            store,
+            seed=job.sampling.seed,
+            processes=processes,
+            truncate=job.sampling.truncate,
+            on_group=note,
+        )
         return {"seconds": earlier + spent}
 
     # The record never says `done`: its store knows which groups are there.
@@ -136,8 +144,7 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
 
 @torch.no_grad()
 def sample_group(
-    net: nn.Module,
-    model: DiffusionModel,
+    denoiser: Denoiser,
     sampler: Ddim | DenoisingGraph,
     indices: range,
     *,
@@ -147,11 +154,10 @@ def sample_group(
     truncate: bool = False,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> NDArray[np.uint8]:
-    """One group of images, uint8 `[batch, H, W, C]`.
+    """Return one group of images, uint8 `[batch, H, W, C]`.
 
     Args:
-        net: in eval mode, on the device.
-        model: its description.
+        denoiser: its network in eval mode, on the device.
         sampler: DDIM, or another with the same call.
         indices: global image indices; each has noise of its own.
         seed: of the set.
@@ -160,15 +166,16 @@ def sample_group(
         truncate: drop the fraction of a pixel in place of rounding (see `to_uint8`).
         on_step: called with (t, x_t) before every step.
     """
+    model = denoiser.model
     generators = image_generators(seed, indices, stream)
+
     x = starting_noise(generators, model.sample_shape).to(device)
-    x = sampler.sample(Denoiser(net, model), x, model.schedule, generators, on_step)
+    x = sampler.sample(denoiser, x, model.schedule, generators, on_step)
     return to_uint8(model.decode(x).cpu(), truncate).numpy()
 
 
 def sample_set(
-    net: nn.Module,
-    model: DiffusionModel,
+    denoiser: Denoiser,
     sampler: Ddim,
     store: ImageStore,
     *,
@@ -182,8 +189,7 @@ def sample_set(
     The missing groups are dealt out in turn: the set is the same bits for any number of processes.
 
     Args:
-        net: baked, or float.
-        model: its description.
+        denoiser: its network baked, or float.
         sampler: DDIM, or another with the same call.
         store: of the set.
         seed: of the set.
@@ -199,13 +205,18 @@ def sample_set(
     done = len(every) - len(missing)
 
     # 2. Group by group; each is on disk before the next is begun.
-    net = net.to(processes.device).eval()
+    denoiser.net.to(processes.device).eval()
     group_sampler = DenoisingGraph(sampler) if isinstance(sampler, Ddim) else sampler
     began = time.monotonic()
     with track("sampling", len(every), done, show=processes.main) as advance:
         for group in mine:
             pixels = sample_group(
-                net, model, group_sampler, every[group], seed=seed, device=processes.device, truncate=truncate
+                denoiser,
+                group_sampler,
+                every[group],
+                seed=seed,
+                device=processes.device,
+                truncate=truncate,
             )
             store.put(group, pixels)
             if on_group is not None and processes.main:
@@ -231,7 +242,9 @@ class Reconstructions:
 
     BATCH = 100
 
-    def __init__(self, model: DiffusionModel, images: Images, count: int, processes: Processes) -> None:
+    def __init__(
+        self, model: DiffusionModel, images: Images, count: int, processes: Processes
+    ) -> None:
         self.model, self.images, self.count, self.processes = model, images, count, processes
         if model.codec is None:
             raise ValueError("this model has no codec: its images are reconstructed exactly")
@@ -245,10 +258,14 @@ class Reconstructions:
         index = torch.arange(*part.indices(self.count))
         made, device = [], self.processes.device
         with (
-            track("reconstructing", -(-len(index) // self.BATCH), show=self.processes.main) as advance,
+            track(
+                "reconstructing", -(-len(index) // self.BATCH), show=self.processes.main
+            ) as advance,
             torch.no_grad(),
         ):
-            for some in index.split(self.BATCH) if len(index) else ():  # an empty tensor splits into one empty part
+            for some in (
+                index.split(self.BATCH) if len(index) else ()
+            ):  # an empty tensor splits into one empty part
                 images = self.images.batch(some, torch.zeros(len(some), dtype=torch.bool))
                 streams = [generator(0, Stream.RECONSTRUCTION, int(i)) for i in some]
                 noise = [torch.randn(self.model.sample_shape, generator=g) for g in streams]
@@ -256,7 +273,9 @@ class Reconstructions:
                 made.append(to_uint8(back.cpu()).numpy())
                 advance(f"{int(some[-1]) + 1} images")
         # Nothing to make: with few images, some processes have no part in a set.
-        empty = np.zeros((0, self.model.image_size, self.model.image_size, self.model.channels), np.uint8)
+        empty = np.zeros(
+            (0, self.model.image_size, self.model.image_size, self.model.channels), np.uint8
+        )
         return np.concatenate([empty, *made])
 
 
@@ -266,9 +285,14 @@ def choose_engine(
     """Return the network as the experiment's engine runs it, and what it is, for the row."""
     s = job.sampling
     return engine(
-        net, job.model, s.engine, batch=s.batch, min_speedup=s.min_speedup, folder=folder,
+        net,
+        job.model,
+        s.engine,
+        batch=s.batch,
+        min_speedup=s.min_speedup,
+        folder=folder,
         processes=processes,
-    )  # fmt: skip
+    )
 
 
 def engine(
@@ -301,20 +325,26 @@ def engine(
 
     reason = integer.unavailable(processes.device)
     if reason is None and not integer.codable(net):
-        raise ValueError("sampler.engine=integer: the network has no quantized layer that can run on integers")
+        raise ValueError(
+            "sampler.engine=integer: the network has no quantized layer that can run on integers"
+        )
     if reason is None and not integer.candidates(net):
         reason = integer.INEXACT
 
     # A machine that can't is told so in the row, not refused.
     if reason is not None:
         if processes.main:
-            console.print(f"sampler.engine=integer: {reason}; quantization is simulated", markup=False)
+            console.print(
+                f"sampler.engine=integer: {reason}; quantization is simulated", markup=False
+            )
         return net, f"fake: {reason}"
 
     # Layers that gain by it, measured once and kept beside the images.
     x, t = torch.zeros(batch, *model.sample_shape), torch.tensor(model.schedule.steps // 2)
     found = processes.decide(
-        lambda: choose.choice(net, lambda n: model.predict(n, x, t), min_speedup, folder / "engine.json")
+        lambda: choose.choice(
+            net, lambda n: model.predict(n, x, t), min_speedup, folder / "engine.json"
+        )
     )
     said = f"integer: {len(found['layers'])} of {found['of']} layers"
     return integer.integerize(net, model.chains(net), found["layers"]), said
@@ -324,4 +354,6 @@ def write_pngs(pixels: NDArray[np.uint8], folder: Path) -> None:
     """Write every image as a PNG, `00000.png` and on."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(pixels):
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{index:05d}.png")
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
+            folder / f"{index:05d}.png"
+        )

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a grid of its images, its row beside the float model's, and paths."""
+"""What a person sees of a run: a grid of images, its row beside the float model's, paths."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tdq_exp.experiment.measure_stage import rows_file
 from tdq_exp.experiment.row import read_rows, real_metrics
 from tdq_exp.experiment.sample_stage import sample_group, store_of
 from tdq_exp.metrics import VALUES
+from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.runtime import figures
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console, print_table
@@ -59,9 +60,13 @@ def _draw(job: Experiment, folder: Path, row: dict[str, Any], processes: Process
         net = job.model.build()
         job.weights.load(job.model, net)
         pixels = sample_group(
-            net.to(processes.device).eval(), job.model, job.sampler, range(batch),
-            seed=job.sampling.seed, device=processes.device, truncate=job.sampling.truncate,
-        )  # fmt: skip
+            Denoiser(net.to(processes.device).eval(), job.model),
+            job.sampler,
+            range(batch),
+            seed=job.sampling.seed,
+            device=processes.device,
+            truncate=job.sampling.truncate,
+        )
         rows = {"float, same noise": pixels, **rows}
 
     figures.sample_grid(rows, path)
@@ -79,7 +84,10 @@ def print_row(job: Experiment, rows: list[dict[str, Any]]) -> None:
     (row,) = rows
     features = row["features"]
     names = {key: value.label for key, value in VALUES.items() if key in row["metrics"]}
-    lines = [[r["name"], r["images"], *(r["metrics"][key] for key in names)] for r in [row, *_float_rows(job, row)]]
+    lines = [
+        [r["name"], r["images"], *(r["metrics"][key] for key in names)]
+        for r in [row, *_float_rows(job, row)]
+    ]
     for kind, real in real_metrics(row).items():
         lines.append([REAL_NAMES[kind], real["images"], *(real[key] for key in names)])
     title = f"{features['name']} features ({features['weights']})"
@@ -95,7 +103,7 @@ def print_row(job: Experiment, rows: list[dict[str, Any]]) -> None:
 
 
 def _float_rows(job: Experiment, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the float model's rows of the same sampler and features, if it lies beside this run."""
+    """Return the float model's rows of the same sampler and features, if there are any."""
     name = f"{job.config['model']['label']}_fp"
     folder = job.folder.parents[1] / name / f"seed{job.seed}" / job.sample_name
 

@@ -45,7 +45,9 @@ class Subject:
     weights: str | None
     data: Data
 
-    def samples(self, trained: Trainable, images: Images, context: RunContext, mirror: bool = False) -> Samples:
+    def samples(
+        self, trained: Trainable, images: Images, context: RunContext, mirror: bool = False
+    ) -> Samples:
         """Return images as what `trained` is fitted to.
 
         Args:
@@ -55,7 +57,9 @@ class Subject:
             mirror: whether mirrored ones may be asked for.
         """
         mirror = mirror and trained.flip
-        return trained.samples(images, mirror=mirror, cache=context.cache, processes=context.processes)
+        return trained.samples(
+            images, mirror=mirror, cache=context.cache, processes=context.processes
+        )
 
     def quantizers(self) -> dict[str, Any]:
         """Return what the quantizers are, as parts of a fingerprint."""
@@ -118,7 +122,7 @@ class Fit(Generic[O_co]):
         }
 
     def definition(self, subject: Subject) -> Any:
-        """Return the plain definition of what is fitted; of the rest of the model it knows nothing."""
+        """Return the plain definition of what is fitted, without the rest of the model."""
         whole = subject.groups["model"]["definition"]
         return whole if self.options.fits_network else whole[self.options.part]
 

@@ -69,7 +69,7 @@ class History:
 
 
 class Interrupted(InterruptedError):
-    """The loop was told to stop early (`fit.stop_after`); its last validation's state is on disk."""
+    """The loop was told to stop early (`fit.stop_after`); its state is on disk."""
 
 
 class Training:
@@ -128,7 +128,9 @@ class Training:
 
         # 2. The network whose backward pass averages over processes, and the fixed validation set.
         shared = self.processes.wrap(self.net)
-        validation = validation_draws(self.model, self.sets.held_out, options.validation_samples, context.seed)
+        validation = validation_draws(
+            self.model, self.sets.held_out, options.validation_samples, context.seed
+        )
 
         # 3. The updates.
         self.net.train()
@@ -198,10 +200,14 @@ class Training:
         log({"loss": loss, **{f"lr/{g.get('name', i)}": g["lr"] for i, g in groups}}, done)
 
     def _validate(self, draws: Draws, done: int) -> None:
-        """Compute the average's validation loss, and keep its weights if they are among the best."""
+        """Compute the average's validation loss; keep its weights if among the best."""
         batch = self.options.batch_size
-        loss = validation_loss(self.ema.net, self.model, self.sets.held_out, draws, batch, self.processes)
-        _require_finite(loss, "validation loss", done, self.state_file)  # the good state is still there
+        loss = validation_loss(
+            self.ema.net, self.model, self.sets.held_out, draws, batch, self.processes
+        )
+        _require_finite(
+            loss, "validation loss", done, self.state_file
+        )  # the good state is still there
 
         self.history.validation.append((done, loss))
         if self.context.log is not None:
@@ -329,5 +335,9 @@ def _require_finite(loss: float, what: str, update: int, path: Path) -> None:
     if math.isfinite(loss):
         return
     state = load_state(path)
-    kept = f"the state of update {state['update']} is kept in {path}" if state else "no state was saved yet"
+    kept = (
+        f"the state of update {state['update']} is kept in {path}"
+        if state
+        else "no state was saved yet"
+    )
     raise FloatingPointError(f"the {what} is {loss} at update {update}: lower fit.lr; {kept}")

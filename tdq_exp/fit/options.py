@@ -45,9 +45,11 @@ class FitOptions:
     kind: str = setting(help="stable name: none, pretrain, qat, ptq")
     label: str = setting("", fingerprint=False, help="of the run's name")
     report: str = setting(
-        "last", choices=("last", "best_of_5"), fingerprint=False,
+        "last",
+        choices=("last", "best_of_5"),
+        fingerprint=False,
         help="last, or the best of five checkpoints by the distance itself",
-    )  # fmt: skip
+    )
 
     @property
     def fits_network(self) -> bool:
@@ -91,18 +93,22 @@ class TrainOptions:
     lr: float = setting(0.0, low=0, help="learning rate of the weights after warm-up")
     warmup: int = setting(0, low=0, help="updates over which the rates rise linearly from 0")
     lr_schedule: str = setting(
-        "constant", choices=("constant", "cosine"), since="constant",
+        "constant",
+        choices=("constant", "cosine"),
+        since="constant",
         help="after warm-up: constant, or cosine to 0 at the last update",
-    )  # fmt: skip
+    )
     ema_decay: float = setting(0.9999, help="of the average of the weights")
     grad_clip: float = setting(0.0, low=0, help="largest norm of the gradient; 0 does not clip")
     validate_every: int = setting(1000, low=1, help="updates between validations and checkpoints")
     validation_samples: int = setting(1024, low=1, help="(x, t, eps) of the fixed validation set")
     precision: str = setting("float32", choices=("float32", "bfloat16"))
     stop_after: int = setting(
-        0, low=0, fingerprint=False,
+        0,
+        low=0,
+        fingerprint=False,
         help="leave after so many updates, as a kill would (0: don't); for rehearsals",
-    )  # fmt: skip
+    )
 
     def rate(self, update: int) -> float:
         """Return the share of the learning rates that an update (from 0) takes, in (0, 1].
@@ -177,17 +183,27 @@ class ReconstructOptions(PtqNumbers):
 
     power: float = setting(2.4, above=0, help="p of a block's loss")
     balance: bool = setting(
-        False, since=False, named={True: "balanced"}, help="let every time step weigh alike in the loss"
+        False,
+        since=False,
+        named={True: "balanced"},
+        help="let every time step weigh alike in the loss",
     )
     rounding: str = setting(
-        "nearest", choices=("nearest", "adaround"), named={"adaround": "adaround"}, help="of weights"
+        "nearest",
+        choices=("nearest", "adaround"),
+        named={"adaround": "adaround"},
+        help="of weights",
     )
     lr_rounding: float = setting(1.0e-3, low=0, help="AdaRound: rate of V")
     rounding_weight: float = setting(0.01, low=0, help="AdaRound: lambda")
     beta_start: float = setting(20.0, above=0, since=20.0, help="AdaRound: see `adaround.beta_at`")
     beta_end: float = setting(2.0, above=0, since=2.0, help="AdaRound: see `adaround.beta_at`")
     rounding_warmup: float = setting(
-        0.2, low=0, high=1, since=0.2, help="AdaRound: first share of the updates without regularizer"
+        0.2,
+        low=0,
+        high=1,
+        since=0.2,
+        help="AdaRound: first share of the updates without regularizer",
     )
 
     @property

@@ -45,7 +45,9 @@ class Pretrain(Fit[PretrainOptions]):
         average, history = Training(net, trained, sets, optimizer, self.options, context).run()
 
         trained.settle(average, sets.train, context.processes.device)
-        context.processes.decide(lambda: _write(context.folder, trained, average, history, sets.held_out))
+        context.processes.decide(
+            lambda: _write(context.folder, trained, average, history, sets.held_out)
+        )
         return average, history.facts()
 
     def finished(
@@ -81,7 +83,9 @@ class Pretrain(Fit[PretrainOptions]):
 
         path, target = folder / WEIGHTS, Path(self.options.export).expanduser()
         if target.exists() and target.read_bytes() != path.read_bytes():
-            raise ValueError(f"fit.export={target}: exists and is another net; remove it or choose another name")
+            raise ValueError(
+                f"fit.export={target}: exists and is another net; remove it or choose another name"
+            )
 
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
@@ -98,7 +102,9 @@ class Pretrain(Fit[PretrainOptions]):
         files.write_json(target.with_suffix(".history.json"), history)
 
 
-def _write(folder: Path, model: Trainable, net: nn.Module, history: History, held_out: Samples) -> None:
+def _write(
+    folder: Path, model: Trainable, net: nn.Module, history: History, held_out: Samples
+) -> None:
     """Write a trained net, and a picture of what it does, if there is one."""
     update, loss = history.validation[-1]
     save_weights(net, folder / WEIGHTS, {"validation_loss": repr(loss), "updates": str(update)})

@@ -124,7 +124,12 @@ def optimizer_groups(net: nn.Module, rates: Rates) -> list[dict[str, object]]:
         "generators": (rates.generator, rates.generator_decay),
     }
     return [
-        {"name": kind, "params": parameters, "lr": numbers[kind][0], "weight_decay": numbers[kind][1]}
+        {
+            "name": kind,
+            "params": parameters,
+            "lr": numbers[kind][0],
+            "weight_decay": numbers[kind][1],
+        }
         for kind, parameters in parameter_groups(net).items()
         if parameters
     ]

@@ -19,12 +19,15 @@ from tdq_exp.data.images import Images
 from tdq_exp.data.latents import encoded
 from tdq_exp.diffusion.objective import LOSSES, Samples, noise_prediction_loss
 from tdq_exp.diffusion.schedule import Schedule
+from tdq_exp.models.attention import quantize_attention
 from tdq_exp.models.resnet_blocks import unet_chains
 from tdq_exp.models.roles import unet_roles
 from tdq_exp.models.trainable import Codec, Trainable
 from tdq_exp.models.weights.load import load_weights
 from tdq_exp.quant.chains import Chains
+from tdq_exp.quant.convert import Recipe, quantize
 from tdq_exp.quant.roles import Role
+from tdq_exp.quant.time import TimeContext
 from tdq_exp.runtime.processes import Processes
 
 
@@ -138,6 +141,10 @@ class DiffusionModel(Trainable):
     def chains(self, net: nn.Module) -> Chains:
         """Return the chains of modules of a network, float or quantized, that can be fused."""
         return unet_chains(net)
+
+    def quantize(self, net: nn.Module, recipe: Recipe) -> TimeContext:
+        """Quantize a float network of this model in place; see `tdq_exp.quant.quantize`."""
+        return quantize(net, self.roles(net), recipe, self.steps, quantize_attention)
 
     def part(self, name: str) -> Trainable:
         """Return what `fit.part` names: `network` is this model itself, `autoencoder` its codec.

@@ -37,4 +37,7 @@ def unet_chains(net: nn.Module) -> Chains:
         elif isinstance(module, Upsample2D) and module.interpolate and module.norm is None:
             upsamples.append(UpsampleChain(name, f"{prefix}conv"))
 
+    # Some blocks only interpolate.
+    upsamples = [chain for chain in upsamples if net.get_submodule(chain.module).conv is not None]
+
     return Chains(tuple(norms), tuple(upsamples))

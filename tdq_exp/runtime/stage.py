@@ -1,4 +1,4 @@
-"""The stages of a run: found under their fingerprint, else made, then written. Once, for all stages.
+"""The stages of a run: found under their fingerprint, else made, then written.
 
 A stage has a record, one JSON file with the parts that its result depends on. Running the same
 command again finds the record and does nothing; a record of other parts under the same name is
@@ -108,7 +108,9 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         changed = []
         for name in sorted({*old, *new}):
-            changed += differences(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
+            changed += differences(
+                old.get(name), new.get(name), f"{key}.{name}" if key else str(name)
+            )
         return changed
     return [] if old == new else [f"{key}: {old} -> {new}"]
 

@@ -93,7 +93,9 @@ class BlockByBlock:
                     self._make(number, block, file, advance)
                     saved = read_part(file, self.context)  # what every process goes on with
                 if saved is None:
-                    raise FileNotFoundError(f"{file}: was written and is gone; run the same command again")
+                    raise FileNotFoundError(
+                        f"{file}: was written and is gone; run the same command again"
+                    )
 
                 # 2. Its values, in the network that the next block's inputs come from.
                 put_back(self.net, block, saved)
@@ -139,13 +141,15 @@ class BlockByBlock:
     def _reconstruct(
         self, block: Block, work: Reconstruction, advance: Callable[[str], None]
     ) -> dict[str, Any]:
-        """Train one block, put its start values back if that did not help, and return the losses."""
+        """Train one block; put its start values back if that did not help."""
         options, train = self.options, work.data.train
         looked_at = train[:: max(1, len(train) // LOOKED_AT)]
 
         def losses() -> tuple[float, float]:
             power, held_out = options.power, work.data.held_out
-            return self.processes.decide(lambda: (work.loss(looked_at, power), work.loss(held_out, power)))
+            return self.processes.decide(
+                lambda: (work.loss(looked_at, power), work.loss(held_out, power))
+            )
 
         if options.balance:
             work.balance(looked_at)

@@ -1,4 +1,4 @@
-"""Generators fitted to each tensor's own quantization error over t, without reconstruction: MinMax + TDQ.
+"""MinMax + TDQ: generators fitted to each tensor's own quantization error over t.
 
     L = sum over quantizers of  mean (x_hat(t) - x)^2 / mean x^2
 

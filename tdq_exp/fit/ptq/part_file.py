@@ -1,4 +1,4 @@
-"""Finished parts of a post-training fit on disk: what a block's fit can change, in one file each."""
+"""Finished parts of a post-training fit on disk: what a block's fit can change."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def read_part(file: Path, context: RunContext) -> dict[str, Any] | None:
     def load() -> dict[str, Any] | None:
         found = load_state(file)
         if found is not None and found.get("fingerprint") != context.fingerprint:
-            raise ValueError(f"{file}: a block of another fit; remove {file.parent} to start this one")
+            raise ValueError(
+                f"{file}: a block of another fit; remove {file.parent} to start this one"
+            )
         return found
 
     return context.processes.decide(load)

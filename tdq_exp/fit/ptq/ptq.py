@@ -75,13 +75,17 @@ class Ptq(QuantizedFit[PtqOptions]):
         return self.calibration.encodes_images
 
     def parts(self, subject: Subject, seed: int) -> dict[str, Any]:
-        return super().parts(subject, seed) | {"calibration": files.fingerprint(self.set_parts(subject))}
+        return super().parts(subject, seed) | {
+            "calibration": files.fingerprint(self.set_parts(subject))
+        }
 
     def set_parts(self, subject: Subject) -> dict[str, Any]:
         """Return what the calibration set depends on."""
         model = subject.groups["model"] | subject.model.parts()
         sampler = dataclasses.asdict(self.trajectory)
-        return self.calibration.parts(model, str(subject.weights), sampler, subject.data.train.content)
+        return self.calibration.parts(
+            model, str(subject.weights), sampler, subject.data.train.content
+        )
 
     def run(
         self, context: RunContext, net: nn.Module | None, subject: Subject
@@ -117,9 +121,13 @@ class Ptq(QuantizedFit[PtqOptions]):
             "best": [],
         }
 
-    def _calibration_set(self, net: nn.Module, subject: Subject, context: RunContext) -> CalibrationSet:
+    def _calibration_set(
+        self, net: nn.Module, subject: Subject, context: RunContext
+    ) -> CalibrationSet:
         spec, model = self.calibration, subject.model
-        images = subject.samples(model, subject.data.train, context) if spec.encodes_images else None
+        images = (
+            subject.samples(model, subject.data.train, context) if spec.encodes_images else None
+        )
         return make_set(
             spec,
             net,

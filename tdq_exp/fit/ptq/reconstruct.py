@@ -1,15 +1,16 @@
-"""Block reconstruction: the intervals of one block are trained so that its output is the float block's.
+"""Block reconstruction: step sizes are trained so that a block's output is the float block's.
 
     L = mean_{B, pixels} sum_channels |y_hat - y|^p,   p = 2.4
     y_hat = block_hat(x_hat),  x_hat from the already quantized network;   y from the float network
 
-First, if asked for, each weight's rounding (AdaRound, p = 2); then step sizes and zero points of the activations, or
-TDQ's generators. Adam, its rate falling to zero along a cosine. A block whose loss on held-out samples did not fall keeps
-its start values.
+First, if asked for, each weight's rounding (AdaRound, p = 2); then step sizes and zero points of the
+activations, or TDQ's generators. Adam, its rate falling to zero along a cosine. A block whose loss
+on held-out samples did not fall keeps its start values.
 
-L counts every sample alike, but a diffusion network's errors differ over t by orders of magnitude: the few samples of the
-smallest t may be nearly all of the sum, while it is at large t that an error becomes an image. `balance` divides each
-sample's part by what samples of like t lose at the start, so that every time step counts alike.
+L counts every sample alike, but a diffusion network's errors differ over t by orders of magnitude:
+the few samples of the smallest t may be nearly all of the sum, while it is at large t that an error
+becomes an image. `balance` divides each sample's part by what samples of like t lose at the start,
+so that every time step counts alike.
 
 Source: Li et al., *BRECQ*, arXiv 2102.05426, section 3.2, and its published options.
 """
@@ -66,8 +67,10 @@ def rates_of_block(options: ReconstructOptions) -> Rates:
     )
 
 
-def output_loss(found: Tensor, target: Tensor, power: float, weights: Tensor | None = None) -> Tensor:
-    """`mean sum_c |found - target|^p` of `[B, C, ...]`, scalar.
+def output_loss(
+    found: Tensor, target: Tensor, power: float, weights: Tensor | None = None
+) -> Tensor:
+    """Return `mean sum_c |found - target|^p` of `[B, C, ...]`, scalar.
 
     Args:
         weights: multiply each sample's part, `[B]`.
@@ -78,19 +81,19 @@ def output_loss(found: Tensor, target: Tensor, power: float, weights: Tensor | N
 
 
 def sample_losses(found: Tensor, target: Tensor, power: float) -> Tensor:
-    """As `output_loss`, of each sample, `[B]`."""
+    """Return the loss of each sample, `[B]`; see `output_loss`."""
     each = (found - target).abs().pow(power).sum(1)
     return each.flatten(1).mean(1) if each.dim() > 1 else each
 
 
 def balancing_weights(t: Tensor, losses: Tensor, at: Tensor, groups: int = 20) -> Tensor:
-    """1 / the mean loss of samples of like t, over their mean, `[N]`: the weighted loss is of the plain one's size.
+    """Return 1 / the mean loss of samples of like t, `[N]`, scaled to keep the loss' size.
 
     Args:
         t: time steps of the samples whose losses are known, `[M]`.
         losses: theirs, positive.
         at: time steps to give weights to, `[N]`.
-        groups: neighbours in t are averaged in so many groups of equal size; equal t are never parted.
+        groups: neighbours in t are averaged in so many groups of equal size; equal t stay together.
     """
     order = t.argsort(stable=True)
     edges = t[order][[round(g * (len(t) - 1) / groups) for g in range(1, groups)]].unique()
@@ -212,7 +215,9 @@ class Reconstruction:
         for name, layer in layers.items():
             coded: Any = layer.weight_quantizer
             weight, grid = weights[name]
-            zero = torch.zeros_like(coded.step_size) if coded.zero_point is None else coded.zero_point
+            zero = (
+                torch.zeros_like(coded.step_size) if coded.zero_point is None else coded.zero_point
+            )
             rounding[name] = AdaRound(weight, coded.step_size, zero, grid.n, grid.p)
             layer.weight_quantizer = rounding[name]
         for quantizer in self.block.quantizers.values():
@@ -238,7 +243,9 @@ class Reconstruction:
         # 3. Codes again.
         for name, layer in layers.items():
             r = rounding[name]
-            layer.weight_quantizer = coded_weight(r.codes(), r.s, r.z, r.n, r.p).to(self.processes.device)
+            layer.weight_quantizer = coded_weight(r.codes(), r.s, r.z, r.n, r.p).to(
+                self.processes.device
+            )
 
     def _descend(
         self,
