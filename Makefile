@@ -4,7 +4,7 @@ VENV ?= .venv
 SCALE ?= paper
 RUN = $(VENV)/bin/python -m tdq_exp.run
 
-.PHONY: help demo test lint table1 table2 bench bench-integer bench-gpu clean
+.PHONY: help demo test lint table1 table2 bench bench-integer bench-gpu house clean
 
 help:
 	@echo "make demo                    set up, then digits W4A4 LSQ+TDQ from float model to picture (minutes, CPU)"
@@ -15,7 +15,8 @@ help:
 	@echo "                             one column of either: TABLE_ARGS='--column ldm' (or ddim)"
 	@echo "make bench                   speed of training and denoising steps -> results/bench/"
 	@echo "make bench-integer           a denoising step on integers, simulated, in float and in ONNX Runtime (half an hour)"
-	@echo "make bench-gpu               the tests that need a GPU, then speed and memory on it -> results/bench/gpu.md"
+	@echo "make bench-gpu               tests and speed that need a GPU -> results/bench/ (eight minutes)"
+	@echo "make house                   measures the package: layout, sizes, density of the page"
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +49,9 @@ bench-integer: $(VENV)/installed
 bench-gpu: $(VENV)/installed
 	scripts/gpu_check.sh $(VENV)/bin/python
 	$(VENV)/bin/python scripts/bench/gpu.py --report
+
+house: $(VENV)/installed
+	$(VENV)/bin/python scripts/analysis/house.py
 
 clean:
 	rm -rf $(VENV) results/demo

@@ -118,9 +118,9 @@ def test_a_documented_experiment_is_the_choices_of_its_name(name):
     assert by_file == by_name
 
 
-@pytest.mark.parametrize("name", [*TABLE_1[::4], *TABLE_2[::4], *ROWS])
+@pytest.mark.parametrize("name", sorted({*TABLE_1[::8], *TABLE_2[::8], *ROWS}))
 def test_the_name_of_a_row_is_an_experiment(name):
-    assert schema.fit_name(compose([f"+experiment={name}"])) == name
+    assert naming.fit_name(compose([f"+experiment={name}"])) == name
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_the_name_of_a_row_is_an_experiment(name):
 )
 def test_a_name_is_read_back_into_choices(name, choices):
     assert experiments.choices_of(name) == choices.split()
-    assert schema.fit_name(compose([f"+experiment={name}"])) == name
+    assert naming.fit_name(compose([f"+experiment={name}"])) == name
 
 
 @pytest.mark.parametrize("name", ["digits_lsq", "digits_w4a4_fp", "digits", "w4a4_lsq", "digits_w4a4_lsq_tdq_tdq", ""])
@@ -151,7 +151,7 @@ def test_what_is_no_name_of_a_run_is_no_experiment(name):
 
 def test_an_experiment_can_be_changed_and_swept():
     cfg = compose(["+experiment=digits_w8a5_ptq4dm_tdq", "bits=w4a8", "plan=float_attention"])
-    assert schema.fit_name(cfg) == "digits_w4a8_ptq4dm_tdq_fattn"
+    assert naming.fit_name(cfg) == "digits_w4a8_ptq4dm_tdq_fattn"
     experiments.register(["+experiment=digits_w3a3_nipq,digits_fp"])
     with pytest.raises(ValueError, match="digits_w3a3_niqp: no such experiment"):
         experiments.register(["+experiment=digits_w3a3_nipq,digits_w3a3_niqp"])

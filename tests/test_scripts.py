@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tdq_exp.quant.layers import QuantLayer
 from tdq_exp.report import pages
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+RESULTS = SCRIPTS.parent / "results"
 
 
 def script(name):
@@ -97,3 +99,32 @@ def test_a_report_is_its_figures_and_its_page(tmp_path, capsys):
 def test_every_script_compiles_and_says_what_it_is_for(path):
     tree = ast.parse((SCRIPTS / path).read_text())
     assert ast.get_docstring(tree)
+
+
+def test_the_numbers_of_the_results_page_are_those_of_its_rows():
+    page = (RESULTS / "README.md").read_text()
+    lines = re.findall(r"\| ([\d.]+) \| `(runs/\S+)` \|", page)
+    assert len(lines) >= 10
+    for number, folder in lines:
+        (row,) = json.loads((RESULTS / folder / "metrics.json").read_text())["rows"]
+        assert f"{row['metrics']['fid']:.2f}" == number, folder
+
+    # A distance of two decimals is in a committed table, a row or a measurement.
+    sources = [path.read_text() for path in (*RESULTS.glob("tables/*.md"), *RESULTS.glob("*/*.md"))]
+    known = {number for text in sources for number in re.findall(r"\d+\.\d\d\b", text)}
+    known |= {number for number, _ in lines}
+    assert set(re.findall(r"\b\d+\.\d\d\b", page)) <= known
+
+
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_what_a_page_links_to_is_there(page):
+    path = SCRIPTS.parent / page
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", path.read_text()) if "://" not in link]
+    assert links and not [link for link in links if not (path.parent / link).exists()]
+
+
+def test_the_symbol_table_of_the_readme_names_what_there_is():
+    text = (SCRIPTS.parent / "README.md").read_text()
+    files = set(re.findall(r"`((?:quant|fit|models|data|diffusion)/[\w/.]*)`", text))
+    assert len(files) > 12
+    assert not [file for file in files if not (SCRIPTS.parent / "tdq_exp" / file).exists()]

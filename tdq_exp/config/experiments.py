@@ -1,6 +1,6 @@
 """Experiments by name: `+experiment=ddim_w4a4_lsq_tdq`, with or without a file in `configs/experiment`.
 
-The name of a run says which options it was composed of (`schema.fit_name`), so the way back needs no
+The name of a run says which options it was composed of (`naming.fit_name`), so the way back needs no
 file: `<model>[_<bits>]_<method>`, then the labels of whatever else differs from its default.
 
     ddim_small_w4a4_lsq_tdq      model=ddim_small bits=w4a4 method=lsq tdq=temporal
@@ -25,7 +25,6 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from tdq_exp.config import assets
-from tdq_exp.config.schema import read_yaml
 
 # Groups whose labels may follow the method, in the order in which `fit_name` writes them.
 LATER = ("tdq", "weight", "act", "plan", "habits", "data", "fit", "calibration", "debug")
@@ -142,7 +141,7 @@ def _float_methods() -> set[str]:
 
 def _value(path: Path, group: str, key: str) -> object:
     """Return a key of an option: at the top, or below its group in a file of global package."""
-    content = read_yaml(path) or {}
+    content = assets.read_yaml(path) or {}
     return content.get(key, (content.get(group) or {}).get(key))
 
 

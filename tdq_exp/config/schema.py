@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -235,11 +234,6 @@ def known_keys() -> dict[str, set[str]]:
 def plain(node: Any) -> Any:
     """Return a config node as dicts, lists and scalars, with interpolations resolved."""
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-
-
-def read_yaml(path: Path) -> Any:
-    """Return a YAML file as dicts, lists and scalars; `${...}` stays as written."""
-    return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
 
 
 def typed(cfg: DictConfig) -> Config:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from tdq_exp.config import assets
-from tdq_exp.config.schema import read_yaml
 
 FLOAT_BITS = "32/32"
 NOT_CHOICES = ("label", "sampler_seeds", "overrides", "fid", "source")
@@ -140,7 +139,7 @@ def read_manifest(name: str) -> Manifest:
         tables = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
         raise ValueError(f"{name}: no such table (there are: {tables})")
 
-    content: Any = read_yaml(path)
+    content: Any = assets.read_yaml(path)
     try:
         content |= {
             "columns": {key: _column(column) for key, column in content["columns"].items()},
