@@ -1,4 +1,4 @@
-"""Quantized attention inside diffusers' networks: what is known here of its `Attention` and its processors."""
+"""Quantized attention inside diffusers' networks: all that is known of its attention processors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from tdq_exp.quant.quantizer import Quantizer
 
 
 class AttentionProcessor(QuantAttention):
-    """`QuantAttention` as a processor of diffusers' `Attention`: self-attention over the pixels of a U-Net."""
+    """`QuantAttention` as a processor of diffusers' `Attention`.
+
+    For self-attention over the pixels of a U-Net.
+    """
 
     def __call__(  # diffusers reads this signature to know which keyword arguments may be passed
         self,
@@ -26,14 +29,15 @@ class AttentionProcessor(QuantAttention):
         """See `forward`.
 
         Raises:
-            ValueError: for cross-attention or a mask, which a diffusion U-Net over pixels does not use.
+            ValueError: for cross-attention or a mask, which a diffusion U-Net over pixels does not
+                use.
         """
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("quantized attention is self-attention without a mask")
         return super().__call__(attention, hidden_states)
 
     def forward(self, attention: Any, hidden_states: Tensor) -> Tensor:
-        """Return the block's output, `[B, C, H, W]`, residual included where the original adds it."""
+        """Return the block's output, `[B, C, H, W]`, with a residual where the original has it."""
         batch, channels, height, width = hidden_states.shape
 
         h = self.read(attention, hidden_states)
