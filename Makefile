@@ -38,11 +38,11 @@ table1 table2: $(VENV)/installed
 	$(VENV)/bin/python -m tdq_exp table $@ --scale $(SCALE) --run $(TABLE_ARGS)
 
 bench: $(VENV)/installed
-	$(VENV)/bin/python scripts/bench.py
-	$(VENV)/bin/python scripts/bench_ptq.py
+	$(VENV)/bin/python scripts/bench/qat.py
+	$(VENV)/bin/python scripts/bench/ptq.py
 
 bench-integer: $(VENV)/installed
-	$(VENV)/bin/python scripts/bench_integer.py
+	$(VENV)/bin/python scripts/bench/integer.py
 
 clean:
 	rm -rf $(VENV) results/demo

@@ -33,7 +33,7 @@ from tdq_exp.diffusion.draws import draw_batch
 from tdq_exp.experiment import build as jobs
 from tdq_exp.fit.ahead import batches_ahead
 from tdq_exp.fit.ema import Ema
-from tdq_exp.fit.qat import optimizer_groups
+from tdq_exp.fit.qat import optimizer_groups, rates_of
 from tdq_exp.fit.training_graph import TrainingGraph
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant import Recipe, StaticIntervals, TemporalIntervals, bake, kernels, ops
@@ -70,7 +70,7 @@ class Bench:
     def note(self, kind: str, name: str, value: Any) -> None:
         """Keep a result, and write all that there are."""
         self.results[kind][name] = value
-        files.write(self.out / "gpu.json", self.results)
+        files.write_json(self.out / "gpu.json", self.results)
         print(f"{kind:13} {name:60} {value if not isinstance(value, list) else '...'}", flush=True)
 
     @contextmanager
@@ -211,13 +211,14 @@ class Training:
     """
 
     def __init__(
-        self, bench: Bench, job: jobs.Job, form: str, precision: str, batch: int,
+        self, bench: Bench, job: jobs.Experiment, form: str, precision: str, batch: int,
         recorded: bool = False, channels_last: bool = False,
     ) -> None:  # fmt: skip
         self.device, self.model, self.precision = bench.device, job.model, precision
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.net = built(job.model, form, bench.device).to(memory_format=self.layout)
-        self.optimizer = torch.optim.AdamW(optimizer_groups(self.net, job.rates), fused=True)
+        fit: Any = job.fit
+        self.optimizer = torch.optim.AdamW(optimizer_groups(self.net, rates_of(fit.options)), fused=True)
         self.ema = Ema(self.net, 0.9999)
         self.batches = [self.random_batch(batch, seed) for seed in range(3)]
         self.graph = TrainingGraph(self.net, self.loss, *self.batches[0]) if recorded else None
@@ -290,7 +291,7 @@ def one_quantizer(bench: Bench) -> None:
                 bench.note("rates", f"quantizer {name} ({layout}) forward, TB/s", rate)
 
 
-def denoising(bench: Bench, job: jobs.Job, model: str, batch: int, precisions: tuple[str, ...]) -> None:
+def denoising(bench: Bench, job: jobs.Experiment, model: str, batch: int, precisions: tuple[str, ...]) -> None:
     """A denoising step of each baked network inside of a CUDA graph, and by the eager loop."""
     for form in FORMS:
         with bench.part(f"denoise {model} {form}"):
@@ -302,7 +303,7 @@ def denoising(bench: Bench, job: jobs.Job, model: str, batch: int, precisions: t
             del net
 
 
-def _denoise(bench: Bench, job: jobs.Job, name: str, net: nn.Module, x: Tensor, precision: str) -> None:
+def _denoise(bench: Bench, job: jobs.Experiment, name: str, net: nn.Module, x: Tensor, precision: str) -> None:
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         with autocast(bench.device, precision):
             return job.model.predict(net, x_t, t)
@@ -316,7 +317,7 @@ def _denoise(bench: Bench, job: jobs.Job, name: str, net: nn.Module, x: Tensor, 
         bench.timed(f"{name}, eager", lambda: predict(x, t))
 
 
-def training(bench: Bench, job: jobs.Job, precision: str, batch: int) -> None:
+def training(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
     """Every form of a training step at one precision."""
     for form in FORMS:
         for recorded in (False, True):
@@ -332,7 +333,7 @@ def training(bench: Bench, job: jobs.Job, precision: str, batch: int) -> None:
                 del step
 
 
-def layouts(bench: Bench, job: jobs.Job, precision: str, batch: int) -> None:
+def layouts(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
     """Channels-last, recorded."""
     for form in FORMS:
         name = f"train {form} {precision}, graph, channels-last"
@@ -340,7 +341,7 @@ def layouts(bench: Bench, job: jobs.Job, precision: str, batch: int) -> None:
             bench.timed(name, Training(bench, job, form, precision, batch, True, True))
 
 
-def loop(bench: Bench, job: jobs.Job, precision: str, batch: int) -> None:
+def loop(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
     """Updates with the loop's draws from the host: waiting at each, and prepared ahead."""
     images = torch.rand(2000, *job.model.sample_shape) * 2 - 1
 
@@ -373,7 +374,7 @@ def loop(bench: Bench, job: jobs.Job, precision: str, batch: int) -> None:
             ahead.close()
 
 
-def churches(bench: Bench, job: jobs.Job, batch: int) -> None:
+def churches(bench: Bench, job: jobs.Experiment, batch: int) -> None:
     """The latent model: memory and time of training, time of a denoising step, and of decoding."""
     precisions = ("float32",) if bench.small else ("bfloat16", "float32")
     for precision in precisions:
@@ -383,7 +384,8 @@ def churches(bench: Bench, job: jobs.Job, batch: int) -> None:
                 bench.timed(name, Training(bench, job, form, precision, batch), rounds=2 if bench.small else 5)
     denoising(bench, job, "ldm", 2 if bench.small else 100, precisions)
     with bench.part("decode"), torch.no_grad():
-        codec: Any = job.model.codec()
+        assert job.model.codec is not None
+        codec = job.model.codec.build()
         codec.to(bench.device).eval()
         latent = torch.randn(2 if bench.small else 8, *job.model.sample_shape, device=bench.device)
         bench.timed("decode ldm", lambda: codec.decode(latent))
@@ -413,7 +415,7 @@ def run(options: argparse.Namespace) -> None:
     gpu_report.write(options.out, hours=False)
 
 
-def _job(experiment: str, model: str | None) -> jobs.Job:
+def _job(experiment: str, model: str | None) -> jobs.Experiment:
     words = [f"+experiment={experiment}", "model.weights=random", "tracker=none"]
     return jobs.build(compose([*words, *([] if model is None else [f"model={model}"])]), source=False)
 

@@ -34,7 +34,7 @@ def write(folder: Path, hours: bool) -> None:
         folder: of both.
         hours: add the GPU hours of the tables? It composes every cell's configuration: half a minute.
     """
-    results = files.read(folder / "gpu.json")
+    results = files.read_json(folder / "gpu.json")
     if results is None:
         raise SystemExit(f"{folder / 'gpu.json'} is missing: run scripts/bench_gpu.py on a GPU first")
     lines = [*_about(results), *_bars(results), *_times(results), *_profiles(results)]
@@ -110,7 +110,7 @@ def _hours(results: Mapping[str, Any]) -> list[str]:
 
 def _column(results: Mapping[str, Any], table: str, model: str, precision: str) -> str | None:
     from tdq_exp.config.compose import compose
-    from tdq_exp.experiment import build, cost
+    from tdq_exp.experiment import build
 
     manifest: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "table" / f"{table}.yaml"))
     suffix = manifest["columns"][model].get("suffix", "")
@@ -127,10 +127,12 @@ def _column(results: Mapping[str, Any], table: str, model: str, precision: str) 
         sets = len(line.get("sampler_seeds", [0]))
         form = "float" if job.recipe is None else "LSQ+TDQ" if "tdq" in name else "LSQ"
         images += sets * job.sampling.images * (job.sampling.steps * denoise[form] + decode)
-        if job.ptq is not None:
-            fits += denoise["float"] * cost._forward_passes(job, job.model.build())
-        elif job.train is not None and job.recipe is not None:
-            fits += job.train.updates * job.train.batch_size * train[form]
+        fit: Any = job.fit
+        if job.recipe is not None and fit.options.needs_calibration_set:
+            work = fit.work(job.model, job.model.build(), job.sampling.steps)
+            fits += denoise["float"] * work.forward_passes
+        elif job.recipe is not None:
+            fits += fit.options.updates * fit.options.batch_size * train[form]
     hours = (fits / 3600, images / 3600)
     return f"| {table} | {model} | {precision} | {hours[0]:.0f} | {hours[1]:.0f} | {sum(hours):.0f} |"
 

@@ -19,21 +19,25 @@ from tdq_exp.config import assets, compose, schema
 
 
 def main() -> None:
-    """The command. Hydra does the rest, but what it says of a mistake would be five lines: so it is looked for first."""
+    """Run the command.
+
+    Hydra does the rest, but its message about a mistake has five lines: it is looked for first.
+    """
     arguments = sys.argv[1:]
-    if not any(argument.startswith("-") for argument in arguments):  # --help, -m and their like are Hydra's own
-        try:
+    try:
+        compose.register(arguments)
+        # --help, -m and their like are Hydra's own.
+        if not any(argument.startswith("-") for argument in arguments):
             compose.compose(arguments)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-    compose.register()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     _job()
 
 
 @hydra.main(version_base="1.3", config_path=str(assets.configs()), config_name="config")
 def _job(cfg: DictConfig) -> None:
-    """Runs one job; a user's mistake is one line and exit code 2."""
+    """Run one job; a user's mistake is one line and exit code 2."""
     try:
         _run(cfg)
     except (ValueError, OSError, FloatingPointError) as error:  # InterruptedError is an OSError
@@ -48,23 +52,32 @@ def _job(cfg: DictConfig) -> None:
 
 
 def _run(cfg: DictConfig) -> None:
-    schema.validate(cfg)
+    # 1. Everything that can be said without torch, so that a mistake is told at once.
+    schema.typed(cfg)
     from tdq_exp.experiment import build as jobs
     from tdq_exp.experiment import cost as costs
-    from tdq_exp.experiment import pipeline
-    from tdq_exp.runtime import launch  # after composition: `--help` does not wait for torch
+    from tdq_exp.experiment import pipeline, show
+    from tdq_exp.runtime import launch
 
-    made = jobs.build(cfg)
+    # 2. The experiment, and what it would cost.
+    job = jobs.build(cfg)
     if cfg.plan_only:
-        costs.show(made)
+        costs.show(job)
         return
-    if made.config["protocol"]["scale"] == "paper" and not launch.gpus() and not cfg.go and not made.smoke:
-        costs.show(made)
-        raise ValueError("this is the paper's scale and there is no GPU: take model=ddim_small, or insist with go=true")
-    count = launch.wanted(made.launcher)
+
+    if cfg.protocol.scale == "paper" and not launch.gpus() and not cfg.go and not job.machine.smoke:
+        costs.show(job)
+        raise ValueError(
+            "this is the paper's scale and there is no GPU: take model=ddim_small, or insist with"
+            " go=true"
+        )
+
+    # 3. Its processes, each of which comes here again.
+    count = launch.wanted(job.machine.launcher)
     if count > 1 and not launch.launched():
         launch.relaunch(count, sys.argv[1:])
-    pipeline.show(made, pipeline.run(made))
+
+    show.print_row(job, pipeline.run(job))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from tdq_exp.fit.loop import Interrupted
 from tdq_exp.models.weights.load import save_weights
 from tdq_exp.runtime.processes import Processes
 
-QUICK = ["model=tiny_latent", "tracker=none", "launcher=cpu", "fit.calibration_samples=64"]
+QUICK = ["model=tiny_latent", "tracker=none", "launcher=cpu", "protocol.qat.calibration_samples=64"]
 
 
 def build(out, *overrides):
@@ -121,7 +121,7 @@ def test_reconstructions_are_images_through_one_draw_of_their_latents(tmp_path, 
     processes = Processes(cpu=True)
     held_out = pipeline.load_data(made, processes).held_out
     back = sample_stage.Reconstructions(made.model, held_out, 150, processes)
-    assert len(back) == 150 and back.content == f"{held_out.content}-{made.model.codec_fingerprint}"
+    assert len(back) == 150 and back.content == f"{held_out.content}-{made.model.codec.fingerprint}"
     net = made.model.autoencoder.net()
     for i in (0, 149):
         x = torch.from_numpy(held_out.pixels[i : i + 1].copy()).permute(0, 3, 1, 2) / 127.5 - 1
@@ -233,7 +233,7 @@ def test_mistakes_are_one_line_that_names_the_key(tmp_path, weights, autoencoder
         jobs.build(compose(["model=tiny", "model.weights=x.safetensors", "model.autoencoder=net.safetensors"]))
     with pytest.raises(ValueError, match="fit.part=autoencoder: this model has no such part"):
         jobs.build(compose(["model=tiny", "method=fp", "fit=pretrain_autoencoder"]))
-    with pytest.raises(ValueError, match="fit.part=autoencoder: only a pre-training has a choice"):
+    with pytest.raises(ValueError, match=r"fit\.part.*not in 'QatOptions'"):
         build(tmp_path, *weights, "fit.part=autoencoder")
 
 
@@ -273,7 +273,7 @@ def test_the_plan_of_an_autoencoder_counts_its_own_parameters(tmp_path, inside):
     done = inside(*QUICK, "method=fp", "fit=pretrain_autoencoder", f"out={tmp_path}", "plan_only=true")
     assert done.returncode == 0, done.stderr
     made = build(tmp_path, "method=fp", "fit=pretrain_autoencoder")
-    count = sum(p.numel() for p in made.subject.build().parameters())
+    count = sum(p.numel() for p in made.trained.build().parameters())
     assert f"{count:,} parameters" in done.stdout
 
 

@@ -14,11 +14,12 @@ import tdq_exp
 from tdq_exp.config.compose import compose
 from tdq_exp.diffusion.objective import noise_prediction_loss
 from tdq_exp.experiment import build as jobs
-from tdq_exp.experiment import fit_stage, pipeline
+from tdq_exp.experiment import measure_stage, pipeline
+from tdq_exp.fit import Qat
 from tdq_exp.fit.loop import Interrupted
 from tdq_exp.models import pixel
 
-QUICK = ["model=tiny", "tracker=none", "launcher=cpu", "fit.calibration_samples=64"]
+QUICK = ["model=tiny", "tracker=none", "launcher=cpu", "protocol.qat.calibration_samples=64"]
 
 
 def build(tmp_path, weights, *overrides):
@@ -76,8 +77,8 @@ def test_the_same_command_again_does_nothing(tmp_path, tiny_weights, finished, m
     made = build(tmp_path, tiny_weights)
     first = pipeline.run(made)
     before = {f: f.stat().st_mtime_ns for f in made.folder.rglob("*") if f.is_file() and f.name != "fit.json"}
-    monkeypatch.setattr(fit_stage, "qat", None)  # would be called if anything were trained again
-    monkeypatch.setattr(pipeline, "measure", None)
+    monkeypatch.setattr(Qat, "run", None)  # would be called if anything were trained again
+    monkeypatch.setattr(measure_stage, "measure", None)
     second = pipeline.run(build(tmp_path, tiny_weights))
     assert second == first
     assert before == {f: f.stat().st_mtime_ns for f in made.folder.rglob("*") if f.is_file() and f.name != "fit.json"}
@@ -132,7 +133,7 @@ def test_more_images_begin_with_the_same_images(tmp_path, tiny_weights, finished
 
 def test_another_sampler_samples_again_and_does_not_train_again(tmp_path, tiny_weights, finished, monkeypatch):
     pipeline.run(build(tmp_path, tiny_weights))
-    monkeypatch.setattr(fit_stage, "qat", None)
+    monkeypatch.setattr(Qat, "run", None)
     (row,) = pipeline.run(build(tmp_path, tiny_weights, "sampler.steps=4"))
     assert row["sample"] == "ddim4_n12"
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,16 +14,18 @@ import torch
 from tdq_exp.config.compose import compose
 from tdq_exp.diffusion.draws import image_generators, starting_noise
 from tdq_exp.experiment import build as jobs
-from tdq_exp.experiment import fit_stage
+from tdq_exp.fit.quantized import skeleton
 from tdq_exp.quant.convert import activation_quantizers
 from tdq_exp.quant.layers import QuantLayer
+from tdq_exp.report import pages
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 def script(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(Path(name).name, SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # a dataclass looks its module up
     spec.loader.exec_module(module)
     return module
 
@@ -28,10 +33,10 @@ def script(name):
 @pytest.mark.parametrize(("limit", "beyond"), [(1.0, True), (1e5, False)])
 def test_clipped_noise_tells_places_beyond_the_first_range_from_all_others(limit, beyond):
     """All is at 16 bits but for the first layer's input: there -1..1, which cuts, or codes 3 apart, which blur all places."""
-    module = script("clipped_noise")
+    module = script("analysis/clipped_noise")
     overrides = ["bits.weight=16", "bits.act=16", "tdq=none", "sampler.steps=5", "tracker=none", "label=wide"]
     made = jobs.build(compose(["model=tiny", "model.weights=none", *overrides]), source=False)
-    net, float_net = fit_stage.skeleton(made, made.recipe), made.model.build().eval()
+    net, float_net = skeleton(made.model, made.recipe), made.model.build().eval()
     for quantizer in activation_quantizers(net).values():
         quantizer.start(100 / 2**15, 2**15)
     for layer in net.modules():
@@ -53,3 +58,42 @@ def test_clipped_noise_tells_places_beyond_the_first_range_from_all_others(limit
         assert as_it_is["error_there"] > max(as_it_is["error_elsewhere"], 3 * freed["error_there"])
     else:
         assert counted == 0 and as_it_is["error_there"] is None
+
+
+def test_the_house_is_measured(tmp_path):
+    """A package of one long function with a blank and a comment line, and one of many parameters."""
+    house = script("analysis/house")
+    body = ["    x = 1", "", "    # why", *["    x += 1"] * 18, "    return x"]
+    (tmp_path / "__init__.py").write_text("")
+    (tmp_path / "long.py").write_text("\n".join(["def long():", '    """Return 19.', "", '    """', *body]) + "\n")
+    (tmp_path / "inner").mkdir()
+    lines = [
+        "class A:",
+        "    def wide(self, a, b, c, d, e, f, *, g):  # fmt: skip",
+        f"        return a if self.fit.kind == {'q' * 80!r} else b",
+    ]
+    (tmp_path / "inner" / "wide.py").write_text("\n".join(lines) + "\n")
+
+    measured = dict(house.measure(tmp_path).rows())
+    assert measured["files"] == "3" and measured["modules at the top level"] == "1"
+    assert measured["functions"] == "2" and measured["length of a function, longest"] == "26"
+    assert measured["functions of 8 or more parameters"] == "1" and measured["`fmt: skip`"] == "1"
+    assert measured["lines over 100 columns"] == "1" and measured["lines that ask for a fit's kind"] == "1"
+    assert measured["blank lines in long bodies"] == measured["comment lines in long bodies"] == "4.5 %"
+
+    text = list(house.table([tmp_path, house.PACKAGE]))
+    assert len(text) == 2 + len(measured) and text[0].count("|") == 4
+
+
+def test_a_report_is_its_figures_and_its_page(tmp_path, capsys):
+    about = pages.about(threads=2)
+    figures, page = pages.report(tmp_path / "new" / "speed", {"seconds": {"a": 1.5}}, about, ["# Speed", "a 1.5"])
+    assert page.read_text() == "# Speed\na 1.5\n" == capsys.readouterr().out
+    content = json.loads(figures.read_text())
+    assert content["seconds"] == {"a": 1.5} and content["about"]["threads"] == 2 and "commit" in content["about"]
+
+
+@pytest.mark.parametrize("path", sorted(path.relative_to(SCRIPTS).as_posix() for path in SCRIPTS.rglob("*.py")))
+def test_every_script_compiles_and_says_what_it_is_for(path):
+    tree = ast.parse((SCRIPTS / path).read_text())
+    assert ast.get_docstring(tree)

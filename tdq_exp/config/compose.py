@@ -1,4 +1,7 @@
-"""Composing a configuration from a command line's overrides, with mistakes as one line. Quick: nothing here needs torch."""
+"""Composing a configuration from the overrides of a command line, with mistakes as one line.
+
+Quick: nothing here needs torch.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,18 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from tdq_exp.config import assets, schema
+from tdq_exp.config import assets, experiments, schema
 
 
-def register() -> None:
-    """Makes the schema known to Hydra under the name that `config.yaml` takes it by."""
-    ConfigStore.instance().store(name="schema", node=schema.Config)
+def register(overrides: Sequence[str] = ()) -> None:
+    """Make the schema, each fit and the experiments that overrides name known to Hydra."""
+    for group, name, node in schema.nodes():
+        ConfigStore.instance().store(group=group, name=name, node=node)
+    experiments.register(overrides)
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """The config that a command line would give.
+    """Return the config that a command line would give.
 
     Args:
         overrides: as on the command line: `group=option`, `key=value`, `+experiment=NAME`.
@@ -29,7 +34,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ValueError: for an unknown group, option or key, or a value of the wrong type; one line.
     """
-    register()
+    register(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(assets.configs())):
@@ -39,7 +44,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def _one_line(error: BaseException) -> str:
-    """What Hydra says over several lines, its list of options included, the search path and the hint at a debug switch not."""
+    """Return Hydra's message as one line, without search path and debug hint."""
     said = str(error).split("Config search path")[0].split("Set the environment")[0]
     words = " ".join(said.split())
     cause = error.__cause__

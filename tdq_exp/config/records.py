@@ -8,6 +8,7 @@ only names of our own faces through.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -66,10 +67,39 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
     return upgraded
 
 
+def of_its_kind(
+    config: Mapping[str, Any], declared: Mapping[str, set[str]], known: Mapping[str, set[str]]
+) -> dict[str, Any]:
+    """Return a recorded configuration without keys that belong to other kinds of fits and slots.
+
+    Older records hold one flat bag of keys for every kind of fit. A key that no kind declares is
+    kept, so that the schema refuses it.
+
+    Args:
+        config: groups of the configuration by name; read only.
+        declared: group, or `group.part` -> the keys of the kind that the record is of.
+        known: the same -> the keys of any kind.
+    """
+    kept: dict[str, Any] = copy.deepcopy(dict(config))
+
+    for path, own in declared.items():
+        *outer, last = path.split(".")
+        parent = kept
+        for name in outer:
+            parent = parent.get(name, {})
+
+        foreign = known[path] - own
+        if isinstance(parent.get(last), Mapping):
+            parent[last] = {key: value for key, value in parent[last].items() if key not in foreign}
+
+    return kept
+
+
 def _with_faces(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {
-            key: MOVED.get(str(entry), entry) if key == "_target_" else _with_faces(entry) for key, entry in value.items()
+            key: MOVED.get(str(entry), entry) if key == "_target_" else _with_faces(entry)
+            for key, entry in value.items()
         }
     if isinstance(value, list):
         return [_with_faces(entry) for entry in value]
@@ -90,7 +120,9 @@ def require_known(config: Any, where: str) -> None:
         package, _, name = str(target).rpartition(".")
         known = package in {f"tdq_exp.{face}" for face in FACES}
         if not known or name not in importlib.import_module(package).__all__:
-            raise ValueError(f"{where}: names {target!r}, which is not a part of tdq_exp; nothing of it was run")
+            raise ValueError(
+                f"{where}: names {target!r}, which is not a part of tdq_exp; nothing of it was run"
+            )
 
 
 def _targets(value: Any) -> Iterator[Any]:

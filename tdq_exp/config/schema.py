@@ -1,19 +1,36 @@
-"""The root of the configuration: types of every key, the names of a run, and checks with messages that name the key.
+"""The root of the configuration: its groups, and the checks that concern more than one of them.
 
-Nodes of type `Any` hold a `_target_`; their keys are checked by the constructor that they name.
+Each group is the dataclass of the component that consumes it; the group `fit` is of the class that
+the registry gives for its kind. Nodes of type `Any` hold a `_target_`: their keys are checked by
+the constructor that they name. Free of torch.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-BITS = range(2, 17)
-REPORTS = ("last", "best_of_5")
-TRACKERS = ("none", "offline", "wandb")
+from tdq_exp.config import setting as settings
+from tdq_exp.config.setting import setting
+from tdq_exp.experiment.options import EvalOptions, SamplerOptions
+from tdq_exp.fit.options import (
+    CalibrationSpec,
+    FitOptions,
+    LoadOptions,
+    PretrainOptions,
+    PtqNumbers,
+    PtqOptions,
+    QatNumbers,
+    QatOptions,
+    TrainOptions,
+)
+from tdq_exp.fit.registry import OPTIONS, options_class
+from tdq_exp.runtime.options import LauncherOptions, TrackerOptions
 
 
 @dataclass
@@ -27,201 +44,107 @@ class Sampling:
 
 @dataclass
 class ModelConfig:
-    label: str = MISSING
-    definition: Any = MISSING  # _target_: a class like tdq_exp.models.model.DiffusionModel
-    weights: str | None = None  # safetensors, .ckpt, diffusers folder, hub id, or shipped:NAME
-    ema: bool = True  # of a .ckpt that holds both
-    autoencoder: str | None = None  # weights of a latent model's first stage, from the same kinds of source
-    sampling: Sampling = field(default_factory=Sampling)
+    label: str = setting(fingerprint=False)
+    definition: Any = setting(help="_target_: a class like tdq_exp.models.DiffusionModel")
+    weights: str | None = setting(
+        None,
+        fingerprint=False,
+        help="safetensors, .ckpt, diffusers folder, hub id, or shipped:NAME",
+    )
+    ema: bool = setting(True, fingerprint=False, help="of a .ckpt that holds both")
+    autoencoder: str | None = setting(
+        None, fingerprint=False, help="weights of a latent model's first stage, as `weights`"
+    )
+    sampling: Sampling = field(default_factory=Sampling, metadata={"fingerprint": False})
 
 
 @dataclass
 class DataConfig:
-    label: str = ""
-    source: Any = MISSING
-    cache: str | None = None  # folder of decoded sets; default ~/.cache/tdq_exp
-    limit: int | None = None  # only the first so many images of each split, for rehearsals
+    label: str = setting("", fingerprint=False)
+    source: Any = setting(help="_target_: where images come from", fingerprint=False)
+    cache: str | None = setting(None, fingerprint=False, help="default: ~/.cache/tdq_exp")
+    limit: int | None = setting(
+        None, low=1, fingerprint=False, help="only the first so many images of each split"
+    )
 
 
 @dataclass
-class FitNumbers:
-    updates: int = MISSING
-    batch_size: int = MISSING
-    lr: float = MISSING
-    lr_step_size: float = 0.0
-    lr_zero_point: float = 0.0
-    warmup: int = 0
-    lr_schedule: str = "constant"  # constant, cosine
-    ema_decay: float = 0.9999
-    grad_clip: float = 0.0
-    validate_every: int = 1000
-    validation_samples: int = 1024
-    precision: str = "float32"
+class PtqProtocol(PtqNumbers):
+    samples: int = setting(0, help="of a calibration set")
+    images: int = setting(0, help="trajectories of a set whose t are steps of each")
+    ndtc_images: int = setting(0, help="the same, where t is drawn from PTQ4DM's distribution")
+    steps: int = setting(0, help="of sampling after post-training quantization")
 
 
 @dataclass
-class AutoencoderNumbers(FitNumbers):
-    updates: int = 0
-    batch_size: int = 1
-    lr: float = 0.0
-
-
-@dataclass
-class PtqNumbers:
-    updates: int = MISSING
-    batch_size: int = MISSING
-    lr: float = MISSING
-    lr_zero_point: float = MISSING
-    lr_generator: float = MISSING
-    validation_samples: int = MISSING
-    samples: int = MISSING  # of a calibration set
-    images: int = MISSING  # trajectories of a set, where t is drawn from the steps of each
-    ndtc_images: int = MISSING  # the same, where t is drawn from PTQ4DM's normal distribution
-    steps: int = MISSING  # of sampling after post-training quantization
-
-
-@dataclass
-class SampleNumbers:
-    images: int = MISSING
-    steps: int = MISSING
-    batch: int = MISSING
+class SamplingNumbers:
+    images: int = setting()
+    steps: int = setting()
+    batch: int = setting()
 
 
 @dataclass
 class Protocol:
     """The numbers of an experiment at one scale; the groups `fit` and `sampler` read them."""
 
-    scale: str = MISSING  # paper, small, digits, tiny
-    pretrain: FitNumbers = field(default_factory=FitNumbers)
-    autoencoder: AutoencoderNumbers = field(default_factory=AutoencoderNumbers)  # where a model has one to be trained
-    qat: FitNumbers = field(default_factory=FitNumbers)
-    ptq: PtqNumbers = field(default_factory=PtqNumbers)
-    sampling: SampleNumbers = field(default_factory=SampleNumbers)
+    scale: str = setting(help="paper, small, digits, tiny")
+    pretrain: TrainOptions = field(default_factory=TrainOptions)
+    autoencoder: TrainOptions = field(default_factory=TrainOptions)
+    qat: QatNumbers = field(default_factory=QatNumbers)
+    ptq: PtqProtocol = field(default_factory=PtqProtocol)
+    sampling: SamplingNumbers = field(default_factory=SamplingNumbers)
 
 
 @dataclass
 class BitsConfig:
-    label: str = MISSING
-    weight: int = MISSING
-    act: int = MISSING
+    label: str = setting(fingerprint=False)
+    weight: int = setting(low=2, high=16)
+    act: int = setting(low=2, high=16)
 
 
 @dataclass
-class SlotConfig:
-    """The rule of one kind of tensor, or null."""
+class ActConfig:
+    """The rule of activations, or null."""
 
-    label: str = ""
-    quantizer: Any = None
-    interval: str = "static"  # of weights: static, max_abs or channel_range; activations take theirs from the group tdq
+    label: str = setting("", fingerprint=False)
+    quantizer: Any = setting(None)
 
 
 @dataclass
-class CalibrationConfig:
-    """The calibration set of post-training quantization; see `fit/calibration_sets.py`."""
+class WeightConfig:
+    """The rule of weights, or null, and where their step sizes come from."""
 
-    label: str = ""
-    kind: str = "none"  # none, uniform, ndtc, ndtc_published, forward
-    samples: int = 0
-    images: int = 0
-    mu: float = 0.4
-    sigma: float = 0.4
-    seed: int = 0
-    path: str | None = None  # a finished set to use; made and cached if not given
+    label: str = setting("", fingerprint=False)
+    quantizer: Any = setting(None)
+    interval: str = setting("static", help="static, max_abs or channel_range")
 
 
 @dataclass
 class TdqConfig:
-    label: str = ""
-    interval: Any = MISSING
-    zero_point: str = "by_role"  # static, lower_bound, by_role
+    label: str = setting("", fingerprint=False)
+    interval: Any = setting(help="_target_: where activations' step sizes come from")
+    zero_point: str = setting("by_role", help="static, lower_bound, by_role")
 
 
 @dataclass
 class PlanConfig:
-    label: str = ""
-    plan: Any = MISSING
+    label: str = setting("", fingerprint=False)
+    plan: Any = setting()
 
 
 @dataclass
 class HabitsConfig:
-    label: str = ""
-    habits: Any = MISSING
+    label: str = setting("", fingerprint=False)
+    habits: Any = setting()
 
 
 @dataclass
 class MethodConfig:
-    label: str = MISSING
-    quantized: bool = True
-    calibration: str = ""  # label of the calibration set that the method's name stands for
-
-
-@dataclass
-class FitConfig(FitNumbers):
-    label: str = ""
-    kind: str = MISSING  # none, pretrain, qat, ptq
-    part: str = "network"  # pretrain: which part of the model; network, or autoencoder
-    updates: int = 0
-    batch_size: int = 1
-    lr: float = 0.0
-    weight_decay: float = 0.0
-    lr_step_size: float = 0.0  # of step sizes (static and per-step intervals, weights' steps)
-    lr_zero_point: float = 0.0  # of zero points: the share of the grid that one update can move
-    lr_generator: float = 0.0  # of TDQ's generators
-    decay_generator: float = 0.0
-    real_rounding: float = 0.2  # NIPQ: last share of the updates that trains with real rounding
-    calibration_samples: int = 1024
-    reconstruct: bool = False  # ptq: block by block, or calibration alone
-    power: float = 2.4  # ptq: of a block's loss
-    balance: bool = False  # ptq: let every time step weigh alike in a block's loss
-    rounding: str = "nearest"  # ptq: of weights, or adaround
-    rounding_updates: int = 20000  # adaround: updates of each block, as published
-    lr_rounding: float = 1.0e-3
-    rounding_weight: float = 0.01
-    memory_gb: float = 4.0  # ptq: budget; what does not fit goes to files
-    report: str = "last"
-    export: str | None = None  # pretrain: also write the weights here
-    stop_after: int = 0
-
-
-@dataclass
-class SamplerConfig:
-    label: str = MISSING
-    method: Any = MISSING
-    steps: int = MISSING
-    spacing: str = "leading"
-    eta: float = 0.0
-    clip: bool = False
-    offset: int = 0
-    final_alpha_one: bool = True
-    images: int = MISSING
-    batch: int = MISSING
-    seed: int = 0
-    truncate: bool = False
-    engine: str = "fake"  # simulated quantization, or integer
-    min_speedup: float = 1.0  # integer: least gain of a layer that runs on integers; 0 takes every one that can
-    png: bool = False  # also write every image as a PNG
-
-
-@dataclass
-class EvalConfig:
-    label: str = MISSING
-    features: Any = MISSING
-    metrics: list[str] = field(default_factory=lambda: ["fid", "isc", "kid"])  # also prc: precision and recall
-    batch: int = 50
-    reference_images: int | None = None  # the first so many of the training set; all of them if null
-
-
-@dataclass
-class TrackerConfig:
-    kind: str = "none"  # none, offline, wandb
-    project: str = "tdq_exp"
-
-
-@dataclass
-class LauncherConfig:
-    nproc: str = "auto"  # a number, or auto: every visible GPU, 1 on a CPU
-    cpu: bool = False
-    threads: int = 0  # torch threads of each process; 0 leaves torch's default
+    label: str = setting(fingerprint=False)
+    quantized: bool = setting(True, fingerprint=False)
+    calibration: str = setting(
+        "", fingerprint=False, help="label of the set that the method's name stands for"
+    )
 
 
 @dataclass
@@ -230,66 +153,97 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     protocol: Protocol = field(default_factory=Protocol)
     bits: BitsConfig = field(default_factory=BitsConfig)
-    weight: SlotConfig = field(default_factory=SlotConfig)
-    act: SlotConfig = field(default_factory=SlotConfig)
+    weight: WeightConfig = field(default_factory=WeightConfig)
+    act: ActConfig = field(default_factory=ActConfig)
     tdq: TdqConfig = field(default_factory=TdqConfig)
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     plan: PlanConfig = field(default_factory=PlanConfig)
     habits: HabitsConfig = field(default_factory=HabitsConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
-    fit: FitConfig = field(default_factory=FitConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    launcher: LauncherConfig = field(default_factory=LauncherConfig)
-    seed: int = 0
-    label: str = ""  # appended to the fit's name: set it when you change numbers
-    out: str = "results"
-    plan_only: bool = False  # print what would be done, its cost, and stop
-    traceback: bool = False  # show where an error was raised, in place of one line
-    go: bool = False  # start a paper-scale run although there is no GPU
+    fit: FitOptions = field(default_factory=FitOptions)
+    sampler: SamplerOptions = field(default_factory=SamplerOptions)
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    tracker: TrackerOptions = field(default_factory=TrackerOptions)
+    launcher: LauncherOptions = field(default_factory=LauncherOptions)
+    seed: int = setting(0, low=0)
+    label: str = setting("", help="appended to the fit's name: set it when you change numbers")
+    out: str = setting("results")
+    smoke: bool = setting(False, help="a rehearsal of two steps: set by debug=smoke")
+    plan_only: bool = setting(False, help="print what would be done, its cost, and stop")
+    traceback: bool = setting(False, help="show where an error was raised, in place of one line")
+    go: bool = setting(False, help="start a paper-scale run although there is no GPU")
 
 
-def fit_name(cfg: DictConfig) -> str:
-    """`${model}_${bits}_${method}[_${tdq}]`, then the label of every other group that differs from its default."""
-    parts = [cfg.model.label, cfg.bits.label if cfg.method.quantized else "", cfg.method.label]
-    parts += [cfg[group].label for group in ("tdq", "weight", "act", "plan", "habits", "data", "fit")]
-    if cfg.calibration.label != cfg.method.calibration:
-        parts.append(cfg.calibration.label)
-    parts += ["balanced" if cfg.fit.balance else "", "adaround" if cfg.fit.rounding == "adaround" else "", cfg.label]
-    return "_".join(part for part in parts if part)
+def nodes() -> Iterator[tuple[str | None, str, Any]]:
+    """Yield (group, name, node) of all that Hydra is to know: the root, and each kind of fit.
+
+    A fit's node reads the numbers of its protocol by interpolation; `configs/fit` adds the rest.
+    """
+    yield None, "schema", Config
+    yield "fit/kind", "none", LoadOptions
+    yield "fit/kind", "pretrain", _from_protocol(PretrainOptions, "pretrain", TrainOptions)
+    yield "fit/kind", "autoencoder", _from_protocol(PretrainOptions, "autoencoder", TrainOptions)
+    yield "fit/kind", "qat", _from_protocol(QatOptions, "qat", QatNumbers)
+    yield "fit/kind", "ptq", _from_protocol(PtqOptions, "ptq", PtqNumbers)
 
 
-def sample_name(cfg: DictConfig) -> str:
-    """Sampler, number of images, and whatever differs from the defaults: `ddim50_n5000`, `ddim50quad_n5000_seed1`."""
-    s = cfg.sampler
-    name = (
-        s.label + ("" if s.spacing == "leading" else s.spacing) + (f"eta{s.eta:g}" if s.eta else "") + f"_n{s.images}"
-    )
-    name += f"_seed{s.seed}" if s.seed else ""
-    name += "_best5" if cfg.fit.report == "best_of_5" else ""
-    if s.engine != "fake":
-        name += f"_{s.engine}" + (f"{s.min_speedup:g}" if s.min_speedup != 1 else "")
-    return name
+def _from_protocol(options: type[FitOptions], part: str, numbers: type[Any]) -> FitOptions:
+    """Return options whose numbers are those of a part of the protocol."""
+    names = [f.name for f in dataclasses.fields(numbers) if f.metadata["fingerprint"]]
+    return options(**{name: f"${{protocol.{part}.{name}}}" for name in names})
 
 
-def run_folder(cfg: DictConfig) -> Path:
-    """`<out>/runs/<fit name>/seed<k>`."""
-    return Path(cfg.out).expanduser().resolve() / "runs" / fit_name(cfg) / f"seed{cfg.seed}"
+def parts_of(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a group that a result depends on, as parts of a fingerprint.
+
+    Args:
+        group: name of a config group; the keys of `fit` depend on its kind.
+        values: the group, plain.
+    """
+    if group == "fit":
+        return settings.fingerprint_keys(options_class(values["kind"]), values)
+    return settings.fingerprint_keys(_class_of(group), values)
+
+
+def _class_of(group: str) -> type[Any]:
+    (node,) = (f for f in dataclasses.fields(Config) if f.name == group)
+    return node.default_factory  # type: ignore[return-value]
+
+
+def root_of(kind: Any) -> DictConfig:
+    """Return the root without values, its fit of a kind; a recorded config is merged into it.
+
+    Args:
+        kind: stable name of the fit.
+
+    Raises:
+        ValueError: if there is no such fit.
+    """
+    root: DictConfig = OmegaConf.structured(Config)
+    root.fit = OmegaConf.structured(options_class(kind))
+    return root
+
+
+def known_keys() -> dict[str, set[str]]:
+    """Return, for groups that were one flat bag in older records, every key of any kind."""
+    fits = {f.name for options in OPTIONS.values() for f in dataclasses.fields(options)}
+    slot = {f.name for f in dataclasses.fields(WeightConfig)}
+    protocol = {f"protocol.{part}": fits for part in ("pretrain", "autoencoder", "qat")}
+    return {"fit": fits, "act": slot, **protocol}
 
 
 def plain(node: Any) -> Any:
-    """A config node as dicts, lists and scalars, with interpolations resolved."""
+    """Return a config node as dicts, lists and scalars, with interpolations resolved."""
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
 def read_yaml(path: Path) -> Any:
-    """A YAML file as dicts, lists and scalars; `${...}` stays as written, for whoever composes a config of it."""
+    """Return a YAML file as dicts, lists and scalars; `${...}` stays as written."""
     return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
 
 
-def validate(cfg: DictConfig) -> None:
-    """Everything that can be said of a config without reading a file.
+def typed(cfg: DictConfig) -> Config:
+    """Return a composed config as its dataclasses, every value checked.
 
     Raises:
         ValueError: one line that names the key.
@@ -297,75 +251,88 @@ def validate(cfg: DictConfig) -> None:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ValueError(f"{missing[0]} has no value: choose an option of its group, or set it")
-    if cfg.method.quantized:
-        for kind in ("weight", "act"):
-            if cfg.bits[kind] not in BITS:
-                raise ValueError(f"bits.{kind}={cfg.bits[kind]}: must be a whole number from {BITS[0]} to {BITS[-1]}")
-    for key in (
-        "fit.batch_size",
-        "fit.calibration_samples",
-        "sampler.batch",
-        "sampler.images",
-        "sampler.steps",
-        "eval.batch",
-    ):
-        if OmegaConf.select(cfg, key) < 1:
-            raise ValueError(f"{key}={OmegaConf.select(cfg, key)}: must be at least 1")
-    if cfg.fit.kind not in ("none", "pretrain", "qat", "ptq"):
-        raise ValueError(f"fit.kind={cfg.fit.kind!r}: choose none, pretrain, qat or ptq")
-    if cfg.fit.part != "network" and cfg.fit.kind != "pretrain":
-        raise ValueError(f"fit.part={cfg.fit.part}: only a pre-training has a choice (fit=pretrain_autoencoder)")
-    if (cfg.fit.kind in ("qat", "ptq")) != cfg.method.quantized:
-        raise ValueError(f"fit.kind={cfg.fit.kind} does not go with method={cfg.method.label}")
-    if cfg.fit.report not in REPORTS:
-        raise ValueError(f"fit.report={cfg.fit.report!r}: choose one of {', '.join(REPORTS)}")
-    if cfg.fit.rounding != "nearest" and not cfg.fit.reconstruct:
+
+    options = options_class(cfg.fit.kind)
+    if OmegaConf.get_type(cfg.fit) is not options:
         raise ValueError(
-            f"fit.rounding={cfg.fit.rounding}: is learned by a block's reconstruction, and fit.reconstruct=false makes none"
+            f"fit.kind={cfg.fit.kind!r}: is not the kind of this fit; choose it as fit=OPTION"
         )
-    if cfg.fit.kind == "ptq" and cfg.fit.reconstruct and cfg.tdq.interval._target_.endswith("DynamicIntervals"):
-        raise ValueError(
-            f"tdq={cfg.tdq.label}: ranges that are read from the input can't be reconstructed; use method=minmax"
-        )
-    if cfg.fit.report == "best_of_5" and "fid" not in cfg.eval.metrics:
-        raise ValueError("fit.report=best_of_5 chooses by fid: eval.metrics must hold it")
-    if cfg.tracker.kind not in TRACKERS:
-        raise ValueError(f"tracker.kind={cfg.tracker.kind!r}: choose one of {', '.join(TRACKERS)}")
-    for key in (
-        "fit.lr",
-        "fit.warmup",
-        "fit.grad_clip",
-        "sampler.eta",
-        "sampler.min_speedup",
-        "fit.weight_decay",
-        "launcher.threads",
-    ):
-        if OmegaConf.select(cfg, key) < 0:
-            raise ValueError(f"{key}={OmegaConf.select(cfg, key)}: must not be negative")
-    if not 0 <= cfg.fit.real_rounding <= 1:
-        raise ValueError(f"fit.real_rounding={cfg.fit.real_rounding}: a share of the updates, from 0 to 1")
-    if (cfg.fit.kind == "ptq") != (cfg.calibration.kind != "none"):
-        raise ValueError(
-            f"calibration.kind={cfg.calibration.kind}: does not go with fit.kind={cfg.fit.kind}; post-training"
-            " quantization needs a calibration set, and nothing else takes one"
-        )
-    if (cfg.fit.kind == "ptq") != (cfg.weight.interval == "channel_range"):
-        raise ValueError(
-            f"weight.interval={cfg.weight.interval}: does not go with fit.kind={cfg.fit.kind}; weights that follow their"
-            " channels' ranges (weight=minmax) are for post-training quantization, which takes no others"
-        )
-    if cfg.fit.report == "best_of_5" and cfg.fit.kind != "qat":
-        raise ValueError("fit.report=best_of_5 needs a fit with checkpoints (fit=qat)")
-    if cfg.sampler.engine not in ("fake", "integer"):
-        raise ValueError(f"sampler.engine={cfg.sampler.engine!r}: choose fake (simulated quantization) or integer")
-    if cfg.sampler.engine == "integer" and not cfg.method.quantized:
-        raise ValueError(f"sampler.engine=integer does not go with method={cfg.method.label}, which is not quantized")
-    total = OmegaConf.select(cfg, "model.definition.schedule.steps")
-    if total is not None and cfg.sampler.steps > total:
-        raise ValueError(f"sampler.steps={cfg.sampler.steps}: must be between 1 and the model's {total} time steps")
-    if cfg.launcher.nproc != "auto" and not (cfg.launcher.nproc.isdecimal() and int(cfg.launcher.nproc) > 0):
-        raise ValueError(f"launcher.nproc={cfg.launcher.nproc}: a positive number, or auto")
-    if cfg.seed < 0 or cfg.sampler.seed < 0:
+    for group in dataclasses.fields(Config):
+        node = cfg[group.name]
+        declared = OmegaConf.get_type(node) if OmegaConf.is_dict(node) else None
+        if group.name != "protocol" and declared is not None:
+            unknown = settings.unknown_keys(declared, node)
+            if unknown:
+                raise ValueError(f"{group.name}.{unknown[0]}: there is no such key")
+
+    config: Config = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+    validate(config)
+    return config
+
+
+def validate(config: Config) -> None:
+    """Check everything that can be said of a config without reading a file.
+
+    Raises:
+        ValueError: one line that names the key.
+    """
+    for group in dataclasses.fields(config):
+        value = getattr(config, group.name)
+        if group.name != "protocol" and dataclasses.is_dataclass(value):
+            settings.check(value, group.name)
+
+    config.fit.check()
+    _check_method(config)
+    _check_measures(config)
+
+    nproc = config.launcher.nproc
+    if nproc != "auto" and not (nproc.isdecimal() and int(nproc) > 0):
+        raise ValueError(f"launcher.nproc={nproc}: a positive number, or auto")
+    if config.seed < 0 or config.sampler.seed < 0:
         raise ValueError("seed and sampler.seed must not be negative")
-    if cfg.data.limit is not None and cfg.data.limit < 1:
-        raise ValueError(f"data.limit={cfg.data.limit}: must be at least 1")
+
+
+def _check_method(config: Config) -> None:
+    """Refuse a fit that does not go with the method, its calibration set or its quantizers."""
+    fit, method = config.fit, config.method
+
+    if fit.quantizes != method.quantized:
+        raise ValueError(f"fit.kind={fit.kind} does not go with method={method.label}")
+
+    if fit.reconstructs and config.tdq.interval["_target_"].endswith("DynamicIntervals"):
+        raise ValueError(
+            f"tdq={config.tdq.label}: ranges that are read from the input can't be reconstructed;"
+            " use method=minmax"
+        )
+
+    if fit.needs_calibration_set != config.calibration.wanted:
+        raise ValueError(
+            f"calibration.kind={config.calibration.kind}: does not go with fit.kind={fit.kind};"
+            " post-training quantization needs a calibration set, and nothing else takes one"
+        )
+
+    if fit.needs_calibration_set != (config.weight.interval == "channel_range"):
+        raise ValueError(
+            f"weight.interval={config.weight.interval}: does not go with fit.kind={fit.kind};"
+            " weights that follow their channels' ranges (weight=minmax) are for post-training"
+            " quantization, which takes no others"
+        )
+
+
+def _check_measures(config: Config) -> None:
+    """Refuse sampling or measuring that the fit or the model can't have."""
+    if config.fit.chooses_checkpoint and "fid" not in config.eval.metrics:
+        raise ValueError("fit.report=best_of_5 chooses by fid: eval.metrics must hold it")
+
+    if config.sampler.engine == "integer" and not config.method.quantized:
+        raise ValueError(
+            f"sampler.engine=integer does not go with method={config.method.label}, which is not"
+            " quantized"
+        )
+
+    total = config.model.definition.get("schedule", {}).get("steps")
+    if total is not None and config.sampler.steps > total:
+        raise ValueError(
+            f"sampler.steps={config.sampler.steps}: must be between 1 and the model's {total} time"
+            " steps"
+        )

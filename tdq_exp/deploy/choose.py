@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.deploy.coders import coder_of
-from tdq_exp.deploy.integer import IntegerLayer, candidates
+from tdq_exp.deploy.integer import IntegerLayer, candidates, readers
 from tdq_exp.quant.layers import QuantAttention, QuantLayer
 from tdq_exp.runtime import files
 from tdq_exp.runtime.progress import print_table
@@ -134,8 +134,8 @@ def _units(net: nn.Module, found: dict[str, IntegerLayer]) -> list[tuple[tuple[s
         if isinstance(module, QuantLayer) and name in found and module.input_quantizer is not None:
             units.append(((name,), None))
         elif isinstance(module, QuantAttention) and module.input_quantizer is not None:
-            names = tuple(f"{name.removesuffix('.processor')}.{leaf}" for leaf in ("to_q", "to_k", "to_v"))
-            if all(n in found for n in names):
+            names = readers(net, name)
+            if names and all(n in found for n in names):
                 units.append((names, module.input_quantizer))
     return units
 

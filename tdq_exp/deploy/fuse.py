@@ -1,9 +1,10 @@
-"""Norms that give codes: group norm, SiLU and quantization in one pass over memory where an integer layer comes next.
+"""Norms that give codes: group norm, SiLU and quantization in one pass over memory.
 
-Between its convolutions a U-Net spends its time in these three. Where they stand in a row, in diffusers' residual blocks,
-before the last convolution and before attention, the norm takes all three over, and what stood between passes codes on.
-The norm's own sums are added in another order than torch's, so a value that lies on the border of two codes may fall on
-the other side, as it may with another batch size.
+Between its convolutions a U-Net spends its time in these three. Where they stand in a row before an
+integer layer (see `quant.chains`), and before attention, the norm does the work of all three, and
+the modules between pass its codes on. The norm's own sums are added in another order than torch's,
+so a value that lies on the border of two codes may fall on the other side, as it may with another
+batch size.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from tdq_exp.deploy.coders import Coded, Coder, DynamicCoder, Rounder
 from tdq_exp.models.attention import AttentionProcessor
+from tdq_exp.quant.chains import Chains, NormChain, UpsampleChain
 from tdq_exp.quant.convert import replace_module
 from tdq_exp.quant.layers import QuantAttention
 
@@ -37,10 +39,10 @@ class CodedNorm(nn.Module):
 
 
 class Passing(nn.Module):
-    """An element-wise module that lets codes through, which have it behind them.
+    """An element-wise module that passes codes on: the norm before it has done its work.
 
     Args:
-        module: for tensors.
+        module: what is done to tensors.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -48,12 +50,14 @@ class Passing(nn.Module):
         self.module = module
 
     def forward(self, x: Tensor | Coded) -> Tensor | Coded:
-        """Codes as they are, module(x) of tensors."""
+        """Return codes as they are, and module(x) of tensors."""
         return x if isinstance(x, Coded) else self.module(x)
 
 
 class CodedUpsample(nn.Module):
-    """Nearest neighbours, then a convolution: a quarter of the pixels to quantize, a quarter of the bytes to copy.
+    """Nearest-neighbour upsampling of codes, then a convolution.
+
+    A quarter of the pixels to quantize, and a quarter of the bytes to copy.
 
     Args:
         conv: an integer layer.
@@ -73,49 +77,72 @@ class CodedUpsample(nn.Module):
 
 
 class CodedAttention(AttentionProcessor):
-    """Quantized attention whose norm gives the codes of q, k and v. Arguments as `QuantAttention`, the coder first."""
+    """Quantized attention whose norm gives the codes of q, k and v.
+
+    Arguments as `AttentionProcessor`, the coder in place of the first quantizer.
+    """
 
     def read(self, attention: Any, x: Tensor) -> Any:
         """`[B, C, H, W]` -> codes `[B, H W, C]`."""
-        assert isinstance(self.input_quantizer, nn.Module)
-        coded = self.input_quantizer.of_norm(x, attention.group_norm, False)  # type: ignore[operator]
+        coder: Any = self.input_quantizer
+        coded = coder.of_norm(x, attention.group_norm, False)
         return Coded(coded.codes.permute(0, 2, 3, 1).flatten(1, 2), coded.s, coded.z)
 
 
-def fuse(net: nn.Module) -> None:
-    """Lets every norm of a network whose only reader is an integer layer give its codes, in place."""
-    for module in list(net.modules()):
-        _fuse_pair(module, "conv_norm_out", "conv_act", "conv_out")
-        whole = getattr(module, "time_embedding_norm", None) == "default"
-        if whole and getattr(module, "upsample", True) is None and getattr(module, "downsample", True) is None:
-            _fuse_pair(module, "norm1", "nonlinearity", "conv1")
-        if whole and _fuse_pair(module, "norm2", "nonlinearity", "conv2"):
-            module.dropout = Passing(module.dropout)  # type: ignore[arg-type]
+def fuse(net: nn.Module, chains: Chains) -> None:
+    """Let every norm of a network whose only reader is an integer layer give its codes, in place.
+
+    Args:
+        net: with integer layers in their places.
+        chains: the network's, from its model's description.
+    """
+    for norm in chains.norms:
+        _fuse_norm(net, norm)
+    for upsample in chains.upsamples:
+        _fuse_upsample(net, upsample)
+
     for name, module in list(net.named_modules()):
-        conv = getattr(module, "conv", None)
-        coder = getattr(conv, "coder", None)
-        nearest = getattr(module, "interpolate", False) and getattr(module, "norm", True) is None
-        if nearest and isinstance(conv, nn.Module) and coder is not None:
-            conv.coder = None  # type: ignore[assignment]
-            replace_module(net, name, CodedUpsample(conv, coder))  # type: ignore[arg-type]
-    for module in list(net.modules()):
-        processor = getattr(module, "processor", None)
-        if isinstance(processor, QuantAttention) and isinstance(processor.input_quantizer, Coder | DynamicCoder):
-            inside = (processor.q, processor.k, processor.v, processor.probabilities)
-            module.processor = CodedAttention(
-                processor.input_quantizer,  # type: ignore[arg-type]
-                *(q if q is None or q.interval.dynamic else Rounder(q) for q in inside),  # type: ignore[arg-type]
-            )
+        if isinstance(module, QuantAttention):
+            _fuse_attention(net, name, module)
 
 
-def _fuse_pair(owner: nn.Module, norm: str, activation: str, reader: str) -> bool:
-    """Fuses norm and SiLU of an owner into the codes of a layer, if it has these three and the layer takes codes."""
-    first, silu, layer = (getattr(owner, name, None) for name in (norm, activation, reader))
-    coder = getattr(layer, "coder", None)
-    original = silu.module if isinstance(silu, Passing) else silu
-    if not (isinstance(first, nn.GroupNorm) and isinstance(original, nn.SiLU) and coder is not None):
-        return False
-    setattr(owner, norm, CodedNorm(first, coder, silu=True))
-    setattr(owner, activation, silu if isinstance(silu, Passing) else Passing(original))
-    layer.coder = None  # type: ignore[union-attr]
-    return True
+def _fuse_norm(net: nn.Module, chain: NormChain) -> None:
+    """Fuse norm and SiLU into the codes of their reader, if the reader takes codes."""
+    norm, reader = net.get_submodule(chain.norm), net.get_submodule(chain.reader)
+    activation = net.get_submodule(chain.activation)
+    coder = getattr(reader, "coder", None)
+
+    # The SiLU of two norms may have been wrapped for the first one already.
+    wrapped = isinstance(activation, Passing)
+    original = activation.module if isinstance(activation, Passing) else activation
+    if coder is None or not isinstance(norm, nn.GroupNorm) or not isinstance(original, nn.SiLU):
+        return
+
+    replace_module(net, chain.norm, CodedNorm(norm, coder, silu=True))
+    if not wrapped:
+        replace_module(net, chain.activation, Passing(original))
+    for name in chain.passed:
+        replace_module(net, name, Passing(net.get_submodule(name)))
+    reader.coder = None  # type: ignore[assignment]  # its input arrives in codes
+
+
+def _fuse_upsample(net: nn.Module, chain: UpsampleChain) -> None:
+    """Quantize before the interpolation, if the convolution takes codes."""
+    conv = net.get_submodule(chain.conv)
+    coder = getattr(conv, "coder", None)
+    if coder is None:
+        return
+
+    conv.coder = None  # type: ignore[assignment]
+    replace_module(net, chain.module, CodedUpsample(conv, coder))
+
+
+def _fuse_attention(net: nn.Module, name: str, attention: QuantAttention) -> None:
+    """Let the attention's norm give the codes of q, k and v, if they take codes."""
+    coder = attention.input_quantizer
+    if not isinstance(coder, Coder | DynamicCoder):
+        return
+
+    inside = (attention.q, attention.k, attention.v, attention.probabilities)
+    matrices = [q if q is None or q.interval.dynamic else Rounder(q) for q in inside]
+    replace_module(net, name, CodedAttention(coder, *matrices))  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tdq_exp.diffusion.ddim import Ddim
-from tdq_exp.diffusion.objective import Denoiser
+from tdq_exp.diffusion.objective import NoisePredictor
 from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.runtime.graphs import Recorded
 
@@ -37,7 +37,7 @@ class DenoisingGraph:
     @torch.no_grad()
     def sample(
         self,
-        denoise: Denoiser,
+        denoise: NoisePredictor,
         x: Tensor,
         schedule: Schedule,
         generators: Sequence[torch.Generator] = (),
@@ -55,7 +55,9 @@ class DenoisingGraph:
         return self._steps.run(x, generators, on_step)
 
 
-def _recorded(ddim: Ddim, denoise: Denoiser, x: Tensor, schedule: Schedule) -> RecordedSteps | None:
+def _recorded(
+    ddim: Ddim, denoise: NoisePredictor, x: Tensor, schedule: Schedule
+) -> RecordedSteps | None:
     steps = RecordedSteps(ddim, denoise, x, schedule)
     try:
         steps.record()
@@ -72,7 +74,7 @@ class RecordedSteps:
     Args: as `Ddim.sample`; x gives shape, type and device.
     """
 
-    def __init__(self, ddim: Ddim, denoise: Denoiser, x: Tensor, schedule: Schedule) -> None:
+    def __init__(self, ddim: Ddim, denoise: NoisePredictor, x: Tensor, schedule: Schedule) -> None:
         self.ddim, self.denoise = ddim, denoise
         pairs = ddim.pairs(schedule)
         numbers = [ddim.coefficients(t, t_prev, schedule) for t, t_prev in pairs]

@@ -1,1 +1,1 @@
-"""Experiments: a configuration as objects, the stages of a run in order, and what each found or made."""
+"""Experiments: a configuration as objects, and the stages of a run in order."""

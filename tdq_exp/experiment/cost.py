@@ -1,7 +1,7 @@
-"""What a run would do, and what it would cost: printed by `plan_only=true`, and before anything large.
+"""What a run would do and cost: printed by `plan_only=true`, and before anything large.
 
-Times come from one measured forward pass on this machine, not from a table: a training step is taken as three forward
-passes (five with quantizers), sampling as one per image and step.
+Times come from one measured forward pass on this machine, not from a table; a fit says how many
+forward passes it takes, and sampling takes one per image and step.
 """
 
 from __future__ import annotations
@@ -15,21 +15,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.experiment.build import Job
-from tdq_exp.quant.convert import layer_map
+from tdq_exp.experiment.build import Experiment
+from tdq_exp.quant.convert import Recipe, layer_map
 from tdq_exp.runtime import files, launch
 from tdq_exp.runtime.progress import console, print_table
 
-PROBES = 4, 16, 64  # images in the measured forward pass: the next number if a pass took no longer than
+PROBES = 4, 16, 64  # images in the measured pass: the next number if one took no longer than
 SHORT = 0.1  # seconds
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds and bytes that a run still needs.
+    """What a run still needs.
 
-    `encode_seconds` is of one training image and its mirror, 0 where none is encoded. It is counted in no sum: how many
-    there are is known when they have been read, and no run encodes them a second time.
+    Args:
+        fit_seconds, sample_seconds: of the stages that are not done.
+        disk_bytes: of what is written.
+        parameters: of the network.
+        encode_seconds: of one training image and its mirror, 0 where none is encoded. It is counted
+            in no sum: how many there are is known when they have been read, and no run encodes them
+            a second time.
+        fit_text: what the fit does, for a reader; empty if nothing.
     """
 
     fit_seconds: float
@@ -37,6 +43,7 @@ class Cost:
     disk_bytes: int
     parameters: int
     encode_seconds: float = 0.0
+    fit_text: str = ""
 
     @property
     def seconds(self) -> float:
@@ -44,51 +51,63 @@ class Cost:
 
 
 @torch.no_grad()
-def estimate(job: Job) -> Cost:
-    """The cost of a job on this machine with the processes that it would have, stages that are done not counted."""
-    device = launch.device(job.launcher)
-    if job.launcher.threads:
-        torch.set_num_threads(job.launcher.threads)
-    subject = job.subject
-    net = subject.build().to(device).eval()
-    processes = launch.wanted(job.launcher)
+def estimate(job: Experiment) -> Cost:
+    """Return the cost of a run on this machine, stages that are done not counted."""
+    launcher, options = job.machine.launcher, job.fit.options
+    device = launch.device(launcher)
+    if launcher.threads:
+        torch.set_num_threads(launcher.threads)
+
+    # 1. One image through the network, its encoding and its decoding, shared by the processes.
+    net = job.trained.build().to(device).eval()
+    parameters = sum(p.numel() for p in net.parameters())
+    processes = launch.wanted(launcher)
     per_image = _forward_seconds(job, net, device) / processes
     encode, decode = (seconds / processes for seconds in _coding_seconds(job, device))
+
+    # 2. The fit.
     fit_done, sample_done = stages_done(job)
-    updates = 0 if fit_done or job.train is None else job.train.updates
-    per_update = per_image * (5 if job.recipe is not None else 3) * job.fit.batch_size
-    fit_seconds = updates * per_update
-    if job.ptq is not None and job.calibration is not None and not fit_done:
-        fit_seconds = per_image * _forward_passes(job, net)
-    images = 0 if sample_done or job.fit.kind == "pretrain" else job.sampling.images
-    if job.fit.report == "best_of_5":
-        images *= 5
-    parameters = sum(p.numel() for p in net.parameters())
-    pixels = job.model.image_size**2 * job.model.channels
-    disk = images * pixels + (0 if job.train is None or fit_done else parameters * 4 * (5 + job.train.keep_best))
-    if job.calibration is not None and not fit_done:
-        disk += job.calibration.samples * 4 * math.prod(job.model.sample_shape)
+    work = job.fit.work(job.model, net, job.sampling.steps)
+    passes, disk = (0.0, 0) if work is None or fit_done else (work.forward_passes, work.disk_bytes)
+
+    # 3. The images, of every checkpoint that is a candidate.
+    images = 0 if sample_done or not options.gives_rows else job.sampling.images
+    images *= options.checkpoints if options.chooses_checkpoint else 1
     sampling = images * (job.sampling.steps * per_image + decode)
-    # A quantizer that only sees trajectories, or a net that is loaded, needs no training images.
-    trains = job.train is not None and job.fit.part == "network"
-    shown = job.calibration is not None and job.calibration.kind == "forward"
-    return Cost(fit_seconds, sampling, disk, parameters, encode if (trains or shown) and not fit_done else 0.0)
+    disk += images * job.model.image_size**2 * job.model.channels
+
+    # A quantizer that sees only trajectories, or a net that is loaded, needs no training images.
+    encodes = job.fit.encodes_training_images and not fit_done
+    return Cost(
+        fit_seconds=passes * per_image,
+        sample_seconds=sampling,
+        disk_bytes=disk,
+        parameters=parameters,
+        encode_seconds=encode if encodes else 0.0,
+        fit_text=work.text if work else "",
+    )
 
 
-def _forward_seconds(job: Job, net: nn.Module, device: torch.device) -> float:
-    """Of one image, in as large a batch as is quick: a small network spends a small batch on its calls, not its sums."""
-    subject = job.subject
+def _forward_seconds(job: Experiment, net: nn.Module, device: torch.device) -> float:
+    """Return the seconds of one image, in as large a batch as is quick.
+
+    A small network spends a small batch on its calls, not its sums.
+    """
+    trained = job.trained
+
     for batch in PROBES:
-        x, eps = (torch.randn(batch, *s, device=device) for s in (subject.input_shape, subject.sample_shape))
+        shapes = trained.input_shape, trained.sample_shape
+        x, eps = (torch.randn(batch, *shape, device=device) for shape in shapes)
         t = torch.zeros(batch, dtype=torch.long, device=device)
-        seconds = _seconds(lambda: subject.training_loss(net, x, t, eps))  # noqa: B023
+        seconds = _seconds(lambda: trained.training_loss(net, x, t, eps))  # noqa: B023
         if seconds > SHORT:
             break
+
     return seconds / batch
 
 
 def _seconds(work: Callable[[], Tensor]) -> float:
-    """Median of three, after one that is not counted."""
+    """Return the median of three, after one that is not counted."""
     seconds = []
     for _ in range(4):
         began = time.perf_counter()
@@ -97,90 +116,82 @@ def _seconds(work: Callable[[], Tensor]) -> float:
     return sorted(seconds[1:])[1]
 
 
-def _coding_seconds(job: Job, device: torch.device) -> tuple[float, float]:
-    """Of one image: to encode it with its mirror, and to decode it. Both 0 for a model of pixels."""
-    codec = job.model.codec()
+def _coding_seconds(job: Experiment, device: torch.device) -> tuple[float, float]:
+    """Return the seconds to encode an image with its mirror, and to decode one; 0 for pixels."""
+    codec = job.model.codec.build() if job.model.codec else None
     if codec is None:
         return 0.0, 0.0
     codec.to(device).eval()
-    image = torch.zeros(1, job.model.channels, job.model.image_size, job.model.image_size, device=device)
+    image = torch.zeros(
+        1, job.model.channels, job.model.image_size, job.model.image_size, device=device
+    )
     x_0 = torch.zeros(1, *job.model.sample_shape, device=device)
     return 2 * _seconds(lambda: codec.encode(image)[0]), _seconds(lambda: codec.decode(x_0))
 
 
-def _forward_passes(job: Job, net: nn.Module) -> float:
-    """What post-training quantization takes, in forward passes of one image.
-
-    The set, unless it is cached; the calibration; and for each of the blocks half a pass of either network over the set,
-    and its updates at a share of a whole training step. Without reconstruction, TDQ's fit is about a pass over the set.
-    """
-    assert job.ptq is not None and job.calibration is not None
-    samples, spec = job.calibration.samples, job.calibration
-    runs = 0 if spec.kind == "forward" else spec.images * job.sampling.steps
-    if not job.ptq.reconstruct:
-        return runs + 2 * samples
-    blocks = len({role.block for role in job.model.roles(net).values()})
-    o = job.ptq.block
-    updates = o.updates + (o.rounding_updates if o.rounding == "adaround" else 0)
-    return runs + samples * (1 + blocks) + 5 * updates * o.batch_size
-
-
-def stages_done(job: Job) -> tuple[bool, bool]:
-    """Is there a finished fit, and a row, under this job's names? Their fingerprints are checked when it runs."""
+def stages_done(job: Experiment) -> tuple[bool, bool]:
+    """Return whether there is a finished fit, and a row; fingerprints are checked when it runs."""
     fit = files.read_json(job.folder / "fit.json")
     rows = files.read_json(job.folder / job.sample_name / "metrics.json")
-    name = job.config["eval"]["label"]
-    measured = rows is not None and any(row["config"]["eval"]["label"] == name for row in rows["rows"])
+
+    name = job.evaluation.label
+    measured = rows is not None and any(r["config"]["eval"]["label"] == name for r in rows["rows"])
     return bool(fit and fit["done"]), measured
 
 
-def show(job: Job) -> Cost:
-    """Prints the stages of a job and what they would cost."""
+def show(job: Experiment) -> Cost:
+    """Print the stages of a run and what they would cost."""
     cost = estimate(job)
     fit_done, sample_done = stages_done(job)
+    weights = job.weights.path or "to be trained"
+
     console.print(f"[bold]{job.name}[/bold] seed {job.seed} -> {job.folder / job.sample_name}")
-    console.print(f"  model    {cost.parameters:,} parameters, weights {job.weights or 'to be trained'}")
+    console.print(f"  model    {cost.parameters:,} parameters, weights {weights}")
     if job.recipe is not None:
-        _show_layers(job)
+        _show_layers(job, job.recipe)
+
     if cost.encode_seconds:
-        size = 2 * 2 * 4 * math.prod(job.model.sample_shape)  # image and mirror, mean and deviation, float32
+        size = 2 * 2 * 4 * math.prod(job.model.sample_shape)  # mean and deviation, and mirrored
         console.print(
-            f"  encode   training images, once for all runs: 1,000 take about {duration(1000 * cost.encode_seconds)}"
-            f" and {1000 * size / 1e6:.0f} MB of the cache, mirrors included"
+            "  encode   training images, once for all runs: 1,000 take about"
+            f" {duration(1000 * cost.encode_seconds)} and {1000 * size / 1e6:.0f} MB of the cache,"
+            " mirrors included"
         )
-    if job.ptq is not None and job.calibration is not None:
-        said = "done" if fit_done else f"about {duration(cost.fit_seconds)}, making the set included"
-        kind = f"{job.ptq.block.updates} updates a block" if job.ptq.reconstruct else "no reconstruction"
+
+    if cost.fit_text:
+        state = "done" if fit_done else f"about {duration(cost.fit_seconds)}"
+        console.print(f"  fit      {cost.fit_text}: {state}")
+
+    if job.fit.options.gives_rows:
+        state = "done" if sample_done else f"about {duration(cost.sample_seconds)}"
         console.print(
-            f"  fit      {job.fit.kind}, {job.calibration.samples} {job.calibration.kind} samples, {kind}: {said}"
+            f"  sample   {job.sampling.images} images, {job.sampling.steps} steps: {state}"
         )
-    if job.train is not None:
-        said = "done" if fit_done else f"about {duration(cost.fit_seconds)}"
-        console.print(f"  fit      {job.fit.kind}, {job.train.updates} updates of {job.fit.batch_size}: {said}")
-    if job.fit.kind != "pretrain":
-        said = "done" if sample_done else f"about {duration(cost.sample_seconds)}"
-        console.print(f"  sample   {job.sampling.images} images, {job.sampling.steps} steps: {said}")
-        console.print(f"  measure  {', '.join(job.evaluation.metrics)} on {job.config['eval']['label']} features")
+        metrics = ", ".join(job.evaluation.metrics)
+        console.print(f"  measure  {metrics} on {job.evaluation.label} features")
+
     console.print(f"  disk     {cost.disk_bytes / 1e9:.2f} GB")
     return cost
 
 
-def _show_layers(job: Job) -> None:
-    """What would be done to the layers, grouped: the run saves the whole map as `layers.json`."""
-    assert job.recipe is not None
+def _show_layers(job: Experiment, recipe: Recipe) -> None:
+    """Print what would be done to the layers, grouped; `layers.json` has the whole map."""
     net = job.model.build()
     roles = job.model.roles(net)
-    job.model.quantize(net, job.recipe)
+    job.model.quantize(net, recipe)
+
     rows = layer_map(net, roles)
     groups = Counter((r["role"], r["weight"], r["input"].split(":")[0]) for r in rows)
     leaves = [r for r in rows if r["weight"] != "-"]
     quantized = sum(r["weight"] != "float" for r in leaves)
+
     title = f"{quantized} of {len(leaves)} convolutions and linear layers quantized"
-    print_table(title, ["role", "count", "weight", "input"], [(r, n, w, i) for (r, w, i), n in groups.items()])
+    lines = [(role, count, w, i) for (role, w, i), count in groups.items()]
+    print_table(title, ["role", "count", "weight", "input"], lines)
 
 
 def duration(seconds: float) -> str:
-    """`50 s`, `12 min`, `7.5 h`, `12 days`."""
+    """Return `50 s`, `12 min`, `7.5 h`, `12 days`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 100 * 60:

@@ -11,46 +11,51 @@ import torch
 from torch import nn
 
 from tdq_exp.experiment import build as jobs
-from tdq_exp.experiment import fit_stage
+from tdq_exp.fit import quantized
 from tdq_exp.quant.convert import bake
 from tdq_exp.runtime import files
 
 
-def load(run: str | Path) -> tuple[jobs.Job, nn.Module]:
+def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
     """The job and the network of a finished run, or of a packed file. See `tdq_exp.load`."""
     folder = Path(run).expanduser()
     if folder.suffix == ".safetensors":
         return _packed(folder)
     found = files.read_json(folder / "fit.json")
     if found is None or not found["done"]:
-        state = "is not finished: run its command again" if found else "holds no run (there is no fit.json)"
+        state = (
+            "is not finished: run its command again"
+            if found
+            else "holds no run (there is no fit.json)"
+        )
         raise FileNotFoundError(f"{folder} {state}")
     job = jobs.rebuild(found["config"], folder / "fit.json")
     job = dataclasses.replace(job, folder=folder)
-    _check_parts(job.subject.parts(), found["parts"], folder)
-    if job.fit.kind != "none":
-        return job, fit_stage.finished_net(job, torch.device("cpu"))
-    assert job.weights is not None
+    _check_parts(job.trained.parts(), found["parts"], folder)
+    if not job.fit.options.loads_only:
+        return job, job.fit.finished(job.model, job.recipe, folder, torch.device("cpu"))
+
     net = job.model.build()
-    if job.model.load(net, job.weights, job.ema) != found["facts"]["weights"]:
-        raise ValueError(f"{job.weights}: is not the checkpoint of {folder}")
+    if job.weights.load(job.model, net) != found["facts"]["weights"]:
+        raise ValueError(f"{job.weights.path}: is not the checkpoint of {folder}")
     return job, net.eval()
 
 
 def _check_parts(now: Mapping[str, str], then: Mapping[str, Any], where: Path) -> None:
     for part, value in now.items():
         if then.get(part) != value:
-            raise ValueError(f"model.{part}: is not the one of {where} ({value}, wanted {then.get(part)})")
+            raise ValueError(
+                f"model.{part}: is not the one of {where} ({value}, wanted {then.get(part)})"
+            )
 
 
-def _packed(path: Path) -> tuple[jobs.Job, nn.Module]:
+def _packed(path: Path) -> tuple[jobs.Experiment, nn.Module]:
     from tdq_exp.deploy import packed
 
     state, config, _, parts = packed.load(path)
     job = jobs.rebuild(config, path)
     _check_parts(job.model.parts() if parts else {}, parts, path)
-    assert job.recipe is not None
-    net = bake(fit_stage.skeleton(job, job.recipe), inplace=True)
+    net = bake(quantized.skeleton(job.model, quantized.required(job.recipe)), inplace=True)
     try:
         net.load_state_dict(state)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Images from a network: the groups of a set, dealt out to processes, into a store that survives interruption."""
+"""The sample stage: images in groups, dealt out to processes, resumable at every group."""
 
 from __future__ import annotations
 
@@ -18,27 +18,133 @@ from tdq_exp.data.images import Images, to_uint8
 from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.denoising_graph import DenoisingGraph
 from tdq_exp.diffusion.draws import Stream, generator, groups, image_generators, starting_noise
+from tdq_exp.experiment.build import Experiment
+from tdq_exp.experiment.fit_stage import FittedModel
+from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console, track
+from tdq_exp.runtime.stage import Result, StageFile, stage
 
 
 @dataclass(frozen=True)
-class _Denoiser:
-    """A network with its description; equal for each group, so that a recorded step is used again."""
+class SampleStage:
+    """Which set is sampled, and where it is kept.
 
-    net: nn.Module
-    model: DiffusionModel
+    Args:
+        folder: of the set.
+        record: of the stage.
+        net: gives the network, made when it is first wanted.
+        update: of the checkpoint that is sampled; None for the last network.
+    """
 
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """eps_hat."""
-        return self.model.predict(self.net, x_t, t)
+    folder: Path
+    record: StageFile
+    net: Callable[[], nn.Module]
+    update: int | None = None
+
+    def require_same(self) -> None:
+        """Refuse the folder if it holds a set of another configuration.
+
+        Raises:
+            ValueError: with the difference.
+        """
+        self.record.begun()
+
+
+@dataclass(frozen=True)
+class SampledSet:
+    """A finished set: uint8 `[N, H, W, C]`, seconds that it took, and its engine."""
+
+    pixels: NDArray[np.uint8]
+    seconds: float
+    engine: str
+
+
+def sample_stage_of(
+    job: Experiment,
+    fit: FittedModel,
+    folder: Path,
+    net: Callable[[], nn.Module],
+    update: int | None = None,
+) -> SampleStage:
+    """Return the stage of a set.
+
+    Args:
+        job: the experiment.
+        fit: that the network is of.
+        folder: of the set.
+        net: gives the network.
+        update: of the checkpoint that is sampled; None for the last network.
+    """
+    parts = {
+        "fit": fit.fingerprint,
+        "report": job.fit.options.report,
+        "update": update,
+        **job.part("sampler"),
+    }
+    return SampleStage(
+        folder, StageFile(folder / "samples.json", parts, keep="sampler.label"), net, update
+    )
+
+
+def store_of(job: Experiment, folder: Path) -> ImageStore:
+    """Return the images of a set, finished or not."""
+    size, s = job.model.image_size, job.sampling
+    return ImageStore(folder / "images", s.images, s.batch, (size, size, job.model.channels))
+
+
+def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -> SampledSet:
+    """Sample what is missing of a set.
+
+    Raises:
+        ValueError: if there are images, but no record of what they are.
+    """
+    folder, record = sampling.folder, sampling.record
+    store = store_of(job, folder)
+    engines: list[str] = []
+
+    def begin() -> float:
+        found = record.begun()
+        if found is None and (folder / "images").exists():
+            raise ValueError(
+                f"{folder / 'images'}: images that no samples.json speaks of;"
+                " remove them to sample again"
+            )
+        earlier = float(found["seconds"]) if found else 0.0
+        record.write({"seconds": earlier})
+        return earlier
+
+    def make() -> Result:
+        earlier = processes.decide(begin)
+        net, name = choose_engine(job, sampling.net(), folder, processes)
+        engines.append(name)
+
+        def note(seconds: float) -> None:  # after each group, so that an interrupted run counts too
+            record.write({"seconds": earlier + seconds})
+
+        spent = sample_set(
+            Denoiser(net, job.model),
+            job.sampler,
+            store,
+            seed=job.sampling.seed,
+            processes=processes,
+            truncate=job.sampling.truncate,
+            on_group=note,
+        )
+        return {"seconds": earlier + spent}
+
+    # The record never says `done`: its store knows which groups are there.
+    result, _ = stage(record, make, processes)
+
+    if job.sampling.png and processes.main:
+        write_pngs(store.read(), folder / "png")
+    return SampledSet(store.read(), result["seconds"], engines[0])
 
 
 @torch.no_grad()
 def sample_group(
-    net: nn.Module,
-    model: DiffusionModel,
+    denoiser: Denoiser,
     sampler: Ddim | DenoisingGraph,
     indices: range,
     *,
@@ -48,11 +154,10 @@ def sample_group(
     truncate: bool = False,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> NDArray[np.uint8]:
-    """One group of images, uint8 `[batch, H, W, C]`.
+    """Return one group of images, uint8 `[batch, H, W, C]`.
 
     Args:
-        net: in eval mode, on the device.
-        model: its description.
+        denoiser: its network in eval mode, on the device.
         sampler: DDIM, or another with the same call.
         indices: global image indices; each has noise of its own.
         seed: of the set.
@@ -61,15 +166,16 @@ def sample_group(
         truncate: drop the fraction of a pixel in place of rounding (see `to_uint8`).
         on_step: called with (t, x_t) before every step.
     """
+    model = denoiser.model
     generators = image_generators(seed, indices, stream)
+
     x = starting_noise(generators, model.sample_shape).to(device)
-    x = sampler.sample(_Denoiser(net, model), x, model.schedule, generators, on_step)
+    x = sampler.sample(denoiser, x, model.schedule, generators, on_step)
     return to_uint8(model.decode(x).cpu(), truncate).numpy()
 
 
 def sample_set(
-    net: nn.Module,
-    model: DiffusionModel,
+    denoiser: Denoiser,
     sampler: Ddim,
     store: ImageStore,
     *,
@@ -78,25 +184,39 @@ def sample_set(
     truncate: bool = False,
     on_group: Callable[[float], None] | None = None,
 ) -> float:
-    """Fills a store with the groups that are missing; returns the seconds that it took.
+    """Fill a store with the groups that are missing; return the seconds that it took.
 
-    `on_group` is called on the main process with the seconds so far, after each of its groups.
+    The missing groups are dealt out in turn: the set is the same bits for any number of processes.
 
-    Group g belongs to process g mod world, whoever made the others: the set is the same bits for any number of
-    processes.
+    Args:
+        denoiser: its network baked, or float.
+        sampler: DDIM, or another with the same call.
+        store: of the set.
+        seed: of the set.
+        processes: who shares the work.
+        truncate: see `sample_group`.
+        on_group: called on the main process with the seconds so far, after each of its groups.
     """
+    # 1. What is left to do, and this process' part of it.
     processes.decide(store.create)
     missing = processes.decide(store.missing)
     mine = missing[processes.rank :: processes.world]
     every = dict(groups(store.images, store.batch))
-    net = net.to(processes.device).eval()
+    done = len(every) - len(missing)
+
+    # 2. Group by group; each is on disk before the next is begun.
+    denoiser.net.to(processes.device).eval()
     group_sampler = DenoisingGraph(sampler) if isinstance(sampler, Ddim) else sampler
     began = time.monotonic()
-    done = len(every) - len(missing)
     with track("sampling", len(every), done, show=processes.main) as advance:
         for group in mine:
             pixels = sample_group(
-                net, model, group_sampler, every[group], seed=seed, device=processes.device, truncate=truncate
+                denoiser,
+                group_sampler,
+                every[group],
+                seed=seed,
+                device=processes.device,
+                truncate=truncate,
             )
             store.put(group, pixels)
             if on_group is not None and processes.main:
@@ -105,6 +225,7 @@ def sample_set(
                 if done < len(every):
                     done += 1
                     advance(f"{min((group + 1) * store.batch, store.images)} images")
+
     processes.barrier()
     return time.monotonic() - began
 
@@ -121,9 +242,14 @@ class Reconstructions:
 
     BATCH = 100
 
-    def __init__(self, model: DiffusionModel, images: Images, count: int, processes: Processes) -> None:
+    def __init__(
+        self, model: DiffusionModel, images: Images, count: int, processes: Processes
+    ) -> None:
         self.model, self.images, self.count, self.processes = model, images, count, processes
-        self.content = f"{images.content}-{model.codec_fingerprint}"
+        if model.codec is None:
+            raise ValueError("this model has no codec: its images are reconstructed exactly")
+        self.codec = model.codec
+        self.content = f"{images.content}-{model.codec.fingerprint}"
 
     def __len__(self) -> int:
         return self.count
@@ -132,19 +258,41 @@ class Reconstructions:
         index = torch.arange(*part.indices(self.count))
         made, device = [], self.processes.device
         with (
-            track("reconstructing", -(-len(index) // self.BATCH), show=self.processes.main) as advance,
+            track(
+                "reconstructing", -(-len(index) // self.BATCH), show=self.processes.main
+            ) as advance,
             torch.no_grad(),
         ):
-            for some in index.split(self.BATCH) if len(index) else ():  # an empty tensor splits into one empty part
+            for some in (
+                index.split(self.BATCH) if len(index) else ()
+            ):  # an empty tensor splits into one empty part
                 images = self.images.batch(some, torch.zeros(len(some), dtype=torch.bool))
                 streams = [generator(0, Stream.RECONSTRUCTION, int(i)) for i in some]
                 noise = [torch.randn(self.model.sample_shape, generator=g) for g in streams]
-                back = self.model.reconstruct(images.to(device), torch.stack(noise).to(device))
+                back = self.codec.reconstruct(images.to(device), torch.stack(noise).to(device))
                 made.append(to_uint8(back.cpu()).numpy())
                 advance(f"{int(some[-1]) + 1} images")
         # Nothing to make: with few images, some processes have no part in a set.
-        empty = np.zeros((0, self.model.image_size, self.model.image_size, self.model.channels), np.uint8)
+        empty = np.zeros(
+            (0, self.model.image_size, self.model.image_size, self.model.channels), np.uint8
+        )
         return np.concatenate([empty, *made])
+
+
+def choose_engine(
+    job: Experiment, net: nn.Module, folder: Path, processes: Processes
+) -> tuple[nn.Module, str]:
+    """Return the network as the experiment's engine runs it, and what it is, for the row."""
+    s = job.sampling
+    return engine(
+        net,
+        job.model,
+        s.engine,
+        batch=s.batch,
+        min_speedup=s.min_speedup,
+        folder=folder,
+        processes=processes,
+    )
 
 
 def engine(
@@ -157,10 +305,11 @@ def engine(
     folder: Path,
     processes: Processes,
 ) -> tuple[nn.Module, str]:
-    """The network as an engine runs it, and what it is, for the row.
+    """Return the network as an engine runs it, and what it is, for the row.
 
     Args:
         net: baked.
+        model: its description.
         name: `fake` (simulated quantization) or `integer`.
         batch: images at a time.
         min_speedup: of a layer that is to run on integers.
@@ -171,26 +320,40 @@ def engine(
     """
     if name == "fake":
         return net, "fake"
+
     from tdq_exp.deploy import choose, integer  # not imported unless used
 
     reason = integer.unavailable(processes.device)
     if reason is None and not integer.codable(net):
-        raise ValueError("sampler.engine=integer: the network has no quantized layer that can run on integers")
+        raise ValueError(
+            "sampler.engine=integer: the network has no quantized layer that can run on integers"
+        )
     if reason is None and not integer.candidates(net):
         reason = integer.INEXACT
+
+    # A machine that can't is told so in the row, not refused.
     if reason is not None:
         if processes.main:
-            console.print(f"sampler.engine=integer: {reason}; quantization is simulated", markup=False)
+            console.print(
+                f"sampler.engine=integer: {reason}; quantization is simulated", markup=False
+            )
         return net, f"fake: {reason}"
+
+    # Layers that gain by it, measured once and kept beside the images.
     x, t = torch.zeros(batch, *model.sample_shape), torch.tensor(model.schedule.steps // 2)
     found = processes.decide(
-        lambda: choose.choice(net, lambda n: model.predict(n, x, t), min_speedup, folder / "engine.json")
+        lambda: choose.choice(
+            net, lambda n: model.predict(n, x, t), min_speedup, folder / "engine.json"
+        )
     )
-    return integer.integerize(net, found["layers"]), f"integer: {len(found['layers'])} of {found['of']} layers"
+    said = f"integer: {len(found['layers'])} of {found['of']} layers"
+    return integer.integerize(net, model.chains(net), found["layers"]), said
 
 
 def write_pngs(pixels: NDArray[np.uint8], folder: Path) -> None:
-    """Every image as a PNG, `00000.png` and on."""
+    """Write every image as a PNG, `00000.png` and on."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(pixels):
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{index:05d}.png")
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
+            folder / f"{index:05d}.png"
+        )

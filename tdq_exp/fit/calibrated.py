@@ -1,4 +1,4 @@
-"""From a float network to a quantized one with start values: what quantization-aware training and PTQ both begin with."""
+"""From a float network to a quantized one with start values: where QAT and PTQ both begin."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant import calibrate
 from tdq_exp.quant.convert import Recipe
 from tdq_exp.runtime import files
+from tdq_exp.runtime.context import RunContext
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import track
 
@@ -25,90 +25,103 @@ BATCH = 64
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What a network is shown, batch by batch.
+class Batches:
+    """Samples (x_t, t), batch by batch.
 
     Args:
         samples: how many.
-        get: (x_t, t) of a batch of `BATCH`, on the CPU; the last may be smaller.
+        get: number of a batch -> its (x_t, t) of `BATCH` samples, on the CPU; the last is smaller.
     """
 
     samples: int
     get: Callable[[int], tuple[Tensor, Tensor]]
 
-    @property
-    def batches(self) -> int:
+    def __len__(self) -> int:
         return -(-self.samples // BATCH)
 
 
-def drawn(model: DiffusionModel, images: Samples, samples: int, seed: int) -> Shown:
-    """Training samples noised to t, stratified over all of time."""
+def drawn_batches(model: DiffusionModel, images: Samples, samples: int, seed: int) -> Batches:
+    """Return training samples noised to t, stratified over all of time."""
     draws = fixed_draws(
-        seed, Stream.CALIBRATION, samples=samples, images=len(images), shape=model.sample_shape, steps=model.steps,
+        seed,
+        Stream.CALIBRATION,
+        samples=samples,
+        images=len(images),
+        shape=model.sample_shape,
+        steps=model.steps,
         random=images.random,
-    )  # fmt: skip
+    )
 
     def get(number: int) -> tuple[Tensor, Tensor]:
         part = draws.of(slice(number * BATCH, (number + 1) * BATCH))
-        return model.schedule.add_noise(images.batch(part.index, part.flip, part.noise), part.eps, part.t), part.t
+        x_0 = images.batch(part.index, part.flip, part.noise)
+        return model.schedule.add_noise(x_0, part.eps, part.t), part.t
 
-    return Shown(samples, get)
+    return Batches(samples, get)
 
 
-def of_set(samples: CalibrationSet) -> Shown:
-    """A calibration set, in its order."""
-    return Shown(len(samples), lambda n: samples.batch(slice(n * BATCH, (n + 1) * BATCH)))
+def set_batches(samples: CalibrationSet) -> Batches:
+    """Return a calibration set, in its order."""
+    return Batches(len(samples), lambda n: samples.batch(slice(n * BATCH, (n + 1) * BATCH)))
 
 
 @torch.no_grad()
-def quantized_and_calibrated(
+def calibrated(
     net: nn.Module,
     model: DiffusionModel,
     recipe: Recipe,
-    shown: Shown,
-    *,
-    seed: int,
-    processes: Processes,
-    cache: Path,
+    batches: Batches,
+    context: RunContext,
     key: files.Parts,
 ) -> nn.Module:
-    """Quantizes a float network in place and sets the start value of every interval, once.
+    """Quantize a float network in place and set the start value of every step size, once.
 
     Args:
         net: float, on the processes' device.
-        recipe: the four slots.
-        shown: (x_t, t) over all of time; at least 1,000 samples for a real fit.
-        seed: of the generators' start.
-        cache: folder in which start values are kept.
-        key: what they depend on, for the cache.
+        model: its description.
+        recipe: of the quantizers.
+        batches: (x_t, t) over all of time; at least 1,000 samples for a real fit.
+        context: of the run; its seed is that of the generators' start.
+        key: what the start values depend on, for the cache.
     """
+    processes = context.processes
+
+    # 1. Quantizers in place of the layers; TDQ's generators start from random weights.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(context.seed)
         time = model.quantize(net, recipe)
     net.to(processes.device).eval()
-    file = cache / "calibration" / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]}.json"
+
+    # 2. Start values that an earlier run found.
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+    file = context.cache / "calibration" / f"{digest}.json"
     found = processes.decide(lambda: files.read_json(file))
     if found is not None:
         calibrate.apply(net, {name: (s, z) for name, (s, z) in found.items()})
         return net
+
+    # 3. Else what every tensor's values say.
     with (
-        calibrate.calibrating(net, shown.batches, recipe.habits.start) as calibration,
-        track("calibrating", shown.batches, show=processes.main) as advance,
+        calibrate.calibrating(net, len(batches), recipe.habits.start) as calibration,
+        track("calibrating", len(batches), show=processes.main) as advance,
     ):
         calibration.gather = processes.gather_objects if processes.world > 1 else None
-        for number in range(shown.batches):
-            # Every process sees the first batch, so that even a process without another one has seen every tensor.
+        for number in range(len(batches)):
+            # Every process sees the first batch, so that it has seen every tensor.
             if number and number % processes.world != processes.rank:
                 continue
             calibration.batch = number
-            show(net, model, shown, number, processes)
+            forward_batch(net, model, batches, number, processes)
             advance("")
+
     time.set(None)
     processes.decide(lambda: files.write_json(file, calibration.found))
     return net
 
 
-def show(net: nn.Module, model: DiffusionModel, shown: Shown, number: int, processes: Processes) -> Tensor:
-    """One batch through the network."""
-    x_t, t = (value.to(processes.device) for value in shown.get(number))
+def forward_batch(
+    net: nn.Module, model: DiffusionModel, batches: Batches, number: int, processes: Processes
+) -> Tensor:
+    """Run one batch through the network and return its prediction."""
+    x_t, t = (value.to(processes.device) for value in batches.get(number))
     return model.predict(net, x_t, t)

@@ -37,5 +37,9 @@ def load_state(path: Path) -> dict[str, Any] | None:
         return None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and runtime errors: all mean that the file is not ours or not whole
-        raise ValueError(f"{path}: damaged training state; remove it to start this fit again") from error
+    except (
+        Exception
+    ) as error:  # zip, pickle and runtime errors: all mean that the file is not ours or not whole
+        raise ValueError(
+            f"{path}: damaged training state; remove it to start this fit again"
+        ) from error

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import torch
 
-from tdq_exp.config.schema import LauncherConfig
+from tdq_exp.runtime.options import LauncherOptions
 
 
 def gpus() -> int:
@@ -16,7 +16,7 @@ def gpus() -> int:
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
-def device(launcher: LauncherConfig) -> torch.device:
+def device(launcher: LauncherOptions) -> torch.device:
     """Where one process of a run would compute."""
     accelerator = torch.accelerator.current_accelerator() if gpus() and not launcher.cpu else None
     return accelerator or torch.device("cpu")
@@ -27,7 +27,7 @@ def launched() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
 
 
-def wanted(launcher: LauncherConfig) -> int:
+def wanted(launcher: LauncherOptions) -> int:
     """How many processes the configuration asks for."""
     if launcher.nproc != "auto":
         return int(launcher.nproc)

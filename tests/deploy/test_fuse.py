@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tdq_exp.deploy import coders, fuse, integer
+from tdq_exp.models.resnet_blocks import unet_chains
 from tdq_exp.quant.convert import Recipe, activation_quantizers, bake
 from tdq_exp.quant.intervals.static import StaticIntervals
 from tdq_exp.quant.intervals.temporal import TemporalIntervals
@@ -85,14 +86,14 @@ pytestmark = pytest.mark.skipif(integer.unavailable(HERE) is not None, reason=st
 
 def test_every_norm_before_an_integer_layer_is_fused_and_no_other():
     net = bake(make_net(Recipe(4, 4, Lsq, Lsq, StaticIntervals())))
-    whole = integer.integerize(net)
+    whole = integer.integerize(net, unet_chains(net))
     norms = sum(isinstance(module, nn.GroupNorm) for module in net.modules())
     fused = [module for module in whole.modules() if isinstance(module, fuse.CodedNorm)]
     attentions = [module for module in whole.modules() if isinstance(module, fuse.CodedAttention)]
     assert len(fused) + len(attentions) == norms and attentions
     assert any(isinstance(module, fuse.Passing) for module in whole.modules())
     some = [name for name in integer.candidates(net) if "conv2" in name]
-    part = integer.integerize(net, some)
+    part = integer.integerize(net, unet_chains(net), some)
     assert sum(isinstance(module, fuse.CodedNorm) for module in part.modules()) == len(some)
     x = inputs(2)[0]
     with torch.no_grad():
@@ -103,13 +104,13 @@ def test_every_norm_before_an_integer_layer_is_fused_and_no_other():
 def test_norms_before_float_layers_stay():
     keep = ("conv", "first", "last")
     net = bake(make_net(Recipe(4, 4, Lsq, Lsq, StaticIntervals(), plan=Plan(keep_float=keep, attention=False))))
-    assert not any(isinstance(module, fuse.CodedNorm) for module in integer.integerize(net).modules())
+    assert not any(isinstance(module, fuse.CodedNorm) for module in integer.integerize(net, unet_chains(net)).modules())
 
 
 @torch.no_grad()
 def test_codes_are_copied_as_values_would_be():
     net = bake(make_net(Recipe(4, 4, Lsq, Lsq, TemporalIntervals(encoding=16, width=8))))
-    whole = integer.integerize(net)
+    whole = integer.integerize(net, unet_chains(net))
     ups = {name for name, module in net.named_modules() if type(module).__name__ == "Upsample2D"}
     assert ups and {n for n, m in whole.named_modules() if isinstance(m, fuse.CodedUpsample)} == ups
     layers = integer.candidates(net)

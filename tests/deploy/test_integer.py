@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tdq_exp.deploy import choose, coders, integer, products
+from tdq_exp.models.resnet_blocks import unet_chains
 from tdq_exp.quant.convert import Recipe, bake
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.intervals.base import LookupTable
@@ -96,7 +97,7 @@ def test_every_layer_gives_what_the_simulated_one_gives(name, bits, monkeypatch)
 def test_a_whole_network_follows_the_simulated_one(name):
     """One pass at 3 bits, where no sum of this net lies on the border of two codes: later layers see the same codes."""
     net = bake(make_net(RECIPES[name](3)))
-    whole = integer.integerize(net)
+    whole = integer.integerize(net, unet_chains(net))
     assert not any(isinstance(module, QuantLayer) for module in whole.modules())
     x = inputs(3)[0]
     for t in (3, 700):
@@ -160,12 +161,12 @@ def test_weights_that_are_no_integers_and_wide_codes_stay_simulated():
 def test_what_can_not_run_on_codes_is_refused_by_name():
     net = bake(make_net(RECIPES["lsq_tdq"](4)))
     with pytest.raises(ValueError, match="conv_norm_out: can't run on codes"):
-        integer.integerize(net, ["conv_norm_out"])
+        integer.integerize(net, unet_chains(net), ["conv_norm_out"])
     name = next(name for name in integer.candidates(net) if name.endswith("to_q"))
     with pytest.raises(ValueError, match="q, k and v"):
-        integer.integerize(net, [name])
+        integer.integerize(net, unet_chains(net), [name])
     with pytest.raises(ValueError, match="one time step for the whole batch"):
-        integer.integerize(net)(*inputs(2))
+        integer.integerize(net, unet_chains(net))(*inputs(2))
 
 
 def test_the_choice_is_measured_once_and_kept(tmp_path):

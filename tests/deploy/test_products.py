@@ -14,6 +14,7 @@ import torch
 
 from tdq_exp.deploy import integer, products
 from tdq_exp.experiment import sample_stage
+from tdq_exp.quant.chains import Chains
 from tdq_exp.quant.convert import Recipe, bake
 from tdq_exp.quant.intervals.static import StaticIntervals
 from tdq_exp.quant.layers import QuantLayer
@@ -132,7 +133,7 @@ def test_q_k_and_v_are_exact_together_or_not_at_all(without_vnni):
 @needs_kernels
 def test_without_vnni_a_layer_that_would_be_wrong_is_refused_by_name(without_vnni):
     with pytest.raises(ValueError, match="conv_in: can't run on codes here: 8-bit by 8-bit products are cut off"):
-        integer.integerize(net_of(8), ["conv_in"])
+        integer.integerize(net_of(8), Chains(), ["conv_in"])
 
 
 @needs_kernels

@@ -294,7 +294,7 @@ def test_forward_sets_are_training_images_noised_to_their_own_t(tmp_path, proces
 def digits():
     built = jobs.build(compose(["model=digits", "method=fp", "sampler.steps=50", "tracker=none"]))
     net = built.model.build()
-    built.model.load(net, built.weights)
+    built.weights.load(built.model, net)
     return built.model, net.eval()
 
 

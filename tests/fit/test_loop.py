@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tdq_exp.fit.loop import TrainOptions
+from tdq_exp.config.setting import check
+from tdq_exp.fit.options import TrainOptions
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 7])
@@ -29,4 +30,4 @@ def test_a_constant_rate_stays_after_the_warm_up():
 
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(ValueError, match="fit.lr_schedule='linear': choose constant or cosine"):
-        TrainOptions(updates=10, batch_size=1, lr_schedule="linear")
+        check(TrainOptions(updates=10, batch_size=1, lr_schedule="linear"), "fit")

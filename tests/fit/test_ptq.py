@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 import tdq_exp
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
-from tdq_exp.experiment import fit_stage, pipeline
-from tdq_exp.fit.ptq import calibration_set, ptq
+from tdq_exp.experiment import measure_stage, pipeline
+from tdq_exp.fit.options import ReconstructOptions
+from tdq_exp.fit.ptq import block_by_block, calibration_set, ptq
 from tdq_exp.fit.ptq.over_time import Values, fit_over_time, observed
-from tdq_exp.fit.qat import Rates
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.rules.minmax import MinMax
 from tdq_exp.quant.time import TimeContext
@@ -29,8 +29,9 @@ from tests.quant.builders import INTERVALS, STEPS, randn
 
 QUICK = [
     "model=tiny", "tracker=none", "launcher=cpu", "bits=w4a3", "calibration.samples=8", 
-    "fit.rounding_updates=3", "fit.lr_rounding=0.3", "fit.validation_samples=4", "sampler.images=4",
+    "fit.validation_samples=4", "sampler.images=4",
 ]  # fmt: skip
+ROUNDING = ["fit.rounding_updates=3", "fit.lr_rounding=0.3"]
 BLOCKS = 17
 ROOT = Path(tdq_exp.__file__).resolve().parent.parent
 
@@ -54,7 +55,7 @@ def composed(*overrides):
 
 
 def build(out, weights, *overrides):
-    return jobs.build(composed(*QUICK, f"out={out}", f"model.weights={weights}", *overrides))
+    return jobs.build(composed(*QUICK, *ROUNDING, f"out={out}", f"model.weights={weights}", *overrides))
 
 
 def cell(method="ptq4dm", tdq="none", rounding="nearest"):
@@ -163,7 +164,7 @@ def test_a_stopped_fit_ends_with_the_bits_of_one_that_was_not(shared, tmp_path, 
 def test_a_kill_within_a_block_makes_that_block_again(shared, tmp_path, tiny_weights, monkeypatch):
     whole, made = (build(out, tiny_weights, *cell()) for out in (shared, tmp_path))
     pipeline.run(whole)
-    save, saved = ptq.save_state, []
+    save, saved = block_by_block.save_state, []
 
     def killed(file, state):
         if len(saved) == 4:
@@ -172,7 +173,7 @@ def test_a_kill_within_a_block_makes_that_block_again(shared, tmp_path, tiny_wei
         save(file, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ptq, "save_state", killed)
+        patch.setattr(block_by_block, "save_state", killed)
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(made)
     pipeline.run(build(tmp_path, tiny_weights, *cell()))
@@ -184,8 +185,8 @@ def test_a_small_memory_budget_gives_the_same_bits(shared, tmp_path, tiny_weight
     options = cell(tdq="temporal", rounding="adaround")
     large, small = build(shared, tiny_weights, *options), build(tmp_path, tiny_weights, *options, "fit.memory_gb=1e-6")
     pipeline.run(large)
-    spill, files = ptq.Spill, []
-    monkeypatch.setattr(ptq, "Spill", lambda rows, shape, file=None: files.append(file) or spill(rows, shape, file))
+    spill, files = block_by_block.Spill, []
+    monkeypatch.setattr(block_by_block, "Spill", lambda rows, shape, file=None: files.append(file) or spill(rows, shape, file))
     pipeline.run(small)
     assert sum(file is not None for file in files) > BLOCKS
     assert_same_bits(large, small)
@@ -197,7 +198,7 @@ def test_a_set_is_made_once_and_shared(tmp_path, tiny_weights, monkeypatch):
     monkeypatch.setattr(calibration_set, "_trajectories", lambda *rest: made.append(1) or make(*rest))
     options = "calibration.seed=11", "fit.updates=1"
     first = build(tmp_path, tiny_weights, *cell(), *options)
-    cache = fit_stage.cache_folder(first)
+    cache = first.data.cache
     before = sets(cache)
     pipeline.run(first)
     (folder,) = set(sets(cache)) - set(before)
@@ -218,7 +219,7 @@ def test_a_set_is_made_once_and_shared(tmp_path, tiny_weights, monkeypatch):
 def test_a_named_set_of_another_seed_is_refused(shared, tmp_path, tiny_weights):
     made = build(shared, tiny_weights, *cell())
     pipeline.run(made)
-    cache = fit_stage.cache_folder(made)
+    cache = made.data.cache
     folder = next(
         f for f in sets(cache) if json.loads((f / "about.json").read_text())["parts"]["calibration"]["kind"] == "ndtc"
     )
@@ -260,12 +261,13 @@ def test_the_same_command_again_does_nothing(shared, tiny_weights, monkeypatch):
     first = pipeline.run(made)
     everything = [
         *made.folder.rglob("*"),
-        *(f for folder in sets(fit_stage.cache_folder(made)) for f in folder.iterdir()),
+        *(f for folder in sets(made.data.cache) for f in folder.iterdir()),
     ]
     before = {file: file.stat().st_mtime_ns for file in everything if file.is_file()}
-    for name in ("ptq", "make_set", "quantized_and_calibrated"):
-        monkeypatch.setattr(fit_stage, name, None)  # would be called if anything were made again
-    monkeypatch.setattr(pipeline, "measure", None)
+    for name in ("fit_to_set", "make_set"):
+        monkeypatch.setattr(ptq, name, None)  # would be called if anything were made again
+    monkeypatch.setattr("tdq_exp.fit.quantized.calibrated", None)
+    monkeypatch.setattr(measure_stage, "measure", None)
     assert pipeline.run(build(shared, tiny_weights, *cell(tdq="temporal"))) == first
     assert before == {file: file.stat().st_mtime_ns for file in before}
 
@@ -282,7 +284,7 @@ def stopped(tmp_path, tiny_weights):
 def test_block_files_of_another_fit_are_refused(stopped):
     made, file = stopped
     state = torch.load(file, weights_only=True)
-    torch.save({**state, "mark": "0123456789abcdef"}, file)
+    torch.save({**state, "fingerprint": "0123456789abcdef"}, file)
     with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}: a block of another fit; remove .*blocks to start"):
         pipeline.run(made)
 
@@ -323,7 +325,7 @@ def test_another_number_of_a_begun_fit_is_refused_with_the_difference(stopped, t
 )  # fmt: skip
 def test_bad_input_is_one_line_that_names_the_key(overrides, said):
     with pytest.raises(ValueError, match=f"^{re.escape(said)}") as error:
-        build("nowhere", "none.safetensors", *overrides)
+        jobs.build(composed(*QUICK, "out=nowhere", "model.weights=none.safetensors", *overrides))
     assert "\n" not in str(error.value)
 
 
@@ -364,7 +366,7 @@ def test_two_processes_make_the_same_set_and_the_same_fit(tmp_path, tiny_weights
     first = first.rename(tmp_path / first.name)
     shutil.rmtree(cache / "calibration")  # nothing is left but the decoded images, and features of theirs
     out = f"out={tmp_path / 'two'}"
-    both = together(*QUICK, f"model.weights={tiny_weights}", out, *options, setup=QUICK_PROCESS)
+    both = together(*QUICK, *ROUNDING, f"model.weights={tiny_weights}", out, *options, setup=QUICK_PROCESS)
     assert both.returncode == 0, both.stderr
     assert facts(two)["processes"] == 2
     (second,) = sets(cache)
@@ -408,11 +410,10 @@ def over_time(seed=0, updates=200, interval="temporal", **changed):
     spread = (0.1 + 2 * (STEPS - t) / STEPS)[:, None]
     values = {"one": spread * randn(len(t), 64), "other": 5 * spread * randn(len(t), 64, seed=1).abs()}
     quantizers["one"].start(0.4, 7), quantizers["other"].start(1.0, 0)
-    rates = Rates(0.0, 0.0, 0.02, 0.002, 0.03, 0.0)
+    numbers = ReconstructOptions(updates=updates, batch_size=32, lr=0.02, lr_zero_point=0.002, lr_generator=0.03)
     errors = fit_over_time(
-        quantizers, values, t, time, updates=updates, batch_size=32, rates=rates, seed=seed, device=torch.device("cpu"),
-        show=False, **changed,
-    )  # fmt: skip
+        quantizers, values, t, time, numbers, seed, device=torch.device("cpu"), show=False, **changed
+    )
     return (
         errors,
         torch.stack([quantizer.tables()[0] for quantizer in quantizers.values()]),
@@ -451,7 +452,7 @@ def test_minmax_with_tdq_is_deterministic_and_makes_its_file_once(shared, tmp_pa
     found = facts(one)["over_time"]
     assert found["after"] > 0 and found["before"] > 0 and found["after"] != found["before"]
     (two.folder / "fit.json").unlink()  # killed after the fit over time, before the end
-    monkeypatch.setattr("tdq_exp.fit.ptq.ptq.fit_over_time", None)
+    monkeypatch.setattr("tdq_exp.fit.ptq.over_time.fit_over_time", None)
     for part in ("baked.safetensors", "intervals.png"):
         (two.folder / part).unlink()
     pipeline.run(build(tmp_path, tiny_weights, *options))

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from tdq_exp.config.setting import check
 from tdq_exp.diffusion.draws import Stream, generator
+from tdq_exp.fit.options import ReconstructOptions
 from tdq_exp.fit.ptq.blocks import blocks_of, inputs_of, output_of
 from tdq_exp.fit.ptq.capture import Spill
 from tdq_exp.fit.ptq.reconstruct import (
     BlockData,
     Reconstruction,
-    ReconstructOptions,
     balancing_weights,
     output_loss,
     sample_losses,
@@ -636,4 +637,4 @@ def test_no_hook_stays_behind():
 )
 def test_options_that_make_no_sense_name_their_key(changed, said):
     with pytest.raises(ValueError, match=f"^{said}$"):
-        options(**changed)
+        check(options(**changed), "fit")

@@ -1,6 +1,7 @@
 """A network as blocks, in the order in which they run, and what goes in and out of each.
 
-Blocks are the model's (`Role.block`): residual blocks, attention blocks, and what is left, layer by layer.
+Blocks are the model's (`Role.block`): residual blocks, attention blocks, and what is left, layer by
+layer.
 """
 
 from __future__ import annotations
@@ -34,17 +35,24 @@ class Block:
 
 @torch.no_grad()
 def blocks_of(net: nn.Module, model: DiffusionModel, roles: Mapping[str, Role]) -> list[Block]:
-    """The blocks of a quantized network in running order; a block without a quantized layer is left out."""
+    """Return the blocks of a quantized network in running order.
+
+    A block without a quantized layer is left out.
+    """
     names = list(dict.fromkeys(role.block for role in roles.values()))
     order: list[str] = []
     handles = [
-        net.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: order.append(name))
+        net.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: order.append(name)
+        )
         for name in names
     ]
     device = next(net.parameters()).device
     try:
         model.predict(
-            net, torch.zeros(1, *model.sample_shape, device=device), torch.zeros(1, dtype=torch.long, device=device)
+            net,
+            torch.zeros(1, *model.sample_shape, device=device),
+            torch.zeros(1, dtype=torch.long, device=device),
         )
     finally:
         for handle in handles:

@@ -1,7 +1,7 @@
 """Rows of one tensor, kept in memory or in a file, as a budget says.
 
-A block's inputs at full scale are tens of gigabytes. They are written once and read a batch at a time with plain reads:
-the pages of a memory map would count as this process' own.
+A block's inputs at full scale are tens of gigabytes. They are written once and read a batch at a time
+with plain reads: the pages of a memory map would count as this process' own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class Spill:
     Args:
         rows: N.
         shape: of a row.
-        file: where the rows lie, or None: in memory. Several processes may write disjoint rows of one file.
+        file: where the rows lie, or None: in memory. Several processes may write disjoint rows of
+            one file.
 
     Raises:
         OSError: naming the file, if it can't be written or the disk is full.
@@ -47,7 +48,9 @@ class Spill:
                 written = os.pwrite(self._handle, raw, at)
                 raw, at = raw[written:], at + written
         except OSError as error:
-            raise OSError(f"{self.file}: can't be written ({error.strerror}); free space or set out=FOLDER") from error
+            raise OSError(
+                f"{self.file}: can't be written ({error.strerror}); free space or set out=FOLDER"
+            ) from error
 
     def take(self, index: Tensor) -> Tensor:
         """Rows `[B, ...]` of some indices, in memory."""

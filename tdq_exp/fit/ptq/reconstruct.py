@@ -1,15 +1,16 @@
-"""Block reconstruction: the intervals of one block are trained so that its output is the float block's.
+"""Block reconstruction: step sizes are trained so that a block's output is the float block's.
 
     L = mean_{B, pixels} sum_channels |y_hat - y|^p,   p = 2.4
     y_hat = block_hat(x_hat),  x_hat from the already quantized network;   y from the float network
 
-First, if asked for, each weight's rounding (AdaRound, p = 2); then step sizes and zero points of the activations, or
-TDQ's generators. Adam, its rate falling to zero along a cosine. A block whose loss on held-out samples did not fall keeps
-its start values.
+First, if asked for, each weight's rounding (AdaRound, p = 2); then step sizes and zero points of the
+activations, or TDQ's generators. Adam, its rate falling to zero along a cosine. A block whose loss
+on held-out samples did not fall keeps its start values.
 
-L counts every sample alike, but a diffusion network's errors differ over t by orders of magnitude: the few samples of the
-smallest t may be nearly all of the sum, while it is at large t that an error becomes an image. `balance` divides each
-sample's part by what samples of like t lose at the start, so that every time step counts alike.
+L counts every sample alike, but a diffusion network's errors differ over t by orders of magnitude:
+the few samples of the smallest t may be nearly all of the sum, while it is at large t that an error
+becomes an image. `balance` divides each sample's part by what samples of like t lose at the start,
+so that every time step counts alike.
 
 Source: Li et al., *BRECQ*, arXiv 2102.05426, section 3.2, and its published options.
 """
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.diffusion.draws import Stream, generator, share_of
-from tdq_exp.fit.loop import cosine
+from tdq_exp.fit.options import ReconstructOptions, cosine
 from tdq_exp.fit.ptq.blocks import Block, Call
 from tdq_exp.fit.ptq.capture import Spill
 from tdq_exp.fit.qat import Rates, optimizer_groups
@@ -37,46 +38,6 @@ from tdq_exp.quant.quantizer import Quantizer
 from tdq_exp.quant.rules.adaround import AdaRound, beta_at
 from tdq_exp.quant.time import TimeContext
 from tdq_exp.runtime.processes import Processes
-
-
-@dataclass(frozen=True)
-class ReconstructOptions:
-    """Numbers of one block's reconstruction.
-
-    Args:
-        updates: of the activations' intervals.
-        batch_size: samples of an update, over all processes.
-        lr: of rho (step sizes) and of lower bounds.
-        lr_zero_point: of zeta, the share of the grid that one update can move.
-        lr_generator: of TDQ's generators.
-        power: p of the activations' loss.
-        balance: weigh time steps alike, see the module.
-        rounding: `nearest`, or `adaround`.
-        rounding_updates, lr_rounding, rounding_weight: AdaRound's number of updates, rate of V, and lambda.
-        beta_start, beta_end, rounding_warmup: see `adaround.beta_at`.
-    """
-
-    updates: int
-    batch_size: int
-    lr: float
-    lr_zero_point: float
-    lr_generator: float
-    power: float = 2.4
-    balance: bool = False
-    rounding: str = "nearest"
-    rounding_updates: int = 20000
-    lr_rounding: float = 1e-3
-    rounding_weight: float = 0.01
-    beta_start: float = 20.0
-    beta_end: float = 2.0
-    rounding_warmup: float = 0.2
-
-    def __post_init__(self) -> None:
-        if self.rounding not in ("nearest", "adaround"):
-            raise ValueError(f"fit.rounding={self.rounding!r}: choose nearest or adaround")
-        for name in ("updates", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"fit.{name}={getattr(self, name)}: must be at least 1")
 
 
 @dataclass
@@ -99,8 +60,17 @@ class BlockData:
     held_out: Tensor
 
 
-def output_loss(found: Tensor, target: Tensor, power: float, weights: Tensor | None = None) -> Tensor:
-    """`mean sum_c |found - target|^p` of `[B, C, ...]`, scalar.
+def rates_of_block(options: ReconstructOptions) -> Rates:
+    """Return the rates of step sizes, zero points and generators; weights are not trained."""
+    return Rates(
+        step_size=options.lr, zero_point=options.lr_zero_point, generator=options.lr_generator
+    )
+
+
+def output_loss(
+    found: Tensor, target: Tensor, power: float, weights: Tensor | None = None
+) -> Tensor:
+    """Return `mean sum_c |found - target|^p` of `[B, C, ...]`, scalar.
 
     Args:
         weights: multiply each sample's part, `[B]`.
@@ -111,19 +81,19 @@ def output_loss(found: Tensor, target: Tensor, power: float, weights: Tensor | N
 
 
 def sample_losses(found: Tensor, target: Tensor, power: float) -> Tensor:
-    """As `output_loss`, of each sample, `[B]`."""
+    """Return the loss of each sample, `[B]`; see `output_loss`."""
     each = (found - target).abs().pow(power).sum(1)
     return each.flatten(1).mean(1) if each.dim() > 1 else each
 
 
 def balancing_weights(t: Tensor, losses: Tensor, at: Tensor, groups: int = 20) -> Tensor:
-    """1 / the mean loss of samples of like t, over their mean, `[N]`: the weighted loss is of the plain one's size.
+    """Return 1 / the mean loss of samples of like t, `[N]`, scaled to keep the loss' size.
 
     Args:
         t: time steps of the samples whose losses are known, `[M]`.
         losses: theirs, positive.
         at: time steps to give weights to, `[N]`.
-        groups: neighbours in t are averaged in so many groups of equal size; equal t are never parted.
+        groups: neighbours in t are averaged in so many groups of equal size; equal t stay together.
     """
     order = t.argsort(stable=True)
     edges = t[order][[round(g * (len(t) - 1) / groups) for g in range(1, groups)]].unique()
@@ -139,65 +109,91 @@ def balancing_weights(t: Tensor, losses: Tensor, at: Tensor, groups: int = 20) -
     return weights * (losses.mean() / (losses * (1 / means)[group]).mean())
 
 
+@dataclass(frozen=True)
+class Phase:
+    """One of the two fits of a block.
+
+    Args:
+        number: part of the key of its draws.
+        updates: how many.
+        power: p of its loss.
+        falling: whether the rates fall to zero along a cosine.
+    """
+
+    number: int
+    updates: int
+    power: float
+    falling: bool
+
+
 class Reconstruction:
     """One block under reconstruction.
 
     Args:
         net: the quantized network that the block is part of, in eval mode, its weights coded.
         block: which part.
-        data: see `BlockData`.
+        data: what the block is shown and what it should answer.
         options: numbers.
         key: of the draws: (seed, index of the block).
         processes: who shares a batch.
     """
 
     def __init__(
-        self, net: nn.Module, block: Block, data: BlockData, options: ReconstructOptions, key: tuple[int, int],
+        self,
+        net: nn.Module,
+        block: Block,
+        data: BlockData,
+        options: ReconstructOptions,
+        key: tuple[int, int],
         processes: Processes,
-    ) -> None:  # fmt: skip
-        self.module, self.block, self.data, self.options = net.get_submodule(block.name), block, data, options
-        self.key, self.processes = key, processes
+    ) -> None:
+        self.module, self.block, self.data = net.get_submodule(block.name), block, data
+        self.options, self.key, self.processes = options, key, processes
         self.time: TimeContext = net.time  # type: ignore[assignment]
         self.weights: Tensor | None = None  # of the samples, if time steps are balanced
 
     @torch.no_grad()
     def balance(self, index: Tensor) -> None:
-        """Weighs samples by what those of `index` lose now, which every process learns from the main one."""
+        """Weigh samples by what those of `index` lose now; the main process decides for all."""
         o = self.options
 
-        def each() -> Tensor:
-            parts = index.split(o.batch_size)
-            targets = (self.data.target.take(part).to(self.processes.device) for part in parts)
-            found = (sample_losses(self.output(p), y, o.power) for p, y in zip(parts, targets, strict=True))
-            return torch.cat(list(found))
+        def losses_now() -> Tensor:
+            each = []
+            for part in index.split(o.batch_size):
+                target = self.data.target.take(part).to(self.processes.device)
+                each.append(sample_losses(self.output(part), target, o.power))
+            return torch.cat(each).cpu()
 
-        losses = self.processes.decide(lambda: each().cpu())
+        losses = self.processes.decide(losses_now)
         self.weights = balancing_weights(self.data.t[index], losses, self.data.t)
 
     def _weights(self, index: Tensor) -> Tensor | None:
         return None if self.weights is None else self.weights[index].to(self.processes.device)
 
     def output(self, index: Tensor) -> Tensor:
-        """y_hat of some samples; their time steps stay set, for the backward pass."""
+        """Return y_hat of some samples; their time steps stay set, for the backward pass."""
         device = self.processes.device
         self.time.set(self.data.t[index].to(device))
-        return self.data.call.again(self.module, [spill.take(index).to(device) for spill in self.data.inputs])
+        inputs = [spill.take(index).to(device) for spill in self.data.inputs]
+        return self.data.call.again(self.module, inputs)
 
     @torch.no_grad()
     def loss(self, index: Tensor, power: float) -> float:
-        """Loss over some samples, in eval mode."""
+        """Return the loss over some samples, in eval mode."""
         total = 0.0
         for part in index.split(self.options.batch_size):
             target = self.data.target.take(part).to(self.processes.device)
-            total += float(output_loss(self.output(part), target, power, self._weights(part))) * len(part)
+            mean = output_loss(self.output(part), target, power, self._weights(part))
+            total += float(mean) * len(part)
         return total / len(index)
 
     def train_activations(self, advance: Callable[[str], None]) -> None:
-        """Trains step sizes, zero points and generators of the block's activation quantizers, in place."""
+        """Train step sizes, zero points and generators of the block's activations, in place."""
         o = self.options
-        rates = Rates(0.0, 0.0, o.lr, o.lr_zero_point, o.lr_generator, 0.0)
+        phase = Phase(number=0, updates=o.updates, power=o.power, falling=True)
         with trainable(self.block.quantizers) as learned:
-            self._descend(optimizer_groups(learned, rates), o.updates, 0, lambda u, loss: loss, o.power, advance)
+            groups = optimizer_groups(learned, rates_of_block(o))
+            self._descend(groups, phase, lambda update, loss: loss, advance)
 
     def train_rounding(
         self,
@@ -205,58 +201,86 @@ class Reconstruction:
         weights: Mapping[str, tuple[Tensor, Grid]],
         advance: Callable[[str], None],
     ) -> None:
-        """Trains the rounding of the block's weights with its activations in float, and codes them anew, in place.
+        """Train the rounding of the block's weights, activations in float, and code them anew.
 
         Args:
             layers: the block's layers, by name, with coded weights.
             weights: of each, the float weight and its grid.
+            advance: called after every update.
         """
-        options, rounding = self.options, {}
+        o = self.options
+
+        # 1. AdaRound in place of the codes, and activations that pass through.
+        rounding: dict[str, AdaRound] = {}
         for name, layer in layers.items():
             coded: Any = layer.weight_quantizer
             weight, grid = weights[name]
-            zero = torch.zeros_like(coded.step_size) if coded.zero_point is None else coded.zero_point
+            zero = (
+                torch.zeros_like(coded.step_size) if coded.zero_point is None else coded.zero_point
+            )
             rounding[name] = AdaRound(weight, coded.step_size, zero, grid.n, grid.p)
             layer.weight_quantizer = rounding[name]
         for quantizer in self.block.quantizers.values():
-            quantizer.observer = lambda x: None  # passes through
+            quantizer.observer = _pass_through
 
+        # 2. V, with a regularizer that drives it to 0 or 1.
         def total(update: int, loss: Tensor) -> Tensor:
-            beta = beta_at(
-                update, options.rounding_updates, options.beta_start, options.beta_end, options.rounding_warmup
-            )
+            beta = beta_at(update, o.rounding_updates, o.beta_start, o.beta_end, o.rounding_warmup)
             if beta is None:
                 return loss
             # Each process adds the whole term and gradients are averaged, so it counts once.
-            return loss + options.rounding_weight * torch.stack([r.regularizer(beta) for r in rounding.values()]).sum()
+            terms = torch.stack([r.regularizer(beta) for r in rounding.values()])
+            return loss + o.rounding_weight * terms.sum()
 
-        groups = [{"params": [r.V for r in rounding.values()], "lr": options.lr_rounding}]
+        groups = [{"params": [r.V for r in rounding.values()], "lr": o.lr_rounding}]
+        phase = Phase(number=1, updates=o.rounding_updates, power=2.0, falling=False)
         try:
-            self._descend(groups, options.rounding_updates, 1, total, 2.0, advance, falling=False)
+            self._descend(groups, phase, total, advance)
         finally:
             for quantizer in self.block.quantizers.values():
                 quantizer.observer = None
+
+        # 3. Codes again.
         for name, layer in layers.items():
             r = rounding[name]
-            layer.weight_quantizer = coded_weight(r.codes(), r.s, r.z, r.n, r.p).to(self.processes.device)
+            layer.weight_quantizer = coded_weight(r.codes(), r.s, r.z, r.n, r.p).to(
+                self.processes.device
+            )
 
     def _descend(
-        self, groups: list[dict[str, Any]], updates: int, phase: int, total: Callable[[int, Tensor], Tensor],
-        power: float, advance: Callable[[str], None], falling: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        groups: list[dict[str, Any]],
+        phase: Phase,
+        total: Callable[[int, Tensor], Tensor],
+        advance: Callable[[str], None],
+    ) -> None:
+        """Minimise the block's loss with Adam.
+
+        Args:
+            groups: of parameters, with their rates.
+            phase: which fit.
+            total: (update, loss) -> what is minimised.
+            advance: called after every update.
+        """
         parameters = [p for group in groups for p in group["params"]]
         optimizer = torch.optim.Adam(groups, fused=True)
         rates = [group["lr"] for group in optimizer.param_groups]
-        batch = self.options.batch_size
+        batch, train = self.options.batch_size, self.data.train
         share = share_of(batch, self.processes.rank, self.processes.world)
-        for update in range(updates):
-            factor = cosine(update, updates) if falling else 1.0
+
+        for update in range(phase.updates):
+            factor = cosine(update, phase.updates) if phase.falling else 1.0
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-            g = generator(self.key[0], Stream.BLOCK_BATCH, self.key[1], phase, update)
-            index = self.data.train[torch.randint(len(self.data.train), (batch,), generator=g)][share]
+
+            # This process' share of the batch.
+            g = generator(self.key[0], Stream.BLOCK_BATCH, self.key[1], phase.number, update)
+            index = train[torch.randint(len(train), (batch,), generator=g)][share]
             target = self.data.target.take(index).to(self.processes.device)
-            loss = total(update, output_loss(self.output(index), target, power, self._weights(index)))
+
+            output = self.output(index)
+            loss = total(update, output_loss(output, target, phase.power, self._weights(index)))
+
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if self.processes.world > 1:
@@ -265,31 +289,41 @@ class Reconstruction:
             advance(f"{self.block.name} {float(loss.detach()):.3g}")
 
     def _average(self, parameters: list[nn.Parameter]) -> None:
-        """Means of the gradients over processes, in one message."""
+        """Replace the gradients by their means over processes, in one message."""
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         grads = [p.grad for p in parameters if p.grad is not None]
+
         mean = self.processes.mean(torch.cat([g.reshape(-1) for g in grads]))
         for grad, part in zip(grads, mean.split([g.numel() for g in grads]), strict=True):
             grad.copy_(part.reshape(grad.shape))
 
 
+def _pass_through(x: Tensor) -> None:
+    """Observe a tensor and keep nothing: a quantizer with an observer does not quantize."""
+
+
 @contextmanager
 def trainable(quantizers: Mapping[str, Quantizer]) -> Iterator[nn.ModuleList]:
-    """Some quantizers in training form, with trainable copies of their generators; these are taken back at the end.
+    """Put some quantizers into training form, with trainable copies of their generators.
+
+    The copies are taken back at the end.
 
     Yields:
         All that is to be trained, and nothing else of the network.
     """
-    timed = {name: q.interval for name, q in quantizers.items() if isinstance(q.interval, Temporal)}
-    banks = {id(interval.bank): interval.bank for interval in timed.values()}
+    temporal = {n: q.interval for n, q in quantizers.items() if isinstance(q.interval, Temporal)}
+    banks = {id(interval.bank): interval.bank for interval in temporal.values()}
+
+    # A generator is a row of its network's bank: of each bank, the rows that are trained.
     parts: dict[int, GeneratorBank] = {}
     for key, bank in banks.items():
-        rows = [interval.row for interval in timed.values() if interval.bank is bank]
+        rows = [interval.row for interval in temporal.values() if interval.bank is bank]
         parts[key] = bank.subset(rows).train()
-        for name, interval in timed.items():
+        for name, interval in temporal.items():
             if interval.bank is bank:
                 quantizers[name].interval = Temporal(parts[key], rows.index(interval.row))
+
     learned = nn.ModuleList([*(q.train() for q in quantizers.values()), *parts.values()])
     try:
         yield learned
@@ -298,5 +332,5 @@ def trainable(quantizers: Mapping[str, Quantizer]) -> Iterator[nn.ModuleList]:
             q.eval()
         for key, bank in banks.items():
             bank.take_back(parts[key])
-        for name, interval in timed.items():
+        for name, interval in temporal.items():
             quantizers[name].interval = interval

@@ -1,0 +1,49 @@
+"""Names of runs: what a folder of results is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from tdq_exp.config.setting import labels
+from tdq_exp.fit.registry import options_class
+
+GROUPS = ("tdq", "weight", "act", "plan", "habits", "data", "fit")
+
+
+def fit_name(cfg: DictConfig) -> str:
+    """Return `${model}_${bits}_${method}[_${tdq}]`, then the label of every group that differs.
+
+    A calibration set is named if it is not the one that the method's name stands for; settings of
+    the fit that have a label of their own come last, before the user's label.
+    """
+    parts = [cfg.model.label, cfg.bits.label if cfg.method.quantized else "", cfg.method.label]
+    parts += [cfg[group].label for group in GROUPS]
+
+    if cfg.calibration.label != cfg.method.calibration:
+        parts.append(cfg.calibration.label)
+
+    parts += [*labels(options_class(cfg.fit.kind), cfg.fit), cfg.label]
+    return "_".join(part for part in parts if part)
+
+
+def sample_name(cfg: DictConfig) -> str:
+    """Return sampler, images and what differs: `ddim50_n5000`, `ddim50quad_n5000_seed1`."""
+    s = cfg.sampler
+
+    name = s.label
+    name += "" if s.spacing == "leading" else s.spacing
+    name += f"eta{s.eta:g}" if s.eta else ""
+    name += f"_n{s.images}"
+    name += f"_seed{s.seed}" if s.seed else ""
+    name += "_best5" if cfg.fit.report == "best_of_5" else ""
+
+    if s.engine != "fake":
+        name += f"_{s.engine}" + (f"{s.min_speedup:g}" if s.min_speedup != 1 else "")
+    return name
+
+
+def run_folder(cfg: DictConfig) -> Path:
+    """Return `<out>/runs/<fit name>/seed<k>`."""
+    return Path(cfg.out).expanduser().resolve() / "runs" / fit_name(cfg) / f"seed{cfg.seed}"

@@ -1,0 +1,148 @@
+"""Settings: numbers that a component declares once, with default, range and help.
+
+The dataclass that consumes a number declares it as `setting(...)`. The schema of the configuration,
+the check of a command line, the keys of a fingerprint and the labels in a run's name are derived
+from these fields; none of them keeps a list of its own.
+
+    @dataclass
+    class TrainOptions:
+        updates: int = setting(low=1, help="optimiser steps")
+        lr_schedule: str = setting("constant", choices=("constant", "cosine"), since="constant")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omegaconf import MISSING
+
+_ALWAYS = object()  # of a key that every fingerprint holds, whatever its value
+
+
+def setting(
+    default: Any = MISSING,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: Sequence[str] = (),
+    fingerprint: bool = True,
+    since: Any = _ALWAYS,
+    **words: Any,
+) -> Any:
+    """Return a dataclass field that knows its range and its part in a fingerprint.
+
+    Args:
+        default: the value if nothing else is said; without one, a config has to give it.
+        low, high: smallest and largest value, both allowed.
+        above: a bound that is not allowed itself.
+        choices: the values of a name, or of each name in a list.
+        fingerprint: whether a result depends on it; False for labels, paths and speed.
+        since: for a key that was added later, the value with which every earlier result was made.
+            It is part of a fingerprint only where it differs from that.
+        words: `help`, one line for a reader; `named`, value -> what the run's name says of it.
+    """
+    about = {"low": low, "high": high, "above": above, "choices": tuple(choices)}
+    about |= {"fingerprint": fingerprint, "since": since, **words}
+
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=about)
+    return dataclasses.field(default=default, metadata=about)
+
+
+def check(options: Any, prefix: str) -> None:
+    """Refuse a dataclass whose values are out of range; nested dataclasses are checked with it.
+
+    Args:
+        options: an instance whose fields are settings.
+        prefix: of the keys in messages, such as `fit`; empty at the root.
+
+    Raises:
+        ValueError: one line that begins with `key=value:`.
+    """
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        key = f"{prefix}.{field.name}" if prefix else field.name
+
+        if dataclasses.is_dataclass(value):
+            check(value, key)
+            continue
+
+        problem = _problem(value, field.metadata)
+        if problem is not None:
+            said = f"{value!r}" if isinstance(value, str) else f"{value}"
+            raise ValueError(f"{key}={said}: {problem}")
+
+
+def _problem(value: Any, about: Mapping[str, Any]) -> str | None:
+    """What is wrong with a value, or None."""
+    choices = about.get("choices", ())
+    if choices:
+        several = isinstance(value, list)
+        known = bool(value) and set(value) <= set(choices) if several else value in choices
+        return None if known else _choose(choices, several)
+
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if not math.isfinite(value):
+        return "must be a finite number"
+
+    low, high, above = about.get("low"), about.get("high"), about.get("above")
+    if low is not None and high is not None:
+        what = "a whole number" if isinstance(value, int) else "a number"
+        return None if low <= value <= high else f"must be {what} from {low:g} to {high:g}"
+    if low is not None and value < low:
+        return "must not be negative" if low == 0 else f"must be at least {low:g}"
+    if high is not None and value > high:
+        return f"must be at most {high:g}"
+    if above is not None and value <= above:
+        return "must be positive" if above == 0 else f"must be above {above:g}"
+    return None
+
+
+def _choose(choices: Sequence[str], several: bool) -> str:
+    if several:
+        return f"choose from {', '.join(choices)}"
+    if len(choices) <= 2:
+        return f"choose {' or '.join(choices)}"
+    return f"choose one of {', '.join(choices)}"
+
+
+def fingerprint_keys(options: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that a result depends on: no label, no path, nothing about speed.
+
+    Args:
+        options: the dataclass that declares them.
+        values: plain values by key; keys that the dataclass does not declare are left out.
+    """
+    parts = {}
+
+    for field in dataclasses.fields(options):
+        about = field.metadata
+        if not about.get("fingerprint", True):
+            continue
+
+        since = about.get("since", _ALWAYS)
+        if since is _ALWAYS:
+            parts[field.name] = values[field.name]
+        elif (value := values.get(field.name, since)) != since:
+            parts[field.name] = value
+
+    return parts
+
+
+def labels(options: type[Any], values: Mapping[str, Any]) -> list[str]:
+    """Return what a run's name says of unusual values, in the order of the fields."""
+    named = [
+        (field.metadata.get("named", {}), values[field.name])
+        for field in dataclasses.fields(options)
+    ]
+    return [names[value] for names, value in named if names and value in names]
+
+
+def unknown_keys(options: type[Any], values: Mapping[str, Any]) -> list[str]:
+    """Return the keys that a dataclass does not declare."""
+    return sorted(values.keys() - {field.name for field in dataclasses.fields(options)})

@@ -1,0 +1,123 @@
+"""The measure stage: the metrics of a sampled set, and the row that states them."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tdq_exp.data.images import Data
+from tdq_exp.experiment.build import Experiment
+from tdq_exp.experiment.fit_stage import FittedModel
+from tdq_exp.experiment.row import Row, RowRecord
+from tdq_exp.experiment.sample_stage import Reconstructions, SampleStage, run_sampling
+from tdq_exp.metrics.features import FeatureNetwork
+from tdq_exp.metrics.measure import measure
+from tdq_exp.quant import kernels
+from tdq_exp.runtime import environment, files
+from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime.stage import Result, stage
+
+
+def run_measures(
+    job: Experiment, data: Data, fit: FittedModel, sampling: SampleStage, processes: Processes
+) -> tuple[dict[str, Any], bool]:
+    """Return the row of a sampled set, and whether it is new.
+
+    Images are sampled only where there is no row of them.
+
+    Args:
+        job: the experiment.
+        data: real images.
+        fit: whose row it is.
+        sampling: the set.
+        processes: who shares the work.
+    """
+    processes.decide(sampling.require_same)
+    processes.decide(lambda: job.features().name)  # a download, or a complaint, happens once
+    network = job.features()
+    fingerprint = files.fingerprint(measure_parts(job, data, network, sampling.record.fingerprint))
+    record = RowRecord(sampling.folder / "metrics.json", fingerprint)
+
+    def make() -> Result:
+        images = run_sampling(job, sampling, processes)
+
+        began = time.monotonic()
+        options = job.evaluation
+        measured = measure(
+            network,
+            images.pixels,
+            data.train,
+            data.held_out,
+            options.metrics,
+            options.batch,
+            processes,
+            job.data.cache,
+            options.reference_images,
+            partial(Reconstructions, job.model, processes=processes) if job.model.codec else None,
+        )
+
+        fingerprints = {
+            "fit": fit.fingerprint,
+            "sample": sampling.record.fingerprint,
+            "measure": fingerprint,
+        }
+        seconds = {
+            "fit": fit.facts["seconds"],
+            "sample": round(images.seconds, 1),
+            "measure": round(time.monotonic() - began, 1),
+        }
+        return Row(
+            name=job.name,
+            seed=job.seed,
+            sample=job.sample_name,
+            report=job.fit.options.report,
+            update=sampling.update,
+            fingerprints=fingerprints,
+            images=job.sampling.images,
+            weights=fit.facts["weights"],
+            model_parts=job.model.parts(),
+            validation_loss=fit.facts["validation_loss"],
+            seconds=seconds,
+            peak_memory_gb=environment.peak_memory_gb(),
+            processes=processes.world,
+            device=processes.device.type,
+            threads=torch.get_num_threads(),
+            kernels=kernels.used(processes.device),
+            engine=images.engine,
+            environment=environment.environment(),
+            config=job.recorded(),
+            **measured,
+        ).as_json()
+
+    return stage(record, make, processes)
+
+
+def measure_parts(
+    job: Experiment, data: Data, network: FeatureNetwork, sample: str
+) -> dict[str, Any]:
+    """Return what the metrics depend on, for their fingerprint.
+
+    Args:
+        job: the experiment.
+        data: real images.
+        network: of the features.
+        sample: fingerprint of the sampled set.
+    """
+    options = job.evaluation
+    return {
+        "sample": sample,
+        "features": [network.name, network.weights_hash],
+        "data": data.parts(),
+        "metrics": sorted(options.metrics),
+        "batch": options.batch,
+        "reference_images": options.reference_images,
+    }
+
+
+def rows_file(job: Experiment) -> Path:
+    """Return the file of a run's rows."""
+    return job.folder / job.sample_name / "metrics.json"

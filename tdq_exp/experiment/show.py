@@ -1,0 +1,112 @@
+"""What a person sees of a run: a grid of images, its row beside the float model's, paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tdq_exp.experiment.build import Experiment
+from tdq_exp.experiment.measure_stage import rows_file
+from tdq_exp.experiment.row import read_rows, real_metrics
+from tdq_exp.experiment.sample_stage import sample_group, store_of
+from tdq_exp.metrics import VALUES
+from tdq_exp.models.denoiser import Denoiser
+from tdq_exp.runtime import figures
+from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime.progress import console, print_table
+from tdq_exp.runtime.tracking import Tracker
+
+REAL_NAMES = {"held_out": "real, held out", "reconstructed": "real, reconstructed"}
+
+
+def publish(
+    job: Experiment,
+    folder: Path,
+    row: dict[str, Any],
+    tracker: Tracker | None,
+    processes: Processes,
+) -> None:
+    """Draw the images of a row if there is no picture yet, and tell a tracker.
+
+    Args:
+        job: the experiment.
+        folder: of the images.
+        row: theirs.
+        tracker: to be told; None if the row was there already.
+        processes: the main one draws.
+    """
+    processes.decide(lambda: _draw(job, folder, row, processes))
+    if tracker is None:
+        return
+
+    numbers = {**row["metrics"], **real_metrics(row)}
+    tracker.summary({**numbers, "features": row["features"], "images": row["images"]})
+    tracker.picture("samples", folder / "grid.png")
+
+
+def _draw(job: Experiment, folder: Path, row: dict[str, Any], processes: Processes) -> None:
+    """Draw a grid of samples; for a quantized net below the float net's from the same noise."""
+    path = folder / "grid.png"
+    if path.exists():
+        return
+
+    images, batch = store_of(job, folder).read(), job.sampling.batch
+    features = f"{row['features']['name']} features {row['features']['weights']}"
+    name, value = next((VALUES[k].label, v) for k, v in row["metrics"].items() if k in VALUES)
+    title = f"{job.name}, {name} {value:.4g} ({features}, {row['images']} images)"
+    rows = {title: images[:batch]}
+
+    if job.recipe is not None and job.weights.path is not None:
+        net = job.model.build()
+        job.weights.load(job.model, net)
+        pixels = sample_group(
+            Denoiser(net.to(processes.device).eval(), job.model),
+            job.sampler,
+            range(batch),
+            seed=job.sampling.seed,
+            device=processes.device,
+            truncate=job.sampling.truncate,
+        )
+        rows = {"float, same noise": pixels, **rows}
+
+    figures.sample_grid(rows, path)
+
+
+def print_row(job: Experiment, rows: list[dict[str, Any]]) -> None:
+    """Print what came out, as a small table, and where it lies."""
+    if not rows:
+        export = job.config["fit"].get("export")
+        also = f", {export}" if export else ""
+        console.print(f"{job.name}: weights in {job.folder / 'weights.safetensors'}{also}")
+        return
+
+    # 1. The row, the float model's and those of real images.
+    (row,) = rows
+    features = row["features"]
+    names = {key: value.label for key, value in VALUES.items() if key in row["metrics"]}
+    lines = [
+        [r["name"], r["images"], *(r["metrics"][key] for key in names)]
+        for r in [row, *_float_rows(job, row)]
+    ]
+    for kind, real in real_metrics(row).items():
+        lines.append([REAL_NAMES[kind], real["images"], *(real[key] for key in names)])
+    title = f"{features['name']} features ({features['weights']})"
+    print_table(title, ["", "images", *names.values()], lines)
+
+    # 2. Where it lies.
+    file = rows_file(job)
+    console.print(f"row      {file}")
+    for path in sorted(file.parent.rglob("grid.png")):
+        console.print(f"samples  {path}")
+    if (job.folder / "intervals.png").exists():
+        console.print(f"steps    {job.folder / 'intervals.png'}")
+
+
+def _float_rows(job: Experiment, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the float model's rows of the same sampler and features, if there are any."""
+    name = f"{job.config['model']['label']}_fp"
+    folder = job.folder.parents[1] / name / f"seed{job.seed}" / job.sample_name
+
+    rows = read_rows(folder / "metrics.json")
+    same = [r for r in rows if r["features"] == row["features"] and r["images"] == row["images"]]
+    return [r for r in same if r["name"] != row["name"]]

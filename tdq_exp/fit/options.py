@@ -1,0 +1,316 @@
+"""Options of the fits, and of calibration sets: every number, declared once. Free of torch.
+
+A protocol (`configs/protocol`) gives the numbers of `TrainOptions`, `QatNumbers` and `PtqNumbers`
+for a scale; the options of a fit inherit them and add what does not depend on the scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tdq_exp.config.setting import setting
+
+NETWORK = "network"  # the part of a model that is fitted unless a pre-training names another
+CALIBRATION_KINDS = ("uniform", "ndtc", "ndtc_published", "forward")
+
+
+@dataclass
+class FitOptions:
+    """What every fit has: its stable name, its label, and whose images count.
+
+    Attributes:
+        needs_weights: starts from the weights of a float network.
+        quantizes: gives a quantized network.
+        needs_calibration_set: is shown a calibration set.
+        trains_on_images: draws its batches from the training images.
+        gives_rows: its network is sampled and measured.
+        loads_only: computes nothing; the result is the float network.
+        reconstructs: fits the network block by block.
+        checkpoints: how many checkpoints of lowest validation loss are kept.
+        part: part of the model that is fitted.
+    """
+
+    needs_weights: ClassVar[bool] = True
+    quantizes: ClassVar[bool] = False
+    needs_calibration_set: ClassVar[bool] = False
+    trains_on_images: ClassVar[bool] = False
+    gives_rows: ClassVar[bool] = True
+    loads_only: ClassVar[bool] = False
+    checkpoints: ClassVar[int] = 0
+    part: ClassVar[str] = NETWORK
+
+    kind: str = setting(help="stable name: none, pretrain, qat, ptq")
+    label: str = setting("", fingerprint=False, help="of the run's name")
+    report: str = setting(
+        "last",
+        choices=("last", "best_of_5"),
+        fingerprint=False,
+        help="last, or the best of five checkpoints by the distance itself",
+    )
+
+    @property
+    def fits_network(self) -> bool:
+        """Whether the model's network is fitted, and not another part of the model."""
+        return self.part == NETWORK
+
+    @property
+    def chooses_checkpoint(self) -> bool:
+        """Whether the row is that of the best of several checkpoints."""
+        return self.report == "best_of_5"
+
+    @property
+    def reconstructs(self) -> bool:
+        return False
+
+    def check(self) -> None:
+        """Refuse values that do not go together.
+
+        Raises:
+            ValueError: one line that names the key.
+        """
+        if self.chooses_checkpoint and not self.checkpoints:
+            raise ValueError("fit.report=best_of_5 needs a fit with checkpoints (fit=qat)")
+
+
+@dataclass
+class LoadOptions(FitOptions):
+    """The weights as they were loaded."""
+
+    loads_only: ClassVar[bool] = True
+
+    kind: str = setting("none", choices=("none",))
+
+
+@dataclass
+class TrainOptions:
+    """Numbers of the training loop."""
+
+    updates: int = setting(0, low=1, help="optimiser steps")
+    batch_size: int = setting(1, low=1, help="global, over all processes")
+    lr: float = setting(0.0, low=0, help="learning rate of the weights after warm-up")
+    warmup: int = setting(0, low=0, help="updates over which the rates rise linearly from 0")
+    lr_schedule: str = setting(
+        "constant",
+        choices=("constant", "cosine"),
+        since="constant",
+        help="after warm-up: constant, or cosine to 0 at the last update",
+    )
+    ema_decay: float = setting(0.9999, help="of the average of the weights")
+    grad_clip: float = setting(0.0, low=0, help="largest norm of the gradient; 0 does not clip")
+    validate_every: int = setting(1000, low=1, help="updates between validations and checkpoints")
+    validation_samples: int = setting(1024, low=1, help="(x, t, eps) of the fixed validation set")
+    precision: str = setting("float32", choices=("float32", "bfloat16"))
+    stop_after: int = setting(
+        0,
+        low=0,
+        fingerprint=False,
+        help="leave after so many updates, as a kill would (0: don't); for rehearsals",
+    )
+
+    def rate(self, update: int) -> float:
+        """Return the share of the learning rates that an update (from 0) takes, in (0, 1].
+
+        (u + 1) / warmup while warming up, so that the first update moves; then 1, or a cosine.
+        """
+        if update < self.warmup:
+            return (update + 1) / self.warmup
+        if self.lr_schedule == "constant":
+            return 1.0
+        return cosine(update - self.warmup, self.updates - self.warmup)
+
+
+def cosine(update: int, updates: int) -> float:
+    """Return `(1 + cos(pi u / updates)) / 2`: from 1 at the first update towards 0."""
+    return (1 + math.cos(math.pi * update / updates)) / 2
+
+
+@dataclass
+class QatNumbers(TrainOptions):
+    """Numbers of quantization-aware training that a protocol gives."""
+
+    lr_step_size: float = setting(0.0, low=0, help="of static and per-step step sizes")
+    lr_zero_point: float = setting(0.0, low=0, help="of zero points, in shares of the grid")
+    calibration_samples: int = setting(1024, low=1, help="(x_t, t) that set the start values")
+
+
+@dataclass
+class PretrainOptions(FitOptions, TrainOptions):
+    """Float training from random weights."""
+
+    needs_weights: ClassVar[bool] = False
+    trains_on_images: ClassVar[bool] = True
+    gives_rows: ClassVar[bool] = False
+
+    kind: str = setting("pretrain", choices=("pretrain",))
+    part: str = setting(NETWORK, since=NETWORK, help="network, or autoencoder")  # type: ignore[misc]
+    export: str | None = setting(None, fingerprint=False, help="also write the weights here")
+
+
+@dataclass
+class QatOptions(FitOptions, QatNumbers):
+    """Quantization-aware training of a float network."""
+
+    quantizes: ClassVar[bool] = True
+    trains_on_images: ClassVar[bool] = True
+    checkpoints: ClassVar[int] = 5
+
+    kind: str = setting("qat", choices=("qat",))
+    weight_decay: float = setting(0.0, low=0, help="of weights")
+    lr_generator: float = setting(0.0, low=0, help="of TDQ's generators")
+    decay_generator: float = setting(0.0, low=0, help="weight decay of the generators")
+    real_rounding: float = setting(0.2, low=0.0, high=1.0, help="NIPQ: last share of the updates")
+
+
+@dataclass
+class PtqNumbers:
+    """Numbers of post-training quantization that a protocol gives."""
+
+    updates: int = setting(0, low=1, help="of each block, or of the fit over time")
+    batch_size: int = setting(1, low=1, help="samples of an update, over all processes")
+    lr: float = setting(0.0, low=0, help="of step sizes and lower bounds")
+    lr_zero_point: float = setting(0.0, low=0, help="of zero points, in shares of the grid")
+    lr_generator: float = setting(0.0, low=0, help="of TDQ's generators")
+    validation_samples: int = setting(1024, low=1, help="(x, t, eps) of the validation set")
+    rounding_updates: int = setting(20000, low=1, help="AdaRound: updates of each block")
+
+
+@dataclass
+class ReconstructOptions(PtqNumbers):
+    """Numbers of the reconstruction of one block, and of the fit over time."""
+
+    power: float = setting(2.4, above=0, help="p of a block's loss")
+    balance: bool = setting(
+        False,
+        since=False,
+        named={True: "balanced"},
+        help="let every time step weigh alike in the loss",
+    )
+    rounding: str = setting(
+        "nearest",
+        choices=("nearest", "adaround"),
+        named={"adaround": "adaround"},
+        help="of weights",
+    )
+    lr_rounding: float = setting(1.0e-3, low=0, help="AdaRound: rate of V")
+    rounding_weight: float = setting(0.01, low=0, help="AdaRound: lambda")
+    beta_start: float = setting(20.0, above=0, since=20.0, help="AdaRound: see `adaround.beta_at`")
+    beta_end: float = setting(2.0, above=0, since=2.0, help="AdaRound: see `adaround.beta_at`")
+    rounding_warmup: float = setting(
+        0.2,
+        low=0,
+        high=1,
+        since=0.2,
+        help="AdaRound: first share of the updates without regularizer",
+    )
+
+    @property
+    def learns_rounding(self) -> bool:
+        """Whether the rounding of weights is trained."""
+        return self.rounding == "adaround"
+
+    @property
+    def block_updates(self) -> int:
+        """Updates of one block: of its activations, and of its weights' rounding."""
+        return self.updates + (self.rounding_updates if self.learns_rounding else 0)
+
+
+@dataclass
+class PtqOptions(FitOptions, ReconstructOptions):
+    """Post-training quantization over a calibration set."""
+
+    quantizes: ClassVar[bool] = True
+    needs_calibration_set: ClassVar[bool] = True
+
+    kind: str = setting("ptq", choices=("ptq",))
+    reconstruct: bool = setting(False, help="block by block; false leaves it at the calibration")
+    memory_gb: float = setting(
+        4.0, above=0, fingerprint=False, help="budget; what does not fit goes to files"
+    )
+    stop_after: int = setting(0, low=0, fingerprint=False, help="leave after so many blocks")
+
+    @property
+    def reconstructs(self) -> bool:
+        return self.reconstruct
+
+    def check(self) -> None:
+        super().check()
+
+        if self.learns_rounding and not self.reconstruct:
+            raise ValueError(
+                f"fit.rounding={self.rounding}: is learned by a block's reconstruction, and"
+                " fit.reconstruct=false makes none"
+            )
+
+
+@dataclass
+class CalibrationSpec:
+    """What a calibration set holds; see `fit.ptq.calibration_set` for its kinds.
+
+    Raises:
+        ValueError: naming the key.
+    """
+
+    kind: str = setting("none", help="none, uniform, ndtc, ndtc_published, forward")
+    samples: int = setting(0, help="N, a multiple of `images`")
+    images: int = setting(0, help="number of trajectories, or of training images")
+    mu: float = setting(0.4, help="mean of t, as a share of T (ndtc)")
+    sigma: float = setting(0.4, low=0, help="standard deviation of t, as a share of T (ndtc)")
+    seed: int = setting(0, low=0, help="of noise and time steps")
+    label: str = setting("", fingerprint=False, help="of the run's name")
+    path: str | None = setting(
+        None, fingerprint=False, help="a finished set to use; made and cached if not given"
+    )
+
+    def __post_init__(self) -> None:
+        if not self.wanted:
+            return
+        if self.kind not in CALIBRATION_KINDS:
+            raise ValueError(
+                f"calibration.kind={self.kind!r}: choose one of {', '.join(CALIBRATION_KINDS)}"
+            )
+        if self.images < 1 or self.samples < 1 or self.samples % self.images:
+            raise ValueError(
+                f"calibration.samples={self.samples}: must be a positive multiple of"
+                f" calibration.images={self.images}"
+            )
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is a set at all."""
+        return self.kind != "none"
+
+    @property
+    def encodes_images(self) -> bool:
+        """Whether the samples are noised training images, and not the network's own runs."""
+        return self.kind == "forward"
+
+    def parts(
+        self, model: Mapping[str, Any], weights: str, sampler: Mapping[str, Any], data: str
+    ) -> dict[str, Any]:
+        """Return what the set depends on, for its fingerprint.
+
+        Args:
+            model: the model's definition.
+            weights: hash of the float weights.
+            sampler: the method of the trajectories.
+            data: hash of the training images; only `forward` sets depend on it.
+        """
+        names = ["kind", "samples", "images", "seed"]
+
+        if self.encodes_images:  # no weights: the same set for any float network of the same data
+            spec = {name: getattr(self, name) for name in names}
+            return {"version": 1, "calibration": spec, "model": dict(model), "data": data}
+
+        if self.kind != "uniform":
+            names += ["mu", "sigma"]
+        spec = {name: getattr(self, name) for name in names}
+        return {
+            "version": 1,
+            "calibration": spec,
+            "model": dict(model),
+            "weights": weights,
+            "sampler": dict(sampler),
+        }

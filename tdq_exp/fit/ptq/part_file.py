@@ -1,0 +1,95 @@
+"""Finished parts of a post-training fit on disk: what a block's fit can change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tdq_exp.fit.checkpoint import load_state
+from tdq_exp.fit.ptq.blocks import Block
+from tdq_exp.quant.intervals.temporal import Temporal
+from tdq_exp.quant.layers import QuantLayer
+from tdq_exp.runtime.context import RunContext
+
+
+def quant_layers(module: nn.Module, prefix: str = "") -> dict[str, QuantLayer]:
+    """Return the quantized layers of a module, by name in the network.
+
+    Args:
+        module: a network, or a block of it.
+        prefix: name of the block.
+    """
+    dot = f"{prefix}." if prefix else ""
+    layers = [(name, m) for name, m in module.named_modules() if isinstance(m, QuantLayer)]
+    return {f"{dot}{name}".rstrip("."): layer for name, layer in layers}
+
+
+def state_of(net: nn.Module, block: Block, rounded: bool = False) -> dict[str, Any]:
+    """Return a copy of all that a fit can change in a block.
+
+    Args:
+        net: the quantized network.
+        block: whose quantizers, generators and, if they are, rounded weights are meant.
+        rounded: whether the rounding of its weights is learned.
+    """
+    quantizers = {
+        name: {key: value.clone() for key, value in q.state_dict().items()}
+        for name, q in block.quantizers.items()
+    }
+
+    temporal = _temporal(block)
+    generators = {}
+    if temporal:
+        part = temporal[0].bank.subset([interval.row for interval in temporal])
+        generators = {key: value.clone() for key, value in part.state_dict().items()}
+
+    codes = {}
+    if rounded:
+        for name, layer in quant_layers(net.get_submodule(block.name), block.name).items():
+            coded: Any = layer.weight_quantizer
+            codes[name] = coded.codes.clone()
+
+    return {"quantizers": quantizers, "generators": generators, "codes": codes}
+
+
+@torch.no_grad()
+def put_back(net: nn.Module, block: Block, state: dict[str, Any]) -> None:
+    """Put back what `state_of` gave."""
+    for name, q in block.quantizers.items():
+        q.load_state_dict(state["quantizers"][name])
+
+    temporal = _temporal(block)
+    if temporal:
+        part = temporal[0].bank.subset([interval.row for interval in temporal])
+        part.load_state_dict(state["generators"])
+        temporal[0].bank.take_back(part)
+
+    for name, codes in state["codes"].items():
+        coded: Any = net.get_submodule(name).weight_quantizer
+        coded.load_state_dict({**coded.state_dict(), "codes": codes})
+
+
+def _temporal(block: Block) -> list[Temporal]:
+    intervals = [q.interval for q in block.quantizers.values()]
+    return [interval for interval in intervals if isinstance(interval, Temporal)]
+
+
+def read_part(file: Path, context: RunContext) -> dict[str, Any] | None:
+    """Return a finished part of this fit, the same on every process, or None.
+
+    Raises:
+        ValueError: if the file is damaged or of another fit.
+    """
+
+    def load() -> dict[str, Any] | None:
+        found = load_state(file)
+        if found is not None and found.get("fingerprint") != context.fingerprint:
+            raise ValueError(
+                f"{file}: a block of another fit; remove {file.parent} to start this one"
+            )
+        return found
+
+    return context.processes.decide(load)

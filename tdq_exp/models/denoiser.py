@@ -1,0 +1,49 @@
+"""A denoiser: a network together with the description that says how to call it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from tdq_exp.models.pixel import DiffusionModel
+
+
+@dataclass(frozen=True, eq=False)
+class Denoiser:
+    """A function (x_t, t) -> eps_hat.
+
+    Two denoisers are equal if they share network, description and condition, so that a sampler can
+    keep what it recorded for one of them.
+
+    Args:
+        net: in eval mode.
+        model: its description.
+        condition: what the network is told beside t, such as class labels `[B]`; None for an
+            unconditional model.
+    """
+
+    net: nn.Module
+    model: DiffusionModel
+    condition: Tensor | None = None
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Predict the noise in x_t.
+
+        Args:
+            x_t: `[B, C, H, W]`.
+            t: `[B]`, or 0-dim for a batch at one time step.
+
+        Returns:
+            eps_hat, `[B, C, H, W]`.
+        """
+        return self.model.predict(self.net, x_t, t, self.condition)
+
+    def _parts(self) -> tuple[int, int, int]:
+        return id(self.net), id(self.model), id(self.condition)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Denoiser) and self._parts() == other._parts()
+
+    def __hash__(self) -> int:
+        return hash(self._parts())
