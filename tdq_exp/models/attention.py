@@ -40,7 +40,7 @@ class AttentionProcessor(QuantAttention):
         """Return the block's output, `[B, C, H, W]`, with a residual where the original has it."""
         batch, channels, height, width = hidden_states.shape
 
-        h = self.read(attention, hidden_states)
+        h = self.read(hidden_states, attention.group_norm)
         q, k, v = attention.to_q(h), attention.to_k(h), attention.to_v(h)
         q, k, v = (_split_heads(matrix, attention.heads) for matrix in (q, k, v))
         y = self.attend(q, k, v, attention.scale)
@@ -53,9 +53,14 @@ class AttentionProcessor(QuantAttention):
             y = y + hidden_states
         return y / attention.rescale_output_factor
 
-    def read(self, attention: Any, x: Tensor) -> Any:
-        """Return what q, k and v read, `[B, H W, C]`, of the block's input, `[B, C, H, W]`."""
-        return self.quantize_input(attention.group_norm(x.flatten(2)).transpose(1, 2))
+    def read(self, x: Tensor, norm: nn.GroupNorm) -> Any:
+        """Return what q, k and v read, `[B, H W, C]`.
+
+        Args:
+            x: the block's input, `[B, C, H, W]`.
+            norm: what is applied to it first.
+        """
+        return self.quantize_input(norm(x.flatten(2)).transpose(1, 2))
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
