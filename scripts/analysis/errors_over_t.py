@@ -2,8 +2,9 @@
 
     python scripts/analysis/errors_over_t.py results/runs/ddim_small_w8a8_ptq4dm/seed0/packed.safetensors ...
 
-Every run is shown the calibration set of the first one's law (made anew: no data set is needed), and compared with its float
-network. The gain is <eps_hat, eps> / <eps, eps> - 1 for the float prediction eps: what the prediction lost or won in size.
+Every run is shown the calibration set of the first one's law (made anew: no data set is needed),
+and compared with its float network. The gain is <eps_hat, eps> / <eps, eps> - 1 for the float
+prediction eps: what the prediction lost or won in size.
 """
 
 from __future__ import annotations
@@ -34,14 +35,20 @@ EDGES = (0, 1, 50, 200, 500, 800)  # of groups of t; the last one ends with T
 @torch.no_grad()
 def predictions(model: DiffusionModel, net: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     """eps_hat of many samples, `[N, C, H, W]`."""
-    return torch.cat([model.predict(net, *part) for part in zip(x.split(64), t.split(64), strict=True)])
+    return torch.cat(
+        [model.predict(net, *part) for part in zip(x.split(64), t.split(64), strict=True)]
+    )
 
 
 def main() -> int:
     """Prints one table for each run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of post-training runs, or their packed files")
-    parser.add_argument("--images", type=int, help="trajectories of the set (default: as the run had)")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", help="folders of post-training runs, or their packed files"
+    )
+    parser.add_argument(
+        "--images", type=int, help="trajectories of the set (default: as the run had)"
+    )
     return cli.exit_code(measure, parser.parse_args())
 
 
@@ -65,9 +72,18 @@ def measure(options: argparse.Namespace) -> None:
 
     # 2. The set, made anew.
     with tempfile.TemporaryDirectory() as cache:
-        parts = spec.parts(job.part("model"), weights, dataclasses.asdict(job.fit.trajectory), "none")
+        parts = spec.parts(
+            job.part("model"), weights, dataclasses.asdict(job.fit.trajectory), "none"
+        )
         made = make_set(
-            spec, float_net, job.model, job.fit.trajectory, None, parts=parts, cache=Path(cache), processes=processes
+            spec,
+            float_net,
+            job.model,
+            job.fit.trajectory,
+            None,
+            parts=parts,
+            cache=Path(cache),
+            processes=processes,
         )
         x, t = made.batch(slice(0, len(made)))
 
@@ -85,7 +101,9 @@ def measure(options: argparse.Namespace) -> None:
             gain = float((a * b).sum() / (b * b).sum()) - 1
             rms = float((a - b).square().mean().sqrt())
             share = float(losses[inside].sum() / losses.sum())
-            rows.append((f"{start}..{end - 1}", float(inside.float().mean()), f"{gain:+.4f}", rms, share))
+            rows.append(
+                (f"{start}..{end - 1}", float(inside.float().mean()), f"{gain:+.4f}", rms, share)
+            )
 
         headers = ["t", "share of samples", "gain", "root mean square error", "share of the loss"]
         print_table(f"{run}, shown {spec.kind}", headers, rows)

@@ -1,13 +1,16 @@
 """Measure how much the activations of a float network depend on t -> results/analysis/range_over_t.md.
 
-    python scripts/analysis/range_over_t.py [--models ddim_small ldm_small] [--images 64] [--steps 100]
+    python scripts/analysis/range_over_t.py [--models ddim_small ldm_small] [--images 64]
+        [--steps 100]
 
-Every input of a convolution or a linear layer is watched while the network samples (DDIM, evenly spaced steps; no data set is
-needed). At each step its standard deviation and its range (maximum - minimum) are taken over the batch; r is Pearson's
-correlation of t with either, one for each tensor (q, k and v of one attention read one tensor). Layers of the time
-embedding are left out: their inputs are a function of t and of nothing else.
+Every input of a convolution or a linear layer is watched while the network samples (DDIM, evenly
+spaced steps; no data set is needed). At each step its standard deviation and its range (maximum -
+minimum) are taken over the batch; r is Pearson's correlation of t with either, one for each tensor
+(q, k and v of one attention read one tensor). Layers of the time embedding are left out: their
+inputs are a function of t and of nothing else.
 
-So et al., arXiv 2306.02316, section 3: |r| > 0.5 in 62.1 % and > 0.7 in 38.8 % of the layers, less in LDM than in DDIM.
+So et al., arXiv 2306.02316, section 3: |r| > 0.5 in 62.1 % and > 0.7 in 38.8 % of the layers, less
+in LDM than in DDIM.
 """
 
 from __future__ import annotations
@@ -48,7 +51,9 @@ def watched(model: DiffusionModel, net: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def over_time(job: jobs.Experiment, net: nn.Module, images: int, steps: int, device: torch.device) -> dict[str, Tensor]:
+def over_time(
+    job: jobs.Experiment, net: nn.Module, images: int, steps: int, device: torch.device
+) -> dict[str, Tensor]:
     """`t`: `[S]`, ascending; and for each tensor `[S, 2]`, its standard deviation and range at these time steps."""
     seen: dict[str, list[Tensor]] = defaultdict(list)
     visited: list[int] = []
@@ -61,18 +66,31 @@ def over_time(job: jobs.Experiment, net: nn.Module, images: int, steps: int, dev
 
         return note
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in watched(job.model, net).items()]
+    handles = [
+        layer.register_forward_pre_hook(hook(name))
+        for name, layer in watched(job.model, net).items()
+    ]
     with track(f"sampling {job.config['model']['label']}", steps) as advance:
 
         def on_step(t: int, x: Tensor) -> None:
             visited.append(t)
             advance(f"t = {t}")
 
-        sample_stage.sample_group(Denoiser(net, job.model), sampler, range(images), seed=job.seed, device=device, on_step=on_step)
+        sample_stage.sample_group(
+            Denoiser(net, job.model),
+            sampler,
+            range(images),
+            seed=job.seed,
+            device=device,
+            on_step=on_step,
+        )
     for handle in handles:
         handle.remove()
     order = torch.tensor(visited).argsort()
-    return {"t": torch.tensor(visited)[order], **{name: torch.stack(values)[order] for name, values in seen.items()}}
+    return {
+        "t": torch.tensor(visited)[order],
+        **{name: torch.stack(values)[order] for name, values in seen.items()},
+    }
 
 
 def correlations(found: dict[str, Tensor]) -> dict[str, dict[str, float]]:
@@ -86,16 +104,26 @@ def correlations(found: dict[str, Tensor]) -> dict[str, dict[str, float]]:
 
 def shares(r: dict[str, dict[str, float]]) -> dict[str, float]:
     """`deviation > 0.5` and the like -> share of the tensors."""
-    return {f"{m} > {b}": sum(abs(v[m]) > b for v in r.values()) / len(r) for m in MEASURES for b in BOUNDS}
+    return {
+        f"{m} > {b}": sum(abs(v[m]) > b for v in r.values()) / len(r)
+        for m in MEASURES
+        for b in BOUNDS
+    }
 
 
 def main() -> int:
     """Measure, write the page and the pictures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["ddim_small", "ldm_small"], help="files of configs/model")
+    parser.add_argument(
+        "--models", nargs="+", default=["ddim_small", "ldm_small"], help="files of configs/model"
+    )
     parser.add_argument("--images", type=int, default=64, help="sampled at a time (default: 64)")
-    parser.add_argument("--steps", type=int, default=100, help="time steps that are looked at (default: 100)")
-    parser.add_argument("--out", type=Path, default=Path("results/analysis"), help="folder to write")
+    parser.add_argument(
+        "--steps", type=int, default=100, help="time steps that are looked at (default: 100)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/analysis"), help="folder to write"
+    )
     return cli.exit_code(measure, parser.parse_args())
 
 
@@ -114,7 +142,13 @@ def measure(options: argparse.Namespace) -> None:
         found = over_time(job, net, options.images, options.steps, processes.device)
 
         r = correlations(found)
-        models[name] = {"weights": weights, **job.model.parts(), "tensors": len(r), "shares": shares(r), "r": r}
+        models[name] = {
+            "weights": weights,
+            **job.model.parts(),
+            "tensors": len(r),
+            "shares": shares(r),
+            "r": r,
+        }
         curves = {tensor: values[:, 0] for tensor, values in found.items() if tensor != "t"}
         picture = options.out / f"range_over_t-{name}.png"
         title = f"{name}: standard deviation of layers' inputs"
@@ -134,7 +168,11 @@ def page(models: dict[str, Any], about: dict[str, Any]) -> list[str]:
     headers = ["model", "tensors"]
     headers += [f"|r({column.split()[0]}, t)| > {column.split()[2]}" for column in columns]
     rows = [
-        [name, str(model["tensors"]), *(f"{100 * model['shares'][column]:.1f} %" for column in columns)]
+        [
+            name,
+            str(model["tensors"]),
+            *(f"{100 * model['shares'][column]:.1f} %" for column in columns),
+        ]
         for name, model in models.items()
     ]
     return [
