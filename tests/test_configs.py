@@ -43,14 +43,19 @@ ROWS = sorted({path.name for path in (ROOT / "results" / "runs").iterdir()} - BY
 
 def local(experiment):
     """Overrides with which an experiment is built without its nets."""
-    return [*LOCAL, *(["model.autoencoder=none.safetensors"] if experiment.startswith("ldm") else [])]
+    return [
+        *LOCAL,
+        *(["model.autoencoder=none.safetensors"] if experiment.startswith("ldm") else []),
+    ]
 
 
 @pytest.mark.parametrize("name, names", [("table1", TABLE_1), ("table2", TABLE_2)])
 def test_a_table_asks_for_every_cell_of_the_paper(name, names):
     manifest = manifests.read_manifest(name)
     asked = [
-        sorted(f"{group}={option}" for group, option in manifest.choices(scale, column, line).items())
+        sorted(
+            f"{group}={option}" for group, option in manifest.choices(scale, column, line).items()
+        )
         for scale in manifest.scales
         for column in manifest.at(scale)
         for line in (manifest.float_model, *manifest.lines)
@@ -60,13 +65,26 @@ def test_a_table_asks_for_every_cell_of_the_paper(name, names):
 
 def test_the_papers_numbers_for_churches():
     cfg = compose(["+experiment=ldm_w4a4_lsq_tdq"])
-    assert (cfg.fit.batch_size, cfg.fit.lr, cfg.fit.updates, cfg.fit.warmup) == (32, 5e-5, 200_000, 5000)
+    assert (cfg.fit.batch_size, cfg.fit.lr, cfg.fit.updates, cfg.fit.warmup) == (
+        32,
+        5e-5,
+        200_000,
+        5000,
+    )
     assert (cfg.sampler.steps, cfg.sampler.images, cfg.sampler.offset) == (200, 50_000, 1)
-    assert cfg.model.definition.loss == "l1" and cfg.eval.metrics == ["fid"] and not cfg.sampler.final_alpha_one
+    assert (
+        cfg.model.definition.loss == "l1"
+        and cfg.eval.metrics == ["fid"]
+        and not cfg.sampler.final_alpha_one
+    )
     assert cfg.data.source.path == "tglcourse/lsun_church_train"
     assert cfg.tdq.interval.encoding == 192  # the U-Net's base channels
     cfg = compose(["+experiment=ldm_w8a5_ptq4dm_tdq_fattn"])
-    assert (cfg.sampler.steps, cfg.calibration.samples, cfg.plan.plan.attention) == (100, 5120, False)
+    assert (cfg.sampler.steps, cfg.calibration.samples, cfg.plan.plan.attention) == (
+        100,
+        5120,
+        False,
+    )
 
 
 def test_what_a_latent_model_of_either_scale_denoises_and_decodes():
@@ -76,7 +94,10 @@ def test_what_a_latent_model_of_either_scale_denoises_and_decodes():
 
 
 def test_the_small_latent_model_has_about_a_million_parameters_and_every_kind_of_block():
-    made, paper = (jobs.make(compose([f"model={name}"]), "model.definition") for name in ("ldm_small", "ldm_churches"))
+    made, paper = (
+        jobs.make(compose([f"model={name}"]), "model.definition")
+        for name in ("ldm_small", "ldm_churches")
+    )
     assert sum(p.numel() for p in made.build().parameters()) == 1_150_868
     assert sum(p.numel() for p in made.autoencoder.build().parameters()) == 681_911
     for side in ("down_block_types", "up_block_types"):
@@ -108,7 +129,10 @@ def test_a_documented_experiment_opens_with_its_command_its_time_and_its_result(
         assert "no row yet" in text
     else:
         (row,) = json.loads((ROOT / row_file[0]).read_text())["rows"]
-        assert f"Frechet distance {row['metrics']['fid']:.2f} ({row['features']['name']} features)" in text
+        assert (
+            f"Frechet distance {row['metrics']['fid']:.2f} ({row['features']['name']} features)"
+            in text
+        )
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
@@ -144,7 +168,9 @@ def test_a_name_is_read_back_into_choices(name, choices):
     assert naming.fit_name(compose([f"+experiment={name}"])) == name
 
 
-@pytest.mark.parametrize("name", ["digits_lsq", "digits_w4a4_fp", "digits", "w4a4_lsq", "digits_w4a4_lsq_tdq_tdq", ""])
+@pytest.mark.parametrize(
+    "name", ["digits_lsq", "digits_w4a4_fp", "digits", "w4a4_lsq", "digits_w4a4_lsq_tdq_tdq", ""]
+)
 def test_what_is_no_name_of_a_run_is_no_experiment(name):
     assert experiments.choices_of(name) is None
 
@@ -166,7 +192,14 @@ def test_a_misspelt_experiment_is_one_line_with_the_nearest_names(options):
 
 
 def test_hydra_composes_an_experiment_that_has_no_file():
-    command = [sys.executable, "-m", "tdq_exp.run", "--cfg", "job", "+experiment=digits_w3a3_nipq_tdq"]
+    command = [
+        sys.executable,
+        "-m",
+        "tdq_exp.run",
+        "--cfg",
+        "job",
+        "+experiment=digits_w3a3_nipq_tdq",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "label: w3a3" in done.stdout and "label: nipq" in done.stdout
 
@@ -182,14 +215,19 @@ def test_no_argument_is_the_demo():
         (["tdq=none", "plan=release", "habits=release"], "digits_w4a4_lsq_release_hrelease"),
         (["method=pact", "tdq=temporal", "plan=edge8"], "digits_w4a4_pact_tdq_edge8"),
         (["method=fp", "fit=pretrain"], "digits_fp_pretrain"),
-        (["weight=dorefa", "method=pact", "tdq=none", "label=mine"], "digits_w4a4_pact_dorefa_mine"),
+        (
+            ["weight=dorefa", "method=pact", "tdq=none", "label=mine"],
+            "digits_w4a4_pact_dorefa_mine",
+        ),
     ],
 )
 def test_whatever_differs_from_the_default_is_in_the_name(overrides, name):
     assert naming.fit_name(compose(overrides)) == name
 
 
-@pytest.mark.parametrize("experiment", ["ddim_w4a4_lsq_tdq", "ddim_small_w8a8_pact", "digits_fp", "ldm_w4a4_lsq"])
+@pytest.mark.parametrize(
+    "experiment", ["ddim_w4a4_lsq_tdq", "ddim_small_w8a8_pact", "digits_fp", "ldm_w4a4_lsq"]
+)
 def test_smoke_shrinks_any_experiment(experiment):
     made = jobs.build(compose([f"+experiment={experiment}", "debug=smoke", *local(experiment)]))
     assert made.machine.smoke
@@ -242,5 +280,7 @@ def test_a_mistake_is_one_line_that_names_the_key(overrides, said):
 def test_a_key_that_came_later_is_a_part_only_where_it_differs():
     fit = schema.plain(compose([]).fit)
     assert fit["lr_schedule"] == "constant"
-    assert "lr_schedule" not in schema.parts_of("fit", fit)  # so that earlier rows are still rows of this fit
+    assert "lr_schedule" not in schema.parts_of(
+        "fit", fit
+    )  # so that earlier rows are still rows of this fit
     assert schema.parts_of("fit", fit | {"lr_schedule": "cosine"})["lr_schedule"] == "cosine"

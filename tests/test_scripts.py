@@ -36,7 +36,14 @@ def script(name):
 def test_clipped_noise_tells_places_beyond_the_first_range_from_all_others(limit, beyond):
     """All is at 16 bits but for the first layer's input: there -1..1, which cuts, or codes 3 apart, which blur all places."""
     module = script("analysis/clipped_noise")
-    overrides = ["bits.weight=16", "bits.act=16", "tdq=none", "sampler.steps=5", "tracker=none", "label=wide"]
+    overrides = [
+        "bits.weight=16",
+        "bits.act=16",
+        "tdq=none",
+        "sampler.steps=5",
+        "tracker=none",
+        "label=wide",
+    ]
     made = jobs.build(compose(["model=tiny", "model.weights=none", *overrides]), source=False)
     net, float_net = skeleton(made.model, made.recipe), made.model.build().eval()
     for quantizer in activation_quantizers(net).values():
@@ -51,7 +58,9 @@ def test_clipped_noise_tells_places_beyond_the_first_range_from_all_others(limit
     assert high == pytest.approx(limit, rel=1e-3) and low == pytest.approx(-limit, rel=1e-3)
     x_t = starting_noise(image_generators(0, range(8)), made.model.sample_shape)
     as_it_is, freed = module.analyse(made, net, x_t, module.drawn(made, float_net, x_t))
-    outside = [not low <= float(value) <= high for value in x_t.flatten()]  # one channel: an element is a place
+    outside = [
+        not low <= float(value) <= high for value in x_t.flatten()
+    ]  # one channel: an element is a place
     counted = sum(outside) / len(outside)
     assert as_it_is["share"] == freed["share"] == pytest.approx(counted, abs=1e-3)
     assert freed["range"] == "float" and 3 * freed["error_elsewhere"] < as_it_is["error_elsewhere"]
@@ -67,7 +76,9 @@ def test_the_house_is_measured(tmp_path):
     house = script("analysis/house")
     body = ["    x = 1", "", "    # why", *["    x += 1"] * 18, "    return x"]
     (tmp_path / "__init__.py").write_text("")
-    (tmp_path / "long.py").write_text("\n".join(["def long():", '    """Return 19.', "", '    """', *body]) + "\n")
+    (tmp_path / "long.py").write_text(
+        "\n".join(["def long():", '    """Return 19.', "", '    """', *body]) + "\n"
+    )
     (tmp_path / "inner").mkdir()
     lines = [
         "class A:",
@@ -80,8 +91,15 @@ def test_the_house_is_measured(tmp_path):
     assert measured["files"] == "3" and measured["modules at the top level"] == "1"
     assert measured["functions"] == "2" and measured["length of a function, longest"] == "26"
     assert measured["functions of 8 or more parameters"] == "1" and measured["`fmt: skip`"] == "1"
-    assert measured["lines over 100 columns"] == "1" and measured["lines that ask for a fit's kind"] == "1"
-    assert measured["blank lines in long bodies"] == measured["comment lines in long bodies"] == "4.5 %"
+    assert (
+        measured["lines over 100 columns"] == "1"
+        and measured["lines that ask for a fit's kind"] == "1"
+    )
+    assert (
+        measured["blank lines in long bodies"]
+        == measured["comment lines in long bodies"]
+        == "4.5 %"
+    )
 
     text = list(house.table([tmp_path, house.PACKAGE]))
     assert len(text) == 2 + len(measured) and text[0].count("|") == 4
@@ -89,13 +107,21 @@ def test_the_house_is_measured(tmp_path):
 
 def test_a_report_is_its_figures_and_its_page(tmp_path, capsys):
     about = pages.about(threads=2)
-    figures, page = pages.report(tmp_path / "new" / "speed", {"seconds": {"a": 1.5}}, about, ["# Speed", "a 1.5"])
+    figures, page = pages.report(
+        tmp_path / "new" / "speed", {"seconds": {"a": 1.5}}, about, ["# Speed", "a 1.5"]
+    )
     assert page.read_text() == "# Speed\na 1.5\n" == capsys.readouterr().out
     content = json.loads(figures.read_text())
-    assert content["seconds"] == {"a": 1.5} and content["about"]["threads"] == 2 and "commit" in content["about"]
+    assert (
+        content["seconds"] == {"a": 1.5}
+        and content["about"]["threads"] == 2
+        and "commit" in content["about"]
+    )
 
 
-@pytest.mark.parametrize("path", sorted(path.relative_to(SCRIPTS).as_posix() for path in SCRIPTS.rglob("*.py")))
+@pytest.mark.parametrize(
+    "path", sorted(path.relative_to(SCRIPTS).as_posix() for path in SCRIPTS.rglob("*.py"))
+)
 def test_every_script_compiles_and_says_what_it_is_for(path):
     tree = ast.parse((SCRIPTS / path).read_text())
     assert ast.get_docstring(tree)

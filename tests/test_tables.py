@@ -50,7 +50,9 @@ def asked(short_manifest):
 @pytest.fixture
 def cells(asked, tmp_path):
     """The cells of the short manifest in a folder of their own."""
-    return [dataclasses.replace(cell, folder=tmp_path / "runs" / cell.run / "seed0") for cell in asked]
+    return [
+        dataclasses.replace(cell, folder=tmp_path / "runs" / cell.run / "seed0") for cell in asked
+    ]
 
 
 def row_of(cell: report_cells.Cell, fid: float, **changes) -> dict:
@@ -62,7 +64,11 @@ def row_of(cell: report_cells.Cell, fid: float, **changes) -> dict:
         "report": "last",
         "images": cell.config["sampler"]["images"],
         "features": {"name": "digits", "weights": "a44b6f403d4e3f88"},
-        "reference": {"content": "3082757e490b63aa", "images": 1437, "protocol": "centre crop, bicubic to 8x8x1"},
+        "reference": {
+            "content": "3082757e490b63aa",
+            "images": 1437,
+            "protocol": "centre crop, bicubic to 8x8x1",
+        },
         "weights": cell.nets.get("weights") or "7476fec3b9973589",
         "metrics": {"fid": fid, "isc_mean": 8.0},
         "held_out": {"fid": 1.5, "isc_mean": 9.25, "images": 360},
@@ -93,7 +99,9 @@ def fill(cells) -> None:
 
 
 def render(manifest, cells) -> str:
-    return rendering.markdown(columns.text_table(manifest, "digits", [report_cells.find(cell) for cell in cells]))
+    return rendering.markdown(
+        columns.text_table(manifest, "digits", [report_cells.find(cell) for cell in cells])
+    )
 
 
 def line_of(text: str, method: str) -> list[str]:
@@ -102,7 +110,9 @@ def line_of(text: str, method: str) -> list[str]:
 
 
 def test_every_cell_of_the_paper_is_in_the_manifest(manifest):
-    assert [(line.label, line.bits) for line in manifest.lines] == [(m, b) for b in BITS for m in METHODS]
+    assert [(line.label, line.bits) for line in manifest.lines] == [
+        (m, b) for b in BITS for m in METHODS
+    ]
     assert manifest.float_model.sampler_seeds == (0, 1, 2)
     assert models(manifest, "paper") == {"ddim": "ddim_cifar10", "ldm": "ldm_churches"}
     assert models(manifest, "small") == {"ddim": "ddim_small", "ldm": "ldm_small"}
@@ -116,7 +126,11 @@ def models(manifest, scale) -> dict[str, str]:
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_published_numbers_are_the_known_ones_and_have_a_source(name):
     manifest = manifests.read_manifest(name)
-    found = {(line.label, line.bits): (line.fid["ddim"], line.fid["ldm"]) for line in manifest.lines if line.fid}
+    found = {
+        (line.label, line.bits): (line.fid["ddim"], line.fid["ldm"])
+        for line in manifest.lines
+        if line.fid
+    }
     assert found == PUBLISHED[name]
     assert all(line.source for line in manifest.lines if line.fid)
     assert not manifest.float_model.fid
@@ -149,7 +163,8 @@ def test_a_number_of_a_column_that_is_not_there_is_refused(manifest):
 
 
 @pytest.mark.parametrize(
-    "scale, column", [("paper", "ddim"), ("paper", "ldm"), ("small", "ddim"), ("small", "ldm"), ("digits", "ddim")]
+    "scale, column",
+    [("paper", "ddim"), ("paper", "ldm"), ("small", "ddim"), ("small", "ldm"), ("digits", "ddim")],
 )
 def test_a_cell_is_what_its_line_says(manifest, scale, column):
     # Lines of one method differ in their bits alone, so composing one pair for each method covers all of their parts.
@@ -158,7 +173,9 @@ def test_a_cell_is_what_its_line_says(manifest, scale, column):
         cfg = compose([f"{group}={option}" for group, option in choices.items()])
         assert cfg.protocol.scale == scale and choices["model"] == models(manifest, scale)[column]
         quantized = line is not manifest.float_model
-        assert cfg.method.label == ({"LSQ + TDQ": "lsq"}.get(line.label, line.label.lower()) if quantized else "fp")
+        assert cfg.method.label == (
+            {"LSQ + TDQ": "lsq"}.get(line.label, line.label.lower()) if quantized else "fp"
+        )
         assert (cfg.tdq.label == "tdq") == ("TDQ" in line.label)
         assert not quantized or (cfg.bits.weight, cfg.bits.act) == (3, 3)
 
@@ -167,7 +184,10 @@ def test_a_column_adds_its_choices_to_quantized_lines_and_a_line_wins():
     manifest = manifests.read_manifest("table2")
     line = manifest.lines[0]
     assert manifest.choices("small", "ldm", line)["plan"] == "float_attention"
-    assert manifest.choices("small", "ldm", manifest.float_model) == {"model": "ldm_small", "method": "fp"}
+    assert manifest.choices("small", "ldm", manifest.float_model) == {
+        "model": "ldm_small",
+        "method": "fp",
+    }
     edges = dataclasses.replace(line, choices={**line.choices, "plan": "edge8"})
     assert manifest.choices("small", "ldm", edges)["plan"] == "edge8"
 
@@ -187,7 +207,9 @@ def test_a_wrong_line_of_a_manifest_is_refused(line, message, write_table1):
         manifests.read_manifest("table1")
 
 
-@pytest.mark.parametrize("name, scale", [(n, s) for n in ("table1", "table2") for s in ("digits", "small")])
+@pytest.mark.parametrize(
+    "name, scale", [(n, s) for n in ("table1", "table2") for s in ("digits", "small")]
+)
 def test_committed_tables_are_rendered_again_to_the_byte(name, scale):
     results = Path(__file__).resolve().parents[1] / "results"
     manifest = manifests.read_manifest(name)
@@ -198,7 +220,9 @@ def test_committed_tables_are_rendered_again_to_the_byte(name, scale):
 
 
 def test_every_line_asks_for_the_bits_that_it_shows(manifest):
-    cells = report_cells.cells_of(dataclasses.replace(manifest, lines=manifest.lines[::4]), "digits", Path("results"))
+    cells = report_cells.cells_of(
+        dataclasses.replace(manifest, lines=manifest.lines[::4]), "digits", Path("results")
+    )
     bits = [cell.config["bits"] for cell in cells[3:]]
     assert [f"{b['weight']}/{b['act']}" for b in bits] == list(BITS)
     assert [cell.config["sampler"]["seed"] for cell in cells[:3]] == [0, 1, 2]
@@ -213,7 +237,10 @@ def test_table_2_asks_for_post_training_quantization_at_one_number_of_steps(scal
     assert steps == {100 if scale == "paper" else 50}
     for cell in (cell for cell in cells if cell.line != manifest.float_model):
         weight, act = cell.line.bits.split("/")
-        assert (cell.config["bits"]["weight"], cell.config["bits"]["act"]) == (int(weight), int(act))
+        assert (cell.config["bits"]["weight"], cell.config["bits"]["act"]) == (
+            int(weight),
+            int(act),
+        )
         assert cell.config["fit"]["kind"] == "ptq"
 
 
@@ -221,7 +248,9 @@ def test_rows_are_found_where_a_run_writes_them(short_manifest, tmp_path):
     only = dataclasses.replace(short_manifest, lines=short_manifest.lines[:1])
     cells = report_cells.cells_of(only, "digits", tmp_path / "a b")
     assert cells[-1].folder == tmp_path / "a b" / "runs" / "digits_w4a4_lsq" / "seed0"
-    assert [cell.sample for cell in cells] == [f"ddim50_n1000{seed}" for seed in ("", "_seed1", "_seed2", "")]
+    assert [cell.sample for cell in cells] == [
+        f"ddim50_n1000{seed}" for seed in ("", "_seed1", "_seed2", "")
+    ]
     save(cells[-1], row_of(cells[-1], 20.0))
     assert [report_cells.find(cell).done for cell in cells] == [False, False, False, True]
 
@@ -230,8 +259,12 @@ def test_the_same_rows_give_the_same_bytes(short_manifest, cells, tmp_path):
     fill(cells)
     written = []
     for folder in ("first", "second"):
-        table = columns.text_table(short_manifest, "digits", [report_cells.find(cell) for cell in cells])
-        written.append([p.read_bytes() for p in rendering.write(table, tmp_path / folder / "table1-digits")])
+        table = columns.text_table(
+            short_manifest, "digits", [report_cells.find(cell) for cell in cells]
+        )
+        written.append(
+            [p.read_bytes() for p in rendering.write(table, tmp_path / folder / "table1-digits")]
+        )
     assert written[0] == written[1]
     assert not list(tmp_path.rglob("*.part"))
 
@@ -240,7 +273,14 @@ def test_numbers_spread_and_gaps(short_manifest, cells):
     fill(cells)
     text = render(short_manifest, cells)
     mean = "float, mean (min..max) of 3 sampling seeds"
-    assert line_of(text, mean) == [mean, "32/32", "11.00 (10.00..12.00)", "8.00 (8.00..8.00)", "-", "-"]
+    assert line_of(text, mean) == [
+        mean,
+        "32/32",
+        "11.00 (10.00..12.00)",
+        "8.00 (8.00..8.00)",
+        "-",
+        "-",
+    ]
     assert line_of(text, "real images")[0] == "real images, held out (360 images)"
     assert line_of(text, "real images")[2:] == ["1.50", "9.25", "-", "-"]
     assert line_of(text, "LSQ |") == ["LSQ", "4/4", "20.00", "8.00", "+9.00", "7.30"]
@@ -277,7 +317,10 @@ def test_a_missing_seed_of_the_float_model_shows(short_manifest, cells):
     fill(cells)
     (cells[1].folder / cells[1].sample / "metrics.json").unlink()
     text = render(short_manifest, cells)
-    assert line_of(text, "float, mean (min..max) of 2 sampling seeds out of 3")[2] == "10.50 (10.00..11.00)"
+    assert (
+        line_of(text, "float, mean (min..max) of 2 sampling seeds out of 3")[2]
+        == "10.50 (10.00..11.00)"
+    )
     assert line_of(text, "LSQ + TDQ")[4] == "+0.00"
 
 
@@ -292,14 +335,22 @@ def both(short_manifest, tmp_path):
         quantized, latent = cell.line != short_manifest.float_model, cell.column == "ldm"
         row = row_of(cell, (50.0 if quantized else 30.0) if latent else 20.0 if quantized else 10.0)
         if latent:
-            row |= {"autoencoder": cell.nets["autoencoder"], "reconstructed": {"fid": 12.5, "images": 360}}
-            row["metrics"], row["held_out"] = {"fid": row["metrics"]["fid"]}, {"fid": 1.25, "images": 360}
+            row |= {
+                "autoencoder": cell.nets["autoencoder"],
+                "reconstructed": {"fid": 12.5, "images": 360},
+            }
+            row["metrics"], row["held_out"] = (
+                {"fid": row["metrics"]["fid"]},
+                {"fid": 1.25, "images": 360},
+            )
         save(cell, row)
     return cells
 
 
 def small(manifest, cells) -> str:
-    return rendering.markdown(columns.text_table(manifest, "small", [report_cells.find(cell) for cell in cells]))
+    return rendering.markdown(
+        columns.text_table(manifest, "small", [report_cells.find(cell) for cell in cells])
+    )
 
 
 def test_a_table_has_a_column_for_each_model(short_manifest, both):
@@ -309,10 +360,29 @@ def test_a_table_has_a_column_for_each_model(short_manifest, both):
         "method", "bits W/A", "ddim_small: Frechet distance", "ddim_small: inception-style score",
         "ddim_small: gap to float", "published", "ldm_small: Frechet distance", "ldm_small: gap to float", "published",
     ]  # fmt: skip
-    assert line_of(text, "LSQ |")[2:] == ["20.00", "8.00", "+10.00", "7.30", "50.00", "+20.00", "5.06"]
+    assert line_of(text, "LSQ |")[2:] == [
+        "20.00",
+        "8.00",
+        "+10.00",
+        "7.30",
+        "50.00",
+        "+20.00",
+        "5.06",
+    ]
     assert line_of(text, "real images")[2:] == ["1.50", "9.25", "-", "-", "1.25", "-", "-"]
-    assert line_of(text, "the same, reconstructed (360 images)")[2:] == ["-", "-", "-", "-", "12.50", "-", "-"]
-    assert f"ldm_small: Float weights: {both[-1].nets['weights']}, autoencoder {both[-1].nets['autoencoder']}." in text
+    assert line_of(text, "the same, reconstructed (360 images)")[2:] == [
+        "-",
+        "-",
+        "-",
+        "-",
+        "12.50",
+        "-",
+        "-",
+    ]
+    assert (
+        f"ldm_small: Float weights: {both[-1].nets['weights']}, autoencoder {both[-1].nets['autoencoder']}."
+        in text
+    )
     assert "0 missing; 0 stale" in text
 
 
@@ -322,19 +392,37 @@ def test_rows_of_another_autoencoder_are_stale_and_do_not_mix(short_manifest, bo
         row = json.loads((cell.folder / cell.sample / "metrics.json").read_text())["rows"][0]
         save(cell, row | {"autoencoder": "7476fec3b9973589"})
     assert "30.00†" in small(short_manifest, both).replace(" (30.00..30.00)", "")
-    assert f"float autoencoder: 7476fec3b9973589 -> {other[0].nets['autoencoder']}" in report_cells.find(other[0]).changes
+    assert (
+        f"float autoencoder: 7476fec3b9973589 -> {other[0].nets['autoencoder']}"
+        in report_cells.find(other[0]).changes
+    )
     row = json.loads((other[-1].folder / other[-1].sample / "metrics.json").read_text())["rows"][0]
     save(other[-1], row | {"autoencoder": other[0].nets["autoencoder"]})
     with pytest.raises(ValueError, match="autoencoder is 7476fec3b9973589 in ldm_small_fp and"):
         small(short_manifest, both)
 
 
-def test_one_column_is_run_alone_and_has_the_overrides_alone(short_manifest, tmp_path, commands, free_plan):
-    options = ["table1", "--scale", "small", "--run", "--column", "ldm", "--out", str(tmp_path), "sampler.batch=50"]
+def test_one_column_is_run_alone_and_has_the_overrides_alone(
+    short_manifest, tmp_path, commands, free_plan
+):
+    options = [
+        "table1",
+        "--scale",
+        "small",
+        "--run",
+        "--column",
+        "ldm",
+        "--out",
+        str(tmp_path),
+        "sampler.batch=50",
+    ]
     assert table_command.main(options) == 0
     assert {command[3] for command in commands} == {"model=ldm_small"}
     cells = report_cells.cells_of(short_manifest, "small", tmp_path, ["sampler.batch=50"], "ldm")
-    assert {(cell.column, cell.config["sampler"]["batch"]) for cell in cells} == {("ddim", 100), ("ldm", 50)}
+    assert {(cell.column, cell.config["sampler"]["batch"]) for cell in cells} == {
+        ("ddim", 100),
+        ("ldm", 50),
+    }
     with pytest.raises(ValueError, match="--column ldm: table1 at scale digits has ddim"):
         report_cells.cells_of(short_manifest, "digits", tmp_path, column="ldm")
 
@@ -352,12 +440,17 @@ def test_a_row_of_another_float_net_is_stale(short_manifest, cells):
         save(cell, row_of(cell, 20.0, weights="7476fec3b9973589"))
     text = render(short_manifest, cells)
     assert "20.00†" in text and f"{len(cells)} stale" in text
-    assert report_cells.find(cells[3]).changes == [f"float weights: 7476fec3b9973589 -> {cells[3].nets['weights']}"]
+    assert report_cells.find(cells[3]).changes == [
+        f"float weights: 7476fec3b9973589 -> {cells[3].nets['weights']}"
+    ]
 
 
 def test_paths_labels_and_unused_groups_make_no_row_stale(short_manifest, cells):
     fill(cells)
-    elsewhere = {"config__model__weights": "/elsewhere/net.safetensors", "config__tdq__label": "renamed"}
+    elsewhere = {
+        "config__model__weights": "/elsewhere/net.safetensors",
+        "config__tdq__label": "renamed",
+    }
     save(cells[3], row_of(cells[3], 20.0, **elsewhere, config__fit__stop_after=3))
     save(cells[0], row_of(cells[0], 10.0, config__fit__lr=1.0))  # the float model is not trained
     assert "†" not in render(short_manifest, cells).split("\n\n")[1]
@@ -369,7 +462,9 @@ def test_a_short_row_is_marked_and_has_no_gap(short_manifest, cells):
     for images, fid in ((200, 40.0), (500, 30.0)):
         short = row_of(cells[3], fid, images=images, config__sampler__images=images)
         save(cells[3], short, f"ddim50_n{images}")
-    other = row_of(cells[3], 1.0, images=900, config__sampler__images=900, config__sampler__method__steps=10)
+    other = row_of(
+        cells[3], 1.0, images=900, config__sampler__images=900, config__sampler__method__steps=10
+    )
     save(cells[3], other, "ddim10_n900")  # another sampler is no stand-in
     text = render(short_manifest, cells)
     assert line_of(text, "LSQ |")[2:5] == ["30.00‡", "8.00‡", "-"]
@@ -386,7 +481,10 @@ def test_rows_of_two_protocols_are_refused(short_manifest, cells, field):
     with pytest.raises(ValueError) as error:
         render(short_manifest, cells)
     message = str(error.value)
-    assert f"{field} is {was} in digits_fp and {now} in digits_w4a4_lsq_tdq" in message and "\n" not in message
+    assert (
+        f"{field} is {was} in digits_fp and {now} in digits_w4a4_lsq_tdq" in message
+        and "\n" not in message
+    )
 
 
 def test_best_of_five_and_last_are_refused_among_the_quantized(short_manifest, cells):
@@ -395,24 +493,34 @@ def test_best_of_five_and_last_are_refused_among_the_quantized(short_manifest, c
         save(cell, row_of(cell, 10.5, report="best_of_5"))
     render(short_manifest, cells)  # the float model has no choice of checkpoints
     save(cells[3], row_of(cells[3], 10.5))
-    with pytest.raises(ValueError, match="report is last in digits_w4a4_lsq and best_of_5 in digits_w4a4_lsq_tdq"):
+    with pytest.raises(
+        ValueError, match="report is last in digits_w4a4_lsq and best_of_5 in digits_w4a4_lsq_tdq"
+    ):
         render(short_manifest, cells)
 
 
 def test_a_short_row_of_other_features_is_refused(short_manifest, cells):
     fill(cells)
-    save(cells[3], row_of(cells[3], 9.0, images=10, config__sampler__images=10, features__weights="other"))
+    save(
+        cells[3],
+        row_of(cells[3], 9.0, images=10, config__sampler__images=10, features__weights="other"),
+    )
     with pytest.raises(ValueError, match=r"features\.weights"):
         render(short_manifest, cells)
 
 
 def test_latex_escapes_and_marks():
     notes = [r"50% of a_b & #1 {x} ~ ^ \ $ < > |"]
-    table = rendering.TextTable("T", [("a_b", ""), ("b", "c & d"), ("c", "")], [[["10 %", "-", "1.00†‡"]]], notes)
+    table = rendering.TextTable(
+        "T", [("a_b", ""), ("b", "c & d"), ("c", "")], [[["10 %", "-", "1.00†‡"]]], notes
+    )
     text = rendering.latex(table)
     assert r"a\_b & b & c \\" in text and r" & (c \& d) &  \\" in text
     assert r"10 \% & - & 1.00\textsuperscript{\dag}\textsuperscript{\ddag} \\" in text
-    assert r"50\% of a\_b \& \#1 \{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} \$" in text
+    assert (
+        r"50\% of a\_b \& \#1 \{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} \$"
+        in text
+    )
     assert [text.count(rf"\{rule}rule") for rule in ("top", "mid", "bottom")] == [1, 1, 1]
     assert "†" not in text and "‡" not in text
 
@@ -422,7 +530,9 @@ def free_plan(monkeypatch):
     """The cost of a cell, without a measured forward pass; counts how often it was asked for."""
     estimates = []
     monkeypatch.setattr(
-        costs, "estimate", lambda job: estimates.append(job.name) or costs.Cost(7200.0, 3600.0, 10**9, 1000)
+        costs,
+        "estimate",
+        lambda job: estimates.append(job.name) or costs.Cost(7200.0, 3600.0, 10**9, 1000),
     )
     return estimates
 
@@ -442,11 +552,15 @@ def commands(monkeypatch, short_manifest):
     return started
 
 
-def test_run_starts_what_is_missing_and_goes_on_after_a_failure(short_manifest, tmp_path, commands, free_plan, capsys):
+def test_run_starts_what_is_missing_and_goes_on_after_a_failure(
+    short_manifest, tmp_path, commands, free_plan, capsys
+):
     net = "model.weights=net.safetensors"
     cells = report_cells.cells_of(short_manifest, "digits", tmp_path, [net])
     save(cells[0], row_of(cells[0], 10.0))
-    save(cells[2], row_of(cells[2], 10.0, config__eval__batch=3))  # stale: a run would refuse its name
+    save(
+        cells[2], row_of(cells[2], 10.0, config__eval__batch=3)
+    )  # stale: a run would refuse its name
     options = ["table1", "--scale", "digits", "--run", "--out", str(tmp_path), net]
     assert table_command.main(options) == 1
     out, start = f"out={tmp_path}", ["-m", "tdq_exp.run", "model=digits"]
@@ -460,7 +574,9 @@ def test_run_starts_what_is_missing_and_goes_on_after_a_failure(short_manifest, 
     assert "stale, not run again: digits_fp sampler.seed=2" in said
     assert "9.0 h" in said and "3.00 GB" in said and said.index("9.0 h") < said.index("cell 1 of 3")
     assert len(free_plan) == 2, "cells of one shape are estimated once"
-    assert (tmp_path / "tables" / "table1-digits.md").exists() and (tmp_path / "tables" / "table1-digits.tex").exists()
+    assert (tmp_path / "tables" / "table1-digits.md").exists() and (
+        tmp_path / "tables" / "table1-digits.tex"
+    ).exists()
 
 
 def test_without_run_nothing_is_started(tmp_path, commands):
@@ -473,14 +589,19 @@ def single(short_manifest, monkeypatch):
     """A manifest of one cell, for what does not depend on their number."""
     one = dataclasses.replace(short_manifest.float_model, sampler_seeds=(0,))
     monkeypatch.setattr(
-        manifests, "read_manifest", lambda name: dataclasses.replace(short_manifest, float_model=one, lines=())
+        manifests,
+        "read_manifest",
+        lambda name: dataclasses.replace(short_manifest, float_model=one, lines=()),
     )
 
 
 def test_the_papers_scale_needs_a_gpu_or_go(tmp_path, commands, free_plan, single, capsys):
     options = ["table1", "--scale", "paper", "--run", "--out", str(tmp_path)]
     assert table_command.main(options) == 2
-    assert "ldm_fp: model.weights has no value" in (said := capsys.readouterr().err) and "--column" in said
+    assert (
+        "ldm_fp: model.weights has no value" in (said := capsys.readouterr().err)
+        and "--column" in said
+    )
     options += ["--column", "ddim"]
     assert table_command.main(options) == 2
     said = capsys.readouterr()
@@ -495,13 +616,22 @@ def test_interruption_says_how_to_go_on(tmp_path, commands, free_plan, single, m
         raise KeyboardInterrupt
 
     monkeypatch.setattr(table_runs, "call", interrupted)
-    options = ["table1", "--scale", "digits", "--run", "--out", str(tmp_path), "model.weights=net.safetensors"]
+    options = [
+        "table1",
+        "--scale",
+        "digits",
+        "--run",
+        "--out",
+        str(tmp_path),
+        "model.weights=net.safetensors",
+    ]
     assert table_command.main(options) == 130
     assert "run the same command again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "override, hint", [
+    "override, hint",
+    [
         ("out=x", "--out"),
         ("+experiment=digits_fp", "names"),
         ("nokey=1", "nokey"),
@@ -509,21 +639,33 @@ def test_interruption_says_how_to_go_on(tmp_path, commands, free_plan, single, m
     ],
 )
 def test_overrides_that_do_not_fit_are_one_line(tmp_path, commands, capsys, override, hint):
-    assert table_command.main(["table1", override, "--scale", "digits", "--out", str(tmp_path)]) == 2
+    assert (
+        table_command.main(["table1", override, "--scale", "digits", "--out", str(tmp_path)]) == 2
+    )
     said = capsys.readouterr().err
     assert hint in said and said.count("\n") == 1
 
 
 def test_overrides_show_in_the_footer_unless_they_are_paths(short_manifest, tmp_path):
-    overrides = ["sampler.images=100", "eval.features.weights=/a/b", "launcher.threads=1", "fit.report=best_of_5"]
+    overrides = [
+        "sampler.images=100",
+        "eval.features.weights=/a/b",
+        "launcher.threads=1",
+        "fit.report=best_of_5",
+    ]
     assert report_cells.in_footer(overrides) == ["sampler.images=100", "fit.report=best_of_5"]
     cells = report_cells.cells_of(short_manifest, "digits", tmp_path, overrides)
-    assert "fit.report=best_of_5" not in cells[0].overrides and "fit.report=best_of_5" in cells[3].overrides
+    assert (
+        "fit.report=best_of_5" not in cells[0].overrides
+        and "fit.report=best_of_5" in cells[3].overrides
+    )
     for cell in cells:
         save(cell, row_of(cell, 9.0, report=cell.config["fit"]["report"]))
     found = [report_cells.find(cell) for cell in cells]
     assert all(cell.done and cell.short for cell in found), "the experiment alone asks for more"
-    text = rendering.markdown(columns.text_table(short_manifest, "digits", found, report_cells.in_footer(overrides)))
+    text = rendering.markdown(
+        columns.text_table(short_manifest, "digits", found, report_cells.in_footer(overrides))
+    )
     assert "Asked for with sampler.images=100 fit.report=best_of_5." in text
 
 

@@ -2,9 +2,10 @@
 
     python scripts/analysis/clipped_noise.py results/runs/ldm_small_w4a4_lsq/seed0/packed.safetensors ... [--images 100]
 
-Why it matters: `tdq_exp/experiment/first_layer.py`. Places (pixels of x) with an element beyond the range are told from all
-others; each network is then sampled a second time, from the same noise, with the input of its first layer left in float.
-An outlier is an element of x_0 more than twice as large as the float network's largest.
+Why it matters: `tdq_exp/experiment/first_layer.py`. Places (pixels of x) with an element beyond the
+range are told from all others; each network is then sampled a second time, from the same noise,
+with the input of its first layer left in float. An outlier is an element of x_0 more than twice as
+large as the float network's largest.
 """
 
 from __future__ import annotations
@@ -48,11 +49,15 @@ def analyse(job: Experiment, net: nn.Module, x_t: Tensor, expected: Tensor) -> l
         ValueError: if nothing can be cut off, or the sampler is not DDIM.
     """
     if not isinstance(job.sampler, Ddim):
-        raise ValueError(f"{job.name}: was measured with {type(job.sampler).__name__}; this is about DDIM's first step")
+        raise ValueError(
+            f"{job.name}: was measured with {type(job.sampler).__name__}; this is about DDIM's first step"
+        )
     roles = job.model.roles(job.model.build())
     limits = first_range(net, roles, job.sampler.pairs(job.model.schedule)[0][0])
     if limits is None:
-        raise ValueError(f"{job.name}: its first layer's input is float, or has the range of what it sees")
+        raise ValueError(
+            f"{job.name}: its first layer's input is float, or has the range of what it sees"
+        )
     low, high = limits
     layer = net.get_submodule(next(name for name, role in roles.items() if role.kind == "first"))
     beyond = ((x_t < low) | (x_t > high)).any(1, keepdim=True).expand_as(x_t)
@@ -62,7 +67,9 @@ def analyse(job: Experiment, net: nn.Module, x_t: Tensor, expected: Tensor) -> l
             layer.input_quantizer = nn.Identity()  # type: ignore[assignment]
         x_0 = drawn(job, net, x_t)
         error = (x_0 - expected).square()
-        there, elsewhere = (float(error[at].mean().sqrt()) if at.any() else None for at in (beyond, ~beyond))
+        there, elsewhere = (
+            float(error[at].mean().sqrt()) if at.any() else None for at in (beyond, ~beyond)
+        )
         largest, reference = float(x_0.abs().max()), float(expected.abs().max())
         outliers = x_0.abs() > 2 * reference
         found.append(
@@ -79,10 +86,14 @@ def analyse(job: Experiment, net: nn.Module, x_t: Tensor, expected: Tensor) -> l
 def main() -> int:
     """Measure, and write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of quantized runs, or their packed files")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", help="folders of quantized runs, or their packed files"
+    )
     parser.add_argument("--images", type=int, default=100, help="drawn from each (default: 100)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
-    parser.add_argument("--out", type=Path, default=Path("results/analysis"), help="folder to write")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/analysis"), help="folder to write"
+    )
     return cli.exit_code(measure, parser.parse_args())
 
 
@@ -103,13 +114,19 @@ def measure(options: argparse.Namespace) -> None:
             float_net, _ = fit_stage.float_net(job, processes)
             x_t = starting_noise(image_generators(0, range(options.images)), job.model.sample_shape)
             records += analyse(job, net, x_t, drawn(job, float_net, x_t))
-            abar = float(job.model.schedule.alphas_cumprod[job.sampler.pairs(job.model.schedule)[0][0]])
+            abar = float(
+                job.model.schedule.alphas_cumprod[job.sampler.pairs(job.model.schedule)[0][0]]
+            )
             gains[job.config["model"]["label"]] = ((1 - abar) / abar) ** 0.5
     finally:
         processes.close()
 
     about = pages.about(images=options.images, gains=gains)
-    lines = page(records, about, f"python scripts/analysis/clipped_noise.py {' '.join(map(str, options.runs))}")
+    lines = page(
+        records,
+        about,
+        f"python scripts/analysis/clipped_noise.py {' '.join(map(str, options.runs))}",
+    )
     pages.report(options.out / "clipped_noise", {"networks": records}, about, lines)
 
 

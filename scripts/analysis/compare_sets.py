@@ -33,7 +33,9 @@ def read(folder: Path) -> NDArray[np.uint8]:
     """
     file = folder / "images" / "images.npy"
     if not file.exists():
-        raise FileNotFoundError(f"{folder}: holds no images/images.npy; name the sampler's folder of a run")
+        raise FileNotFoundError(
+            f"{folder}: holds no images/images.npy; name the sampler's folder of a run"
+        )
     return np.load(file, mmap_mode="r")
 
 
@@ -41,7 +43,9 @@ def main() -> int:
     """Print one line for each pair."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("sets", type=Path, nargs="+", help="folders of sampled sets")
-    parser.add_argument("--features", default="efficientnet_lite0", help="inception, efficientnet_lite0 or digits")
+    parser.add_argument(
+        "--features", default="efficientnet_lite0", help="inception, efficientnet_lite0 or digits"
+    )
     parser.add_argument("--batch", type=int, default=8, help="images at a time (default: 8)")
     return cli.exit_code(compare, parser.parse_args())
 
@@ -58,15 +62,21 @@ def compare(options: argparse.Namespace) -> None:
     sets = [read(folder) for folder in options.sets]
     shapes = {images.shape[1:] for images in sets}
     if len(shapes) > 1:
-        raise ValueError(f"the sets' images are of different shapes: {', '.join(map(str, sorted(shapes)))}")
+        raise ValueError(
+            f"the sets' images are of different shapes: {', '.join(map(str, sorted(shapes)))}"
+        )
 
     count = min(len(images) for images in sets)
     sets = [images[:count] for images in sets]
 
-    network, processes = jobs.features_of(compose([f"eval={options.features}"])), Processes(cpu=True)
+    network, processes = (
+        jobs.features_of(compose([f"eval={options.features}"])),
+        Processes(cpu=True),
+    )
     layer = network.metric_layers["fid"]
     statistics = [
-        Statistics.of(features_of(network, images, options.batch, processes, "features")[layer]) for images in sets
+        Statistics.of(features_of(network, images, options.batch, processes, "features")[layer])
+        for images in sets
     ]
 
     rows = []
@@ -77,7 +87,12 @@ def compare(options: argparse.Namespace) -> None:
 
     print_table(
         f"{options.sets[0]} against, {count} images",
-        ["set", "equal pixels", "mean difference, of 255", f"Frechet distance ({network.name} features)"],
+        [
+            "set",
+            "equal pixels",
+            "mean difference, of 255",
+            f"Frechet distance ({network.name} features)",
+        ],
         rows,
     )
     processes.close()

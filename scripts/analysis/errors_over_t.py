@@ -1,9 +1,10 @@
-"""Where over t a post-training run errs: samples, gain, error and share of the reconstruction's loss, by time step.
+"""Measure where over t a post-training run errs: samples, gain, error and share of the reconstruction's loss, by time step.
 
-    python scripts/errors_over_t.py results/runs/ddim_small_w8a8_ptq4dm/seed0/packed.safetensors ...
+    python scripts/analysis/errors_over_t.py results/runs/ddim_small_w8a8_ptq4dm/seed0/packed.safetensors ...
 
-Every run is shown the calibration set of the first one's law (made anew: no data set is needed), and compared with its float
-network. The gain is <eps_hat, eps> / <eps, eps> - 1 for the float prediction eps: what the prediction lost or won in size.
+Every run is shown the calibration set of the first one's law (made anew: no data set is needed),
+and compared with its float network. The gain is <eps_hat, eps> / <eps, eps> - 1 for the float
+prediction eps: what the prediction lost or won in size.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tdq_exp.commands import cli
 from tdq_exp.experiment import fit_stage
 from tdq_exp.experiment.load import load
+from tdq_exp.fit.options import PtqOptions
 from tdq_exp.fit.ptq.calibration_set import make_set
 from tdq_exp.fit.ptq.ptq import Ptq
 from tdq_exp.fit.ptq.reconstruct import sample_losses
@@ -32,40 +35,65 @@ EDGES = (0, 1, 50, 200, 500, 800)  # of groups of t; the last one ends with T
 @torch.no_grad()
 def predictions(model: DiffusionModel, net: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     """eps_hat of many samples, `[N, C, H, W]`."""
-    return torch.cat([model.predict(net, *part) for part in zip(x.split(64), t.split(64), strict=True)])
+    return torch.cat(
+        [model.predict(net, *part) for part in zip(x.split(64), t.split(64), strict=True)]
+    )
 
 
-def main() -> None:
+def main() -> int:
     """Prints one table for each run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of post-training runs, or their packed files")
-    parser.add_argument("--images", type=int, help="trajectories of the set (default: as the run had)")
-    options = parser.parse_args()
+    parser.add_argument(
+        "runs", type=Path, nargs="+", help="folders of post-training runs, or their packed files"
+    )
+    parser.add_argument(
+        "--images", type=int, help="trajectories of the set (default: as the run had)"
+    )
+    return cli.exit_code(measure, parser.parse_args())
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Print the errors of each run, group of time steps by group.
+
+    Raises:
+        ValueError, OSError: if a run is not there, or the first one is no post-training run.
+    """
+    # 1. The networks, and the law of the calibration set.
     processes = Processes(cpu=True)
-    try:
-        loaded = [load(run) for run in options.runs]
-        job = loaded[0][0]
-        fit = job.fit
-        if not isinstance(fit, Ptq):
-            raise ValueError(f"{options.runs[0]}: is not a post-training run")
-        each = fit.calibration.samples // fit.calibration.images
-        images = options.images or fit.calibration.images
-        spec = dataclasses.replace(fit.calibration, images=images, samples=images * each)
-        float_net, weights = fit_stage.float_net(job, processes)
-        with tempfile.TemporaryDirectory() as cache:
-            parts = spec.parts(job.part("model"), weights, dataclasses.asdict(fit.trajectory), "none")
-            made = make_set(
-                spec, float_net, job.model, fit.trajectory, None, parts=parts, cache=Path(cache), processes=processes
-            )
-            x, t = made.batch(slice(0, len(made)))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    loaded = [load(run) for run in options.runs]
+    job = loaded[0][0]
+    if not isinstance(job.fit, Ptq) or not isinstance(job.fit.options, PtqOptions):
+        raise ValueError(f"{options.runs[0]}: is not a post-training run")
+
+    each = job.fit.calibration.samples // job.fit.calibration.images
+    images = options.images or job.fit.calibration.images
+    spec = dataclasses.replace(job.fit.calibration, images=images, samples=images * each)
+    float_net, weights = fit_stage.float_net(job, processes)
+
+    # 2. The set, made anew.
+    with tempfile.TemporaryDirectory() as cache:
+        parts = spec.parts(
+            job.part("model"), weights, dataclasses.asdict(job.fit.trajectory), "none"
+        )
+        made = make_set(
+            spec,
+            float_net,
+            job.model,
+            job.fit.trajectory,
+            None,
+            parts=parts,
+            cache=Path(cache),
+            processes=processes,
+        )
+        x, t = made.batch(slice(0, len(made)))
+
+    # 3. Each network's errors on it.
     groups = torch.bucketize(t, torch.tensor(EDGES), right=True) - 1
     ends = [*EDGES[1:], job.model.schedule.steps]
     eps = predictions(job.model, float_net, x, t)
     for run, (_, net) in zip(options.runs, loaded, strict=True):
         eps_hat = predictions(job.model, net, x, t)
-        losses = sample_losses(eps_hat, eps, fit.options.power)
+        losses = sample_losses(eps_hat, eps, job.fit.options.power)
         rows = []
         for group, (start, end) in enumerate(zip(EDGES, ends, strict=True)):
             inside = groups == group
@@ -73,13 +101,15 @@ def main() -> None:
             gain = float((a * b).sum() / (b * b).sum()) - 1
             rms = float((a - b).square().mean().sqrt())
             share = float(losses[inside].sum() / losses.sum())
-            rows.append((f"{start}..{end - 1}", float(inside.float().mean()), f"{gain:+.4f}", rms, share))
-        print_table(
-            f"{run}, shown {spec.kind}", ["t", "share of samples", "gain", "root mean square error", "share of the loss"],
-            rows,
-        )  # fmt: skip
+            rows.append(
+                (f"{start}..{end - 1}", float(inside.float().mean()), f"{gain:+.4f}", rms, share)
+            )
+
+        headers = ["t", "share of samples", "gain", "root mean square error", "share of the loss"]
+        print_table(f"{run}, shown {spec.kind}", headers, rows)
+
     processes.close()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

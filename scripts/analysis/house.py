@@ -4,8 +4,8 @@
     python scripts/analysis/house.py PATH [PATH ...] folders of other packages, side by side
 
 Nothing is imported: all of it is read from the source. The length of a function is that from `def`
-to its last line, docstring included; its parameters include `self`. The density of the page is
-that of the bodies of functions of 20 lines or more: blank lines, and lines that are a comment alone,
+to its last line, docstring included; its parameters include `self`. The density of the page is that
+of the bodies of functions of 20 lines or more: blank lines, and lines that are a comment alone,
 among all lines after the docstring.
 """
 
@@ -108,7 +108,9 @@ def _count_file(text: str, measured: Measured) -> None:
             _count_body(node, lines, comments, measured)
 
 
-def _count_body(node: Function, lines: Sequence[str], comments: set[int], measured: Measured) -> None:
+def _count_body(
+    node: Function, lines: Sequence[str], comments: set[int], measured: Measured
+) -> None:
     """Count the blank and the comment lines of a long function, its docstring left out."""
     if _length(node) < LONG_FUNCTION:
         return
@@ -165,7 +167,9 @@ def main() -> int:
     from tdq_exp.commands import cli
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("packages", type=Path, nargs="*", help="folders of packages (default: this checkout's)")
+    parser.add_argument(
+        "packages", type=Path, nargs="*", help="folders of packages (default: this checkout's)"
+    )
     options = parser.parse_args()
     return cli.exit_code(_print_table, [path.resolve() for path in options.packages] or [PACKAGE])
 

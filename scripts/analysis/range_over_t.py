@@ -1,13 +1,16 @@
-"""How much the activations of a float network depend on the time step -> results/analysis/range_over_t.{md,json}, pictures.
+"""Measure how much the activations of a float network depend on t -> results/analysis/range_over_t.md.
 
-    python scripts/range_over_t.py [--models ddim_small ldm_small] [--images 64] [--steps 100]
+    python scripts/analysis/range_over_t.py [--models ddim_small ldm_small] [--images 64]
+        [--steps 100]
 
-Every input of a convolution or a linear layer is watched while the network samples (DDIM, evenly spaced steps; no data set is
-needed). At each step its standard deviation and its range (maximum - minimum) are taken over the batch; r is Pearson's
-correlation of t with either, one for each tensor (q, k and v of one attention read one tensor). Layers of the time
-embedding are left out: their inputs are a function of t and of nothing else.
+Every input of a convolution or a linear layer is watched while the network samples (DDIM, evenly
+spaced steps; no data set is needed). At each step its standard deviation and its range (maximum -
+minimum) are taken over the batch; r is Pearson's correlation of t with either, one for each tensor
+(q, k and v of one attention read one tensor). Layers of the time embedding are left out: their
+inputs are a function of t and of nothing else.
 
-So et al., arXiv 2306.02316, section 3: |r| > 0.5 in 62.1 % and > 0.7 in 38.8 % of the layers, less in LDM than in DDIM.
+So et al., arXiv 2306.02316, section 3: |r| > 0.5 in 62.1 % and > 0.7 in 38.8 % of the layers, less
+in LDM than in DDIM.
 """
 
 from __future__ import annotations
@@ -22,15 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdq_exp.commands import cli
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import fit_stage, sample_stage
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
+from tdq_exp.report import pages
 from tdq_exp.report.render import markdown_lines
-from tdq_exp.runtime import environment, figures, files
+from tdq_exp.runtime import figures
 from tdq_exp.runtime.processes import Processes
-from tdq_exp.runtime.progress import console, print_table, track
+from tdq_exp.runtime.progress import console, track
 
 MEASURES = ("deviation", "range")
 BOUNDS = (0.5, 0.7)
@@ -46,11 +51,13 @@ def watched(model: DiffusionModel, net: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def over_time(job: jobs.Experiment, net: nn.Module, images: int, steps: int, device: torch.device) -> dict[str, Tensor]:
+def over_time(
+    job: jobs.Experiment, net: nn.Module, images: int, steps: int, device: torch.device
+) -> dict[str, Tensor]:
     """`t`: `[S]`, ascending; and for each tensor `[S, 2]`, its standard deviation and range at these time steps."""
     seen: dict[str, list[Tensor]] = defaultdict(list)
     visited: list[int] = []
-    sampler = dataclasses.replace(jobs.trajectory_of(job.sampling), steps=steps)
+    sampler = dataclasses.replace(job.sampler, steps=steps, eta=0.0)
 
     def hook(name: str) -> Any:
         def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -59,18 +66,31 @@ def over_time(job: jobs.Experiment, net: nn.Module, images: int, steps: int, dev
 
         return note
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in watched(job.model, net).items()]
+    handles = [
+        layer.register_forward_pre_hook(hook(name))
+        for name, layer in watched(job.model, net).items()
+    ]
     with track(f"sampling {job.config['model']['label']}", steps) as advance:
 
         def on_step(t: int, x: Tensor) -> None:
             visited.append(t)
             advance(f"t = {t}")
 
-        sample_stage.sample_group(Denoiser(net, job.model), sampler, range(images), seed=job.seed, device=device, on_step=on_step)
+        sample_stage.sample_group(
+            Denoiser(net, job.model),
+            sampler,
+            range(images),
+            seed=job.seed,
+            device=device,
+            on_step=on_step,
+        )
     for handle in handles:
         handle.remove()
     order = torch.tensor(visited).argsort()
-    return {"t": torch.tensor(visited)[order], **{name: torch.stack(values)[order] for name, values in seen.items()}}
+    return {
+        "t": torch.tensor(visited)[order],
+        **{name: torch.stack(values)[order] for name, values in seen.items()},
+    }
 
 
 def correlations(found: dict[str, Tensor]) -> dict[str, dict[str, float]]:
@@ -84,58 +104,87 @@ def correlations(found: dict[str, Tensor]) -> dict[str, dict[str, float]]:
 
 def shares(r: dict[str, dict[str, float]]) -> dict[str, float]:
     """`deviation > 0.5` and the like -> share of the tensors."""
-    return {f"{m} > {b}": sum(abs(v[m]) > b for v in r.values()) / len(r) for m in MEASURES for b in BOUNDS}
+    return {
+        f"{m} > {b}": sum(abs(v[m]) > b for v in r.values()) / len(r)
+        for m in MEASURES
+        for b in BOUNDS
+    }
 
 
-def main() -> None:
-    """The command; `--help` lists its options."""
+def main() -> int:
+    """Measure, write the page and the pictures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["ddim_small", "ldm_small"], help="files of configs/model")
+    parser.add_argument(
+        "--models", nargs="+", default=["ddim_small", "ldm_small"], help="files of configs/model"
+    )
     parser.add_argument("--images", type=int, default=64, help="sampled at a time (default: 64)")
-    parser.add_argument("--steps", type=int, default=100, help="time steps that are looked at (default: 100)")
-    parser.add_argument("--out", type=Path, default=Path("results/analysis"), help="folder to write")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--steps", type=int, default=100, help="time steps that are looked at (default: 100)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/analysis"), help="folder to write"
+    )
+    return cli.exit_code(measure, parser.parse_args())
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Watch the float network of each model while it samples.
+
+    Raises:
+        ValueError, OSError: for an unknown model, or weights that can't be read.
+    """
     processes = Processes(cpu=False)
     models: dict[str, Any] = {}
+
     for name in options.models:
-        try:
-            job = jobs.build(compose([f"model={name}", "method=fp"]), source=False)
-            net, weights = fit_stage.float_net(job, processes)
-            found = over_time(job, net, options.images, options.steps, processes.device)
-        except (ValueError, OSError) as error:
-            sys.exit(f"error: {error}")
+        job = jobs.build(compose([f"model={name}", "method=fp"]), source=False)
+        net, weights = fit_stage.float_net(job, processes)
+        found = over_time(job, net, options.images, options.steps, processes.device)
+
         r = correlations(found)
-        models[name] = {"weights": weights, **job.model.parts(), "tensors": len(r), "shares": shares(r), "r": r}
+        models[name] = {
+            "weights": weights,
+            **job.model.parts(),
+            "tensors": len(r),
+            "shares": shares(r),
+            "r": r,
+        }
         curves = {tensor: values[:, 0] for tensor, values in found.items() if tensor != "t"}
-        figures.curves_over_time(
-            curves, options.out / f"range_over_t-{name}.png", f"{name}: standard deviation of layers' inputs", "deviation",
-            t=found["t"],
-        )  # fmt: skip
+        picture = options.out / f"range_over_t-{name}.png"
+        title = f"{name}: standard deviation of layers' inputs"
+        figures.curves_over_time(curves, picture, title, "deviation", t=found["t"])
+
     processes.close()
-    write(models, options)
+
+    about = pages.about(images=options.images, steps=options.steps)
+    pages.report(options.out / "range_over_t", {"models": models}, about, page(models, about))
+    for path in sorted(options.out.glob("range_over_t*")):
+        console.print(f"wrote {path}", markup=False)
 
 
-def write(models: dict[str, Any], options: argparse.Namespace) -> None:
-    """`range_over_t.json` with every r, `range_over_t.md` to read."""
-    about = {"images": options.images, "steps": options.steps, **environment.environment()}
-    files.write_json(options.out / "range_over_t.json", {"models": models, "about": about})
+def page(models: dict[str, Any], about: dict[str, Any]) -> list[str]:
+    """Return the lines of the Markdown page."""
     columns = list(next(iter(models.values()))["shares"])
-    headers = ["model", "tensors", *(f"|r({c.split()[0]}, t)| > {c.split()[2]}" for c in columns)]
-    rows = [[n, str(m["tensors"]), *(f"{100 * m['shares'][c]:.1f} %" for c in columns)] for n, m in models.items()]
-    lines = [
-        f"Inputs of convolutions and linear layers (those of the time embedding left out) while the float network samples"
-        f" {options.images} images in {options.steps} steps: share of them whose standard deviation, or range, goes with t."
-        f" Commit {about['commit']}. `python scripts/range_over_t.py`.",
+    headers = ["model", "tensors"]
+    headers += [f"|r({column.split()[0]}, t)| > {column.split()[2]}" for column in columns]
+    rows = [
+        [
+            name,
+            str(model["tensors"]),
+            *(f"{100 * model['shares'][column]:.1f} %" for column in columns),
+        ]
+        for name, model in models.items()
+    ]
+    return [
+        "Inputs of convolutions and linear layers (those of the time embedding left out) while the float network samples"
+        f" {about['images']} images in {about['steps']} steps: share of them whose standard deviation, or range, goes with"
+        f" t. Commit {about['commit']}. `python scripts/analysis/range_over_t.py`.",
         "",
         *markdown_lines(headers, rows),
         "",
         "The paper's figure is 62.1 % above 0.5 and 38.8 % above 0.7, and less in LDM than in DDIM.",
     ]
-    (options.out / "range_over_t.md").write_text("\n".join(lines) + "\n")
-    print_table("share of tensors", headers, rows)
-    for path in sorted(options.out.glob("range_over_t*")):
-        console.print(f"wrote {path}", markup=False)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,10 +1,12 @@
 """Measure the speed of a denoising step on integers -> results/bench/integer.md.
 
-    python scripts/bench/integer.py [--threads 2] [--models ddim_small,ddim_cifar10] [--batches 1,8,64] [--no-compile]
+    python scripts/bench/integer.py [--threads 2] [--models ddim_small,ddim_cifar10]
+        [--batches 1,8,64] [--no-compile]
 
-Everything is compared within one process, in turn; numbers are medians. Weights are random and W4A4: they do not change
-how long anything takes, and every layer runs on the same 8-bit kernels at any number of bits. Memory is measured
-in a process of its own for each variant. Where a step's time goes is measured by stopwatches around our own calls.
+Everything is compared within one process, in turn; numbers are medians. Weights are random and
+W4A4: they do not change how long anything takes, and every layer runs on the same 8-bit kernels at
+any number of bits. Memory is measured in a process of its own for each variant. Where a step's time
+goes is measured by stopwatches around our own calls.
 """
 
 from __future__ import annotations
@@ -111,11 +113,19 @@ class Nets:
 
             return hook
 
-        handles = [m.register_forward_hook(watch(n)) for n, m in net.named_modules() if isinstance(m, QuantConv2d)]
+        handles = [
+            m.register_forward_hook(watch(n))
+            for n, m in net.named_modules()
+            if isinstance(m, QuantConv2d)
+        ]
         denoising_step(self.model, net, torch.randn(4, *shape))()
         for handle in handles:
             handle.remove()
-        onnx.write(onnx.graph_of(net, onnx.output_ranges(seen, self.model.schedule.steps), "integer"), shape, file)
+        onnx.write(
+            onnx.graph_of(net, onnx.output_ranges(seen, self.model.schedule.steps), "integer"),
+            shape,
+            file,
+        )
         return file
 
     def step(self, variant: str, batch: int) -> Callable[[], object]:
@@ -188,7 +198,11 @@ def watched(net: nn.Module, watches: Stopwatches) -> Iterator[None]:
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in targets]
     for owner, name, label in targets:
         setattr(owner, name, watches.around(label, getattr(owner, name)))
-    blocks = [m for m in net.modules() if isinstance(m, nn.SiLU | nn.GroupNorm) or type(m).__name__ == "CodedUpsample"]
+    blocks = [
+        m
+        for m in net.modules()
+        if isinstance(m, nn.SiLU | nn.GroupNorm) or type(m).__name__ == "CodedUpsample"
+    ]
     for module in blocks:
         module.forward = watches.around(type(module).__name__, module.forward)  # type: ignore[method-assign]
     try:
@@ -214,8 +228,19 @@ def breakdown(nets: Nets, variant: str, batch: int, repeats: int = 5) -> dict[st
 def memory(name: str, variant: str, batch: int, threads: int) -> float:
     """Working memory of a step, MB: what a process of its own takes at its peak above what it held before, weights included
     there. Linux resets its mark by `/proc/self/clear_refs`."""
-    command = [sys.executable, __file__, "--threads", str(threads), "--memory", variant, "--models", name]
-    done = subprocess.run([*command, "--batches", str(batch)], capture_output=True, text=True, check=True)
+    command = [
+        sys.executable,
+        __file__,
+        "--threads",
+        str(threads),
+        "--memory",
+        variant,
+        "--models",
+        name,
+    ]
+    done = subprocess.run(
+        [*command, "--batches", str(batch)], capture_output=True, text=True, check=True
+    )
     return float(done.stdout.splitlines()[-1])
 
 
@@ -223,7 +248,9 @@ def working_memory(step: Callable[[], object]) -> float:
     """See `memory`; of two steps in this process."""
 
     def status(field: str) -> float:
-        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+        line = next(
+            x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field)
+        )
         return float(line.split()[1]) / 1e3
 
     gc.collect()
@@ -242,7 +269,9 @@ def sizes(nets: Nets) -> dict[str, float]:
     save_weights(nets.get("baked TDQ").state_dict(), folder / "baked.safetensors", {})
     found = {"float32 weights": (folder / "float.safetensors").stat().st_size}
     found["baked W4A4 TDQ, codes as bytes"] = (folder / "baked.safetensors").stat().st_size
-    found["packed W4A4 TDQ"] = packed.save(nets.get("baked TDQ").state_dict(), folder / "packed.safetensors", {}, "")
+    found["packed W4A4 TDQ"] = packed.save(
+        nets.get("baked TDQ").state_dict(), folder / "packed.safetensors", {}, ""
+    )
     found["packed W4A4 static"] = packed.save(
         nets.get("baked static").state_dict(), folder / "static.safetensors", {}, ""
     )
@@ -259,7 +288,9 @@ def exactness(nets: Nets) -> float:
     x = torch.randn(2, *nets.model.sample_shape, generator=torch.Generator().manual_seed(2))
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     handles = [
-        net.get_submodule(n).register_forward_hook(lambda m, args, out, n=n: seen.update({n: (args[0], out)}))
+        net.get_submodule(n).register_forward_hook(
+            lambda m, args, out, n=n: seen.update({n: (args[0], out)})
+        )
         for n in layers
     ]
     with torch.no_grad():
@@ -304,13 +335,21 @@ def page(content: dict[str, Any]) -> list[str]:
                 for b in batches
             ]
             peak = of["memory_mb"].get(variant)
-            lines.append(f"| {variant} | " + " | ".join(cells) + f" | {'-' if peak is None else f'{peak:.0f}'} |")
+            lines.append(
+                f"| {variant} | "
+                + " | ".join(cells)
+                + f" | {'-' if peak is None else f'{peak:.0f}'} |"
+            )
         for b in batches:
             median = {v: of["ms"][b][v]["median"] for v in of["ms"][b]}
             tdq, aim = median["integer TDQ"], AIMS.get((name, int(b)))
             said = f"Batch {b}: integer TDQ / best float32 eager {tdq / best[b]:.2f}"
-            said += f" (aim {aim:.2f}, {'met' if tdq <= aim * best[b] else 'missed'})" if aim else ""
-            said += f"; integer TDQ / integer static {tdq / median['integer static']:.3f} (aim 1.02)"
+            said += (
+                f" (aim {aim:.2f}, {'met' if tdq <= aim * best[b] else 'missed'})" if aim else ""
+            )
+            said += (
+                f"; integer TDQ / integer static {tdq / median['integer static']:.3f} (aim 1.02)"
+            )
             for kind in ("per tensor", "per sample"):
                 said += f"; Dynamic {kind} / static {median[f'integer Dynamic, {kind}'] / median['integer static']:.2f}"
             lines += ["", said + "."]
@@ -328,7 +367,8 @@ def page(content: dict[str, Any]) -> list[str]:
                 "|---|---|---|",
             ]
             lines += [
-                f"| {label} | {ms:.2f} | {ms / total:.0%} |" for label, ms in sorted(parts.items(), key=lambda i: -i[1])
+                f"| {label} | {ms:.2f} | {ms / total:.0%} |"
+                for label, ms in sorted(parts.items(), key=lambda i: -i[1])
             ]
         lines += [
             "",
@@ -347,7 +387,9 @@ def besides_times(nets: Nets, variants: list[str], threads: int) -> dict[str, An
     kinds = export.optimised_operators(nets.get("integer.onnx"))
     measured = [v for v in variants if "compiled" not in v]  # its peak is the compiler's
     return {
-        "breakdown": {f"{variant}, batch {shown}": breakdown(nets, variant, shown) for variant in parts},
+        "breakdown": {
+            f"{variant}, batch {shown}": breakdown(nets, variant, shown) for variant in parts
+        },
         "sizes_mb": sizes(nets),
         "exactness": exactness(nets),
         "operators": ", ".join(
@@ -364,8 +406,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", default="ddim_small,ddim_cifar10")
     parser.add_argument("--batches", default="1,8,64")
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
-    parser.add_argument("--keep-times", action="store_true", help="take the times from integer.json, measure the rest")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out torch.compile, which takes minutes"
+    )
+    parser.add_argument(
+        "--keep-times",
+        action="store_true",
+        help="take the times from integer.json, measure the rest",
+    )
     parser.add_argument("--memory", metavar="VARIANT", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
     options = parser.parse_args()
@@ -384,16 +432,25 @@ def main() -> None:
         if options.keep_times:
             kept = files.read_json(options.out / "integer.json")
             if kept is None:
-                raise SystemExit(f"error: {options.out / 'integer.json'}: is not there; measure the times first")
+                raise SystemExit(
+                    f"error: {options.out / 'integer.json'}: is not there; measure the times first"
+                )
             content = kept
         for name in names:
             nets = Nets(name, Path(scratch))
             of = content["models"].setdefault(name, {"ms": {}})
             for batch in () if options.keep_times else batches:
                 of["ms"][str(batch)] = timed(nets, batch, variants)
-                print(name, batch, {k: round(v["median"], 1) for k, v in of["ms"][str(batch)].items()}, flush=True)
+                print(
+                    name,
+                    batch,
+                    {k: round(v["median"], 1) for k, v in of["ms"][str(batch)].items()},
+                    flush=True,
+                )
             of |= besides_times(nets, variants, options.threads)
-        pages.report(options.out / "integer", {"models": content["models"]}, content["about"], page(content))
+        pages.report(
+            options.out / "integer", {"models": content["models"]}, content["about"], page(content)
+        )
 
 
 if __name__ == "__main__":

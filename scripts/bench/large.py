@@ -1,9 +1,11 @@
 """Measure seconds and peak memory of a denoising step of a full-size network -> results/bench/large.md.
 
-    python scripts/bench/large.py [--experiment ldm_w8a8_lsq_tdq] [--batches 1 4] [--rounds 5] [--threads 2]
+    python scripts/bench/large.py [--experiment ldm_w8a8_lsq_tdq] [--batches 1 4] [--rounds 5]
+        [--threads 2]
 
-Each form of the network runs in a process of its own, so that peak memory is its alone: Python and its libraries
-(`baseline`) included. Weights are random and step sizes are 1, of which neither seconds nor bytes depend.
+Each form of the network runs in a process of its own, so that peak memory is its alone: Python and
+its libraries (`baseline`) included. Weights are random and step sizes are 1, of which neither
+seconds nor bytes depend.
 """
 
 from __future__ import annotations
@@ -70,18 +72,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             job.model.predict(net, x, torch.tensor(500))
             times.append(time.perf_counter() - began)
         steps[str(batch)] = {"seconds": sorted(times[1:]), "memory": environment.peak_memory_gb()}
-    return {"parameters": sum(p.numel() for p in job.model.build().parameters()), "memory": built, "steps": steps}
+    return {
+        "parameters": sum(p.numel() for p in job.model.build().parameters()),
+        "memory": built,
+        "steps": steps,
+    }
 
 
 def main() -> None:
     """The command; `--help` lists its options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--experiment", default="ldm_w8a8_lsq_tdq", help="a quantized experiment")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="batch sizes, rising (default: 1 4)")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 4], help="batch sizes, rising (default: 1 4)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="counted steps of each (default: 5)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
     parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder to write")
-    parser.add_argument("--form", choices=FORMS, help="measure this one alone, in this process, and print it")
+    parser.add_argument(
+        "--form", choices=FORMS, help="measure this one alone, in this process, and print it"
+    )
     options = parser.parse_args()
     if options.form is not None:
         print(json.dumps(measure(options)))
@@ -89,12 +99,16 @@ def main() -> None:
 
     measured = {}
     for form in FORMS:
-        done = subprocess.run([sys.executable, *sys.argv, "--form", form], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *sys.argv, "--form", form], capture_output=True, text=True
+        )
         if done.returncode:
             sys.exit(f"error: {form}: {done.stderr.strip().splitlines()[-1]}")
         measured[form] = json.loads(done.stdout.splitlines()[-1])
 
-    about = pages.about(experiment=options.experiment, threads=options.threads, rounds=options.rounds)
+    about = pages.about(
+        experiment=options.experiment, threads=options.threads, rounds=options.rounds
+    )
     lines = page(measured, about, [str(batch) for batch in options.batches])
     pages.report(options.out / "large", {"forms": measured}, about, lines)
 
@@ -108,9 +122,23 @@ def page(measured: dict[str, Any], about: dict[str, Any], batches: list[str]) ->
         for form in list(FORMS)[1:]:
             step = measured[form]["steps"][batch]
             seconds = middle(step["seconds"])
-            rows.append([FORMS[form], batch, f"{seconds:.2f}", f"{seconds / reference:.2f}", f"{step['memory']:.2f}"])
+            rows.append(
+                [
+                    FORMS[form],
+                    batch,
+                    f"{seconds:.2f}",
+                    f"{seconds / reference:.2f}",
+                    f"{step['memory']:.2f}",
+                ]
+            )
 
-    headers = ["network", "batch", "s for a step, median", "of float's", "peak memory of the process, GB"]
+    headers = [
+        "network",
+        "batch",
+        "s for a step, median",
+        "of float's",
+        "peak memory of the process, GB",
+    ]
     return [
         f"`{about['experiment']}`: one denoising step of a U-Net of {measured['float']['parameters']:,} parameters,"
         f" {about['threads']} threads, medians of {about['rounds']}; peak memory includes building the network."

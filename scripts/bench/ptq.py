@@ -2,8 +2,9 @@
 
     python scripts/bench/ptq.py [--threads 2] [--updates 30] [--rounds 5]
 
-Static and TDQ's reconstruction of the same block are timed in turn in one process. The whole fits of
-`ddim_small` are read from their rows. Weights are random: they do not change how long anything takes.
+Static and TDQ's reconstruction of the same block are timed in turn in one process. The whole fits
+of `ddim_small` are read from their rows. Weights are random: they do not change how long anything
+takes.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def shown_noise(model: DiffusionModel, samples: int) -> Batches:
     return Batches(samples, lambda n: (x[n * 64 : (n + 1) * 64], t[n * 64 : (n + 1) * 64]))
 
 
-def calibrated(model: DiffusionModel, recipe: Recipe, shown: Batches, processes: Processes) -> nn.Module:
+def calibrated(
+    model: DiffusionModel, recipe: Recipe, shown: Batches, processes: Processes
+) -> nn.Module:
     """A quantized network with start values; nothing is cached."""
     with tempfile.TemporaryDirectory() as cache:
         net = model.build().to(processes.device).eval()
@@ -83,14 +86,23 @@ def block_seconds(
             block = blocks[name][number]
             with tempfile.TemporaryDirectory() as folder:
                 seen = capture(
-                    net, float_net, model, shown, block, PtqOptions.memory_gb, Path(folder), processes
+                    net,
+                    float_net,
+                    model,
+                    shown,
+                    block,
+                    PtqOptions.memory_gb,
+                    Path(folder),
+                    processes,
                 )
             for quantizer in block.quantizers.values():
                 quantizer.requires_grad_(True)
             data = BlockData(*seen, every, index, index)
             works[name] = Reconstruction(net, block, data, options, (0, number), processes)
         times = interleaved(works, rounds)
-        found[blocks["static"][number].name] = {name: 1000 * seconds for name, seconds in times.items()}
+        found[blocks["static"][number].name] = {
+            name: 1000 * seconds for name, seconds in times.items()
+        }
     return found
 
 
@@ -110,7 +122,12 @@ def minmax_seconds(processes: Processes) -> float:
     model = jobs.make(compose(["model=ddim_cifar10"]), "model.definition")
     shown = shown_noise(model, SAMPLES)
     began = time.perf_counter()
-    calibrated(model, Recipe(8, 8, MinMaxWeights, MinMax, weight_interval="channel_range"), shown, processes)
+    calibrated(
+        model,
+        Recipe(8, 8, MinMaxWeights, MinMax, weight_interval="channel_range"),
+        shown,
+        processes,
+    )
     return time.perf_counter() - began
 
 
@@ -130,10 +147,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
     parser.add_argument(
-        "--updates", type=int, default=30, help="updates of a stretch; each makes its optimiser anew (default: 30)"
+        "--updates",
+        type=int,
+        default=30,
+        help="updates of a stretch; each makes its optimiser anew (default: 30)",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="counted stretches of each (default: 5)")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results (default: results)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="counted stretches of each (default: 5)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results"), help="folder of results (default: results)"
+    )
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
@@ -149,7 +173,9 @@ def main() -> None:
     pages.report(options.out / "bench" / "ptq", measured, about, lines)
 
 
-def page(blocks: dict[str, dict[str, float]], minmax: float, about: dict[str, Any], work: str) -> list[str]:
+def page(
+    blocks: dict[str, dict[str, float]], minmax: float, about: dict[str, Any], work: str
+) -> list[str]:
     """Return the lines of the Markdown page, whole fits left out."""
     total = {name: sum(times[name] for times in blocks.values()) for name in ("static", "TDQ")}
     rows = [

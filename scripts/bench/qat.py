@@ -4,7 +4,8 @@
 
 Numbers are medians of interleaved runs in one process. Beside our quantizers: the same without our
 fused kernels, with torch's own fused learnable fake-quantize (per channel, the batch as the channel
-axis, where every sample has a step size of its own), and with TDQ's generators evaluated one by one.
+axis, where every sample has a step size of its own), and with TDQ's generators evaluated one by
+one.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class TorchFused(Lsq):
             fused = torch._fake_quantize_learnable_per_tensor_affine
             return fused(x, s.reshape(1), z.reshape(1), n, p, scale)
         steps, zeros = s.reshape(-1), z.reshape(-1).expand(len(x)).contiguous()
-        return torch._fake_quantize_learnable_per_channel_affine(x.contiguous(), steps, zeros, 0, n, p, scale)
+        return torch._fake_quantize_learnable_per_channel_affine(
+            x.contiguous(), steps, zeros, 0, n, p, scale
+        )
 
 
 class OneByOne(Interval):
@@ -89,7 +92,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
     parser.add_argument("--rounds", type=int, default=15, help="counted rounds (default: 15)")
     parser.add_argument("--batch", type=int, default=64, help="batch size (default: 64)")
-    parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder of qat.md and qat.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/bench"), help="folder of qat.md and qat.json"
+    )
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
@@ -130,7 +135,9 @@ def measure(batch: int, rounds: int) -> dict[str, dict[str, float]]:
 
     # 3. Denoising steps, in turn.
     denoising = {"denoise float": denoising_step(model, nets["float"], x)}
-    denoising |= {f"denoise {name} baked": denoising_step(model, net, x) for name, net in baked.items()}
+    denoising |= {
+        f"denoise {name} baked": denoising_step(model, net, x) for name, net in baked.items()
+    }
     last = "denoise LSQ+TDQ baked"
     denoising[f"{last}, unfused"] = without_kernels(denoising[last])
     return times | medians(denoising, rounds * 3)
@@ -139,7 +146,8 @@ def measure(batch: int, rounds: int) -> dict[str, dict[str, float]]:
 def page(times: dict[str, dict[str, float]], about: dict[str, Any]) -> list[str]:
     """Return the lines of the Markdown page."""
     steps = [
-        f"| {name} | {of['min']:.1f} | {of['median']:.1f} | {of['max']:.1f} |" for name, of in times.items()
+        f"| {name} | {of['min']:.1f} | {of['median']:.1f} | {of['max']:.1f} |"
+        for name, of in times.items()
     ]
     ratios = [
         f"| {name} | {times[ours]['median'] / times[theirs]['median']:.2f} | <= {aim} |"

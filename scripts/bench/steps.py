@@ -70,7 +70,9 @@ def without_kernels(step: Step) -> Step:
     return run
 
 
-def medians(steps: Mapping[str, Step], rounds: int, pause: float = 0.0) -> dict[str, dict[str, float]]:
+def medians(
+    steps: Mapping[str, Step], rounds: int, pause: float = 0.0
+) -> dict[str, dict[str, float]]:
     """Run every step in turn and return the minimum, median and maximum of each in milliseconds.
 
     Args:

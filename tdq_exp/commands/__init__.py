@@ -1,6 +1,7 @@
 """Commands: `python -m tdq_exp VERB ...`.
 
-Each verb is a module of this package with a `main()`; `run` is `tdq_exp.run`. `VERB --help` lists its options.
+Each verb is a module of this package with a `main()`; `run` is `tdq_exp.run`. `VERB --help` lists
+its options.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ VERBS = {
     "run": ("tdq_exp.run", "compose an experiment and run it (also: python -m tdq_exp.run)"),
     "table": ("tdq_exp.commands.table", "run the cells of a table that have no row, and render it"),
     "sample": ("tdq_exp.commands.sample", "draw images from a finished run or a packed network"),
-    "pack": ("tdq_exp.commands.pack", "write a quantized run as one file, weights at their real bit width"),
+    "pack": (
+        "tdq_exp.commands.pack",
+        "write a quantized run as one file, weights at their real bit width",
+    ),
     "export": ("tdq_exp.commands.export", "write a quantized run as an ONNX graph"),
 }
 

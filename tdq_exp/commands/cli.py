@@ -1,4 +1,4 @@
-"""What all commands share: a parser made of the module's docstring, and one way to end with an error."""
+"""What all commands share: a parser made of a docstring, and one way to end with an error."""
 
 from __future__ import annotations
 

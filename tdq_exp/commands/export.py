@@ -1,7 +1,7 @@
 """Export a finished run as one ONNX file with its tables inside: (x_t, t) -> prediction.
 
-python -m tdq_exp export results/runs/digits_w4a4_lsq_tdq/seed0 --out digits_w4a4.onnx
-python -m tdq_exp export results/runs/digits_w4a4_lsq_tdq/seed0 --out digits_w4a4_portable.onnx --form portable
+python -m tdq_exp export results/runs/digits_w4a4_lsq_tdq/seed0 --out digits.onnx
+python -m tdq_exp export results/runs/digits_w4a4_lsq_tdq/seed0 --out other.onnx --form portable
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from tdq_exp.experiment import sample_stage
 from tdq_exp.experiment.load import load
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.quant.layers import QuantConv2d
+from tdq_exp.runtime import files
 from tdq_exp.runtime.progress import console, print_table
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
+GROUP = 16  # images sampled at a time
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
 
 # Operators whose number is printed: on integers, then in float.
@@ -58,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
 
-    return cli.exit_code(export, options.run.expanduser(), options.out, options.form, options.images)
+    return cli.exit_code(
+        export, options.run.expanduser(), options.out, options.form, options.images
+    )
 
 
 def export(run: Path, out: Path, form: str = "integer", images: int = 16) -> Path:
@@ -94,7 +98,10 @@ def export(run: Path, out: Path, form: str = "integer", images: int = 16) -> Pat
     print_table(
         "prediction, relative root mean square of the difference from simulated quantization",
         ["t", "ONNX Runtime", "control: simulated, another batch size"],
-        [(str(t), f"{parity:.2e}", f"{control:.2e}") for t, parity, control in compare(job, net, out)],
+        [
+            (str(t), f"{parity:.2e}", f"{control:.2e}")
+            for t, parity, control in compare(job, net, out)
+        ],
     )
     return out
 
@@ -116,76 +123,94 @@ def _check_options(out: Path, form: str, images: int) -> None:
 
 
 def graph_file(job: jobs.Experiment, net: nn.Module, out: Path, form: str, images: int) -> int:
-    """Writes the graph of a baked network and returns its bytes. Arguments as `export`."""
+    """Write the graph of a baked network and return its size in bytes. Arguments as `export`."""
     steps = job.model.schedule.steps
-    ranges = onnx.output_ranges(_seen(job, net, images), steps) if form == "integer" else {}
+    ranges = (
+        onnx.output_ranges(sums_over_time(job, net, images), steps) if form == "integer" else {}
+    )
     graph = onnx.graph_of(net, ranges, form)
-    part = out.with_name(f".{out.name}.part")
-    try:
-        size = onnx.write(graph, job.model.sample_shape, part)
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
-    return size
+
+    with files.replacing(out) as part:
+        return onnx.write(graph, job.model.sample_shape, part)
 
 
 @torch.no_grad()
-def _seen(job: jobs.Experiment, net: nn.Module, images: int) -> dict[str, list[tuple[int, float, float]]]:
-    """(t, smallest, largest) of each convolution's first sum, at every step of a sampling."""
-    seen: dict[str, dict[int, tuple[float, float]]] = {}
+def sums_over_time(
+    job: jobs.Experiment, net: nn.Module, images: int
+) -> dict[str, list[tuple[int, float, float]]]:
+    """Return the range of each convolution's first sum at every step of a sampling.
 
+    Returns:
+        Layer -> (t, smallest, largest).
+    """
+    ranges: dict[str, dict[int, tuple[float, float]]] = {}
+    handles = []
+
+    # 1. Watch every convolution.
     def watch(name: str, layer: QuantConv2d) -> None:
         def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
             low, high = (float(v) for v in onnx.first_sum(layer, args[0], y).aminmax())
             t = int(net.time.t)  # type: ignore[union-attr,operator,arg-type]
-            before = seen.setdefault(name, {}).get(t, (low, high))
-            seen[name][t] = (min(low, before[0]), max(high, before[1]))
+            before = ranges.setdefault(name, {}).get(t, (low, high))
+            ranges[name][t] = (min(low, before[0]), max(high, before[1]))
 
         handles.append(layer.register_forward_hook(hook))
 
-    handles: list[torch.utils.hooks.RemovableHandle] = []
     for name, module in net.named_modules():
         if isinstance(module, QuantConv2d):
             watch(name, module)
-    for start in range(0, images, 16):
-        indices = range(start, min(start + 16, images))
+
+    # 2. Sample images that no row is measured on.
+    for start in range(0, images, GROUP):
         sample_stage.sample_group(
             Denoiser(net, job.model),
             job.sampler,
-            indices,
+            range(start, min(start + GROUP, images)),
             seed=job.sampling.seed,
             stream=Stream.EXPORT_RANGE,
             device=torch.device("cpu"),
         )
+
     for handle in handles:
         handle.remove()
-    return {name: [(t, *values) for t, values in found.items()] for name, found in seen.items()}
+    return {name: [(t, *of) for t, of in by_t.items()] for name, by_t in ranges.items()}
 
 
 @torch.no_grad()
 def compare(job: jobs.Experiment, net: nn.Module, file: Path) -> list[tuple[int, float, float]]:
-    """(t, difference of ONNX Runtime from the simulated network, difference of that one at another batch size).
+    """Compare the graph with the simulated network at four time steps.
 
-    At few bits a sum on the border of two codes may fall on either side, and the layers behind it see it: what another
-    order of summation does is the measure of parity.
+    At few bits a sum on the border of two codes may fall on either side, and the layers behind it
+    see it: what another order of summation does is the measure of parity.
+
+    Returns:
+        (t, difference of ONNX Runtime from the simulated network, difference of the simulated
+        network from itself at another batch size).
     """
     run = session(file)
     steps = job.model.schedule.steps
     x = torch.randn(8, *job.model.sample_shape, generator=torch.Generator().manual_seed(0))
+
     rows = []
     for t in (0, steps // 4, steps // 2, steps - 1):
         now = torch.tensor(t)
         expected = job.model.predict(net, x, now)
-        found = torch.from_numpy(run.run(None, {"x_t": x.numpy(), "t": np.array(t, dtype=np.int64)})[0])
-        others = [job.model.predict(net, x.repeat(8, 1, 1, 1), now)[:8], job.model.predict(net, x[:3], now)]
-        rows.append(
-            (t, onnx.parity(found, expected), max(onnx.parity(other, expected[: len(other)]) for other in others))
-        )
+
+        feed = {"x_t": x.numpy(), "t": np.array(t, dtype=np.int64)}
+        output = torch.from_numpy(run.run(None, feed)[0])
+
+        larger = job.model.predict(net, x.repeat(8, 1, 1, 1), now)[:8]
+        smaller = job.model.predict(net, x[:3], now)
+        control = max(onnx.parity(larger, expected), onnx.parity(smaller, expected[:3]))
+        rows.append((t, onnx.parity(output, expected), control))
+
     return rows
 
 
-def session(file: Path, optimised: Path | None = None, threads: int = 0, spinning: bool = True) -> InferenceSession:
-    """A session of ONNX Runtime on the CPU.
+def session(
+    file: Path, optimised: Path | None = None, threads: int = 0, spinning: bool = True
+) -> InferenceSession:
+    """Return a session of ONNX Runtime on the CPU.
 
     Args:
         file: the graph.
@@ -206,7 +231,7 @@ def session(file: Path, optimised: Path | None = None, threads: int = 0, spinnin
 
 
 def optimised_operators(file: Path) -> dict[str, int]:
-    """How many operators of each kind ONNX Runtime will run."""
+    """Return how many operators of each kind ONNX Runtime will run."""
     with tempfile.TemporaryDirectory() as folder:
         optimised = Path(folder) / "optimised.onnx"
         session(file, optimised)

@@ -19,15 +19,19 @@ from tdq_exp.runtime.progress import console
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit code."""
     parser = cli.parser(__doc__, "python -m tdq_exp pack")
-    parser.add_argument("run", type=Path, help="folder of a finished run: results/runs/<name>/seed<k>")
-    parser.add_argument("--out", type=Path, help="file to write (default: packed.safetensors in the run's folder)")
+    parser.add_argument(
+        "run", type=Path, help="folder of a finished run: results/runs/<name>/seed<k>"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="file to write (default: packed.safetensors in the run's folder)"
+    )
     options = parser.parse_args(arguments)
 
     return cli.exit_code(pack, options.run.expanduser(), options.out)
 
 
 def pack(run: Path, out: Path | None = None) -> Path:
-    """Write the packed file of a run, print its size beside that of the float weights, return its path.
+    """Write the packed file of a run, print its size beside the float weights', return its path.
 
     Raises:
         ValueError: for a run that is not quantized, or a file that exists.
@@ -43,7 +47,9 @@ def pack(run: Path, out: Path | None = None) -> Path:
 
     record = files.read_json(run / "fit.json")
     assert record is not None
-    size = packed.save(net.state_dict(), out, record["config"], record["fingerprint"], job.model.parts())
+    size = packed.save(
+        net.state_dict(), out, record["config"], record["fingerprint"], job.model.parts()
+    )
 
     parameters = sum(p.numel() for p in job.model.build().parameters())
     float_mb = 4 * parameters / 1e6

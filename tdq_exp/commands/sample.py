@@ -30,11 +30,25 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, "python -m tdq_exp sample")
     parser.add_argument("run", type=Path, help="folder of a finished run, or a packed network")
     parser.add_argument("--images", type=int, default=64, help="how many (default: 64)")
-    parser.add_argument("--steps", type=int, help="sampling steps (default: as the run was measured)")
-    parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default: 0, the measured images)")
+    parser.add_argument(
+        "--steps", type=int, help="sampling steps (default: as the run was measured)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the starting noise (default: 0, the measured images)",
+    )
     parser.add_argument("--batch", type=int, default=64, help="images at a time (default: 64)")
-    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for PNGs and grid (default: samples)")
-    parser.add_argument("--engine", default="fake", help="fake (simulated quantization, the default) or integer")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("samples"),
+        help="folder for PNGs and grid (default: samples)",
+    )
+    parser.add_argument(
+        "--engine", default="fake", help="fake (simulated quantization, the default) or integer"
+    )
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
     return parser
 
@@ -57,19 +71,40 @@ def draw(options: argparse.Namespace) -> None:
     # 2. The network, on the engine that was asked for.
     job, net = load(options.run)
     if not job.fit.options.fits_network:
-        raise ValueError(f"{options.run}: is the model's {job.fit.options.part}; images are drawn from its network")
-    sampler = job.sampler if options.steps is None else dataclasses.replace(job.sampler, steps=options.steps)
+        raise ValueError(
+            f"{options.run}: is the model's {job.fit.options.part}; images are drawn from"
+            " its network"
+        )
+    sampler = (
+        job.sampler
+        if options.steps is None
+        else dataclasses.replace(job.sampler, steps=options.steps)
+    )
     size = job.model.image_size
     processes = Processes(cpu=options.cpu)
     net, _ = sample_stage.engine(
-        net, job.model, options.engine, batch=options.batch, min_speedup=1.0, folder=options.out, processes=processes
+        net,
+        job.model,
+        options.engine,
+        batch=options.batch,
+        min_speedup=1.0,
+        folder=options.out,
+        processes=processes,
     )
 
     # 3. The images, as an array, as PNGs and side by side.
-    store = ImageStore(options.out / "images", options.images, options.batch, (size, size, job.model.channels))
-    sample_stage.sample_set(Denoiser(net, job.model), sampler, store, seed=options.seed, processes=processes)
+    store = ImageStore(
+        options.out / "images", options.images, options.batch, (size, size, job.model.channels)
+    )
+    sample_stage.sample_set(
+        Denoiser(net, job.model), sampler, store, seed=options.seed, processes=processes
+    )
     sample_stage.write_pngs(store.read(), options.out)
-    figures.sample_grid({f"{job.name}, seed {options.seed}": store.read()}, options.out / "grid.png")
+    figures.sample_grid(
+        {f"{job.name}, seed {options.seed}": store.read()}, options.out / "grid.png"
+    )
     processes.close()
 
-    console.print(f"{options.images} images in {options.out}, side by side in {options.out / 'grid.png'}")
+    console.print(
+        f"{options.images} images in {options.out}, side by side in {options.out / 'grid.png'}"
+    )

@@ -36,12 +36,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, "python -m tdq_exp table")
     parser.add_argument("table", help="a file of configs/table: table1, table2")
-    parser.add_argument("overrides", nargs="*", help="of every cell's command, as data.source.path=PATH")
+    parser.add_argument(
+        "overrides", nargs="*", help="of every cell's command, as data.source.path=PATH"
+    )
     parser.add_argument("--scale", default="paper", help="paper, small or digits (default: paper)")
-    parser.add_argument("--run", action="store_true", help="print the plan, run the cells that have no row, then render")
-    parser.add_argument("--column", help="run the cells of this column alone: ddim, ldm (default: all of the scale)")
-    parser.add_argument("--go", action="store_true", help="run the paper's scale although there is no GPU")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of runs and tables (default: results)")
+    parser.add_argument(
+        "--run",
+        action="store_true",
+        help="print the plan, run the cells that have no row, then render",
+    )
+    parser.add_argument(
+        "--column", help="run the cells of this column alone: ddim, ldm (default: all of the scale)"
+    )
+    parser.add_argument(
+        "--go", action="store_true", help="run the paper's scale although there is no GPU"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results"),
+        help="folder of runs and tables (default: results)",
+    )
     return parser
 
 
@@ -61,7 +76,9 @@ def make(options: argparse.Namespace) -> int:
     # 2. The rows that there are not.
     failed: list[str] = []
     if options.run:
-        failed = table_runs.run([c for c in cells if options.column in (None, c.column)], options.go)
+        failed = table_runs.run(
+            [c for c in cells if options.column in (None, c.column)], options.go
+        )
         cells = [cells_module.find(cell) for cell in asked]
 
     # 3. The table and its picture.

@@ -53,15 +53,22 @@ def run(cells: Sequence[Cell], go: bool = False) -> list[str]:
     failed = []
     for number, cell in enumerate(missing, 1):
         command = ["-m", "tdq_exp.run", *cell.overrides, *(["go=true"] if go else [])]
-        console.print(f"cell {number} of {len(missing)}: python {shlex.join(command)}", markup=False)
+        console.print(
+            f"cell {number} of {len(missing)}: python {shlex.join(command)}", markup=False
+        )
 
         code = call([sys.executable, *command])
         if code:
             failed.append(cell.name)
-            console.print(f"cell {number} of {len(missing)}: {cell.name} failed (exit code {code})", markup=False)
+            console.print(
+                f"cell {number} of {len(missing)}: {cell.name} failed (exit code {code})",
+                markup=False,
+            )
 
     if failed:
-        console.print(f"{len(failed)} of {len(missing)} cells failed: {', '.join(failed)}", markup=False)
+        console.print(
+            f"{len(failed)} of {len(missing)} cells failed: {', '.join(failed)}", markup=False
+        )
     return failed
 
 
@@ -92,16 +99,23 @@ def show_plan(cells: Sequence[Cell]) -> bool:
         [cell.name, count, *_costs(cost.seconds, cost.disk_bytes)]
         for cell, count, cost in zip(cells, images, per_cell, strict=True)
     ]
-    total = _costs(sum(cost.seconds for cost in per_cell), sum(cost.disk_bytes for cost in per_cell))
+    total = _costs(
+        sum(cost.seconds for cost in per_cell), sum(cost.disk_bytes for cost in per_cell)
+    )
     lines.append([f"all {len(cells)}", sum(images), *total])
     print_table("cells to run, and about what they cost", ["cell", "images", "time", "disk"], lines)
 
     encode = max((cost.encode_seconds for cost in per_cell), default=0.0)
     if encode:
         duration = costs.duration(1000 * encode)
-        console.print(f"on top, once for all cells: encoding training images, about {duration} for 1,000")
+        console.print(
+            f"on top, once for all cells: encoding training images, about {duration} for 1,000"
+        )
 
-    return any(job.config["protocol"]["scale"] == "paper" and not job.machine.smoke for job in jobs_of_cells)
+    return any(
+        job.config["protocol"]["scale"] == "paper" and not job.machine.smoke
+        for job in jobs_of_cells
+    )
 
 
 def _warn_of_stale(cells: Sequence[Cell]) -> None:
@@ -120,7 +134,9 @@ def _job(cell: Cell) -> jobs.Experiment:
     try:
         return jobs.build(compose(cell.overrides))
     except ValueError as error:
-        raise ValueError(f"{cell.name}: {error}; --column runs one column, with overrides of its own") from error
+        raise ValueError(
+            f"{cell.name}: {error}; --column runs one column, with overrides of its own"
+        ) from error
 
 
 def _shape(job: jobs.Experiment) -> str:

@@ -1,10 +1,11 @@
-"""Experiments by name: `+experiment=ddim_w4a4_lsq_tdq`, with or without a file in `configs/experiment`.
+"""Experiments by name, with or without a file: `+experiment=ddim_w4a4_lsq_tdq`.
 
-The name of a run says which options it was composed of (`naming.fit_name`), so the way back needs no
-file: `<model>[_<bits>]_<method>`, then the labels of whatever else differs from its default.
+The name of a run says which options it was composed of (`naming.fit_name`), so the way back needs
+no file: `<model>[_<bits>]_<method>`, then the labels of whatever else differs from its default.
 
     ddim_small_w4a4_lsq_tdq      model=ddim_small bits=w4a4 method=lsq tdq=temporal
-    ldm_w8a5_ptq4dm_fattn        model=ldm_churches bits=w8a5 method=ptq4dm tdq=none plan=float_attention
+    ldm_w8a5_ptq4dm_fattn        model=ldm_churches bits=w8a5 method=ptq4dm tdq=none
+                                 plan=float_attention
     digits_fp                    model=digits method=fp
 
 The files of `configs/experiment` are the documented ones; they win where both exist. Nothing here
@@ -48,9 +49,13 @@ def register(overrides: Sequence[str]) -> None:
 
         choices = choices_of(name)
         if choices is None:
-            raise ValueError(f"+experiment={name}: no such experiment; the nearest: {', '.join(nearest(name))}")
+            raise ValueError(
+                f"+experiment={name}: no such experiment; the nearest: {', '.join(nearest(name))}"
+            )
 
-        ConfigStore.instance().store(group="experiment", name=name, node=_node(choices), package="_global_")
+        ConfigStore.instance().store(
+            group="experiment", name=name, node=_node(choices), package="_global_"
+        )
 
 
 def documented() -> list[str]:
@@ -136,7 +141,9 @@ def _labels(group: str) -> dict[str, str]:
 def _float_methods() -> set[str]:
     """Return the methods that quantize nothing."""
     folder = assets.configs() / "method"
-    return {path.stem for path in folder.glob("*.yaml") if _value(path, "method", "quantized") is False}
+    return {
+        path.stem for path in folder.glob("*.yaml") if _value(path, "method", "quantized") is False
+    }
 
 
 def _value(path: Path, group: str, key: str) -> object:
@@ -165,5 +172,7 @@ def _node(choices: Sequence[str]) -> dict[str, object]:
     """Return the content that a file of these choices would have."""
     options = [choice for choice in choices if "." not in choice.split("=")[0]]
     values = OmegaConf.from_dotlist([choice for choice in choices if choice not in options])
-    defaults = [{f"override /{group}": option} for group, _, option in (o.partition("=") for o in options)]
+    defaults = [
+        {f"override /{group}": option} for group, _, option in (o.partition("=") for o in options)
+    ]
     return {"defaults": defaults, **OmegaConf.to_container(values)}  # type: ignore[dict-item]

@@ -121,7 +121,9 @@ def cells_of(
     if not columns:
         raise ValueError(f"--scale {scale}: {manifest.name} has {', '.join(manifest.scales)}")
     if column is not None and column not in columns:
-        raise ValueError(f"--column {column}: {manifest.name} at scale {scale} has {', '.join(columns)}")
+        raise ValueError(
+            f"--column {column}: {manifest.name} at scale {scale} has {', '.join(columns)}"
+        )
 
     for override in overrides:
         if _key(override) in SET_BY_TABLE:
@@ -131,7 +133,7 @@ def cells_of(
     for name in columns:
         given = overrides if column in (None, name) else ()
         for line in (manifest.float_model, *manifest.lines):
-            # The float model has no checkpoints to choose from: best_of_5 is for the quantized lines.
+            # The float model has no checkpoints to choose from.
             is_float = line is manifest.float_model
             extra = [o for o in given if not (is_float and _key(o) == "fit.report")]
             choices = manifest.choices(scale, name, line)
@@ -228,7 +230,9 @@ def _compared(config: dict[str, Any]) -> dict[str, Any]:
     # An older row may lack a key that there is now: None, and so a change.
     parts = {group: parts_of(group, defaultdict(lambda: None, config[group])) for group in groups}
     del parts["sampler"]["images"]
-    parts["eval"] = {key: config["eval"].get(key) for key in ("metrics", "batch", "reference_images")}
+    parts["eval"] = {
+        key: config["eval"].get(key) for key in ("metrics", "batch", "reference_images")
+    }
     parts["eval"]["features"] = config["eval"]["features"]["_target_"]  # their weights are a path
     return json.loads(json.dumps(parts))
 

@@ -39,7 +39,7 @@ class _PlainNumbers(LogFormatter):
 
 
 def distance_over_bits(panels: Sequence[Panel], path: Path, title: str) -> None:
-    """Draw distance over the activations' bit width: a panel for each model, a line for each method.
+    """Draw distance over the activations' bits: a panel for each model, a line for each method.
 
     Args:
         panels: side by side.

@@ -11,7 +11,9 @@ from tdq_exp.report.protocol import SAMPLER, check_protocol, select
 from tdq_exp.report.render import SHORT, STALE, TextTable
 
 
-def text_table(manifest: Manifest, scale: str, cells: Sequence[Cell], overrides: Sequence[str] = ()) -> TextTable:
+def text_table(
+    manifest: Manifest, scale: str, cells: Sequence[Cell], overrides: Sequence[str] = ()
+) -> TextTable:
     """Return a table, filled from the rows of its cells.
 
     Args:
@@ -38,7 +40,9 @@ def text_table(manifest: Manifest, scale: str, cells: Sequence[Cell], overrides:
     return TextTable(title, headers, groups, _notes(manifest, columns, overrides))
 
 
-def over_bits(manifest: Manifest, cells: Sequence[Cell]) -> tuple[dict[str, dict[int, float]], float | None]:
+def over_bits(
+    manifest: Manifest, cells: Sequence[Cell]
+) -> tuple[dict[str, dict[int, float]], float | None]:
     """Return the distances of a column's lines over the bits of activations, for a picture.
 
     Stale and short rows are left out: a picture has no marks.
@@ -48,7 +52,9 @@ def over_bits(manifest: Manifest, cells: Sequence[Cell]) -> tuple[dict[str, dict
     """
 
     def mean_of(line: Line) -> float | None:
-        values = _values([c for c in cells if c.line == line and not c.changes and not c.short], "fid")
+        values = _values(
+            [c for c in cells if c.line == line and not c.changes and not c.short], "fid"
+        )
         return _mean(values) if values else None
 
     methods: dict[str, dict[int, float]] = {}
@@ -116,7 +122,7 @@ class FilledColumn:
         self.headers = self._headers(manifest.columns[name].published)
 
     def _headers(self, published: str) -> list[tuple[str, str]]:
-        """Return (name, detail) of each header. Only Inception's distance and score have its names."""
+        """Return (name, detail) of each header; only Inception's distance is called FID."""
         features = _features(self.cells)
         inception = features.startswith("inception")
         detail = "" if inception else f"{features} features"
@@ -131,7 +137,7 @@ class FilledColumn:
         return [cell for cell in self.cells if cell.line == line]
 
     def seeds(self, line: Line) -> str:
-        """Return what a line's label says of this column's sampling seeds; empty if there is one."""
+        """Return what a line's label says of the sampling seeds; empty if there is one."""
         cells, used = self.of(line), _used(self.of(line))
         if len(cells) == 1 or not used:
             return ""
@@ -148,7 +154,7 @@ class FilledColumn:
         return [_metric_text(cells, "fid"), *score, self._gap(cells), published_text]
 
     def _gap(self, cells: Sequence[Cell]) -> str:
-        """Return the distance beyond the float model's mean; `-` for short rows and the float model."""
+        """Return the distance beyond the float model's mean; `-` for it and for short rows."""
         ours, theirs = _values(cells, "fid"), _values(self.reference, "fid")
         any_short = any(cell.short for cell in (*_used(cells), *_used(self.reference)))
 
@@ -172,7 +178,7 @@ class FilledColumn:
 
 
 def _metric_text(cells: Sequence[Cell], metric: str) -> str:
-    """Return the mean of a metric with its spread over seeds and its marks; `missing` without rows."""
+    """Return the mean of a metric, its spread over seeds and its marks."""
     used, values = _used(cells), _values(cells, metric)
     if not values:
         return "-" if used else "missing"
@@ -195,7 +201,10 @@ def _real_texts(columns: Sequence[FilledColumn]) -> list[list[str]]:
     They say what a perfect model would get, and, reconstructed, what an autoencoder leaves of it.
     """
     lines = []
-    for kind, label in (("held_out", "real images, held out"), ("reconstructed", "the same, reconstructed")):
+    for kind, label in (
+        ("held_out", "real images, held out"),
+        ("reconstructed", "the same, reconstructed"),
+    ):
         counts = sorted({real["images"] for column in columns if (real := column.real(kind))})
         if not counts and kind != "held_out":
             continue
@@ -207,7 +216,9 @@ def _real_texts(columns: Sequence[FilledColumn]) -> list[list[str]]:
     return lines
 
 
-def _notes(manifest: Manifest, columns: Sequence[FilledColumn], overrides: Sequence[str]) -> list[str]:
+def _notes(
+    manifest: Manifest, columns: Sequence[FilledColumn], overrides: Sequence[str]
+) -> list[str]:
     """Return the footer: the protocol of each column, and the state of the cells."""
     notes = [column.prefix + note for column in columns for note in _column_notes(column)]
 
@@ -225,7 +236,9 @@ def _notes(manifest: Manifest, columns: Sequence[FilledColumn], overrides: Seque
     if overrides:
         notes.append(f"Asked for with {' '.join(overrides)}.")
 
-    sources = sorted({line.source for line in (manifest.float_model, *manifest.lines) if line.source})
+    sources = sorted(
+        {line.source for line in (manifest.float_model, *manifest.lines) if line.source}
+    )
     if sources:
         notes.append(f"Published: {'; '.join(sources)}.")
     return notes
@@ -250,8 +263,8 @@ def _column_notes(column: FilledColumn) -> list[str]:
     return [
         f"Images per cell: {listed('images')}. Sampler: {sampler}, {settings}.",
         f"Features: {listed('features.name')}, weights {listed('features.weights')}."
-        f" Reference: {listed('reference.images')} training images, content {listed('reference.content')},"
-        f" {listed('reference.protocol')}.",
+        f" Reference: {listed('reference.images')} training images,"
+        f" content {listed('reference.content')}, {listed('reference.protocol')}.",
         f"Float weights: {listed('weights')}{autoencoder_text}."
         f" Checkpoint of the quantized lines: {listed('report', quantized)}."
         f" Seeds of their training: {listed('seed', quantized)}.",

@@ -7,8 +7,8 @@ option of some groups each; a column adds its model, and whatever else it is abo
     columns:  ldm: {scales: {small: {model: ldm_small, plan: float_attention}}, published: ...}
 
 Together they are the command of a cell, `model=ldm_small bits=w4a4 method=lsq tdq=temporal
-plan=float_attention`. Any group may be chosen (`calibration`, `plan`, `habits`, ...), and a line may
-hold `overrides` of single values besides.
+plan=float_attention`. Any group may be chosen (`calibration`, `plan`, `habits`, ...), and a line
+may hold `overrides` of single values besides.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ class Manifest:
     @property
     def scales(self) -> list[str]:
         """All scales that some column has."""
-        return list(dict.fromkeys(scale for column in self.columns.values() for scale in column.scales))
+        return list(
+            dict.fromkeys(scale for column in self.columns.values() for scale in column.scales)
+        )
 
     def at(self, scale: str) -> list[str]:
         """Return the columns that there are at a scale."""
@@ -174,7 +176,9 @@ def _require_groups(choices: Mapping[str, Any]) -> None:
     """Refuse a choice of something that is not a group of `configs`."""
     for group in choices:
         if not _is_group(assets.configs() / group):
-            raise ValueError(f"{group}: is neither a key of a line ({', '.join(NOT_CHOICES)}) nor a group")
+            raise ValueError(
+                f"{group}: is neither a key of a line ({', '.join(NOT_CHOICES)}) nor a group"
+            )
 
 
 def _is_group(folder: Path) -> bool:

@@ -14,7 +14,9 @@ def about(**settings: Any) -> dict[str, Any]:
     return {**settings, **environment.environment()}
 
 
-def report(stem: Path, measured: Mapping[str, Any], about: Mapping[str, Any], lines: Sequence[str]) -> list[Path]:
+def report(
+    stem: Path, measured: Mapping[str, Any], about: Mapping[str, Any], lines: Sequence[str]
+) -> list[Path]:
     """Write `<stem>.json` and `<stem>.md`, and print the page.
 
     Args:

@@ -51,8 +51,8 @@ def check_protocol(cells: Sequence[Cell]) -> None:
             first = first or (cell.name, value)
             if value != first[1]:
                 raise ValueError(
-                    f"rows of two protocols in one column: {key} is {first[1]} in {first[0]} and {value}"
-                    f" in {cell.name}; run one of them as the other, or move its row away"
+                    f"rows of two protocols in one column: {key} is {first[1]} in {first[0]} and"
+                    f" {value} in {cell.name}; run one of them as the other, or move its row away"
                 )
 
 

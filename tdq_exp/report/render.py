@@ -45,7 +45,9 @@ class TextTable:
         return [line for group in self.groups for line in group]
 
 
-def markdown_lines(headers: Sequence[str], rows: Iterable[Iterable[str]], left: int = 1) -> list[str]:
+def markdown_lines(
+    headers: Sequence[str], rows: Iterable[Iterable[str]], left: int = 1
+) -> list[str]:
     """Return headers and rows as the lines of a Markdown table.
 
     Args:
