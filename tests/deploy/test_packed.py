@@ -51,7 +51,7 @@ RUNS = {"qat": ["method=lsq", "tdq=temporal"], "post-training": ["method=minmax"
 def run(request, tmp_path_factory, tiny_weights):
     """The folder of a finished run, which the tests only read."""
     out = tmp_path_factory.mktemp("run")
-    quick = ["model=tiny", "tracker=none", "launcher=cpu", "fit.calibration_samples=64", f"out={out}"]
+    quick = ["model=tiny", "tracker=none", "launcher=cpu", "protocol.qat.calibration_samples=64", f"out={out}"]
     made = jobs.build(compose([*quick, f"model.weights={tiny_weights}", *request.param]))
     pipeline.run(made)
     return made.folder
