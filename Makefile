@@ -4,7 +4,7 @@ VENV ?= .venv
 SCALE ?= paper
 RUN = $(VENV)/bin/python -m tdq_exp.run
 
-.PHONY: help demo test lint table1 table2 bench bench-integer clean
+.PHONY: help demo test lint table1 table2 bench bench-integer bench-gpu house clean
 
 help:
 	@echo "make demo                    set up, then digits W4A4 LSQ+TDQ from float model to picture (minutes, CPU)"
@@ -15,6 +15,8 @@ help:
 	@echo "                             one column of either: TABLE_ARGS='--column ldm' (or ddim)"
 	@echo "make bench                   speed of training and denoising steps -> results/bench/"
 	@echo "make bench-integer           a denoising step on integers, simulated, in float and in ONNX Runtime (half an hour)"
+	@echo "make bench-gpu               tests and speed that need a GPU -> results/bench/ (eight minutes)"
+	@echo "make house                   measures the package: layout, sizes, density of the page"
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -38,11 +40,18 @@ table1 table2: $(VENV)/installed
 	$(VENV)/bin/python -m tdq_exp table $@ --scale $(SCALE) --run $(TABLE_ARGS)
 
 bench: $(VENV)/installed
-	$(VENV)/bin/python scripts/bench.py
-	$(VENV)/bin/python scripts/bench_ptq.py
+	$(VENV)/bin/python scripts/bench/qat.py
+	$(VENV)/bin/python scripts/bench/ptq.py
 
 bench-integer: $(VENV)/installed
-	$(VENV)/bin/python scripts/bench_integer.py
+	$(VENV)/bin/python scripts/bench/integer.py
+
+bench-gpu: $(VENV)/installed
+	scripts/gpu_check.sh $(VENV)/bin/python
+	$(VENV)/bin/python scripts/bench/gpu.py --report
+
+house: $(VENV)/installed
+	$(VENV)/bin/python scripts/analysis/house.py
 
 clean:
 	rm -rf $(VENV) results/demo

@@ -24,15 +24,14 @@ def main() -> None:
     Hydra does the rest, but its message about a mistake has five lines: it is looked for first.
     """
     arguments = sys.argv[1:]
-    if not any(
-        argument.startswith("-") for argument in arguments
-    ):  # --help, -m and their like are Hydra's own
-        try:
+    try:
+        compose.register(arguments)
+        # --help, -m and their like are Hydra's own.
+        if not any(argument.startswith("-") for argument in arguments):
             compose.compose(arguments)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-    compose.register()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     _job()
 
 

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
+
 import pytest
 
-from tdq_exp.config import assets, naming, schema
+from tdq_exp.config import assets, experiments, naming, schema
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
-from tdq_exp.report import cells as tables
+from tdq_exp.report import manifest as manifests
 
-EXPERIMENTS = sorted(path.stem for path in (assets.configs() / "experiment").glob("*.yaml"))
+ROOT = assets.configs().parent
+DOCUMENTED = experiments.documented()
 LOCAL = ["model.weights=none.safetensors"]  # no shipped net is needed to build a job
+
+MODELS = ("ddim", "ddim_small", "digits", "ldm", "ldm_small")
+TABLE_1 = [
+    *(f"{model}_fp" for model in MODELS),
+    *(
+        f"{model}_{bits}_{method}"
+        for model in MODELS
+        for bits in ("w8a8", "w4a8", "w8a4", "w4a4", "w3a3")
+        for method in ("lsq", "pact", "nipq", "lsq_tdq")
+    ),
+]
+TABLE_2 = [
+    # In a latent model the matrices inside of attention stay float.
+    f"{model}_{bits}_{method}{'_fattn' if model.startswith('ldm') else ''}"
+    for model in MODELS
+    for bits in ("w8a8", "w8a7", "w8a6", "w8a5", "w8a4", "w4a8", "w4a6")
+    for method in ("minmax", "ptq4dm", "ptq4dm_tdq")
+]
+
+# Made with numbers of their own, which no name says.
+BY_HAND = {"ddim_small_w8a8_ptq4dm_mid_t"}
+ROWS = sorted({path.name for path in (ROOT / "results" / "runs").iterdir()} - BY_HAND)
 
 
 def local(experiment):
@@ -18,41 +46,16 @@ def local(experiment):
     return [*LOCAL, *(["model.autoencoder=none.safetensors"] if experiment.startswith("ldm") else [])]
 
 
-def test_every_cell_of_table_1_has_an_experiment():
-    wanted = {
-        f"{model}_{bits}_{method}"
-        for model in ("ddim", "ddim_small", "digits", "ldm", "ldm_small")
-        for bits in ("w8a8", "w4a8", "w8a4", "w4a4", "w3a3")
-        for method in ("lsq", "pact", "nipq", "lsq_tdq")
-    } | {"ddim_fp", "ddim_small_fp", "digits_fp", "ldm_fp", "ldm_small_fp"}
-    assert wanted <= set(EXPERIMENTS)
-
-
-def test_every_cell_of_table_2_has_an_experiment():
-    wanted = {
-        f"{model}_{bits}_{method}"
-        for model in ("ddim", "ddim_small", "digits")
-        for bits in ("w8a8", "w8a7", "w8a6", "w8a5", "w8a4", "w4a8", "w4a6")
-        for method in ("minmax", "ptq4dm", "ptq4dm_tdq")
-    }
-    wanted |= {  # in a latent model the matrices inside of attention stay float
-        f"{model}_{bits}_{method}_fattn"
-        for model in ("ldm", "ldm_small")
-        for bits in ("w8a8", "w8a7", "w8a6", "w8a5", "w8a4", "w4a8", "w4a6")
-        for method in ("minmax", "ptq4dm", "ptq4dm_tdq")
-    }
-    assert wanted <= set(EXPERIMENTS)
-
-
-@pytest.mark.parametrize("table", sorted(path.stem for path in (assets.configs() / "table").glob("*.yaml")))
-def test_every_line_of_a_table_is_an_experiment(table):
-    manifest = tables.read_manifest(table)
-    lines = (manifest.float_model, *manifest.lines)
-    wanted = {
-        f"{model}_{line.experiment}{column.suffix if line is not manifest.float_model else ''}"
-        for column in manifest.columns.values() for model in column.scales.values() for line in lines
-    }  # fmt: skip
-    assert wanted <= set(EXPERIMENTS)
+@pytest.mark.parametrize("name, names", [("table1", TABLE_1), ("table2", TABLE_2)])
+def test_a_table_asks_for_every_cell_of_the_paper(name, names):
+    manifest = manifests.read_manifest(name)
+    asked = [
+        sorted(f"{group}={option}" for group, option in manifest.choices(scale, column, line).items())
+        for scale in manifest.scales
+        for column in manifest.at(scale)
+        for line in (manifest.float_model, *manifest.lines)
+    ]
+    assert all(sorted(experiments.choices_of(run)) in asked for run in names)
 
 
 def test_the_papers_numbers_for_churches():
@@ -86,13 +89,86 @@ def test_post_training_quantization_samples_with_its_own_number_of_steps():
     assert compose(["+experiment=ddim_w8a5_minmax", "sampler.steps=20"]).sampler.steps == 20
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", DOCUMENTED)
 def test_an_experiment_builds_and_is_named_after_what_it_contains(name):
     made = jobs.build(compose([f"+experiment={name}", *local(name)]))
     assert made.name == name
     assert (made.recipe is None) == name.endswith("_fp")
-    first = (assets.configs() / "experiment" / f"{name}.yaml").read_text().splitlines()[1]
-    assert first == f"# python -m tdq_exp.run +experiment={name}"
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_a_documented_experiment_opens_with_its_command_its_time_and_its_result(name):
+    text = (assets.configs() / "experiment" / f"{name}.yaml").read_text()
+    assert f"#   command   python -m tdq_exp.run +experiment={name}" in text
+    assert "#   time " in text and "#   result " in text
+
+    # What it says of the result is what the row says.
+    row_file = re.search(r"results/runs/\S+metrics.json", text)
+    if row_file is None:
+        assert "no row yet" in text
+    else:
+        (row,) = json.loads((ROOT / row_file[0]).read_text())["rows"]
+        assert f"Frechet distance {row['metrics']['fid']:.2f} ({row['features']['name']} features)" in text
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_a_documented_experiment_is_the_choices_of_its_name(name):
+    by_file = schema.plain(compose([f"+experiment={name}"]))
+    by_name = schema.plain(compose(experiments.choices_of(name)))
+    assert by_file == by_name
+
+
+@pytest.mark.parametrize("name", sorted({*TABLE_1[::8], *TABLE_2[::8], *ROWS}))
+def test_the_name_of_a_row_is_an_experiment(name):
+    assert naming.fit_name(compose([f"+experiment={name}"])) == name
+
+
+@pytest.mark.parametrize(
+    "name, choices",
+    [
+        ("digits_w4a4_lsq_s100", "model=digits bits=w4a4 method=lsq tdq=s100"),
+        ("digits_w4a4_lsq", "model=digits bits=w4a4 method=lsq tdq=none"),
+        ("ldm_small_fp_autoencoder", "model=ldm_small method=fp fit=pretrain_autoencoder"),
+        (
+            "digits_w4a4_lsq_release_hrelease",
+            "model=digits bits=w4a4 method=lsq tdq=none plan=release habits=release",
+        ),
+        (
+            "ddim_small_w8a8_ptq4dm_ndtc_published_adaround",
+            "model=ddim_small bits=w8a8 method=ptq4dm tdq=none calibration=ndtc_published fit.rounding=adaround",
+        ),
+    ],
+)
+def test_a_name_is_read_back_into_choices(name, choices):
+    assert experiments.choices_of(name) == choices.split()
+    assert naming.fit_name(compose([f"+experiment={name}"])) == name
+
+
+@pytest.mark.parametrize("name", ["digits_lsq", "digits_w4a4_fp", "digits", "w4a4_lsq", "digits_w4a4_lsq_tdq_tdq", ""])
+def test_what_is_no_name_of_a_run_is_no_experiment(name):
+    assert experiments.choices_of(name) is None
+
+
+def test_an_experiment_can_be_changed_and_swept():
+    cfg = compose(["+experiment=digits_w8a5_ptq4dm_tdq", "bits=w4a8", "plan=float_attention"])
+    assert naming.fit_name(cfg) == "digits_w4a8_ptq4dm_tdq_fattn"
+    experiments.register(["+experiment=digits_w3a3_nipq,digits_fp"])
+    with pytest.raises(ValueError, match="digits_w3a3_niqp: no such experiment"):
+        experiments.register(["+experiment=digits_w3a3_nipq,digits_w3a3_niqp"])
+
+
+@pytest.mark.parametrize("options", [[], ["-m"], ["--cfg", "job"]])
+def test_a_misspelt_experiment_is_one_line_with_the_nearest_names(options):
+    command = [sys.executable, "-m", "tdq_exp.run", *options, "+experiment=ddim_w4a4_lsq_tqd"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "ddim_w4a4_lsq_tqd: no such experiment; the nearest: ddim_w4a4_lsq_tdq," in done.stderr
+
+
+def test_hydra_composes_an_experiment_that_has_no_file():
+    command = [sys.executable, "-m", "tdq_exp.run", "--cfg", "job", "+experiment=digits_w3a3_nipq_tdq"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "label: w3a3" in done.stdout and "label: nipq" in done.stdout
 
 
 def test_no_argument_is_the_demo():

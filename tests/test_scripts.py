@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,13 +18,16 @@ from tdq_exp.experiment import build as jobs
 from tdq_exp.fit.quantized import skeleton
 from tdq_exp.quant.convert import activation_quantizers
 from tdq_exp.quant.layers import QuantLayer
+from tdq_exp.report import pages
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+RESULTS = SCRIPTS.parent / "results"
 
 
 def script(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(Path(name).name, SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # a dataclass looks its module up
     spec.loader.exec_module(module)
     return module
 
@@ -28,7 +35,7 @@ def script(name):
 @pytest.mark.parametrize(("limit", "beyond"), [(1.0, True), (1e5, False)])
 def test_clipped_noise_tells_places_beyond_the_first_range_from_all_others(limit, beyond):
     """All is at 16 bits but for the first layer's input: there -1..1, which cuts, or codes 3 apart, which blur all places."""
-    module = script("clipped_noise")
+    module = script("analysis/clipped_noise")
     overrides = ["bits.weight=16", "bits.act=16", "tdq=none", "sampler.steps=5", "tracker=none", "label=wide"]
     made = jobs.build(compose(["model=tiny", "model.weights=none", *overrides]), source=False)
     net, float_net = skeleton(made.model, made.recipe), made.model.build().eval()
@@ -53,3 +60,71 @@ def test_clipped_noise_tells_places_beyond_the_first_range_from_all_others(limit
         assert as_it_is["error_there"] > max(as_it_is["error_elsewhere"], 3 * freed["error_there"])
     else:
         assert counted == 0 and as_it_is["error_there"] is None
+
+
+def test_the_house_is_measured(tmp_path):
+    """A package of one long function with a blank and a comment line, and one of many parameters."""
+    house = script("analysis/house")
+    body = ["    x = 1", "", "    # why", *["    x += 1"] * 18, "    return x"]
+    (tmp_path / "__init__.py").write_text("")
+    (tmp_path / "long.py").write_text("\n".join(["def long():", '    """Return 19.', "", '    """', *body]) + "\n")
+    (tmp_path / "inner").mkdir()
+    lines = [
+        "class A:",
+        "    def wide(self, a, b, c, d, e, f, *, g):  # fmt: skip",
+        f"        return a if self.fit.kind == {'q' * 80!r} else b",
+    ]
+    (tmp_path / "inner" / "wide.py").write_text("\n".join(lines) + "\n")
+
+    measured = dict(house.measure(tmp_path).rows())
+    assert measured["files"] == "3" and measured["modules at the top level"] == "1"
+    assert measured["functions"] == "2" and measured["length of a function, longest"] == "26"
+    assert measured["functions of 8 or more parameters"] == "1" and measured["`fmt: skip`"] == "1"
+    assert measured["lines over 100 columns"] == "1" and measured["lines that ask for a fit's kind"] == "1"
+    assert measured["blank lines in long bodies"] == measured["comment lines in long bodies"] == "4.5 %"
+
+    text = list(house.table([tmp_path, house.PACKAGE]))
+    assert len(text) == 2 + len(measured) and text[0].count("|") == 4
+
+
+def test_a_report_is_its_figures_and_its_page(tmp_path, capsys):
+    about = pages.about(threads=2)
+    figures, page = pages.report(tmp_path / "new" / "speed", {"seconds": {"a": 1.5}}, about, ["# Speed", "a 1.5"])
+    assert page.read_text() == "# Speed\na 1.5\n" == capsys.readouterr().out
+    content = json.loads(figures.read_text())
+    assert content["seconds"] == {"a": 1.5} and content["about"]["threads"] == 2 and "commit" in content["about"]
+
+
+@pytest.mark.parametrize("path", sorted(path.relative_to(SCRIPTS).as_posix() for path in SCRIPTS.rglob("*.py")))
+def test_every_script_compiles_and_says_what_it_is_for(path):
+    tree = ast.parse((SCRIPTS / path).read_text())
+    assert ast.get_docstring(tree)
+
+
+def test_the_numbers_of_the_results_page_are_those_of_its_rows():
+    page = (RESULTS / "README.md").read_text()
+    lines = re.findall(r"\| ([\d.]+) \| `(runs/\S+)` \|", page)
+    assert len(lines) >= 10
+    for number, folder in lines:
+        (row,) = json.loads((RESULTS / folder / "metrics.json").read_text())["rows"]
+        assert f"{row['metrics']['fid']:.2f}" == number, folder
+
+    # A distance of two decimals is in a committed table, a row or a measurement.
+    sources = [path.read_text() for path in (*RESULTS.glob("tables/*.md"), *RESULTS.glob("*/*.md"))]
+    known = {number for text in sources for number in re.findall(r"\d+\.\d\d\b", text)}
+    known |= {number for number, _ in lines}
+    assert set(re.findall(r"\b\d+\.\d\d\b", page)) <= known
+
+
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_what_a_page_links_to_is_there(page):
+    path = SCRIPTS.parent / page
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", path.read_text()) if "://" not in link]
+    assert links and not [link for link in links if not (path.parent / link).exists()]
+
+
+def test_the_symbol_table_of_the_readme_names_what_there_is():
+    text = (SCRIPTS.parent / "README.md").read_text()
+    files = set(re.findall(r"`((?:quant|fit|models|data|diffusion)/[\w/.]*)`", text))
+    assert len(files) > 12
+    assert not [file for file in files if not (SCRIPTS.parent / "tdq_exp" / file).exists()]

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tdq_exp.commands import table as table_run
+from tdq_exp.commands import table as table_command
+from tdq_exp.commands import table_runs
 from tdq_exp.config import assets
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import cost as costs
-from tdq_exp.report import cells as tables
-from tdq_exp.report import columns as tabulate
+from tdq_exp.report import cells as report_cells
+from tdq_exp.report import columns, protocol
+from tdq_exp.report import manifest as manifests
 from tdq_exp.report import render as rendering
-from tdq_exp.runtime import launch
+from tdq_exp.runtime import command, launch
 
 BITS = ("8/8", "4/8", "8/4", "4/4", "3/3")
 METHODS = ("PACT", "LSQ", "NIPQ", "LSQ + TDQ")
@@ -30,31 +32,31 @@ PUBLISHED = {  # (CIFAR-10, Churches)
 
 @pytest.fixture(scope="module")
 def manifest():
-    return tables.read_manifest("table1")
+    return manifests.read_manifest("table1")
 
 
 @pytest.fixture(scope="module")
 def short_manifest(manifest):
     """The float model, LSQ and LSQ + TDQ at four bits: enough for arithmetic, and quick to compose."""
-    lines = [line for line in manifest.lines if line.bits == "4/4" and line.method.startswith("LSQ")]
+    lines = [line for line in manifest.lines if line.bits == "4/4" and line.label.startswith("LSQ")]
     return dataclasses.replace(manifest, lines=tuple(lines))
 
 
 @pytest.fixture(scope="module")
 def asked(short_manifest):
-    return table_run.ask(short_manifest, "digits", Path("results"))
+    return report_cells.cells_of(short_manifest, "digits", Path("results"))
 
 
 @pytest.fixture
 def cells(asked, tmp_path):
     """The cells of the short manifest in a folder of their own."""
-    return [dataclasses.replace(cell, folder=tmp_path / "runs" / cell.experiment / "seed0") for cell in asked]
+    return [dataclasses.replace(cell, folder=tmp_path / "runs" / cell.run / "seed0") for cell in asked]
 
 
-def row_of(cell: tables.Cell, fid: float, **changes) -> dict:
+def row_of(cell: report_cells.Cell, fid: float, **changes) -> dict:
     row = {
         "config": copy.deepcopy(cell.config),
-        "name": cell.experiment,
+        "name": cell.run,
         "seed": 0,
         "sample": cell.sample,
         "report": "last",
@@ -78,7 +80,7 @@ def put(row: dict, field: str, value: object) -> None:
     row[last] = value
 
 
-def save(cell: tables.Cell, row: dict, sample: str | None = None) -> None:
+def save(cell: report_cells.Cell, row: dict, sample: str | None = None) -> None:
     path = cell.folder / (sample or cell.sample) / "metrics.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"rows": [row]}))
@@ -91,7 +93,7 @@ def fill(cells) -> None:
 
 
 def render(manifest, cells) -> str:
-    return rendering.markdown(tabulate.tabulate(manifest, "digits", [tables.find(cell) for cell in cells]))
+    return rendering.markdown(columns.text_table(manifest, "digits", [report_cells.find(cell) for cell in cells]))
 
 
 def line_of(text: str, method: str) -> list[str]:
@@ -100,56 +102,103 @@ def line_of(text: str, method: str) -> list[str]:
 
 
 def test_every_cell_of_the_paper_is_in_the_manifest(manifest):
-    assert [(line.method, line.bits) for line in manifest.lines] == [(m, b) for b in BITS for m in METHODS]
+    assert [(line.label, line.bits) for line in manifest.lines] == [(m, b) for b in BITS for m in METHODS]
     assert manifest.float_model.sampler_seeds == (0, 1, 2)
-    assert manifest.models("paper") == {"ddim": "ddim", "ldm": "ldm"}
-    assert manifest.models("small") == {"ddim": "ddim_small", "ldm": "ldm_small"}
-    assert manifest.models("digits") == {"ddim": "digits"}
+    assert models(manifest, "paper") == {"ddim": "ddim_cifar10", "ldm": "ldm_churches"}
+    assert models(manifest, "small") == {"ddim": "ddim_small", "ldm": "ldm_small"}
+    assert models(manifest, "digits") == {"ddim": "digits"}
+
+
+def models(manifest, scale) -> dict[str, str]:
+    return {name: manifest.columns[name].scales[scale]["model"] for name in manifest.at(scale)}
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_published_numbers_are_the_known_ones_and_have_a_source(name):
-    manifest = tables.read_manifest(name)
-    found = {(line.method, line.bits): (line.fid["ddim"], line.fid["ldm"]) for line in manifest.lines if line.fid}
+    manifest = manifests.read_manifest(name)
+    found = {(line.label, line.bits): (line.fid["ddim"], line.fid["ldm"]) for line in manifest.lines if line.fid}
     assert found == PUBLISHED[name]
     assert all(line.source for line in manifest.lines if line.fid)
     assert not manifest.float_model.fid
 
 
-def test_a_published_number_without_a_source_is_refused(tmp_path, monkeypatch):
-    text = (assets.configs() / "table" / "table1.yaml").read_text().replace("ldm: 7.22}, source: *quoted", "ldm: 7.22}")
-    (tmp_path / "table").mkdir()
-    (tmp_path / "table" / "table1.yaml").write_text(text)
-    monkeypatch.setattr(assets, "configs", lambda: tmp_path)
-    with pytest.raises(ValueError, match="w4a4_nipq: `fid` and `source` go together"):
-        tables.read_manifest("table1")
+@pytest.fixture
+def write_table1(tmp_path, monkeypatch):
+    """Write another table1.yaml, into a folder of configs that has the groups which it names."""
+    for group in ("bits", "method", "tdq", "model", "experiment", "table"):
+        (tmp_path / group).mkdir()
+
+    def write(text: str) -> None:
+        (tmp_path / "table" / "table1.yaml").write_text(text)
+        monkeypatch.setattr(assets, "configs", lambda: tmp_path)
+
+    return write
+
+
+def test_a_published_number_without_a_source_is_refused(write_table1):
+    text = (assets.configs() / "table" / "table1.yaml").read_text()
+    write_table1(text.replace("ldm: 7.22}\n    source: *quoted", "ldm: 7.22}"))
+    with pytest.raises(ValueError, match="NIPQ 4/4: `fid` and `source` go together"):
+        manifests.read_manifest("table1")
 
 
 def test_a_number_of_a_column_that_is_not_there_is_refused(manifest):
     line = dataclasses.replace(manifest.lines[0], fid={"churches": 1.0}, source="somewhere")
-    with pytest.raises(ValueError, match="w8a8_pact: `fid` names no column: churches"):
+    with pytest.raises(ValueError, match="PACT 8/8: `fid` names no column: churches"):
         dataclasses.replace(manifest, lines=(line,))
 
 
 @pytest.mark.parametrize(
     "scale, column", [("paper", "ddim"), ("paper", "ldm"), ("small", "ddim"), ("small", "ldm"), ("digits", "ddim")]
 )
-def test_experiments_exist_and_are_what_their_line_says(manifest, scale, column):
-    model = manifest.models(scale)[column]
-    for line in (manifest.float_model, *manifest.lines):
-        assert (assets.configs() / "experiment" / f"{model}_{line.experiment}.yaml").exists()
+def test_a_cell_is_what_its_line_says(manifest, scale, column):
     # Lines of one method differ in their bits alone, so composing one pair for each method covers all of their parts.
     for line in [manifest.float_model, *(line for line in manifest.lines if line.bits == "3/3")]:
-        cfg = compose([f"+experiment={model}_{line.experiment}"])
-        assert cfg.protocol.scale == scale and cfg.model.label == model
+        choices = manifest.choices(scale, column, line)
+        cfg = compose([f"{group}={option}" for group, option in choices.items()])
+        assert cfg.protocol.scale == scale and choices["model"] == models(manifest, scale)[column]
         quantized = line is not manifest.float_model
-        assert cfg.method.label == ({"LSQ + TDQ": "lsq"}.get(line.method, line.method.lower()) if quantized else "fp")
-        assert (cfg.tdq.label == "tdq") == ("TDQ" in line.method)
+        assert cfg.method.label == ({"LSQ + TDQ": "lsq"}.get(line.label, line.label.lower()) if quantized else "fp")
+        assert (cfg.tdq.label == "tdq") == ("TDQ" in line.label)
         assert not quantized or (cfg.bits.weight, cfg.bits.act) == (3, 3)
 
 
+def test_a_column_adds_its_choices_to_quantized_lines_and_a_line_wins():
+    manifest = manifests.read_manifest("table2")
+    line = manifest.lines[0]
+    assert manifest.choices("small", "ldm", line)["plan"] == "float_attention"
+    assert manifest.choices("small", "ldm", manifest.float_model) == {"model": "ldm_small", "method": "fp"}
+    edges = dataclasses.replace(line, choices={**line.choices, "plan": "edge8"})
+    assert manifest.choices("small", "ldm", edges)["plan"] == "edge8"
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{label: a, bitz: w4a4, method: lsq}", "bitz: is neither a key of a line"),
+        ("{label: a, experiment: digits_fp}", "experiment: is neither"),
+        ("{bits: w4a4, method: lsq}", "label"),
+    ],
+)
+def test_a_wrong_line_of_a_manifest_is_refused(line, message, write_table1):
+    text = (assets.configs() / "table" / "table1.yaml").read_text()
+    write_table1(f"{text}  - {line}\n")
+    with pytest.raises(ValueError, match=message):
+        manifests.read_manifest("table1")
+
+
+@pytest.mark.parametrize("name, scale", [(n, s) for n in ("table1", "table2") for s in ("digits", "small")])
+def test_committed_tables_are_rendered_again_to_the_byte(name, scale):
+    results = Path(__file__).resolve().parents[1] / "results"
+    manifest = manifests.read_manifest(name)
+    cells = [report_cells.find(cell) for cell in report_cells.cells_of(manifest, scale, results)]
+    table = columns.text_table(manifest, scale, cells)
+    for suffix, text in ((".md", rendering.markdown(table)), (".tex", rendering.latex(table))):
+        assert (results / "tables" / f"{name}-{scale}{suffix}").read_text() == text
+
+
 def test_every_line_asks_for_the_bits_that_it_shows(manifest):
-    cells = table_run.ask(dataclasses.replace(manifest, lines=manifest.lines[::4]), "digits", Path("results"))
+    cells = report_cells.cells_of(dataclasses.replace(manifest, lines=manifest.lines[::4]), "digits", Path("results"))
     bits = [cell.config["bits"] for cell in cells[3:]]
     assert [f"{b['weight']}/{b['act']}" for b in bits] == list(BITS)
     assert [cell.config["sampler"]["seed"] for cell in cells[:3]] == [0, 1, 2]
@@ -157,9 +206,9 @@ def test_every_line_asks_for_the_bits_that_it_shows(manifest):
 
 @pytest.mark.parametrize("scale", ["paper", "small", "digits"])
 def test_table_2_asks_for_post_training_quantization_at_one_number_of_steps(scale):
-    manifest = tables.read_manifest("table2")
+    manifest = manifests.read_manifest("table2")
     short = dataclasses.replace(manifest, lines=(*manifest.lines[:3], *manifest.lines[-3:]))
-    cells = table_run.ask(short, scale, Path("results"))
+    cells = report_cells.cells_of(short, scale, Path("results"))
     steps = {cell.config["sampler"]["steps"] for cell in cells}
     assert steps == {100 if scale == "paper" else 50}
     for cell in (cell for cell in cells if cell.line != manifest.float_model):
@@ -170,18 +219,18 @@ def test_table_2_asks_for_post_training_quantization_at_one_number_of_steps(scal
 
 def test_rows_are_found_where_a_run_writes_them(short_manifest, tmp_path):
     only = dataclasses.replace(short_manifest, lines=short_manifest.lines[:1])
-    cells = table_run.ask(only, "digits", tmp_path / "a b")
+    cells = report_cells.cells_of(only, "digits", tmp_path / "a b")
     assert cells[-1].folder == tmp_path / "a b" / "runs" / "digits_w4a4_lsq" / "seed0"
     assert [cell.sample for cell in cells] == [f"ddim50_n1000{seed}" for seed in ("", "_seed1", "_seed2", "")]
     save(cells[-1], row_of(cells[-1], 20.0))
-    assert [tables.find(cell).done for cell in cells] == [False, False, False, True]
+    assert [report_cells.find(cell).done for cell in cells] == [False, False, False, True]
 
 
 def test_the_same_rows_give_the_same_bytes(short_manifest, cells, tmp_path):
     fill(cells)
     written = []
     for folder in ("first", "second"):
-        table = tabulate.tabulate(short_manifest, "digits", [tables.find(cell) for cell in cells])
+        table = columns.text_table(short_manifest, "digits", [report_cells.find(cell) for cell in cells])
         written.append([p.read_bytes() for p in rendering.write(table, tmp_path / folder / "table1-digits")])
     assert written[0] == written[1]
     assert not list(tmp_path.rglob("*.part"))
@@ -236,8 +285,8 @@ def test_a_missing_seed_of_the_float_model_shows(short_manifest, cells):
 def both(short_manifest, tmp_path):
     """The cells of both columns at small scale, with rows: DDIM's at 10 and 20, LDM's at 30 and 50."""
     cells = [
-        dataclasses.replace(cell, folder=tmp_path / "runs" / cell.experiment / "seed0")
-        for cell in table_run.ask(short_manifest, "small", tmp_path)
+        dataclasses.replace(cell, folder=tmp_path / "runs" / cell.run / "seed0")
+        for cell in report_cells.cells_of(short_manifest, "small", tmp_path)
     ]
     for cell in cells:
         quantized, latent = cell.line != short_manifest.float_model, cell.column == "ldm"
@@ -250,7 +299,7 @@ def both(short_manifest, tmp_path):
 
 
 def small(manifest, cells) -> str:
-    return rendering.markdown(tabulate.tabulate(manifest, "small", [tables.find(cell) for cell in cells]))
+    return rendering.markdown(columns.text_table(manifest, "small", [report_cells.find(cell) for cell in cells]))
 
 
 def test_a_table_has_a_column_for_each_model(short_manifest, both):
@@ -273,7 +322,7 @@ def test_rows_of_another_autoencoder_are_stale_and_do_not_mix(short_manifest, bo
         row = json.loads((cell.folder / cell.sample / "metrics.json").read_text())["rows"][0]
         save(cell, row | {"autoencoder": "7476fec3b9973589"})
     assert "30.00†" in small(short_manifest, both).replace(" (30.00..30.00)", "")
-    assert f"float autoencoder: 7476fec3b9973589 -> {other[0].nets['autoencoder']}" in tables.find(other[0]).changes
+    assert f"float autoencoder: 7476fec3b9973589 -> {other[0].nets['autoencoder']}" in report_cells.find(other[0]).changes
     row = json.loads((other[-1].folder / other[-1].sample / "metrics.json").read_text())["rows"][0]
     save(other[-1], row | {"autoencoder": other[0].nets["autoencoder"]})
     with pytest.raises(ValueError, match="autoencoder is 7476fec3b9973589 in ldm_small_fp and"):
@@ -282,12 +331,12 @@ def test_rows_of_another_autoencoder_are_stale_and_do_not_mix(short_manifest, bo
 
 def test_one_column_is_run_alone_and_has_the_overrides_alone(short_manifest, tmp_path, commands, free_plan):
     options = ["table1", "--scale", "small", "--run", "--column", "ldm", "--out", str(tmp_path), "sampler.batch=50"]
-    assert table_run.main(options) == 0
-    assert {command[3].split("=")[1].split("_w")[0] for command in commands} == {"ldm_small_fp", "ldm_small"}
-    cells = table_run.ask(short_manifest, "small", tmp_path, ["sampler.batch=50"], "ldm")
+    assert table_command.main(options) == 0
+    assert {command[3] for command in commands} == {"model=ldm_small"}
+    cells = report_cells.cells_of(short_manifest, "small", tmp_path, ["sampler.batch=50"], "ldm")
     assert {(cell.column, cell.config["sampler"]["batch"]) for cell in cells} == {("ddim", 100), ("ldm", 50)}
     with pytest.raises(ValueError, match="--column ldm: table1 at scale digits has ddim"):
-        table_run.ask(short_manifest, "digits", tmp_path, column="ldm")
+        report_cells.cells_of(short_manifest, "digits", tmp_path, column="ldm")
 
 
 def test_a_stale_row_is_marked_and_says_why(short_manifest, cells):
@@ -295,7 +344,7 @@ def test_a_stale_row_is_marked_and_says_why(short_manifest, cells):
     save(cells[3], row_of(cells[3], 20.0, config__fit__lr=1.0))
     text = render(short_manifest, cells)
     assert line_of(text, "LSQ |")[2] == "20.00†" and "1 stale" in text
-    assert tables.find(cells[3]).changes == [f"fit.lr: 1.0 -> {cells[3].config['fit']['lr']}"]
+    assert report_cells.find(cells[3]).changes == [f"fit.lr: 1.0 -> {cells[3].config['fit']['lr']}"]
 
 
 def test_a_row_of_another_float_net_is_stale(short_manifest, cells):
@@ -303,7 +352,7 @@ def test_a_row_of_another_float_net_is_stale(short_manifest, cells):
         save(cell, row_of(cell, 20.0, weights="7476fec3b9973589"))
     text = render(short_manifest, cells)
     assert "20.00†" in text and f"{len(cells)} stale" in text
-    assert tables.find(cells[3]).changes == [f"float weights: 7476fec3b9973589 -> {cells[3].nets['weights']}"]
+    assert report_cells.find(cells[3]).changes == [f"float weights: 7476fec3b9973589 -> {cells[3].nets['weights']}"]
 
 
 def test_paths_labels_and_unused_groups_make_no_row_stale(short_manifest, cells):
@@ -324,14 +373,14 @@ def test_a_short_row_is_marked_and_has_no_gap(short_manifest, cells):
     save(cells[3], other, "ddim10_n900")  # another sampler is no stand-in
     text = render(short_manifest, cells)
     assert line_of(text, "LSQ |")[2:5] == ["30.00‡", "8.00‡", "-"]
-    assert "1 short" in text and not tables.find(cells[3]).done
+    assert "1 short" in text and not report_cells.find(cells[3]).done
 
 
-@pytest.mark.parametrize("field", [field for field in tables.PROTOCOL if field != "report"])
+@pytest.mark.parametrize("field", [field for field in protocol.PROTOCOL if field != "report"])
 def test_rows_of_two_protocols_are_refused(short_manifest, cells, field):
     fill(cells)
     row = row_of(cells[4], 10.5)
-    was = tables.select(row, field)
+    was = protocol.select(row, field)
     put(row, field, now := 5000 if isinstance(was, int) and not isinstance(was, bool) else "other")
     save(cells[4], row)
     with pytest.raises(ValueError) as error:
@@ -359,7 +408,7 @@ def test_a_short_row_of_other_features_is_refused(short_manifest, cells):
 
 def test_latex_escapes_and_marks():
     notes = [r"50% of a_b & #1 {x} ~ ^ \ $ < > |"]
-    table = rendering.Table("T", [("a_b", ""), ("b", "c & d"), ("c", "")], [[["10 %", "-", "1.00†‡"]]], notes)
+    table = rendering.TextTable("T", [("a_b", ""), ("b", "c & d"), ("c", "")], [[["10 %", "-", "1.00†‡"]]], notes)
     text = rendering.latex(table)
     assert r"a\_b & b & c \\" in text and r" & (c \& d) &  \\" in text
     assert r"10 \% & - & 1.00\textsuperscript{\dag}\textsuperscript{\ddag} \\" in text
@@ -385,26 +434,26 @@ def commands(monkeypatch, short_manifest):
 
     def call(command):
         started.append(command)
-        return 3 if "+experiment=digits_w4a4_lsq" in command else 0
+        return 3 if {"model=digits", "method=lsq", "tdq=none"} <= set(command) else 0
 
-    monkeypatch.setattr(table_run, "call", call)
+    monkeypatch.setattr(table_runs, "call", call)
     monkeypatch.setattr(launch, "gpus", lambda: 0)
-    monkeypatch.setattr(tables, "read_manifest", lambda name: short_manifest)
+    monkeypatch.setattr(manifests, "read_manifest", lambda name: short_manifest)
     return started
 
 
 def test_run_starts_what_is_missing_and_goes_on_after_a_failure(short_manifest, tmp_path, commands, free_plan, capsys):
     net = "model.weights=net.safetensors"
-    cells = table_run.ask(short_manifest, "digits", tmp_path, [net])
+    cells = report_cells.cells_of(short_manifest, "digits", tmp_path, [net])
     save(cells[0], row_of(cells[0], 10.0))
     save(cells[2], row_of(cells[2], 10.0, config__eval__batch=3))  # stale: a run would refuse its name
     options = ["table1", "--scale", "digits", "--run", "--out", str(tmp_path), net]
-    assert table_run.main(options) == 1
-    out = f"out={tmp_path}"
+    assert table_command.main(options) == 1
+    out, start = f"out={tmp_path}", ["-m", "tdq_exp.run", "model=digits"]
     assert [command[1:] for command in commands] == [
-        ["-m", "tdq_exp.run", "+experiment=digits_fp", "sampler.seed=1", out, "tracker=none", net],
-        ["-m", "tdq_exp.run", "+experiment=digits_w4a4_lsq", out, "tracker=none", net],
-        ["-m", "tdq_exp.run", "+experiment=digits_w4a4_lsq_tdq", out, "tracker=none", net],
+        [*start, "method=fp", "sampler.seed=1", out, "tracker=none", net],
+        [*start, "bits=w4a4", "method=lsq", "tdq=none", out, "tracker=none", net],
+        [*start, "bits=w4a4", "method=lsq", "tdq=temporal", out, "tracker=none", net],
     ]
     said = capsys.readouterr().out
     assert "1 of 3 cells failed: digits_w4a4_lsq" in said
@@ -415,7 +464,7 @@ def test_run_starts_what_is_missing_and_goes_on_after_a_failure(short_manifest, 
 
 
 def test_without_run_nothing_is_started(tmp_path, commands):
-    assert table_run.main(["table1", "--scale", "digits", "--out", str(tmp_path)]) == 0
+    assert table_command.main(["table1", "--scale", "digits", "--out", str(tmp_path)]) == 0
     assert not commands and (tmp_path / "tables" / "table1-digits.md").exists()
 
 
@@ -424,20 +473,20 @@ def single(short_manifest, monkeypatch):
     """A manifest of one cell, for what does not depend on their number."""
     one = dataclasses.replace(short_manifest.float_model, sampler_seeds=(0,))
     monkeypatch.setattr(
-        tables, "read_manifest", lambda name: dataclasses.replace(short_manifest, float_model=one, lines=())
+        manifests, "read_manifest", lambda name: dataclasses.replace(short_manifest, float_model=one, lines=())
     )
 
 
 def test_the_papers_scale_needs_a_gpu_or_go(tmp_path, commands, free_plan, single, capsys):
     options = ["table1", "--scale", "paper", "--run", "--out", str(tmp_path)]
-    assert table_run.main(options) == 2
+    assert table_command.main(options) == 2
     assert "ldm_fp: model.weights has no value" in (said := capsys.readouterr().err) and "--column" in said
     options += ["--column", "ddim"]
-    assert table_run.main(options) == 2
+    assert table_command.main(options) == 2
     said = capsys.readouterr()
     assert "SCALE=small" in said.err and said.err.count("\n") == 1 and "50000" in said.out
     assert not commands and not (tmp_path / "tables").exists()
-    assert table_run.main([*options, "--go"]) == 0
+    assert table_command.main([*options, "--go"]) == 0
     assert [command[-1] for command in commands] == ["go=true"]
 
 
@@ -445,33 +494,38 @@ def test_interruption_says_how_to_go_on(tmp_path, commands, free_plan, single, m
     def interrupted(command):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(table_run, "call", interrupted)
+    monkeypatch.setattr(table_runs, "call", interrupted)
     options = ["table1", "--scale", "digits", "--run", "--out", str(tmp_path), "model.weights=net.safetensors"]
-    assert table_run.main(options) == 130
+    assert table_command.main(options) == 130
     assert "run the same command again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "override, hint", [("out=x", "--out"), ("+experiment=digits_fp", "names"), ("nokey=1", "nokey")]
+    "override, hint", [
+        ("out=x", "--out"),
+        ("+experiment=digits_fp", "names"),
+        ("nokey=1", "nokey"),
+        ("bits=w8a8", "chooses bits for LSQ 4/4"),
+    ],
 )
 def test_overrides_that_do_not_fit_are_one_line(tmp_path, commands, capsys, override, hint):
-    assert table_run.main(["table1", override, "--scale", "digits", "--out", str(tmp_path)]) == 2
+    assert table_command.main(["table1", override, "--scale", "digits", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert hint in said and said.count("\n") == 1
 
 
 def test_overrides_show_in_the_footer_unless_they_are_paths(short_manifest, tmp_path):
     overrides = ["sampler.images=100", "eval.features.weights=/a/b", "launcher.threads=1", "fit.report=best_of_5"]
-    assert table_run.said(overrides) == ["sampler.images=100", "fit.report=best_of_5"]
-    cells = table_run.ask(short_manifest, "digits", tmp_path, overrides)
+    assert report_cells.in_footer(overrides) == ["sampler.images=100", "fit.report=best_of_5"]
+    cells = report_cells.cells_of(short_manifest, "digits", tmp_path, overrides)
     assert "fit.report=best_of_5" not in cells[0].overrides and "fit.report=best_of_5" in cells[3].overrides
     for cell in cells:
         save(cell, row_of(cell, 9.0, report=cell.config["fit"]["report"]))
-    found = [tables.find(cell) for cell in cells]
+    found = [report_cells.find(cell) for cell in cells]
     assert all(cell.done and cell.short for cell in found), "the experiment alone asks for more"
-    text = rendering.markdown(tabulate.tabulate(short_manifest, "digits", found, table_run.said(overrides)))
+    text = rendering.markdown(columns.text_table(short_manifest, "digits", found, report_cells.in_footer(overrides)))
     assert "Asked for with sampler.images=100 fit.report=best_of_5." in text
 
 
 def test_a_command_gives_its_exit_code():
-    assert table_run.call([sys.executable, "-c", "raise SystemExit(7)"]) == 7
+    assert command.call([sys.executable, "-c", "raise SystemExit(7)"]) == 7

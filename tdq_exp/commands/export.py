@@ -1,4 +1,4 @@
-"""Export a finished run as one ONNX file with its tables inside: inputs x_t and t, output what the network predicts.
+"""Export a finished run as one ONNX file with its tables inside: (x_t, t) -> prediction.
 
 python -m tdq_exp export results/runs/digits_w4a4_lsq_tdq/seed0 --out digits_w4a4.onnx
 python -m tdq_exp export results/runs/digits_w4a4_lsq_tdq/seed0 --out digits_w4a4_portable.onnx --form portable
@@ -6,10 +6,9 @@ python -m tdq_exp export results/runs/digits_w4a4_lsq_tdq/seed0 --out digits_w4a
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tdq_exp.commands import cli
 from tdq_exp.deploy.onnx import graph as onnx
 from tdq_exp.diffusion.draws import Stream
 from tdq_exp.experiment import build as jobs
@@ -31,41 +31,76 @@ if TYPE_CHECKING:
 
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
 
+# Operators whose number is printed: on integers, then in float.
+REPORTED = (
+    *("QLinearConv", "ConvInteger", "MatMulIntegerToFloat", "MatMulInteger"),
+    *("Conv", "FusedConv", "Gemm", "MatMul"),
+)
 
-def main() -> None:
-    """The command; `--help` lists its options."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], epilog="\n".join((__doc__ or "").splitlines()[2:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument(
-        "run", type=Path, help="folder of a finished run, results/runs/<name>/seed<k>, or a packed network"
-    )
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command, and return its exit code."""
+    parser = cli.parser(__doc__, "python -m tdq_exp export")
+    parser.add_argument("run", type=Path, help="folder of a finished run, or a packed network")
     parser.add_argument("--out", type=Path, required=True, help="file to write: *.onnx")
     parser.add_argument(
-        "--form", default="integer",
-        help="integer: QLinearConv and MatMulInteger, for ONNX Runtime (the default); portable: constant quantizers"
-        " between multiplications, for other runtimes",
-    )  # fmt: skip
+        "--form",
+        default="integer",
+        help="integer: QLinearConv and MatMulInteger, for ONNX Runtime (the default);"
+        " portable: constant quantizers between multiplications, for other runtimes",
+    )
     parser.add_argument(
-        "--images", type=int, default=16,
-        help="images sampled to see the range of each convolution's output over t (integer form; default: 16)",
-    )  # fmt: skip
-    options = parser.parse_args()
-    try:
-        export(options.run.expanduser(), options.out, options.form, options.images)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        "--images",
+        type=int,
+        default=16,
+        help="images sampled to see the range of each convolution's output over t"
+        " (integer form; default: 16)",
+    )
+    options = parser.parse_args(arguments)
+
+    return cli.exit_code(export, options.run.expanduser(), options.out, options.form, options.images)
 
 
 def export(run: Path, out: Path, form: str = "integer", images: int = 16) -> Path:
-    """Writes the graph of a run, runs it in ONNX Runtime, and prints its size, operators and parity.
+    """Write the graph of a run, run it in ONNX Runtime, and print its size, operators and parity.
+
+    Args:
+        run: folder of a finished run, or a packed network.
+        out: the file to write.
+        form: `integer` or `portable`.
+        images: sampled to see the range of each convolution's output over t.
+
+    Returns:
+        The file.
 
     Raises:
-        ValueError: for a run that is not quantized or has no tables, a file that exists, or a missing package.
+        ValueError: for a run that is not quantized or has no tables, a file that exists, or a
+            missing package.
         FileNotFoundError: if there is no finished run.
     """
+    _check_options(out, form, images)
+
+    job, net = load(run)
+    if job.recipe is None:
+        raise ValueError(f"{run}: is a float run; diffusers' own export writes it")
+
+    written = graph_file(job, net, out, form, images)
+    console.print(f"{out}: {written / 1e6:.3f} MB, {form} form", markup=False)
+
+    counts = optimised_operators(out)
+    listed = ", ".join(f"{counts[name]} {name}" for name in REPORTED if counts.get(name))
+    console.print(f"as ONNX Runtime optimised it: {listed}", markup=False)
+
+    print_table(
+        "prediction, relative root mean square of the difference from simulated quantization",
+        ["t", "ONNX Runtime", "control: simulated, another batch size"],
+        [(str(t), f"{parity:.2e}", f"{control:.2e}") for t, parity, control in compare(job, net, out)],
+    )
+    return out
+
+
+def _check_options(out: Path, form: str, images: int) -> None:
+    """Refuse what can be refused before a network is loaded."""
     if form not in onnx.FORMS:
         raise ValueError(f"--form={form}: choose {' or '.join(onnx.FORMS)}")
     if images < 1:
@@ -74,31 +109,10 @@ def export(run: Path, out: Path, form: str = "integer", images: int = 16) -> Pat
         raise ValueError(f"--out={out}: must end in .onnx")
     if out.exists():
         raise ValueError(f"--out={out}: exists; remove it or name another file")
+
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"export needs {', '.join(missing)}: pip install 'tdq_exp[onnx]'")
-    job, net = load(run)
-    if job.recipe is None:
-        raise ValueError(f"{run}: is a float run; diffusers' own export writes it")
-    written = graph_file(job, net, out, form, images)
-    rows = compare(job, net, out)
-    kinds = optimised_operators(out)
-    console.print(f"{out}: {written / 1e6:.3f} MB, {form} form", markup=False)
-    integer = {
-        name: kinds.get(name, 0) for name in ("QLinearConv", "ConvInteger", "MatMulIntegerToFloat", "MatMulInteger")
-    }
-    floats = {name: kinds.get(name, 0) for name in ("Conv", "FusedConv", "Gemm", "MatMul")}
-    console.print(
-        "as ONNX Runtime optimised it: "
-        + ", ".join(f"{count} {name}" for name, count in {**integer, **floats}.items() if count),
-        markup=False,
-    )
-    print_table(
-        "prediction, relative root mean square of the difference from simulated quantization",
-        ["t", "ONNX Runtime", "control: simulated, another batch size"],
-        [(str(t), f"{found:.2e}", f"{control:.2e}") for t, found, control in rows],
-    )
-    return out
 
 
 def graph_file(job: jobs.Experiment, net: nn.Module, out: Path, form: str, images: int) -> int:

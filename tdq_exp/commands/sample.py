@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from tdq_exp.commands import cli
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.experiment import sample_stage
 from tdq_exp.experiment.load import load
@@ -20,12 +21,14 @@ from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console
 
 
-def main() -> None:
-    """The command; `--help` lists its options."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "run", type=Path, help="folder of a finished run, results/runs/<name>/seed<k>, or a packed network"
-    )
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command, and return its exit code."""
+    return cli.exit_code(draw, _parser().parse_args(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.parser(__doc__, "python -m tdq_exp sample")
+    parser.add_argument("run", type=Path, help="folder of a finished run, or a packed network")
     parser.add_argument("--images", type=int, default=64, help="how many (default: 64)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: as the run was measured)")
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default: 0, the measured images)")
@@ -33,20 +36,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for PNGs and grid (default: samples)")
     parser.add_argument("--engine", default="fake", help="fake (simulated quantization, the default) or integer")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
-    options = parser.parse_args()
-    try:
-        draw(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    return parser
 
 
 def draw(options: argparse.Namespace) -> None:
-    """Samples as the options say; refuses a folder that holds something else.
+    """Sample as the options say.
 
     Raises:
         ValueError, OSError: for options out of range, or a folder that is in use.
     """
+    # 1. What can be refused before anything is loaded.
     for name in ("images", "batch"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name}={getattr(options, name)}: must be at least 1")
@@ -54,6 +53,8 @@ def draw(options: argparse.Namespace) -> None:
         raise ValueError(f"--out={options.out}: is not empty; name another folder")
     if options.engine not in ("fake", "integer"):
         raise ValueError(f"--engine={options.engine}: choose fake or integer")
+
+    # 2. The network, on the engine that was asked for.
     job, net = load(options.run)
     if not job.fit.options.fits_network:
         raise ValueError(f"{options.run}: is the model's {job.fit.options.part}; images are drawn from its network")
@@ -63,9 +64,12 @@ def draw(options: argparse.Namespace) -> None:
     net, _ = sample_stage.engine(
         net, job.model, options.engine, batch=options.batch, min_speedup=1.0, folder=options.out, processes=processes
     )
+
+    # 3. The images, as an array, as PNGs and side by side.
     store = ImageStore(options.out / "images", options.images, options.batch, (size, size, job.model.channels))
     sample_stage.sample_set(Denoiser(net, job.model), sampler, store, seed=options.seed, processes=processes)
     sample_stage.write_pngs(store.read(), options.out)
     figures.sample_grid({f"{job.name}, seed {options.seed}": store.read()}, options.out / "grid.png")
     processes.close()
+
     console.print(f"{options.images} images in {options.out}, side by side in {options.out / 'grid.png'}")

@@ -6,6 +6,9 @@ In a checkout they lie at the top of the repository; a wheel carries them inside
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _CHECKOUT = _PACKAGE.parent
@@ -32,3 +35,8 @@ def weights(name: str) -> Path:
         have = ", ".join(sorted(f.stem for f in folder.glob("*.safetensors"))) or "none"
         raise FileNotFoundError(f"{name}: no such net is shipped (there are: {have})")
     return path
+
+
+def read_yaml(path: Path) -> Any:
+    """Return a YAML file as dicts, lists and scalars; `${...}` stays as it is written."""
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=False)

@@ -15,13 +15,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from tdq_exp.config import assets, schema
+from tdq_exp.config import assets, experiments, schema
 
 
-def register() -> None:
-    """Make the schema known to Hydra: the root, and each kind of fit."""
+def register(overrides: Sequence[str] = ()) -> None:
+    """Make the schema, each fit and the experiments that overrides name known to Hydra."""
     for group, name, node in schema.nodes():
         ConfigStore.instance().store(group=group, name=name, node=node)
+    experiments.register(overrides)
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -33,7 +34,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ValueError: for an unknown group, option or key, or a value of the wrong type; one line.
     """
-    register()
+    register(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(assets.configs())):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -237,11 +236,6 @@ def plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
-def read_yaml(path: Path) -> Any:
-    """Return a YAML file as dicts, lists and scalars; `${...}` stays as written."""
-    return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-
-
 def typed(cfg: DictConfig) -> Config:
     """Return a composed config as its dataclasses, every value checked.
 
@@ -259,8 +253,8 @@ def typed(cfg: DictConfig) -> Config:
         )
     for group in dataclasses.fields(Config):
         node = cfg[group.name]
-        declared = OmegaConf.get_type(node)
-        if group.name != "protocol" and declared is not None and OmegaConf.is_dict(node):
+        declared = OmegaConf.get_type(node) if OmegaConf.is_dict(node) else None
+        if group.name != "protocol" and declared is not None:
             unknown = settings.unknown_keys(declared, node)
             if unknown:
                 raise ValueError(f"{group.name}.{unknown[0]}: there is no such key")

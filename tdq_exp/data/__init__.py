@@ -1,4 +1,4 @@
-"""Data: sources of images, decoded and encoded sets, and arrays on disk that are filled by groups."""
+"""Data: sources of images, decoded and encoded sets, arrays on disk that are filled by groups."""
 
 from tdq_exp.data.sources import Digits, Folder, Hub
 

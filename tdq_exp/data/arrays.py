@@ -3,8 +3,8 @@
     <name>.npy    [N, ...], one or several
     groups.npy    uint8 [number of groups]   1: finished
 
-Processes write disjoint groups of the same files, so nothing is merged afterwards. An interrupted run
-is continued where it stopped: a group's byte is set only after its rows are flushed.
+Processes write disjoint groups of the same files, so nothing is merged afterwards. An interrupted
+run is continued where it stopped: a group's byte is set only after its rows are flushed.
 """
 
 from __future__ import annotations

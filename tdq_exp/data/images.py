@@ -55,11 +55,17 @@ class Images:
 
     @property
     def random(self) -> bool:
-        """Nothing is drawn: an image is its pixels."""
+        """Whether a sample is a distribution: no, an image is its pixels."""
         return False
 
     def batch(self, index: Tensor, flip: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Float images in [-1, 1], `[B, C, H, W]`, those with `flip` mirrored left to right; `noise` is not used."""
+        """Return float images in [-1, 1], `[B, C, H, W]`, those with `flip` mirrored left to right.
+
+        Args:
+            index: `[B]`, int64.
+            flip: `[B]`, bool.
+            noise: not used.
+        """
         picked = torch.from_numpy(self.pixels[index.numpy()])
         images = picked.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
         return torch.where(flip[:, None, None, None], images.flip(-1), images).contiguous()
@@ -82,11 +88,12 @@ class Data:
 
 
 def to_uint8(x: Tensor, truncate: bool = False) -> Tensor:
-    """Pixels of samples in [-1, 1]: `[B, C, H, W]` float -> `[B, H, W, C]` uint8, rounded to nearest.
+    """Return the pixels of samples: `[B, C, H, W]` float -> `[B, H, W, C]` uint8.
 
     Args:
-        x: samples; values outside of [-1, 1] are clamped.
-        truncate: drop the fraction instead, as the release's sampling script does (half a level darker on average).
+        x: samples; values outside of [-1, 1] are clamped, and levels are rounded to nearest.
+        truncate: drop the fraction instead, as the release's sampling script does (half a level
+            darker on average).
     """
     levels = x.clamp(-1, 1).add(1).mul(127.5)
     levels = levels.floor() if truncate else levels.round()
@@ -94,7 +101,10 @@ def to_uint8(x: Tensor, truncate: bool = False) -> Tensor:
 
 
 def resize_center(image: Image.Image, size: int) -> Image.Image:
-    """Largest centred square, then antialiased bicubic to size x size (PIL widens the kernel when it shrinks)."""
+    """Return the largest centred square, resized to size x size, bicubic and antialiased.
+
+    PIL widens the kernel when it shrinks.
+    """
     side = min(image.size)
     if image.size != (side, side):
         left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -103,7 +113,7 @@ def resize_center(image: Image.Image, size: int) -> Image.Image:
 
 
 def default_cache() -> Path:
-    """`$XDG_CACHE_HOME/tdq_exp`, or `~/.cache/tdq_exp`."""
+    """Return `$XDG_CACHE_HOME/tdq_exp`, or `~/.cache/tdq_exp`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdq_exp"
 
 
@@ -116,7 +126,9 @@ def load_images(
     cache: str | None = None,
     limit: int | None = None,
 ) -> Images:
-    """The images of a split, decoded on first use. One process calls this first; the others find the cache.
+    """Return the images of a split, decoded on first use.
+
+    One process calls this first; the others find the cache.
 
     Args:
         source: `Digits`, `Hub` or `Folder`.
@@ -133,9 +145,11 @@ def load_images(
     before = f"{prepared}, " if prepared else ""
     protocol = f"{before}centre crop, bicubic to {size}x{size}x{channels}"
     some = f"|{limit}" if limit is not None else ""
+
     key = hashlib.sha256(f"1|{source.key(split)}|{protocol}{some}".encode()).hexdigest()[:20]
     root = (Path(cache).expanduser() if cache else default_cache()) / "images"
     pixels, meta = root / f"{key}.npy", root / f"{key}.json"
+
     if not meta.exists():
 
         def decoded() -> Iterator[NDArray[np.uint8]]:
@@ -146,14 +160,25 @@ def load_images(
         with files.replacing(pixels, CACHE_REMEDY) as part, part.open("wb") as file:
             _write_rows(file, decoded(), (size, size, channels), split)
         array = np.load(pixels, mmap_mode="r")
-        about = {"source": source.key(split), "split": split, "content": _hash(array), "images": len(array)}
+        about = {
+            "source": source.key(split),
+            "split": split,
+            "content": _hash(array),
+            "images": len(array),
+        }
         files.write_text(meta, json.dumps(about, indent=1), CACHE_REMEDY)
+
     about = json.loads(meta.read_text())
     return Images(np.load(pixels, mmap_mode="r"), about["content"], protocol)
 
 
-def _write_rows(file: BinaryIO, rows: Iterable[NDArray[np.uint8]], shape: tuple[int, int, int], split: str) -> None:
-    """Writes images as one `.npy`, one at a time: a set may be larger than the memory. Its header comes last."""
+def _write_rows(
+    file: BinaryIO, rows: Iterable[NDArray[np.uint8]], shape: tuple[int, int, int], split: str
+) -> None:
+    """Write images as one `.npy`, one at a time: a set may be larger than the memory.
+
+    The header comes last, for only then is the number of images known.
+    """
     file.write(bytes(_HEADER))
     count = 0
     for row in rows:
@@ -161,6 +186,7 @@ def _write_rows(file: BinaryIO, rows: Iterable[NDArray[np.uint8]], shape: tuple[
         count += 1
     if not count:
         raise ValueError(f"data: the {split} split holds no image")
+
     header = io.BytesIO()
     description = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
     np.lib.format.write_array_header_1_0(header, description)
@@ -170,7 +196,7 @@ def _write_rows(file: BinaryIO, rows: Iterable[NDArray[np.uint8]], shape: tuple[
 
 
 def _hash(array: NDArray[np.uint8]) -> str:
-    """Of shape and pixels, read piece by piece."""
+    """Return the hash of shape and pixels, read piece by piece."""
     digest = hashlib.sha256(repr(array.shape).encode())
     for start in range(0, len(array), 1024):
         digest.update(array[start : start + 1024].tobytes())

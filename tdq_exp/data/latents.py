@@ -1,15 +1,16 @@
-"""A training set in the latent space of an autoencoder: for each image, and its mirror, the distribution of x_0.
+"""A training set in the latent space of an autoencoder: the distribution of x_0 of each image.
 
     x_0 = mean + deviation * noise,   noise ~ N(0, I), drawn anew at every step
 
-Encoding takes longer than a training step, and is the same every time: mean and deviation are computed once. On disk:
+Encoding takes longer than a training step, and is the same every time: mean and deviation are
+computed once. On disk:
 
-    moments.npy  float32 [N, M, 2, C, H, W]   M = 2: image and mirror, or 1: image alone; then mean, deviation
+    moments.npy  float32 [N, M, 2, C, H, W]   M = 1: image, or 2: and its mirror; mean, deviation
     groups.npy   uint8                        which groups of images are finished
     about.json                                what was encoded, by what
 
-The folder is named after the content of the images and the fingerprint of the autoencoder, so that neither is ever paired
-with another one's moments. LSUN-Churches, 4x32x32, with mirrors: 8.3 GB.
+The folder is named after the content of the images and the fingerprint of the autoencoder, so that
+neither is ever paired with another one's moments. LSUN-Churches, 4x32x32, with mirrors: 8.3 GB.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Latents:
         ValueError: if the files are damaged, or another set's.
     """
 
-    def __init__(self, folder: Path, images: int, mirrors: int, shape: tuple[int, int, int], content: str) -> None:
+    def __init__(
+        self, folder: Path, images: int, mirrors: int, shape: tuple[int, int, int], content: str
+    ) -> None:
         self.content = content
         self.images = images
         moments = Column((images, mirrors, 2, *shape), np.float32, GROUP)
@@ -61,11 +64,11 @@ class Latents:
 
     @property
     def random(self) -> bool:
-        """A batch draws from each sample's distribution."""
+        """Whether a sample is a distribution: yes, each batch draws anew."""
         return True
 
     def batch(self, index: Tensor, flip: Tensor, noise: Tensor | None = None) -> Tensor:
-        """`mean + deviation * noise`, `[B, C, H, W]`, of the images, those with `flip` of their mirrors.
+        """Return `mean + deviation * noise`, `[B, C, H, W]`; with `flip`, of the mirrored image.
 
         Raises:
             ValueError: without noise, or for the mirror of an image whose mirror was not encoded.
@@ -77,7 +80,9 @@ class Latents:
         mirrors = self._moments.shape[1]
         if mirrors == 1 and bool(flip.any()):
             raise ValueError(f"{self.arrays.folder}: mirrored images were not encoded")
-        mean, deviation = torch.from_numpy(self._moments[index.numpy(), flip.long().numpy()]).unbind(1)
+        mean, deviation = torch.from_numpy(
+            self._moments[index.numpy(), flip.long().numpy()]
+        ).unbind(1)
         return mean + deviation * noise
 
 
@@ -92,20 +97,28 @@ def encoded(
     cache: Path,
     processes: Processes,
 ) -> Latents:
-    """The moments of a set of images: found, or made, or continued where an interrupted run left them.
+    """Return the moments of a set of images: found, made, or continued after an interruption.
+
+    Groups are dealt out to the processes in turn, and no group depends on another one: the files
+    are the same bits for any number of processes and after any interruption.
 
     Args:
         images: what to encode.
-        encode: images in [-1, 1] on the processes' device -> mean and deviation of x_0, `[B, *shape]` each.
+        encode: images in [-1, 1] on the processes' device -> mean and deviation of x_0, `[B,
+            *shape]` each.
         shape: (C, H, W) of x_0.
-        mirror: encode the mirrored images, too?
+        mirror: whether the mirrored images are encoded, too.
         by: fingerprint of the autoencoder, weights and architecture.
         cache: folder under which they are kept.
-
-    Groups are dealt out to the processes in turn, and no group depends on another one: the files are the same bits for
-    any number of processes and after any interruption.
+        processes: who shares the work.
     """
-    parts = {"version": 1, "images": images.content, "autoencoder": by, "mirror": mirror, "shape": list(shape)}
+    parts = {
+        "version": 1,
+        "images": images.content,
+        "autoencoder": by,
+        "mirror": mirror,
+        "shape": list(shape),
+    }
     content = hashlib.sha256(f"{images.content}|{by}".encode()).hexdigest()[:16]
     folder = cache / "latents" / files.fingerprint(parts)
     found = Latents(folder, len(images), 1 + mirror, shape, content)
@@ -117,14 +130,19 @@ def encoded(
 
     missing = processes.decide(begin)
     done = found.arrays.groups - len(missing)
-    with track("encoding images", found.arrays.groups, done, show=processes.main and bool(missing)) as advance:
+    with track(
+        "encoding images", found.arrays.groups, done, show=processes.main and bool(missing)
+    ) as advance:
         for group in missing[processes.rank :: processes.world]:
             index = torch.arange(group * GROUP, min((group + 1) * GROUP, len(images)))
             sides = []
             for side in range(1 + mirror):
                 batch = images.batch(index, torch.full((len(index),), bool(side)))
-                sides.append(torch.stack([value.cpu() for value in encode(batch.to(processes.device))], 1))
+                sides.append(
+                    torch.stack([value.cpu() for value in encode(batch.to(processes.device))], 1)
+                )
             found.arrays.put(group, moments=torch.stack(sides, 1).numpy())
             advance(f"{int(index[-1]) + 1} images")
+
     processes.barrier()
     return found

@@ -1,4 +1,7 @@
-"""Where images come from: scikit-learn's digits, a data set of the hub, a folder. The only importer of `datasets`."""
+"""Sources of images: scikit-learn's digits, a data set of the hub, a folder.
+
+This is the only importer of `datasets`.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,23 @@ from PIL import Image, UnidentifiedImageError
 
 
 class Source(Protocol):
-    """Where images come from. `key` says what is read, so that a cache is made again when the source changes."""
+    """Where images come from."""
 
-    def key(self, split: str) -> str: ...
+    def key(self, split: str) -> str:
+        """Return what is read, so that a cache is made again when the source changes."""
+        ...
 
-    def read(self, split: str) -> Iterator[Image.Image]: ...
+    def read(self, split: str) -> Iterator[Image.Image]:
+        """Yield the images of a split, `train` or `validation`.
+
+        Raises:
+            ValueError: for an unreadable source or image, naming it.
+        """
+        ...
 
 
 class Digits:
-    """scikit-learn's 1,797 handwritten digits, 8x8, 16 gray levels: the embedded default, nothing to download.
+    """scikit-learn's 1,797 handwritten digits, 8x8, 16 gray levels: nothing to download.
 
     Every fifth image is held out for validation; the rest is the training set.
     """
@@ -48,7 +59,12 @@ class Hub:
         train: name of the training split.
         validation: name of the held-out split.
         column: the image column; found by its type if not given.
-        prepared: what was done to the images before, for the protocol that rows name: `256x256 as published`.
+        prepared: what was done to the images before, for the protocol that rows name:
+            `256x256 as published`.
+
+    Raises:
+        FileNotFoundError: if a local path is not there.
+        ValueError: if a local folder is empty.
     """
 
     channels = 3
@@ -76,7 +92,8 @@ class Hub:
             stats = ((f, f.stat()) for f in sorted(self._local.rglob("*")) if f.is_file())
             files = [f"{f.name}:{s.st_size}:{s.st_mtime_ns}" for f, s in stats]
         return (
-            f"{self.path}/{self._split[split]}/{self.column}/" + hashlib.sha256("\n".join(files).encode()).hexdigest()
+            f"{self.path}/{self._split[split]}/{self.column}/"
+            + hashlib.sha256("\n".join(files).encode()).hexdigest()
         )
 
     def read(self, split: str) -> Iterator[Image.Image]:
@@ -87,9 +104,15 @@ class Hub:
             table: Any = datasets.load_dataset(name, split=self._split[split])
         except ValueError as error:
             raise ValueError(f"data.source.path={self.path}: {_first_line(error)}") from error
-        except Exception as error:  # the library raises its own types for broken files, and requests' for the network
-            hint = "" if self._local else "; if this machine has no network, set data.source.path to a local copy"
-            raise ValueError(f"data.source.path={self.path}: can't be read ({_first_line(error)}){hint}") from error
+        except Exception as error:  # its own types for broken files, requests' for the network
+            hint = (
+                ""
+                if self._local
+                else "; if this machine has no network, set data.source.path to a local copy"
+            )
+            raise ValueError(
+                f"data.source.path={self.path}: can't be read ({_first_line(error)}){hint}"
+            ) from error
         column = self.column or _image_column(table.features, self.path)
         table = table.cast_column(column, datasets.Image(decode=False))
         for i, row in enumerate(table):
@@ -97,11 +120,11 @@ class Hub:
 
 
 class Folder:
-    """A folder of image files, nested or not; every `holdout`-th in sorted order is held out for validation.
+    """A folder of image files, nested or not.
 
     Args:
         path: the folder.
-        holdout: 20 holds out 5 %.
+        holdout: every so many-th file in sorted order is held out for validation: 20 holds out 5 %.
         channels: 3, or 1 for gray.
     """
 
@@ -112,17 +135,25 @@ class Folder:
         if not self.root.is_dir():
             raise FileNotFoundError(f"data.source.path={path}: no such folder")
         if holdout < 2:
-            raise ValueError(f"data.source.holdout={holdout}: at least 2, every so many-th image is held out")
+            raise ValueError(
+                f"data.source.holdout={holdout}: at least 2, every so many-th image is held out"
+            )
         self._files = sorted(f for f in self.root.rglob("*") if f.suffix.lower() in self.suffixes)
         if not self._files:
             raise ValueError(f"data.source.path={path}: holds no {', '.join(self.suffixes)} file")
 
     def _of(self, split: str) -> list[Path]:
-        return [f for i, f in enumerate(self._files) if (i % self.holdout == 0) == (split == "validation")]
+        return [
+            f
+            for i, f in enumerate(self._files)
+            if (i % self.holdout == 0) == (split == "validation")
+        ]
 
     def key(self, split: str) -> str:
         stats = ((f, _stat(f)) for f in self._of(split))
-        listing = "\n".join(f"{f.relative_to(self.root)}:{s.st_size}:{s.st_mtime_ns}" for f, s in stats)
+        listing = "\n".join(
+            f"{f.relative_to(self.root)}:{s.st_size}:{s.st_mtime_ns}" for f, s in stats
+        )
         return f"folder/{split}/{self.holdout}/" + hashlib.sha256(listing.encode()).hexdigest()
 
     def read(self, split: str) -> Iterator[Image.Image]:
@@ -130,8 +161,12 @@ class Folder:
 
         files = [str(f) for f in self._of(split)]
         if not files:
-            raise ValueError(f"data.source.path={self.root}: too few images to hold any out for {split}")
-        table = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image(decode=False))
+            raise ValueError(
+                f"data.source.path={self.root}: too few images to hold any out for {split}"
+            )
+        table = datasets.Dataset.from_dict({"image": files}).cast_column(
+            "image", datasets.Image(decode=False)
+        )
         for row in table:
             yield _decode(row["image"], str(row["image"]["path"]))
 
@@ -140,7 +175,9 @@ def _stat(file: Path) -> os.stat_result:
     try:
         return file.stat()
     except OSError as error:
-        raise ValueError(f"{file}: can't be read ({error.strerror}); replace or remove it") from error
+        raise ValueError(
+            f"{file}: can't be read ({error.strerror}); replace or remove it"
+        ) from error
 
 
 def _decode(cell: dict[str, Any], name: str) -> Image.Image:
@@ -149,14 +186,19 @@ def _decode(cell: dict[str, Any], name: str) -> Image.Image:
         image = Image.open(io.BytesIO(raw))
         image.load()  # a truncated file is found here, not at opening
     except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: not a whole image ({_first_line(error)}); replace or remove it") from error
+        raise ValueError(
+            f"{name}: not a whole image ({_first_line(error)}); replace or remove it"
+        ) from error
     return image
 
 
 def _image_column(features: Any, path: str) -> str:
     found = [name for name, kind in features.items() if type(kind).__name__ == "Image"]
     if len(found) != 1:
-        raise ValueError(f"data.source.column: {path} has {len(found)} image columns ({', '.join(features)}); name one")
+        raise ValueError(
+            f"data.source.column: {path} has {len(found)} image columns"
+            f" ({', '.join(features)}); name one"
+        )
     return str(found[0])
 
 

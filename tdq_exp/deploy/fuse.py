@@ -1,10 +1,10 @@
 """Norms that give codes: group norm, SiLU and quantization in one pass over memory.
 
 Between its convolutions a U-Net spends its time in these three. Where they stand in a row before an
-integer layer (see `quant.chains`), and before attention, the norm does the work of all three, and the
-modules between pass its codes on. The norm's own sums are added in another order than torch's, so a
-value that lies on the border of two codes may fall on the other side, as it may with another batch
-size.
+integer layer (see `quant.chains`), and before attention, the norm does the work of all three, and
+the modules between pass its codes on. The norm's own sums are added in another order than torch's,
+so a value that lies on the border of two codes may fall on the other side, as it may with another
+batch size.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdq_exp.deploy.coders import Coded, Coder, DynamicCoder, Rounder
+from tdq_exp.models.attention import AttentionProcessor
 from tdq_exp.quant.chains import Chains, NormChain, UpsampleChain
 from tdq_exp.quant.convert import replace_module
 from tdq_exp.quant.layers import QuantAttention
@@ -75,13 +76,16 @@ class CodedUpsample(nn.Module):
         return self.conv(Coded(codes, coded.s, coded.z))
 
 
-class CodedAttention(QuantAttention):
-    """Quantized attention whose norm gives the codes of q, k and v. Arguments as `QuantAttention`, the coder first."""
+class CodedAttention(AttentionProcessor):
+    """Quantized attention whose norm gives the codes of q, k and v.
+
+    Arguments as `AttentionProcessor`, the coder in place of the first quantizer.
+    """
 
     def read(self, attention: Any, x: Tensor) -> Any:
         """`[B, C, H, W]` -> codes `[B, H W, C]`."""
-        assert isinstance(self.input_quantizer, nn.Module)
-        coded = self.input_quantizer.of_norm(x, attention.group_norm, False)  # type: ignore[operator]
+        coder: Any = self.input_quantizer
+        coded = coder.of_norm(x, attention.group_norm, False)
         return Coded(coded.codes.permute(0, 2, 3, 1).flatten(1, 2), coded.s, coded.z)
 
 

@@ -1,17 +1,19 @@
-"""Integer execution of a baked network: products of codes, with the step size of the current time step applied at the end.
+"""Integer execution of a baked network: products of codes, scaled by the step size at time t.
 
     y = s_x s_w [ sum (q_x - z_x) (q_w - shift) + (shift - z_w) sum (q_x - z_x) ] + b
 
-q_x are bytes, quantized from the layer's float input with s_x(t), z_x(t) from the table; q_w are signed bytes, packed once.
-The sum is exact in 32-bit integers, so the only rounding is the last multiplication: the output differs from the
-simulated layer's by what that one's float sum rounds. A step size that changes with t costs nothing: the kernel takes it
-at run time. For affine weights (post-training quantization) the shift of a channel is its zero point, if its codes then
-fit into signed bytes, which they do up to 7 bits, and else the nearest number with which they fit; only then is there a
-second sum, one more channel of ones for the whole layer.
+q_x are bytes, quantized from the layer's float input with s_x(t), z_x(t) from the table; q_w are
+signed bytes, packed once. The sum is exact in 32-bit integers, so the only rounding is the last
+multiplication: the output differs from the simulated layer's by what that one's float sum rounds. A
+step size that changes with t costs nothing: the kernel takes it at run time. For affine weights
+(post-training quantization) the shift of a channel is its zero point, if its codes then fit into
+signed bytes, which they do up to 7 bits, and else the nearest number with which they fit; only then
+is there a second sum, one more channel of ones for the whole layer.
 
-Convolutions and linear layers run so; attention products of two activations stay simulated, for there is no kernel that
-multiplies two batches of codes. On a CPU without VNNI instructions, layers whose products would not be exact there stay
-simulated, too (see `products`): those of 8-bit codes with 8-bit weights.
+Convolutions and linear layers run so; attention products of two activations stay simulated, for
+there is no kernel that multiplies two batches of codes. On a CPU without VNNI instructions, layers
+whose products would not be exact there stay simulated, too (see `products`): those of 8-bit codes
+with 8-bit weights.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from tdq_exp.quant.convert import replace_module
 from tdq_exp.quant.layers import CodedWeight, QuantAttention, QuantConv2d, QuantLayer
 from tdq_exp.quant.quantizer import Quantizer
 
-INEXACT = "8-bit by 8-bit products are cut off at 16 bits on this CPU, which has no VNNI instructions"
+INEXACT = (
+    "8-bit by 8-bit products are cut off at 16 bits on this CPU, which has no VNNI instructions"
+)
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -60,11 +64,18 @@ class IntegerLayer(nn.Module):
         self.bias: Tensor | None = original.bias
         window: Window | None = None
         if self.conv:
-            window = (list(original.stride), list(original.padding), list(original.dilation), original.groups)
+            window = (
+                list(original.stride),
+                list(original.padding),
+                list(original.dilation),
+                original.groups,
+            )
 
         codes, rest = signed_codes(coded)
         self.w_scale: Tensor
-        self.register_buffer("w_scale", coded.step_size.reshape(-1).expand(len(codes)).float().clone())
+        self.register_buffer(
+            "w_scale", coded.step_size.reshape(-1).expand(len(codes)).float().clone()
+        )
         self.product = Product(codes, self.w_scale, window)
 
         self.affine = bool(rest.any())
@@ -79,8 +90,8 @@ class IntegerLayer(nn.Module):
         if not isinstance(x.s, Tensor):
             return product(x.codes, x.s, x.z, bias)  # type: ignore[arg-type]
 
-        # One (s, z) for each sample: the kernel has one for all, so z's part, z sum w over what is not padding, is
-        # taken off afterwards.
+        # One (s, z) for each sample: the kernel has one for all, so z's part, z sum w over what is
+        # not padding, is taken off afterwards.
         y = product(x.codes, 1.0, 0)
         ones = product(torch.ones_like(x.codes[:1]), 1.0, 0)
         s, z = (v.reshape(-1, *[1] * (y.dim() - 1)) for v in (x.s, torch.as_tensor(x.z)))
@@ -90,7 +101,7 @@ class IntegerLayer(nn.Module):
         return y
 
     def forward(self, x: Tensor | Coded) -> Tensor:
-        """Float or coded input -> float output."""
+        """Return the float output of a float or coded input."""
         if isinstance(x, Coded):
             coded = x
         else:
@@ -103,7 +114,10 @@ class IntegerLayer(nn.Module):
 
 
 def signed_codes(coded: CodedWeight) -> tuple[Tensor, Tensor]:
-    """(q_w - shift as int8, shift - z_w by output channel as float `[out]`); see the module."""
+    """Return q_w - shift as int8, and shift - z_w by output channel as float `[out]`.
+
+    See the module.
+    """
     codes = coded.codes.to(torch.int16)
     rows = codes.flatten(1)
     if coded.zero_point is None:
@@ -115,7 +129,7 @@ def signed_codes(coded: CodedWeight) -> tuple[Tensor, Tensor]:
 
 
 def reason_against(layer: QuantLayer) -> str | None:
-    """Why a layer can't run on codes, or None."""
+    """Return why a layer can't run on codes, or None."""
     quantizer, coded, original = layer.input_quantizer, layer.weight_quantizer, layer.layer
     if not isinstance(coded, CodedWeight):
         return "its weights are not integers times a step"
@@ -144,32 +158,40 @@ def exact_layer(layer: QuantLayer, quantizer: Quantizer) -> bool:
 
 
 def codable(net: nn.Module) -> dict[str, Quantizer]:
-    """Return the quantizer of the input of every layer of a baked network that can run on codes somewhere, by name.
+    """Return the layers of a baked network that can run on codes on some CPU.
+
+    Returns:
+        By name, the quantizer of the layer's input.
 
     q, k and v of one attention read one coded tensor, so all three of them are in it or none.
     """
-    shared: dict[str, QuantAttention] = {}
+    shared: dict[str, Quantizer] = {}
     for name, module in net.named_modules():
         if isinstance(module, QuantAttention) and module.input_quantizer is not None:
-            shared |= dict.fromkeys(readers(net, name), module)
+            shared |= dict.fromkeys(readers(net, name), module.input_quantizer)
 
     found: dict[str, Quantizer] = {}
     for name, module in net.named_modules():
         if isinstance(module, QuantLayer) and reason_against(module) is None:
             if module.input_quantizer is not None:
                 found[name] = module.input_quantizer
-            elif name in shared and not too_wide(shared[name].input_quantizer):  # type: ignore[arg-type]
-                found[name] = shared[name].input_quantizer  # type: ignore[assignment]
+            elif name in shared and not too_wide(shared[name]):
+                found[name] = shared[name]
     return _whole_attentions(net, found)
 
 
 def candidates(net: nn.Module) -> dict[str, IntegerLayer]:
-    """Return every layer of a baked network that can run on codes and is exact on this CPU, in that form, by name.
+    """Return the layers of a baked network that can run on codes and are exact on this CPU.
+
+    Returns:
+        By name, the layer in that form.
 
     q, k and v of one attention are candidates together or not at all.
     """
     layers: dict[str, Any] = dict(net.named_modules())
-    exact = {name: reads for name, reads in codable(net).items() if exact_layer(layers[name], reads)}
+    exact = {
+        name: reads for name, reads in codable(net).items() if exact_layer(layers[name], reads)
+    }
     found = {}
     for name, quantizer in _whole_attentions(net, exact).items():
         own = layers[name].input_quantizer is not None
@@ -206,9 +228,7 @@ def _whole_attentions(net: nn.Module, found: dict[str, Quantizer]) -> dict[str, 
 
 
 @torch.no_grad()
-def integerize(
-    net: nn.Module, chains: Chains, names: Iterable[str] | None = None
-) -> nn.Module:
+def integerize(net: nn.Module, chains: Chains, names: Iterable[str] | None = None) -> nn.Module:
     """Return a copy of a baked network whose layers run on codes, in channels-last layout.
 
     Its root forward sets the time as before.
@@ -236,8 +256,11 @@ def integerize(
             leaves = set(readers(net, name))
             if leaves & chosen:
                 if not leaves <= chosen:
-                    raise ValueError(f"{name}: q, k and v read one coded tensor: choose all three or none")
-                module.input_quantizer = coder_of(module.input_quantizer)  # type: ignore[assignment]
+                    raise ValueError(
+                        f"{name}: q, k and v read one coded tensor: choose all three or none"
+                    )
+                coder: Any = coder_of(module.input_quantizer)
+                module.input_quantizer = coder
     for name in chosen:
         replace_module(net, name, found[name])
     fuse(net, chains)

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tdq_exp.models.weights.load import save_weights
+from tdq_exp.models.weights.save import save_weights
 from tdq_exp.quant.layers import smallest_integer_type
 
 FORMAT = "tdq_exp packed 1"

@@ -6,8 +6,9 @@
 
 Source: Song, Meng, Ermon, *Denoising Diffusion Implicit Models* (2021), eq. (12) and (16).
 
-The step is ours, not a library's, because t_prev is here whatever comes next in the sequence. diffusers' `DDIMScheduler`
-always steps to t - T // S, which is right for `leading` only (and for `trailing` where S divides T).
+The step is ours, not a library's, because t_prev is here whatever comes next in the sequence.
+diffusers' `DDIMScheduler` always steps to t - T // S, which is right for `leading` only (and for
+`trailing` where S divides T).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SPACINGS = ("leading", "trailing", "linspace", "quad")
 
 
 def time_steps(spacing: str, count: int, total: int, offset: int = 0) -> list[int]:
-    """The time steps that a sampler visits, noisiest first.
+    """Return the time steps that a sampler visits, noisiest first.
 
     | spacing  | t_i for i = 0..S-1, before reversal and offset | source |
     |----------|-----------------------------------------------|--------|
@@ -35,8 +36,8 @@ def time_steps(spacing: str, count: int, total: int, offset: int = 0) -> list[in
     | linspace | round(i (T - 1) / (S - 1))                    | iDDPM |
     | quad     | floor((i sqrt(0.8 T) / (S - 1))^2)            | DDIM's "quad" |
 
-    `quad` names small steps more than once. From a step to itself the update is the identity, so each is visited once:
-    the sequence is shorter than S, the images are the same.
+    `quad` names small steps more than once. From a step to itself the update is the identity, so
+    each is visited once: the sequence is shorter than S, the images are the same.
 
     Args:
         spacing: one of `SPACINGS`.
@@ -45,12 +46,15 @@ def time_steps(spacing: str, count: int, total: int, offset: int = 0) -> list[in
         offset: added to every step (`leading` and `quad`; LDM uses 1).
 
     Raises:
-        ValueError: for an unknown spacing, S outside 1..T, or a sequence that visits a time step twice or leaves 0..T-1.
+        ValueError: for an unknown spacing, S outside 1..T, or a sequence that visits a time step
+            twice or leaves 0..T-1.
     """
     if spacing not in SPACINGS:
         raise ValueError(f"sampler.spacing={spacing!r}: choose one of {', '.join(SPACINGS)}")
     if not 1 <= count <= total:
-        raise ValueError(f"sampler.steps={count}: must be between 1 and the model's {total} time steps")
+        raise ValueError(
+            f"sampler.steps={count}: must be between 1 and the model's {total} time steps"
+        )
     i = torch.arange(count, dtype=torch.float64)
     if spacing == "leading":
         steps = (i * (total // count)).long() + offset
@@ -60,13 +64,18 @@ def time_steps(spacing: str, count: int, total: int, offset: int = 0) -> list[in
         steps = (i * (total - 1) / max(count - 1, 1)).round().long()
     else:
         steps = (
-            torch.linspace(0, (0.8 * total) ** 0.5, count, dtype=torch.float64).square().floor().long().unique()
+            torch.linspace(0, (0.8 * total) ** 0.5, count, dtype=torch.float64)
+            .square()
+            .floor()
+            .long()
+            .unique()
             + offset
         )
     repeats = spacing != "quad" and len(steps.unique()) < count
     if repeats or int(steps.max()) >= total or int(steps.min()) < 0:
         raise ValueError(
-            f"sampler: {spacing} spacing with steps={count}, offset={offset} repeats or leaves the {total} time steps; "
+            f"sampler: {spacing} spacing with steps={count}, offset={offset} repeats or leaves the"
+            f" {total} time steps; "
             "take fewer steps or another spacing"
         )
     return [int(t) for t in steps.flip(0)]
@@ -90,9 +99,9 @@ class Ddim:
         steps: S.
         spacing: see `time_steps`.
         eta: 0 is deterministic, 1 has DDPM's variance.
-        clip: limit x0_hat to [-1, 1] (and re-derive eps_hat from it)?
+        clip: whether x0_hat is limited to [-1, 1], and eps_hat derived from it again.
         offset: see `time_steps`.
-        final_alpha_one: is abar 1 after the last step (DDIM), or abar_0 (LDM)?
+        final_alpha_one: whether abar is 1 after the last step (DDIM), and not abar_0 (LDM).
     """
 
     steps: int
@@ -103,7 +112,7 @@ class Ddim:
     final_alpha_one: bool = True
 
     def pairs(self, schedule: Schedule) -> list[tuple[int, int]]:
-        """(t, t_prev), noisiest first; the last t_prev is -1, "no noise left"."""
+        """Return (t, t_prev), noisiest first; the last t_prev is -1, "no noise left"."""
         visited = time_steps(self.spacing, self.steps, schedule.steps, self.offset)
         return list(zip(visited, [*visited[1:], -1], strict=True))
 
@@ -115,14 +124,17 @@ class Ddim:
         generators: Sequence[torch.Generator] = (),
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """Follows the trajectory from pure noise to a sample.
+        """Follow the trajectory from pure noise to a sample.
 
         Args:
-            denoise: predicts eps from (x_t, t); t is a 0-dim tensor, one time step for the whole batch.
+            denoise: predicts eps from (x_t, t); t is a 0-dim tensor, one for the whole batch.
             x: x_T, `[B, C, H, W]`.
             schedule: abar.
             generators: one per sample, for eta > 0.
             on_step: called with (t, x_t) before every step.
+
+        Returns:
+            x_0, `[B, C, H, W]`.
         """
         for t, t_prev in self.pairs(schedule):
             if on_step is not None:
@@ -140,15 +152,16 @@ class Ddim:
         schedule: Schedule,
         generators: Sequence[torch.Generator] = (),
     ) -> Tensor:
-        """One update x_t -> x_{t_prev}, in x's precision; coefficients are computed in float64."""
+        """Return x_{t_prev} of one update, in x's precision; coefficients are in float64."""
         values = self.coefficients(t, t_prev, schedule)
         return self.update(eps, x, values, self.noise(x, generators) if values.sigma > 0 else None)
 
     def coefficients(self, t: int, t_prev: int, schedule: Schedule) -> Coefficients:
-        """The numbers of one update."""
+        """Return the numbers of one update."""
         abar = float(schedule.alphas_cumprod[t])
         last = 1.0 if self.final_alpha_one else float(schedule.alphas_cumprod[0])
         abar_prev = float(schedule.alphas_cumprod[t_prev]) if t_prev >= 0 else last
+
         variance = (1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)
         sigma = self.eta * max(variance, 0.0) ** 0.5
         towards_x_t = max(1 - abar_prev - sigma**2, 0.0) ** 0.5
@@ -157,7 +170,7 @@ class Ddim:
     def update(
         self, eps: Tensor, x: Tensor, values: Coefficients | Sequence[Tensor], z: Tensor | None
     ) -> Tensor:
-        """x_{t_prev} from x_t.
+        """Return x_{t_prev}.
 
         Args:
             eps: eps_hat, of x's shape.
@@ -166,15 +179,17 @@ class Ddim:
             z: standard normal, of x's shape; None where sigma is 0.
         """
         signal, noise, signal_prev, towards_x_t, sigma = values
+
         x_0 = _divide(x - noise * eps, signal)
         if self.clip:
             x_0 = x_0.clamp(-1, 1)
             eps = _divide(x - signal * x_0, noise)
+
         x = signal_prev * x_0 + towards_x_t * eps
         return x if z is None else x + sigma * z
 
     def noise(self, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """z of one update, drawn on the CPU, one generator for each sample.
+        """Return z of one update, drawn on the CPU, one generator for each sample.
 
         Raises:
             ValueError: if there is not one generator for each sample.
@@ -185,5 +200,5 @@ class Ddim:
 
 
 def _divide(a: Tensor, b: float | Tensor) -> Tensor:
-    """a / b as torch divides by a number: on a GPU, it multiplies by the reciprocal."""
+    """Return a / b as torch divides by a number: on a GPU, it multiplies by the reciprocal."""
     return a * b.reciprocal() if isinstance(b, Tensor) and a.is_cuda else a / b

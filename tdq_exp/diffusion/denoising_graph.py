@@ -32,7 +32,7 @@ class DenoisingGraph:
     def __init__(self, ddim: Ddim) -> None:
         self.ddim = ddim
         self._key: object = None
-        self._steps: _Steps | None = None
+        self._steps: RecordedSteps | None = None
 
     @torch.no_grad()
     def sample(
@@ -55,8 +55,10 @@ class DenoisingGraph:
         return self._steps.run(x, generators, on_step)
 
 
-def _recorded(ddim: Ddim, denoise: NoisePredictor, x: Tensor, schedule: Schedule) -> _Steps | None:
-    steps = _Steps(ddim, denoise, x, schedule)
+def _recorded(
+    ddim: Ddim, denoise: NoisePredictor, x: Tensor, schedule: Schedule
+) -> RecordedSteps | None:
+    steps = RecordedSteps(ddim, denoise, x, schedule)
     try:
         steps.record()
     except RuntimeError as error:
@@ -66,7 +68,7 @@ def _recorded(ddim: Ddim, denoise: NoisePredictor, x: Tensor, schedule: Schedule
     return steps
 
 
-class _Steps:
+class RecordedSteps:
     """The tensors of a recording, and the function that is recorded.
 
     Args: as `Ddim.sample`; x gives shape, type and device.

@@ -5,9 +5,9 @@ resumed, or shared by several processes, sees exactly the draws of one that ran 
 break. `Stream` names what is drawn; no arithmetic is done on seeds.
 
 Images are computed in groups of `batch` consecutive indices. The last group is padded with indices
-past the end, whose results are dropped. Shards and resumes cut at group borders only, so every image
-is always computed in the same batch, and a set is the same bits for any number of processes, any
-order, and any interruption.
+past the end, whose results are dropped. Shards and resumes cut at group borders only, so every
+image is always computed in the same batch, and a set is the same bits for any number of processes,
+any order, and any interruption.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Stream(IntEnum):
     OVER_TIME_NOISE = 20  # global generator during the fit over time: (seed, ...)
 
 
-# Committed rows of seed 0 were drawn with these keys. They stay, so that the rows can be made again;
-# every other seed has the key (seed, stream).
+# Committed rows of seed 0 were drawn with these keys. They stay, so that the rows can be made
+# again; every other seed has the key (seed, stream).
 RECORDED_KEYS: dict[tuple[int, Stream], tuple[int, ...]] = {
     (0, Stream.VALIDATION): (1, 3),
     (0, Stream.CALIBRATION): (2, 3),
@@ -92,7 +92,7 @@ def mix(*key: int) -> int:
 
 
 def groups(images: int, batch: int) -> Iterator[tuple[int, range]]:
-    """(index of the group, image indices in it, padding included)."""
+    """Yield (index of the group, image indices in it, padding included)."""
     for number in range(-(-images // batch)):
         yield number, range(number * batch, (number + 1) * batch)
 
@@ -105,38 +105,44 @@ def image_generators(
 
 
 def starting_noise(generators: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
-    """x_T, `[B, *shape]`, standard normal, drawn on the CPU so that every device starts from the same numbers."""
+    """Return x_T, `[B, *shape]`, standard normal.
+
+    It is drawn on the CPU, so that every device starts from the same numbers.
+    """
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
 def share_of(batch: int, rank: int, world: int) -> slice:
-    """The part of a global batch that process `rank` of `world` works on.
+    """Return the part of a global batch that process `rank` of `world` works on.
 
     Raises:
-        ValueError: if the batch can't be divided evenly, for then gradients would not average to the batch's mean.
+        ValueError: if the batch can't be divided evenly, for then gradients would not average to
+            the batch's mean.
     """
     if batch % world:
-        raise ValueError(f"fit.batch_size={batch} does not divide by the number of processes ({world})")
+        raise ValueError(
+            f"fit.batch_size={batch} does not divide by the number of processes ({world})"
+        )
     return slice(rank * batch // world, (rank + 1) * batch // world)
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What one update needs besides the images themselves. All of length B, on the CPU."""
+    """Random numbers of one update: which images, which t, which noise. On the CPU."""
 
     index: Tensor  # [B] which training image, int64
-    flip: Tensor  # [B] mirror it?, bool
+    flip: Tensor  # [B] whether it is mirrored, bool
     t: Tensor  # [B] time step, int64
     eps: Tensor  # [B, C, H, W] standard normal
     noise: Tensor | None = None  # [B, C, H, W] standard normal, for samples that are random
 
     def of(self, part: slice) -> Draws:
-        """Those of a part of the batch."""
+        """Return those of a part of the batch."""
         noise = None if self.noise is None else self.noise[part]
         return Draws(self.index[part], self.flip[part], self.t[part], self.eps[part], noise)
 
     def shard(self, rank: int, world: int) -> Draws:
-        """The part of this batch that process `rank` of `world` works on: a consecutive slice.
+        """Return the part of this batch that process `rank` of `world` works on, a slice.
 
         Raises:
             ValueError: see `share_of`.
@@ -145,10 +151,17 @@ class Draws:
 
 
 def draw_batch(
-    seed: int, update: int, *, batch_size: int, images: int, shape: tuple[int, ...], steps: int, flip: bool,
+    seed: int,
+    update: int,
+    *,
+    batch_size: int,
+    images: int,
+    shape: tuple[int, ...],
+    steps: int,
+    flip: bool,
     random: bool = False,
-) -> Draws:  # fmt: skip
-    """The draws of one update.
+) -> Draws:
+    """Return the draws of one update.
 
     Images are visited in a new permutation every epoch; t is uniform over 0..T-1.
 
@@ -159,25 +172,33 @@ def draw_batch(
         images: size of the training set.
         shape: of one sample, `(C, H, W)`.
         steps: T.
-        flip: mirror half of the images?
-        random: draw noise for the samples, too? After all else, so that the rest is the same numbers without it.
+        flip: whether half of the images are mirrored.
+        random: whether noise is drawn for the samples, too: after all else, so that the rest is the
+            same numbers without it.
 
     Raises:
         ValueError: if the training set is smaller than a batch.
     """
     if images < batch_size:
-        raise ValueError(f"fit.batch_size={batch_size} is larger than the training set ({images} images)")
+        raise ValueError(
+            f"fit.batch_size={batch_size} is larger than the training set ({images} images)"
+        )
+
+    # Image indices: a batch may span the border of two epochs.
     position = torch.arange(update * batch_size, (update + 1) * batch_size)
     epochs = position // images
     index = torch.empty_like(position)
-    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):  # a batch may span the border of two epochs
+    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
         order = torch.randperm(images, generator=generator(seed, Stream.EPOCH, epoch))
         index[epochs == epoch] = order[position[epochs == epoch] % images]
+
+    # The rest, in this order.
     g = generator(seed, Stream.UPDATE, update)
     t = torch.randint(steps, (batch_size,), generator=g)
     mirrored = torch.rand(batch_size, generator=g) < (0.5 if flip else 0.0)
     eps = torch.randn(batch_size, *shape, generator=g)
-    return Draws(index, mirrored, t, eps, torch.randn(batch_size, *shape, generator=g) if random else None)
+    noise = torch.randn(batch_size, *shape, generator=g) if random else None
+    return Draws(index, mirrored, t, eps, noise)
 
 
 def fixed_draws(

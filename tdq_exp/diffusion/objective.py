@@ -1,9 +1,6 @@
-"""The noise-prediction objective, and the draws that it is evaluated on.
+"""The noise-prediction objective, and the contracts of what it is evaluated on.
 
-    L = E_{x_0, t, eps} | eps - eps_theta(x_t, t) |^p,   p = 2 (DDPM) or 1 (LDM as released)
-
-Every draw is a pure function of (seed, update, position in the global batch), so a run that is resumed, or shared by
-several processes, sees exactly the draws of one that ran alone without a break.
+L = E_{x_0, t, eps} | eps - eps_theta(x_t, t) |^p,   p = 2 (DDPM) or 1 (LDM as released)
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ class NoisePredictor(Protocol):
 
 
 class Samples(Protocol):
-    """A training set, as what the network denoises: for each image an x_0, or a distribution of it."""
+    """A training set as what the network denoises: each image's x_0, or a distribution of it."""
 
     @property
     def content(self) -> str:
@@ -31,24 +28,24 @@ class Samples(Protocol):
 
     @property
     def random(self) -> bool:
-        """Is each sample a distribution, of which every batch draws anew?"""
+        """Whether each sample is a distribution, from which every batch draws anew."""
         ...
 
     def __len__(self) -> int: ...
 
     def batch(self, index: Tensor, flip: Tensor, noise: Tensor | None = None) -> Tensor:
-        """x_0 of some samples, `[B, C, H, W]`, those with `flip` of the mirrored image.
+        """Return x_0 of some samples, `[B, C, H, W]`, those with `flip` of the mirrored image.
 
         Args:
             index: `[B]`, int64.
             flip: `[B]`, bool.
-            noise: `[B, C, H, W]`, standard normal; where samples are random, what they are drawn with.
+            noise: `[B, C, H, W]`, standard normal; what random samples are drawn with.
         """
         ...
 
 
 def noise_prediction_loss(eps_hat: Tensor, eps: Tensor, kind: str = "l2") -> Tensor:
-    """Mean over all elements of `|eps - eps_hat|^p`; scalar, float32.
+    """Return the mean over all elements of `|eps - eps_hat|^p`; scalar, float32.
 
     Raises:
         ValueError: for a kind that is neither `l1` nor `l2`.

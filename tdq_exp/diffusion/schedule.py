@@ -22,7 +22,7 @@ class Schedule:
 
     Args:
         steps: T, the number of time steps (1000 in the paper).
-        shape: `linear` is linear in beta (DDIM's CIFAR-10), `scaled_linear` is linear in sqrt(beta) (LDM).
+        shape: `linear` is linear in beta (DDIM's CIFAR-10), `scaled_linear` in sqrt(beta) (LDM).
         beta_start: beta at t = 0.
         beta_end: beta at t = T - 1.
 
@@ -37,7 +37,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.shape not in BETA_SHAPES:
-            raise ValueError(f"model.schedule.shape={self.shape!r}: choose one of {', '.join(BETA_SHAPES)}")
+            raise ValueError(
+                f"model.schedule.shape={self.shape!r}: choose one of {', '.join(BETA_SHAPES)}"
+            )
         if self.steps < 1 or not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError("model.schedule: needs steps >= 1 and 0 < beta_start <= beta_end < 1")
 
@@ -46,7 +48,9 @@ class Schedule:
         """`[T]`, float64: the products below lose digits at t near T in single precision."""
         if self.shape == "linear":
             return torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64)
-        root = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=torch.float64)
+        root = torch.linspace(
+            self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=torch.float64
+        )
         return root.square()
 
     @cached_property
@@ -55,7 +59,7 @@ class Schedule:
         return (1 - self.betas).cumprod(0)
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """`x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps`.
+        """Return `x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps`.
 
         Args:
             x_0: clean samples, `[B, C, H, W]`.
@@ -66,10 +70,10 @@ class Schedule:
         return (abar.sqrt() * x_0 + (1 - abar).sqrt() * eps).to(x_0.dtype)
 
     def _alphas_cumprod_on(self, device: torch.device) -> Tensor:
-        """abar on a device, copied once: each copy from the host would wait for the device."""
+        """Return abar on a device, copied once: each copy would wait for the device."""
         if device not in self._copies:
             copied = self.alphas_cumprod.to(device)
-            if type(copied) is not Tensor:  # somebody's fake tensor
+            if type(copied) is not Tensor:  # a fake tensor of torch.export
                 return copied
             self._copies[device] = copied
         return self._copies[device]

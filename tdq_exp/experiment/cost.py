@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.experiment.build import Experiment
-from tdq_exp.quant.convert import Recipe, layer_map, quantize
+from tdq_exp.quant.convert import Recipe, layer_map
 from tdq_exp.runtime import files, launch
 from tdq_exp.runtime.progress import console, print_table
 
@@ -178,7 +178,7 @@ def _show_layers(job: Experiment, recipe: Recipe) -> None:
     """Print what would be done to the layers, grouped; `layers.json` has the whole map."""
     net = job.model.build()
     roles = job.model.roles(net)
-    quantize(net, roles, recipe, job.model.schedule.steps)
+    job.model.quantize(net, recipe)
 
     rows = layer_map(net, roles)
     groups = Counter((r["role"], r["weight"], r["input"].split(":")[0]) for r in rows)

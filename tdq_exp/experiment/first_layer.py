@@ -27,9 +27,10 @@ def first_range(net: nn.Module, roles: Mapping[str, Role], t: int) -> tuple[floa
     name = next((name for name, role in roles.items() if role.kind == "first"), None)
     layer = None if name is None else net.get_submodule(name)
     quantizer = layer.input_quantizer if isinstance(layer, QuantLayer) else None
-    if not isinstance(quantizer, Quantizer) or quantizer.interval.dynamic:
+    tables = quantizer.tables() if isinstance(quantizer, Quantizer) else None
+    if quantizer is None or tables is None:
         return None
-    s, z = (float(table[t if len(table) > 1 else 0]) for table in quantizer.tables())
+    s, z = (float(table[t if len(table) > 1 else 0]) for table in tables)
     return s * (quantizer.grid.n - z), s * (quantizer.grid.p - z)
 
 

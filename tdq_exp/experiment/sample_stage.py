@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.data.images import Images, to_uint8
 from tdq_exp.diffusion.ddim import Ddim
+from tdq_exp.diffusion.denoising_graph import DenoisingGraph
 from tdq_exp.diffusion.draws import Stream, generator, groups, image_generators, starting_noise
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.fit_stage import FittedModel
@@ -144,7 +145,7 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
 @torch.no_grad()
 def sample_group(
     denoiser: Denoiser,
-    sampler: Ddim,
+    sampler: Ddim | DenoisingGraph,
     indices: range,
     *,
     seed: int,
@@ -205,12 +206,13 @@ def sample_set(
 
     # 2. Group by group; each is on disk before the next is begun.
     denoiser.net.to(processes.device).eval()
+    group_sampler = DenoisingGraph(sampler) if isinstance(sampler, Ddim) else sampler
     began = time.monotonic()
     with track("sampling", len(every), done, show=processes.main) as advance:
         for group in mine:
             pixels = sample_group(
                 denoiser,
-                sampler,
+                group_sampler,
                 every[group],
                 seed=seed,
                 device=processes.device,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -13,7 +13,7 @@ Batch = tuple[Tensor, ...]
 
 def batches_ahead(
     make: Callable[[int], Batch], first: int, end: int, device: torch.device, depth: int = 3
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield `make(update)` for update = first..end - 1, on the device.
 
     For a GPU, one thread makes the batches that come next, in order, into pinned memory, from which

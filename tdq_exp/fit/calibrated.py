@@ -15,7 +15,7 @@ from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.ptq.calibration_set import CalibrationSet
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant import calibrate
-from tdq_exp.quant.convert import Recipe, quantize
+from tdq_exp.quant.convert import Recipe
 from tdq_exp.runtime import files
 from tdq_exp.runtime.context import RunContext
 from tdq_exp.runtime.processes import Processes
@@ -89,7 +89,7 @@ def calibrated(
     # 1. Quantizers in place of the layers; TDQ's generators start from random weights.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
-        time = quantize(net, model.roles(net), recipe, model.schedule.steps)
+        time = model.quantize(net, recipe)
     net.to(processes.device).eval()
 
     # 2. Start values that an earlier run found.

@@ -33,5 +33,6 @@ class Ema:
         averages: list[Tensor] = list(self.net.parameters())
         values: list[Tensor] = list(net.parameters())
         torch._foreach_lerp_(averages, values, 1 - decay)
-        for average, value in zip(self.net.buffers(), net.buffers(), strict=True):
-            average.copy_(value)
+        buffers, now = list(self.net.buffers()), list(net.buffers())
+        if buffers:
+            torch._foreach_copy_(buffers, now)  # one launch for hundreds of scalars

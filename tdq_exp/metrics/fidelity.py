@@ -3,22 +3,28 @@
 With f_i in R^D the features of one set, mu = mean(f) and Sigma = cov(f):
 
     FID  = |mu_g - mu_r|^2 + Tr(Sigma_g + Sigma_r - 2 (Sigma_g Sigma_r)^(1/2))
-    IS   = exp(E_x KL(p(y | x) || p(y)))                                     mean and deviation over `splits` parts
-    KID  = MMD^2, unbiased, with k(f, f') = (f . f' / D + 1)^3               mean and deviation over `subsets` draws
-    precision (recall) = share of generated (real) vectors within the third-neighbour ball of a real (generated) one
+    IS   = exp(E_x KL(p(y | x) || p(y)))
+    KID  = MMD^2, unbiased, with k(f, f') = (f . f' / D + 1)^3
+    precision (recall) = share of generated (real) vectors that lie within the third-neighbour ball
+                         of a real (generated) one
+
+IS has a mean and a deviation over `splits` parts of the set, KID over `subsets` draws from it.
 
 The formulas are evaluated by torch-fidelity; its defaults and its seed are the defaults here.
 
-FID is biased upwards by an amount that falls as 1/N and depends on the model: compare equal N only. With N <= D the
-covariance has rank N - 1 at most. That is legal, the trace of the square root is still defined, but the bias is large.
-KID has no such bias.
+FID is biased upwards by an amount that falls as 1/N and depends on the model: compare equal N only.
+With N <= D the covariance has rank N - 1 at most. That is legal, the trace of the square root is
+still defined, but the bias is large. KID has no such bias.
 
 References:
-    Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", NIPS 2017 (FID);
+    Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
+        Equilibrium", NIPS 2017 (FID);
     Salimans et al., "Improved Techniques for Training GANs", NIPS 2016 (IS);
     Binkowski et al., "Demystifying MMD GANs", ICLR 2018 (KID);
-    Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", NeurIPS 2019;
-    Chong and Forsyth, "Effectively Unbiased FID and Inception Score and Where to Find Them", CVPR 2020 (the bias).
+    Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models",
+        NeurIPS 2019;
+    Chong and Forsyth, "Effectively Unbiased FID and Inception Score and Where to Find Them", CVPR
+        2020 (the bias).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,14 +32,31 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+from torch_fidelity.metric_fid import (
+    KEY_METRIC_FID,
+    fid_features_to_statistics,
+    fid_statistics_to_metric,
+)
+from torch_fidelity.metric_isc import (
+    KEY_METRIC_ISC_MEAN,
+    KEY_METRIC_ISC_STD,
+    isc_features_to_metric,
+)
+from torch_fidelity.metric_kid import (
+    KEY_METRIC_KID_MEAN,
+    KEY_METRIC_KID_STD,
+    kid_features_to_metric,
+)
+from torch_fidelity.metric_prc import (
+    KEY_METRIC_PRECISION,
+    KEY_METRIC_RECALL,
+    prc_features_to_metric,
+)
 
 # torch-fidelity's default seed, of KID's draws and of the shuffle before IS.
 SEED = 2020
-# The third-nearest neighbour is the one that torch-fidelity and the paper of precision and recall take.
+# The third-nearest neighbour is the one that torch-fidelity and the paper of precision and recall
+# take.
 _NEIGHBOUR = 3
 # Distances are computed this many rows at a time, so that 50,000 images need 2 GB and not 10.
 _PRC_ROWS = 10_000
@@ -47,7 +70,8 @@ class Statistics:
         mu: float64 [D].
         sigma: float64 [D, D], unbiased (divided by N - 1).
         n: The number of images N.
-        features: Which features these are, as free text such as "digits/pool/<hash>"; empty if unknown.
+        features: Which features these are, as free text such as "digits/pool/<hash>"; empty if
+            unknown.
     """
 
     mu: np.ndarray
@@ -73,10 +97,12 @@ class Statistics:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    r"""Compute the squared Frechet distance between two Gaussians, |mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
+    r"""Compute the squared Frechet distance between two Gaussians.
 
-    The trace of the root is the sum of the roots of the eigenvalues of S_a S_b. Rounding may leave a distance of zero
-    slightly negative.
+        |mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2))
+
+    The trace of the root is the sum of the roots of the eigenvalues of S_a S_b. Rounding may leave
+    a distance of zero slightly negative.
 
     Args:
         a: One set.
@@ -87,11 +113,13 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """
     if a.mu.shape != b.mu.shape:
         raise ValueError(
-            f"statistics of {a.mu.size} and of {b.mu.size} features have no distance: use one eval.features for both"
+            f"statistics of {a.mu.size} and of {b.mu.size} features have no distance:"
+            " use one eval.features for both"
         )
     if a.features and b.features and a.features != b.features:
         raise ValueError(
-            f"statistics of {a.features} and of {b.features} have no distance: use one eval.features for both"
+            f"statistics of {a.features} and of {b.features} have no distance:"
+            " use one eval.features for both"
         )
     pair = ({"mu": s.mu, "sigma": s.sigma} for s in (a, b))
     return fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID]
@@ -103,7 +131,11 @@ def frechet(generated: torch.Tensor, reference: torch.Tensor) -> dict[str, float
 
 
 def inception_score(
-    logits: torch.Tensor, reference: torch.Tensor | None = None, *, splits: int = 10, seed: int = SEED
+    logits: torch.Tensor,
+    reference: torch.Tensor | None = None,
+    *,
+    splits: int = 10,
+    seed: int = SEED,
 ) -> dict[str, float]:
     """Compute IS over shuffled parts of at least one image.
 
@@ -133,8 +165,8 @@ def kernel_distance(
 ) -> dict[str, float]:
     """Compute KID over subsets no larger than either set.
 
-    A subset as large as its set is the set itself: if both are, all draws are equal and `kid_std` is
-    0 up to rounding.
+    A subset as large as its set is the set itself: if both are, all draws are equal and `kid_std`
+    is 0 up to rounding.
 
     Args:
         generated: [N, D].
@@ -243,7 +275,8 @@ def distances(
 ) -> dict[str, float]:
     """Compute the chosen metrics of generated images against reference images.
 
-    Small sets are legal: KID's subsets and the parts of IS then shrink, and the result says to what.
+    Small sets are legal: KID's subsets and the parts of IS then shrink, and the result says to
+    what.
 
     Args:
         generated: Layer to features [N, D], as `FeatureNetwork.extract` gives them.
@@ -256,8 +289,8 @@ def distances(
         "kid_std", "kid_subset_size"; "precision", "recall".
 
     Raises:
-        ValueError: An unknown metric, a layer that is missing, too few images, features that are not
-            finite or whose widths differ.
+        ValueError: An unknown metric, a layer that is missing, too few images, features that are
+            not finite or whose widths differ.
     """
     check_names(metrics)
     result: dict[str, float] = {}
@@ -280,7 +313,9 @@ def distances(
     return result
 
 
-def _layer(features: Mapping[str, torch.Tensor], layer: str, whose: str, metric: str) -> torch.Tensor:
+def _layer(
+    features: Mapping[str, torch.Tensor], layer: str, whose: str, metric: str
+) -> torch.Tensor:
     """Pick the layer of one set that a metric reads."""
     if layer not in features:
         raise ValueError(
@@ -300,6 +335,7 @@ def _check(vectors: torch.Tensor, least: int, metric: str) -> None:
     broken = int((~torch.isfinite(vectors)).any(dim=1).sum())
     if broken:
         raise ValueError(
-            f"the features of {broken} of {len(vectors)} images are not finite, so {metric} is undefined:"
+            f"the features of {broken} of {len(vectors)} images are not finite, so {metric}"
+            " is undefined:"
             " look at the images and at eval.features.weights"
         )

@@ -1,4 +1,4 @@
-"""Features of image sets, shared by processes and cached by content; and the metrics of one set against another."""
+"""Features of image sets, shared by processes and cached by content, and the metrics of a set."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CACHE_REMEDY = "free space or set data.cache=FOLDER"
 
 
 class Pixels(Protocol):
-    """A set of images, uint8 `[N, H, W, C]`, in memory or made as a part of it is read."""
+    """A set of images, uint8 `[N, H, W, C]`, in memory or made when a part of it is read."""
 
     def __len__(self) -> int: ...
 
@@ -30,30 +30,44 @@ class Pixels(Protocol):
 
 
 class Known(Pixels, Protocol):
-    """One with a name for what it holds."""
+    """A set whose content has a hash."""
 
     @property
-    def content(self) -> str: ...
+    def content(self) -> str:
+        """Hash of the images."""
+        ...
 
 
 def features_of(
     network: FeatureNetwork, pixels: Pixels, batch: int, processes: Processes, label: str
 ) -> dict[str, torch.Tensor]:
-    """Layer -> float32 `[N, D]`, the same on every process. Each process reads a consecutive run of whole batches."""
+    """Return the features of a set, layer -> float32 `[N, D]`, the same on every process.
+
+    Each process reads a consecutive run of whole batches.
+    """
     batches = -(-len(pixels) // batch)
-    bounds = [r * batches // processes.world * batch for r in range(processes.world)] + [len(pixels)]
+    starts = [r * batches // processes.world * batch for r in range(processes.world)]
+    bounds = [*starts, len(pixels)]
     mine = pixels[bounds[processes.rank] : bounds[processes.rank + 1]]
     with track(label, -(-len(mine) // batch), show=processes.main) as advance:
         found = network.extract(mine, batch, processes.device, lambda n: advance(f"{n} images"))
+
     parts = processes.gather_objects(found)
     return {layer: torch.cat([part[layer] for part in parts]) for layer in network.layers}
 
 
 def features_of_known(
-    network: FeatureNetwork, content: str, pixels: Pixels, batch: int, processes: Processes, cache: Path, label: str
+    network: FeatureNetwork,
+    content: str,
+    pixels: Pixels,
+    batch: int,
+    processes: Processes,
+    cache: Path,
+    label: str,
 ) -> dict[str, torch.Tensor]:
-    """Features of a set that comes again, kept in the cache under the content of both."""
-    file = cache / "features" / f"{content}-{len(pixels)}-{network.weights_hash}-{batch}.safetensors"
+    """Return the features of a set of known content, kept in the cache under the hashes of both."""
+    name = f"{content}-{len(pixels)}-{network.weights_hash}-{batch}.safetensors"
+    file = cache / "features" / name
     if not processes.decide(file.exists):
         found = features_of(network, pixels, batch, processes, label)
         processes.decide(lambda: files.write_bytes(file, save(found), CACHE_REMEDY))
@@ -72,19 +86,34 @@ def measure(
     reference_images: int | None = None,
     reconstruct: Callable[[Images, int], Known] | None = None,
 ) -> dict[str, Any]:
-    """A generated set, and as many held-out real images, against the training set, or its first `reference_images`.
+    """Measure a generated set, and as many held-out real images, against the training set.
+
+    Args:
+        network: the features.
+        pixels: the generated set, uint8 `[N, H, W, C]`.
+        train: the training set.
+        held_out: real images that were not trained on.
+        metrics: names, of `fidelity.METRICS`.
+        batch: images at a time.
+        processes: who shares the work.
+        cache: folder of the features of real images.
+        reference_images: only the first so many of the training set; None takes all.
+        reconstruct: (a set, how many of it) -> these images through the model's codec, if it has
+            one.
 
     Returns:
-        `metrics` of the generated set; `held_out`: the same of real images, with their number `images`, which is smaller
-        than asked if there are no more; `reconstructed`: of these images as the model itself gives them back, if it
-        loses anything (`reconstruct`: a set and how many of it -> that); `reference`: the training set's content and
-        size; `features`: name and hash.
+        `metrics` of the generated set; `held_out`: the same of real images, with their number
+        `images`, which is smaller than asked if there are no more; `reconstructed`: of the
+        reconstructions of these; `reference`: the training set's content and size; `features`: name
+        and hash.
     """
     generated = features_of(network, pixels, batch, processes, "features of generated images")
     size = min(reference_images or len(train), len(train))
 
     def known(content: str, images: Pixels, label: str) -> dict[str, torch.Tensor]:
-        return features_of_known(network, content, images, batch, processes, cache, f"features of {label}")
+        return features_of_known(
+            network, content, images, batch, processes, cache, f"features of {label}"
+        )
 
     reference = known(train.content, train.pixels[:size], "the training set")
     count = min(len(pixels), len(held_out))
@@ -92,12 +121,16 @@ def measure(
     if reconstruct is not None:
         made = reconstruct(held_out, count)
         real["reconstructed"] = known(made.content, made, "reconstructions")
+
     layers = network.metric_layers
 
     def compute() -> dict[str, Any]:
         return {
             "metrics": distances(generated, reference, layers, metrics),
-            **{name: {"images": count, **distances(found, reference, layers, metrics)} for name, found in real.items()},
+            **{
+                name: {"images": count, **distances(found, reference, layers, metrics)}
+                for name, found in real.items()
+            },
             "reference": {"content": train.content, "images": size, "protocol": train.protocol},
             "features": {"name": network.name, "weights": network.weights_hash},
         }

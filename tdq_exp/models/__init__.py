@@ -1,4 +1,4 @@
-"""Models: diffusers' networks with what a stage must know of them, their weights, and samplers of diffusers."""
+"""Models: descriptions of diffusers' networks, their weights, and samplers of diffusers."""
 
 from tdq_exp.models.codec import Autoencoder
 from tdq_exp.models.latent import LatentDiffusionModel

@@ -1,14 +1,16 @@
-"""The first stage of latent diffusion: an autoencoder with a normal posterior, diffusers' `AutoencoderKL`.
+"""The first stage of latent diffusion: diffusers' `AutoencoderKL`, which has a normal posterior.
 
     q(z | image) = N(mean, deviation^2),   x_0 = scale z,   image_hat = decoder(x_0 / scale)
 
-`scale` makes x_0 about as large as the noise. It belongs to the weights: a checkpoint says what its diffusion network was
-trained with, and our own training ends by setting it to one over the standard deviation of z.
+`scale` makes x_0 about as large as the noise. It belongs to the weights: a checkpoint records the
+scale that its diffusion network was trained with, and our own training ends by setting it to one
+over the standard deviation of z.
 
     loss = mean |image - image_hat| + kl_weight mean_z KL(q(z | image) || N(0, 1))
 
-Source: Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion Models* (CVPR 2022), section 3.1; its
-perceptual and adversarial terms are left out of the loss, so it trains small autoencoders only.
+Source: Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion Models* (CVPR 2022),
+section 3.1; its perceptual and adversarial terms are left out of the loss, so it trains small
+autoencoders only.
 """
 
 from __future__ import annotations
@@ -45,36 +47,40 @@ class ScaledAutoencoder(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of z, `[B, c, h, w]` each; the latter within -30..20, as in the original."""
+        """Return mean and log variance of z, `[B, c, h, w]` each; the latter within -30..20."""
         mean, log_variance = self.kl.quant_conv(self.kl.encoder(images)).chunk(2, 1)
         return mean, log_variance.clamp(-30, 20)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of x_0 for images in [-1, 1]."""
+        """Return mean and standard deviation of x_0, for images in [-1, 1]."""
         mean, log_variance = self.posterior(images)
         return self.scale * mean, self.scale * (log_variance / 2).exp()
 
     def decode(self, x_0: Tensor) -> Tensor:
-        """Images, in about [-1, 1], of x_0, `[B, c, h, w]`."""
+        """Return images, in about [-1, 1], of x_0, `[B, c, h, w]`."""
         return self.kl.decoder(self.kl.post_quant_conv(x_0 / self.scale))
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A reconstruction through one z, and the posterior: (image_hat, mean, log variance of z)."""
+        """Return a reconstruction through one z, and the mean and log variance of z."""
         mean, log_variance = self.posterior(images)
         z = mean + (log_variance / 2).exp() * noise
         return self.kl.decoder(self.kl.post_quant_conv(z)), mean, log_variance
 
 
 class Autoencoder(Trainable):
-    """The description of an autoencoder, which is trained like any model, and its network once
-    weights are attached.
+    """The description of an autoencoder, and its network once weights are attached.
+
+    It is trained like any model.
 
     Args:
         network: arguments of `AutoencoderKL`.
-        batch: images that are encoded, or latents that are decoded, at a time: the memory that it takes.
-        scale: in place of what the weights' source says, or what training would end with.
+        batch: images that are encoded, or latents that are decoded, at a time. It sets the memory.
+        scale: in place of the source's, or of what training would end with.
         kl_weight: of the divergence, per element of z, beside the error per element of the image.
-        flip: mirror training images?
+        flip: whether training images are mirrored at random.
+
+    Raises:
+        ValueError: naming the key.
     """
 
     def __init__(
@@ -86,10 +92,20 @@ class Autoencoder(Trainable):
         flip: bool = True,
     ) -> None:
         if not isinstance(batch, int) or batch < 1:
-            raise ValueError(f"model.definition.autoencoder.batch={batch}: must be an integer of at least 1")
+            raise ValueError(
+                f"model.definition.autoencoder.batch={batch}: must be an integer of at least 1"
+            )
         if scale is not None and not (isinstance(scale, int | float) and 0 < scale < math.inf):
-            raise ValueError(f"model.definition.autoencoder.scale={scale}: must be a positive number")
-        self.network, self.batch, self.scale, self.kl_weight, self.flip = dict(network), batch, scale, kl_weight, flip
+            raise ValueError(
+                f"model.definition.autoencoder.scale={scale}: must be a positive number"
+            )
+        self.network, self.batch, self.scale, self.kl_weight, self.flip = (
+            dict(network),
+            batch,
+            scale,
+            kl_weight,
+            flip,
+        )
         self._source: str | None = None
         self._net: ScaledAutoencoder | None = None
         self._hash = ""
@@ -101,7 +117,7 @@ class Autoencoder(Trainable):
 
     @property
     def channels(self) -> int:
-        """Of an image: 1 or 3."""
+        """Channels of an image: 1 or 3."""
         return int(self.network["in_channels"])
 
     @property
@@ -121,50 +137,57 @@ class Autoencoder(Trainable):
         return self.channels, self.image_size, self.image_size
 
     def build(self, seed: int = 0) -> ScaledAutoencoder:
-        """The network with random weights, a function of the seed alone."""
+        """Return the network with random weights, a function of the seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return ScaledAutoencoder(self.network)
 
     def training_loss(self, net: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """See the module; x_0 are images, `eps` draws z, t has no meaning."""
+        """Return the loss of a batch: x_0 are images, eps draws z, t is not used."""
         image_hat, mean, log_variance = (value.float() for value in net(x_0, eps))
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
         return (x_0 - image_hat).abs().mean() + self.kl_weight * divergence
 
     @torch.no_grad()
     def settle(self, net: nn.Module, samples: Samples, device: torch.device) -> None:
-        """After training: sets the scale, so that x_0 has the standard deviation 1 over the first 10,000 images.
+        """Set the scale of a trained network, so that x_0 has the standard deviation 1.
 
-        std^2 = mean(mean^2 + deviation^2) - mean(mean)^2 over all elements of z
+            std^2 = mean(mean^2 + deviation^2) - mean(mean)^2
+
+        over all elements of z of the first 10,000 images.
         """
         assert isinstance(net, ScaledAutoencoder)
         count, total, squares = 0, 0.0, 0.0
         net.scale.fill_(1)
         for start in range(0, min(len(samples), 10_000), self.batch):
             index = torch.arange(start, min(start + self.batch, len(samples), 10_000))
-            mean, deviation = net.encode(samples.batch(index, torch.zeros(len(index), dtype=torch.bool)).to(device))
+            mean, deviation = net.encode(
+                samples.batch(index, torch.zeros(len(index), dtype=torch.bool)).to(device)
+            )
             count, total = count + mean.numel(), total + float(mean.double().sum())
             squares += float((mean.double().square() + deviation.double().square()).sum())
         net.scale.fill_(self.scale or (squares / count - (total / count) ** 2) ** -0.5)
 
     @torch.no_grad()
     def shown(self, net: nn.Module, held_out: Samples) -> dict[str, NDArray[np.uint8]]:
-        """Images, and below them what is left of them after one draw of z."""
+        """Return some images, and below them their reconstructions through one draw of z."""
         index = torch.arange(min(len(held_out), 32))
         images = held_out.batch(index, torch.zeros(len(index), dtype=torch.bool))
         noise = torch.randn(len(index), *self.sample_shape, generator=generator(0, Stream.PREVIEW))
         device = next(net.parameters()).device
         parts = zip(images.split(self.batch), noise.split(self.batch), strict=True)
         back = torch.cat([net(x.to(device), draw.to(device))[0].cpu() for x, draw in parts])
-        return {"held-out images": to_uint8(images).numpy(), "their reconstructions": to_uint8(back).numpy()}
+        return {
+            "held-out images": to_uint8(images).numpy(),
+            "their reconstructions": to_uint8(back).numpy(),
+        }
 
     def attach(self, source: str) -> None:
-        """Says where the weights are, as `checkpoints.load_autoencoder` takes it; they are read when first needed."""
+        """Name the weights' source (see `load_autoencoder`); it is read when first needed."""
         self._source, self._net = source, None
 
     def net(self, device: torch.device | None = None) -> ScaledAutoencoder:
-        """The network with its weights, in eval mode, moved to a device if one is named.
+        """Return the network with its weights, in eval mode, moved to a device if one is named.
 
         Raises:
             ValueError: if no weights were named, or they can't be read.
@@ -172,8 +195,8 @@ class Autoencoder(Trainable):
         if self._net is None:
             if self._source is None:
                 raise ValueError(
-                    "model.autoencoder has no value: name a file, or train the autoencoder first (method=fp"
-                    " fit=pretrain_autoencoder)"
+                    "model.autoencoder has no value: name a file, or train the autoencoder first"
+                    " (method=fp fit=pretrain_autoencoder)"
                 )
             net = ScaledAutoencoder(self.network)
             load_autoencoder(net, self._source, self.scale)
@@ -189,14 +212,19 @@ class Autoencoder(Trainable):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of weights and architecture: the same weights mean another thing with other groups of
-        a norm.
+        """Hash of weights and architecture.
+
+        The same weights mean something else with other groups of a norm.
         """
         return files.fingerprint({"weights": self.hash, "network": self.network})
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of x_0, `[B, c, h, w]` each, of images in [-1, 1], `[B, C, H, W]`; in bounded batches."""
+        """Return mean and standard deviation of x_0, `[B, c, h, w]` each; in bounded batches.
+
+        Args:
+            images: `[B, C, H, W]`, in [-1, 1].
+        """
         parts = [self.net(images.device).encode(part) for part in images.split(self.batch)]
         mean, deviation = zip(*parts, strict=True)
         return torch.cat(mean), torch.cat(deviation)

@@ -41,7 +41,10 @@ class LatentDiffusionModel(DiffusionModel):
     ) -> None:
         super().__init__(network, schedule, loss, flip, attention_heads)
         if not isinstance(autoencoder, Autoencoder):
-            raise ValueError(f"model.definition.autoencoder={autoencoder}: a latent model needs one, with a _target_")
+            raise ValueError(
+                f"model.definition.autoencoder={autoencoder}: a latent model needs one, with"
+                " a _target_"
+            )
         self.codec = self.autoencoder = autoencoder
         if self.sample_shape != autoencoder.sample_shape:
             raise ValueError(

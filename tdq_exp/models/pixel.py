@@ -1,7 +1,7 @@
-"""The description of a diffusion model: all that a stage needs to train, quantize, sample and decode it.
+"""The description of a diffusion model: what a stage needs to train, quantize, sample and decode.
 
-A new model is one class like `DiffusionModel`, or just one config: no stage asks for a model's kind.
-What turns images into x_0 and back is the model's `codec`; a pixel-space model has none.
+A new model is one class like `DiffusionModel`, or just one config: no stage asks for the kind of a
+model. What turns images into x_0 and back is the model's `codec`; a pixel-space model has none.
 """
 
 from __future__ import annotations
@@ -19,25 +19,28 @@ from tdq_exp.data.images import Images
 from tdq_exp.data.latents import encoded
 from tdq_exp.diffusion.objective import LOSSES, Samples, noise_prediction_loss
 from tdq_exp.diffusion.schedule import Schedule
+from tdq_exp.models.attention import quantize_attention
 from tdq_exp.models.resnet_blocks import unet_chains
 from tdq_exp.models.roles import unet_roles
 from tdq_exp.models.trainable import Codec, Trainable
 from tdq_exp.models.weights.load import load_weights
 from tdq_exp.quant.chains import Chains
+from tdq_exp.quant.convert import Recipe, quantize
 from tdq_exp.quant.roles import Role
+from tdq_exp.quant.time import TimeContext
 from tdq_exp.runtime.processes import Processes
 
 
 class DiffusionModel(Trainable):
-    """A pixel-space diffusion model with diffusers' `UNet2DModel`, which is configured, never forked.
+    """A diffusion model with diffusers' `UNet2DModel`, in the space of pixels.
 
     Args:
         network: arguments of `UNet2DModel`.
         schedule: T and the betas.
         loss: `l2` or `l1`, as the model was (or is to be) trained.
-        flip: mirror training images?
-        attention_heads: of every attention, whatever its width; None leaves what the network's `attention_head_dim`
-            says, which is one width of a head for all of them.
+        flip: whether training images are mirrored at random.
+        attention_heads: number of heads of every attention, whatever its width; None takes the
+            network's `attention_head_dim`, one width of a head for all of them.
 
     Raises:
         ValueError: naming the key.
@@ -55,8 +58,13 @@ class DiffusionModel(Trainable):
     ) -> None:
         if loss not in LOSSES:
             raise ValueError(f"model.definition.loss={loss}: choose one of {', '.join(LOSSES)}")
-        if attention_heads is not None and not (isinstance(attention_heads, int) and attention_heads > 0):
-            raise ValueError(f"model.definition.attention_heads={attention_heads}: must be an integer of at least 1")
+        if attention_heads is not None and not (
+            isinstance(attention_heads, int) and attention_heads > 0
+        ):
+            raise ValueError(
+                f"model.definition.attention_heads={attention_heads}: must be an integer of at"
+                " least 1"
+            )
         self.network, self.schedule, self.loss, self.flip = dict(network), schedule, loss, flip
         self.attention_heads = attention_heads
 
@@ -87,7 +95,7 @@ class DiffusionModel(Trainable):
         return self.schedule.steps
 
     def build(self, seed: int = 0) -> nn.Module:
-        """The network with random weights, a function of the seed alone."""
+        """Return the network with random weights, a function of the seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = UNet2DModel(**self.network)
@@ -96,10 +104,12 @@ class DiffusionModel(Trainable):
         return net
 
     def load(self, net: nn.Module, weights: str, ema: bool = True) -> str:
-        """Fills the network; returns the content hash of what was loaded. See `checkpoints.load_weights`."""
+        """Fill a network with weights and return their content hash. See `weights.load_weights`."""
         if self.attention_heads is None:
             return load_weights(net, weights, ema=ema)
-        set_heads(net, self.attention_heads)  # a network that came from elsewhere has what its config could say
+
+        # A network that was built elsewhere has the heads of its config, which can't say ours.
+        set_heads(net, self.attention_heads)
         return load_weights(net, weights, ema=ema, overruled={"attention_head_dim"})
 
     def predict(
@@ -120,7 +130,7 @@ class DiffusionModel(Trainable):
         return net(x_t, t, return_dict=False, **options)[0]
 
     def training_loss(self, net: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The noise-prediction loss of a batch: x_0 and eps `[B, C, H, W]`, t `[B]`."""
+        """Return the noise-prediction loss of a batch: x_0 and eps `[B, C, H, W]`, t `[B]`."""
         eps_hat = self.predict(net, self.schedule.add_noise(x_0, eps, t), t)
         return noise_prediction_loss(eps_hat, eps, self.loss)
 
@@ -131,6 +141,10 @@ class DiffusionModel(Trainable):
     def chains(self, net: nn.Module) -> Chains:
         """Return the chains of modules of a network, float or quantized, that can be fused."""
         return unet_chains(net)
+
+    def quantize(self, net: nn.Module, recipe: Recipe) -> TimeContext:
+        """Quantize a float network of this model in place; see `tdq_exp.quant.quantize`."""
+        return quantize(net, self.roles(net), recipe, self.steps, quantize_attention)
 
     def part(self, name: str) -> Trainable:
         """Return what `fit.part` names: `network` is this model itself, `autoencoder` its codec.
@@ -189,9 +203,12 @@ class DiffusionModel(Trainable):
 
 
 def set_heads(net: nn.Module, heads: int) -> None:
-    """Divides every attention of a network into so many heads: h of width C / h, `scale = 1 / sqrt(C / h)`.
+    """Divide every attention of a network into `heads` heads of width C / heads.
 
-    No parameter shows the number of heads, and diffusers' config can't say it, so saving a network loses it.
+        scale = 1 / sqrt(C / heads)
+
+    No parameter shows the number of heads, and diffusers' config can't say it, so saving a network
+    loses it.
 
     Raises:
         ValueError: if a width does not divide.
@@ -200,6 +217,9 @@ def set_heads(net: nn.Module, heads: int) -> None:
         if isinstance(module, Attention):
             width = module.inner_dim
             if width % heads:
-                raise ValueError(f"model.definition.attention_heads={heads}: does not divide {name}'s {width} channels")
+                raise ValueError(
+                    f"model.definition.attention_heads={heads}: does not divide {name}'s"
+                    f" {width} channels"
+                )
             module.heads = module.sliceable_head_dim = heads
             module.scale = (width // heads) ** -0.5

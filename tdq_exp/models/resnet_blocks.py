@@ -32,11 +32,12 @@ def unet_chains(net: nn.Module) -> Chains:
             silu = f"{prefix}nonlinearity"
             if module.upsample is None and module.downsample is None:
                 norms.append(NormChain(f"{prefix}norm1", silu, f"{prefix}conv1"))
-            norms.append(
-                NormChain(f"{prefix}norm2", silu, f"{prefix}conv2", (f"{prefix}dropout",))
-            )
+            norms.append(NormChain(f"{prefix}norm2", silu, f"{prefix}conv2", (f"{prefix}dropout",)))
 
         elif isinstance(module, Upsample2D) and module.interpolate and module.norm is None:
             upsamples.append(UpsampleChain(name, f"{prefix}conv"))
+
+    # Some blocks only interpolate.
+    upsamples = [chain for chain in upsamples if net.get_submodule(chain.module).conv is not None]
 
     return Chains(tuple(norms), tuple(upsamples))

@@ -8,18 +8,25 @@ from tdq_exp.quant.roles import Role
 
 
 def unet_roles(net: nn.Module) -> dict[str, Role]:
-    """Roles of the leaves of a `UNet2DModel`, in the order of its modules.
+    """Return the roles of the leaves of a `UNet2DModel`, in the order of its modules.
 
-    SiLU precedes: both convolutions of a residual block, the block's time projection, the second time-embedding layer
-    and the last convolution. q, k and v of one attention read one tensor: their roles share `reads`.
+    SiLU precedes both convolutions of a residual block, the block's time projection, the second
+    time-embedding layer and the last convolution. q, k and v of one attention read one tensor:
+    their roles share `reads`.
+
+    Raises:
+        ValueError: for a layer of no known role.
     """
     roles: dict[str, Role] = {}
     for name, leaf in net.named_modules():
         if not isinstance(leaf, nn.Conv2d | nn.Linear):
             continue
+
         parent, _, last = name.rpartition(".")
         if name in ("conv_in", "conv_out"):
-            roles[name] = Role("first" if last == "conv_in" else "last", name, after_silu=last == "conv_out")
+            roles[name] = Role(
+                "first" if last == "conv_in" else "last", name, after_silu=last == "conv_out"
+            )
         elif parent == "time_embedding":
             roles[name] = Role("time_embedding", parent, after_silu=last == "linear_2")
         elif last == "time_emb_proj":

@@ -1,4 +1,4 @@
-"""Samplers of diffusers behind the same call as `diffusion.sampler.Ddim`: DDPM and PNDM."""
+"""DDPM and PNDM of diffusers, behind the same call as `diffusion.ddim.Ddim`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ OnStep = Callable[[int, Tensor], None]
 
 @dataclass(frozen=True)
 class _DiffusersSampler:
-    """Args:
-    steps: S.
-    spacing: `leading`, `trailing` or `linspace`, as diffusers means them.
-    clip: limit x0_hat to [-1, 1]?
-    offset: diffusers' `steps_offset`.
-    final_alpha_one: diffusers' `set_alpha_to_one`.
-    eta: must be 0: these samplers have a variance of their own, or none.
+    """A sampler of diffusers.
+
+    Args:
+        steps: S.
+        spacing: `leading`, `trailing` or `linspace`, as diffusers means them.
+        eta: must be 0: these samplers have a variance of their own, or none.
+        clip: whether x0_hat is limited to [-1, 1].
+        offset: diffusers' `steps_offset`.
+        final_alpha_one: diffusers' `set_alpha_to_one`.
+
+    Raises:
+        ValueError: naming the key.
     """
 
     steps: int
@@ -38,7 +43,10 @@ class _DiffusersSampler:
 
     def __post_init__(self) -> None:
         if self.spacing not in ("leading", "trailing", "linspace"):
-            raise ValueError(f"sampler.spacing={self.spacing!r}: this sampler takes leading, trailing or linspace")
+            raise ValueError(
+                f"sampler.spacing={self.spacing!r}: this sampler takes leading, trailing or"
+                " linspace"
+            )
         if self.eta:
             raise ValueError("sampler.eta: only DDIM has it")
 
@@ -61,26 +69,32 @@ class _DiffusersSampler:
         generators: Sequence[torch.Generator] = (),
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Follows the trajectory from pure noise to a sample; see `Ddim.sample`."""
+        """Follow the trajectory from pure noise to a sample; arguments as `Ddim.sample`."""
         if not 1 <= self.steps <= schedule.steps:
             raise ValueError(
-                f"sampler.steps={self.steps}: must be between 1 and the model's {schedule.steps} time steps"
+                f"sampler.steps={self.steps}: must be between 1 and the model's"
+                f" {schedule.steps} time steps"
             )
         if self.steps < self.fewest:
-            raise ValueError(f"sampler.steps={self.steps}: this sampler needs at least {self.fewest}")
+            raise ValueError(
+                f"sampler.steps={self.steps}: this sampler needs at least {self.fewest}"
+            )
         scheduler = self._scheduler(schedule)  # fresh for each batch: PNDM keeps its history inside
         scheduler.set_timesteps(self.steps, device=x.device)
+
         visited = scheduler.timesteps
         if int(visited.max()) >= schedule.steps or int(visited.min()) < 0:
             raise ValueError(
-                f"sampler: {self.spacing} spacing with steps={self.steps}, offset={self.offset} leaves the "
-                f"{schedule.steps} time steps; take fewer steps or another offset"
+                f"sampler: {self.spacing} spacing with steps={self.steps}, offset={self.offset}"
+                f" leaves the {schedule.steps} time steps; take fewer steps or another offset"
             )
+
         extra = {}
         if isinstance(scheduler, DDPMScheduler):
             if len(generators) != len(x):
                 raise ValueError("DDPM needs one generator per sample")
             extra = {"generator": list(generators)}
+
         for t in scheduler.timesteps:
             if on_step is not None:
                 on_step(int(t), x)
@@ -92,11 +106,16 @@ class Ddpm(_DiffusersSampler):
     """Ancestral sampling with the posterior's variance. Source: Ho et al. 2020, algorithm 2."""
 
     def _scheduler(self, schedule: Schedule) -> Any:
-        return DDPMScheduler(clip_sample=self.clip, variance_type="fixed_small", **self._common(schedule))
+        return DDPMScheduler(
+            clip_sample=self.clip, variance_type="fixed_small", **self._common(schedule)
+        )
 
 
 class Pndm(_DiffusersSampler):
-    """Pseudo numerical method of fourth order, Runge-Kutta warm-up included. Source: Liu et al., arXiv 2202.09778."""
+    """Pseudo numerical method of fourth order, Runge-Kutta warm-up included.
+
+    Source: Liu et al., arXiv 2202.09778.
+    """
 
     fewest: ClassVar[int] = 4  # the warm-up alone takes three
 

@@ -73,7 +73,7 @@ class Trainable(ABC):
         """
 
     def shown(self, net: nn.Module, held_out: Samples) -> dict[str, NDArray[np.uint8]]:
-        """Return preview images of a trained network, for `figures.sample_grid`: by default none."""
+        """Return preview images of a trained network, title -> images: by default none."""
         return {}
 
 

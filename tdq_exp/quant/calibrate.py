@@ -5,8 +5,9 @@
             calibration.batch = number
             net(x_t, t)
 
-Inside of the block quantizers pass everything through and keep a random sample of what they see; at its end each gets
-the (s, z) of least squared error, or the one that its rule asks for.
+Inside of the block quantizers pass everything through and keep a random sample of what they see; at its end
+each gets the (s, z) of least squared error, or the one that its rule asks for. Those whose step size is read
+from the tensor have no start values.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdq_exp.quant import ops
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.quantizer import Quantizer
 from tdq_exp.quant.release import SILU_MINIMUM
-from tdq_exp.quant.rules.minmax import range_start
-from tdq_exp.quant.zero_point import LowerBound
 
 FEW = 15  # codes up to which every zero point is tried
 KEPT = 32768  # values per tensor: the error of a step size is then known to about half a percent
@@ -44,32 +44,39 @@ class Observer:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> None:
+        """Keep a random sample of a tensor, its extremes and its moments."""
         number = 0 if self.fixed else self.calibration.batch
         if number in self.seen:
             return
+
         flat = x.detach().float().reshape(-1)
         count = KEPT if self.fixed else max(KEPT // self.calibration.batches, 1)
         if flat.numel() > count:
-            pick = torch.randint(flat.numel(), (count,), generator=torch.Generator().manual_seed(number))
+            pick = torch.randint(
+                flat.numel(), (count,), generator=torch.Generator().manual_seed(number)
+            )
             values = flat[pick.to(flat.device)].cpu()
         else:
             values = flat.cpu()
+
         rows = flat[None] if self.fixed else x.detach().float().reshape(len(x), -1)
         mean, std = rows.mean(1).mean(), rows.std(1).mean()
         self.seen[number] = (values, float(flat.min()), float(flat.max()), float(mean), float(std))
 
     def values(self) -> Tensor:
-        """All kept values, in the order of the batches."""
+        """Return all kept values, in the order of the batches."""
         return torch.cat([self.seen[number][0] for number in sorted(self.seen)])
 
     def extremes(self) -> tuple[float, float]:
-        """(smallest, largest) of everything seen."""
+        """Return (smallest, largest) of everything seen."""
         return min(s[1] for s in self.seen.values()), max(s[2] for s in self.seen.values())
 
     def moments(self) -> tuple[float, float]:
-        """(mean, standard deviation), each averaged over samples, as the release does."""
+        """Return (mean, standard deviation), each averaged over samples, as the release does."""
         count = len(self.seen)
-        return sum(s[3] for s in self.seen.values()) / count, sum(s[4] for s in self.seen.values()) / count
+        means = sum(s[3] for s in self.seen.values())
+        deviations = sum(s[4] for s in self.seen.values())
+        return means / count, deviations / count
 
 
 @dataclass
@@ -91,23 +98,32 @@ class Calibration:
 
 @contextmanager
 def calibrating(net: nn.Module, batches: int, start: str = "error") -> Iterator[Calibration]:
-    """See the module. On an error inside of the block nothing is set.
+    """Collect what quantizers see within the block, and set their start values at its end.
+
+    On an error inside of the block nothing is set.
 
     Args:
         net: a quantized network, in eval mode.
         batches: how many batches will be shown.
         start: `error`, or `moments` (the release's formulas).
+
+    Raises:
+        ValueError: if a quantizer saw nothing.
     """
     calibration = Calibration(batches)
-    quantizers = {name: module for name, module in net.named_modules() if isinstance(module, Quantizer)}
-    observers = {name: Observer(calibration, fixed=quantizer.fixed) for name, quantizer in quantizers.items()}
+    quantizers = _quantizers(net)
+    observers = {
+        name: Observer(calibration, fixed=quantizer.fixed) for name, quantizer in quantizers.items()
+    }
     for name, quantizer in quantizers.items():
         quantizer.observer = observers[name]
+
     try:
         yield calibration
     finally:
         for quantizer in quantizers.values():
             quantizer.observer = None
+
     for name, quantizer in quantizers.items():
         observer = observers[name]
         if calibration.gather is not None:
@@ -116,50 +132,74 @@ def calibrating(net: nn.Module, batches: int, start: str = "error") -> Iterator[
         if not observer.seen:
             raise ValueError(f"{name} saw nothing during calibration: the network does not use it")
         calibration.found[name] = start_value(quantizer, observer, start)
+
     apply(net, calibration.found)
 
 
 def apply(net: nn.Module, found: dict[str, tuple[float, int]]) -> None:
-    """Sets the start values of a calibration, from `Calibration.found` or a cache of it.
+    """Set the start values of a calibration, from `Calibration.found` or a cache of it.
 
     Raises:
         KeyError: if the names are not those of the network's quantizers.
     """
-    quantizers = {name: module for name, module in net.named_modules() if isinstance(module, Quantizer)}
+    quantizers = _quantizers(net)
     if quantizers.keys() != found.keys():
-        raise KeyError(f"calibration of another network: {sorted(quantizers.keys() ^ found.keys())[:3]}")
+        different = sorted(quantizers.keys() ^ found.keys())
+        raise KeyError(f"calibration of another network: {different[:3]}")
     for name, quantizer in quantizers.items():
         s, z = found[name]
         quantizer.start(s, z)
 
 
+def _quantizers(net: nn.Module) -> dict[str, Quantizer]:
+    return {n: module for n, module in net.named_modules() if isinstance(module, Quantizer)}
+
+
 def start_value(quantizer: Quantizer, observer: Observer, start: str) -> tuple[float, int]:
-    """(s, z) for a quantizer, by the rule's wish or by `start`."""
+    """Return (s, z) for a quantizer.
+
+    Args:
+        quantizer: its rule may ask for something else than `start`.
+        observer: what it saw.
+        start: `error` or `moments`.
+    """
     grid = quantizer.grid
-    if quantizer.start_by == "tensor":
+    if quantizer.interval.dynamic:
         return 1.0, 0  # s and z follow the tensor
     low, high = observer.extremes()
+
     if quantizer.start_by == "range":
-        return range_start(low, high, grid)
+        return _range_start(low, high, grid)
     if quantizer.start_by == "max" or (start == "moments" and observer.fixed):
         return max(abs(low), abs(high), 1e-8) / grid.p, 0
     if start == "moments":
-        mean, std = observer.moments()
-        bounded = isinstance(quantizer.zero_point, LowerBound)
-        if bounded:
-            s = max((mean + 16 * std) / grid.p, 1e-8)
-            return s, round(-SILU_MINIMUM / s)
-        half = grid.p if grid.symmetric else grid.p / 2  # an affine grid shares its codes between both signs
-        return max((mean + 3 * std) / half, 1e-8), 0 if grid.symmetric else round(half)
+        bounded = quantizer.zero_point is not None and quantizer.zero_point.bounded_below
+        return _moments_start(*observer.moments(), grid, bounded)
     return least_error(observer.values(), grid, low, high)
 
 
-def least_error(values: Tensor, grid: Grid, low: float, high: float) -> tuple[float, int]:
-    """The (s, z) that minimises `mean (x_hat - x)^2`, by search.
+def _range_start(low: float, high: float, grid: Grid) -> tuple[float, int]:
+    s, z = ops.affine_range(torch.tensor(low), torch.tensor(high), grid.n, grid.p)
+    return float(s), int(z)
 
-    Symmetric: 100 fractions of max|x| / p, then 20 around the best. Affine with few codes: every zero point. Affine with
-    many: the range [low, high], widened to hold 0, is shrunk one side at a time, twice over 50 fractions, then finely;
-    z = round(-low / s).
+
+def _moments_start(mean: float, std: float, grid: Grid, bounded: bool) -> tuple[float, int]:
+    """Return the release's (s, z): from the mean and the standard deviation."""
+    if bounded:  # the output of a SiLU
+        s = max((mean + 16 * std) / grid.p, 1e-8)
+        return s, round(-SILU_MINIMUM / s)
+    if grid.symmetric:
+        return max((mean + 3 * std) / grid.p, 1e-8), 0
+    half = grid.p / 2  # an affine grid shares its codes between both signs
+    return max((mean + 3 * std) / half, 1e-8), round(half)
+
+
+def least_error(values: Tensor, grid: Grid, low: float, high: float) -> tuple[float, int]:
+    """Return the (s, z) that minimises `mean (x_hat - x)^2`, by search.
+
+    Symmetric: 100 fractions of max|x| / p, then 20 around the best. Affine with few codes: every zero point.
+    Affine with many: the range [low, high], widened to hold 0, is shrunk one side at a time, twice over 50
+    fractions, then finely; z = round(-low / s).
 
     Args:
         values: a sample of the tensor, `[N]`.
@@ -182,6 +222,7 @@ def least_error(values: Tensor, grid: Grid, low: float, high: float) -> tuple[fl
         return 1e-8, grid.n
     if grid.p <= FEW:
         return _every_zero_point(values, grid, low, high)
+
     a = b = 1.0  # kept fractions of the lower and of the upper side
 
     def search(side: str, fractions: Tensor) -> float:
@@ -194,21 +235,27 @@ def least_error(values: Tensor, grid: Grid, low: float, high: float) -> tuple[fl
     for _ in range(2):
         b = search("high", coarse)
         a = search("low", coarse)
+
     fine = torch.linspace(-0.02, 0.02, 17)
     b = search("high", (b + fine).clamp(1e-3, 1.02))
     a = search("low", (a + fine).clamp(1e-3, 1.02))
+
     steps, zeros = _affine(torch.tensor([low * a]), torch.tensor([high * b]), grid)
     return float(steps), int(zeros)
 
 
 def _every_zero_point(values: Tensor, grid: Grid, low: float, high: float) -> tuple[float, int]:
-    """With few codes the error has a valley for each zero point, so each is searched: 40 steps, then 20 around the best."""
+    """Return the (s, z) of least squared error on a grid with few codes.
+
+    The error has a valley for each zero point, so each is searched: 40 steps, then 20 around the best.
+    """
     zeros = torch.arange(grid.p + 1, dtype=torch.float32)
     # The largest step worth trying reaches both extremes.
     top = torch.maximum(-low / zeros.clamp(min=0.5), high / (grid.p - zeros).clamp(min=0.5))
 
     def best(fractions: Tensor, zeros: Tensor, top: Tensor) -> tuple[float, float, float]:
-        steps, tried = (top[:, None] * fractions).reshape(-1), zeros.repeat_interleave(len(fractions))
+        steps = (top[:, None] * fractions).reshape(-1)
+        tried = zeros.repeat_interleave(len(fractions))
         found = int(_errors(values, steps, tried, grid).argmin())
         return float(steps[found]), float(tried[found]), float(fractions[found % len(fractions)])
 
@@ -224,7 +271,7 @@ def _affine(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def _errors(values: Tensor, steps: Tensor, zeros: Tensor, grid: Grid) -> Tensor:
-    """Mean squared error of each candidate (s, z)."""
+    """Return the mean squared error of each candidate (s, z)."""
     errors = []
     for s, z in zip(steps, zeros, strict=True):  # one at a time: the values stay in the cache
         v = values / s

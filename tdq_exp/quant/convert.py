@@ -1,16 +1,17 @@
 """Verbs on somebody else's network: quantize it, list what was done to it, bake it.
 
-quantize(net, roles, recipe)     leaves replaced in place, quantizers in training form
-layer_map(net, roles)            a printable row per leaf
-bake(net)                        a copy, or itself, with integer weights and tables of intervals: what is sampled and shipped
+quantize(net, roles, recipe, steps)   leaves replaced in place, quantizers in training form
+layer_map(net, roles)                 a printable row for each leaf
+bake(net)                             a copy, or itself, with integer weights and tables of step sizes:
+                                      what is sampled and shipped
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from tdq_exp.quant import ops
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.intervals.base import Interval, LookupTable
-from tdq_exp.quant.intervals.dynamic import MaxAbs
+from tdq_exp.quant.intervals.dynamic import ChannelRange, MaxAbs
 from tdq_exp.quant.intervals.static import Static, StaticIntervals
 from tdq_exp.quant.layers import (
     CodedWeight,
@@ -30,33 +31,35 @@ from tdq_exp.quant.layers import (
     smallest_integer_type,
 )
 from tdq_exp.quant.plan import Plan
-from tdq_exp.quant.quantizer import Quantizer
+from tdq_exp.quant.quantizer import Quantizer, check_rule
 from tdq_exp.quant.release import SILU_MINIMUM, ReleaseDetails
 from tdq_exp.quant.roles import Role
-from tdq_exp.quant.rules.minmax import ChannelRange
 from tdq_exp.quant.time import TimeContext
-from tdq_exp.quant.zero_point import LowerBound, TableZeroPoint, ZeroPoint
+from tdq_exp.quant.zero_point import LowerBound, TableZeroPoint, ZeroPoint, ZeroPointSource
 
 ZERO_POINTS = ("static", "lower_bound", "by_role")
 WEIGHT_INTERVALS = ("static", "max_abs", "channel_range")
+ATTENTION_PARTS = ("input", "q", "k", "v", "probabilities")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The four slots, filled.
+    """How a network is quantized: what fills the slots of its quantizers.
 
     Args:
         weight_bits: b of weights.
         act_bits: b of activations.
         weight: class (or partial) of the weights' rule.
         act: class (or partial) of the activations' rule.
-        intervals: gives activations their intervals: `StaticIntervals`, `PerStepIntervals`, `TemporalIntervals`.
-        weight_interval: `static`; `max_abs` for rules whose weights follow their maximum; `channel_range` for affine
-            weights that follow the range of each output channel.
-        zero_point: `static` (a learned integer), `lower_bound` (z(t) = round(-beta / s(t))), or `by_role`: the second for
-            inputs that come out of a SiLU and have a step size of t, the first for all others.
+        intervals: gives activations their intervals: `StaticIntervals`, `PerStepIntervals`,
+            `TemporalIntervals`, `DynamicIntervals`.
+        weight_interval: `static`; `max_abs` for rules whose weights follow their maximum; `channel_range`
+            for affine weights that follow the range of each output channel.
+        zero_point: of activations: `static` (a learned integer), `lower_bound` (z(t) = round(-beta / s(t))),
+            or `by_role`: the second for inputs that come out of a SiLU and have a step size that depends on
+            t, the first for all others.
         plan: which layers, at how many bits.
-        habits: text or release.
+        habits: the paper's text or its released code.
     """
 
     weight_bits: int
@@ -71,101 +74,163 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.zero_point not in ZERO_POINTS:
-            raise ValueError(f"tdq.zero_point={self.zero_point!r}: choose one of {', '.join(ZERO_POINTS)}")
+            choices = ", ".join(ZERO_POINTS)
+            raise ValueError(f"tdq.zero_point={self.zero_point!r}: choose one of {choices}")
         if self.weight_interval not in WEIGHT_INTERVALS:
             raise ValueError(
-                f"weight.interval={self.weight_interval!r}: weights do not change with time, so choose one of "
-                + ", ".join(WEIGHT_INTERVALS)
+                f"weight.interval={self.weight_interval!r}: weights do not change with time, so choose"
+                f" one of {', '.join(WEIGHT_INTERVALS)}"
             )
+
+        # The grids refuse numbers of bits that they do not have.
         Grid(self.weight_bits, symmetric=True, reduced=self.habits.reduced_grids)
-        Grid(self.act_bits, symmetric=self.habits.symmetric_activations, reduced=self.habits.reduced_grids)
+        Grid(
+            self.act_bits,
+            symmetric=self.habits.symmetric_activations,
+            reduced=self.habits.reduced_grids,
+        )
 
 
-def quantize(net: nn.Module, roles: Mapping[str, Role], recipe: Recipe, steps: int) -> TimeContext:
-    """Replaces leaves and attention processors in place; returns the network's time context.
+class AttentionWrapper(Protocol):
+    """Makes a network's attention block use quantizers; the model's description has one."""
+
+    def __call__(self, block: nn.Module, quantizers: Sequence[Quantizer | None]) -> None:
+        """Give a block, in place, quantizers of its input, q, k, v and the softmax output."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What one activation quantizer is for: its bits, and whether its input comes out of a SiLU."""
+
+    bits: int
+    after_silu: bool = False
+
+
+def quantize(
+    net: nn.Module,
+    roles: Mapping[str, Role],
+    recipe: Recipe,
+    steps: int,
+    attention: AttentionWrapper | None = None,
+) -> TimeContext:
+    """Replace the leaves of a network in place; return the network's time context.
 
     Args:
-        net: a float network whose forward takes (x, t).
+        net: a float network whose forward takes (x, t). Its forward sets the time context from now on.
         roles: by leaf name, from the model.
         recipe: what to do.
         steps: T.
+        attention: puts quantizers into an attention block; for networks that have any.
 
     Raises:
-        ValueError: if a leaf has no role, or a role no leaf.
+        ValueError: if a leaf has no role, or a role no leaf; if a rule of the recipe changes values.
     """
-    leaves = {name for name, leaf in net.named_modules() if isinstance(leaf, nn.Conv2d | nn.Linear)}
+    leaves = {n for n, leaf in net.named_modules() if isinstance(leaf, nn.Conv2d | nn.Linear)}
     if leaves != roles.keys():
         raise ValueError(f"roles and layers differ: {sorted(leaves ^ roles.keys())[:3]}")
     time = TimeContext(steps)
-    wanted = _activations(net, roles, recipe)
-    names = list(wanted)
-    intervals, bank = recipe.intervals.make(names, time, raw=recipe.habits.raw_step)
+
+    # Activation quantizers, each with an interval of its own.
+    wanted = _activations(roles, recipe)
+    intervals, bank = recipe.intervals.make(list(wanted), time, raw=recipe.habits.raw_step)
     acts = {
-        name: _activation(recipe, wanted[name][0], wanted[name][1], interval)
-        for name, interval in zip(names, intervals, strict=True)
+        name: _activation(recipe, wanted[name], interval)
+        for name, interval in zip(wanted, intervals, strict=True)
     }
+
+    # Leaves, with their weight quantizers.
     for name, role in roles.items():
         bits = recipe.plan.bits(role, recipe.weight_bits, recipe.act_bits)
         if bits is not None:
             leaf = net.get_submodule(name)
             cls = QuantConv2d if isinstance(leaf, nn.Conv2d) else QuantLinear
-            reads = acts.get(f"{name}.input")
-            replace_module(net, name, cls(leaf, _weight(recipe, bits.weight), reads))
-    for block in dict.fromkeys(role.block for role in roles.values() if role.kind == "attention_qkv"):
-        inside = [acts.get(f"{block}.{part}") for part in ("input", "q", "k", "v", "probabilities")]
+            layer = cls(leaf, _weight(recipe, bits.weight), acts.get(f"{name}.input"))
+            replace_module(net, name, layer)
+
+    # Attention blocks.
+    blocks = (role.block for role in roles.values() if role.kind == "attention_qkv")
+    for block in dict.fromkeys(blocks):
+        inside = [acts.get(f"{block}.{part}") for part in ATTENTION_PARTS]
         if any(quantizer is not None for quantizer in inside):
-            net.get_submodule(block).set_processor(QuantAttention(*inside))  # type: ignore[operator]
+            if attention is None:
+                raise ValueError(f"{block}: hand `quantize` the model's `attention` wrapper")
+            attention(net.get_submodule(block), inside)
+
     if bank is not None:
         net.generators = bank
     time.follow(net)
     net.time = time  # type: ignore[assignment]
+    _check_rules(net)
     return time
 
 
-def _activations(net: nn.Module, roles: Mapping[str, Role], recipe: Recipe) -> dict[str, tuple[int, bool]]:
-    """Name -> (bits, after SiLU?) of every activation quantizer, in the order of the network's modules."""
-    wanted: dict[str, tuple[int, bool]] = {}
+def _check_rules(net: nn.Module) -> None:
+    """Check each kind of rule on each of its grids once, before anything is trained."""
+    different = {
+        (type(module), module.grid): module
+        for module in net.modules()
+        if isinstance(module, Quantizer)
+    }
+    for quantizer in different.values():
+        check_rule(quantizer)
+
+
+def _activations(roles: Mapping[str, Role], recipe: Recipe) -> dict[str, Wanted]:
+    """Return every activation quantizer by name, in the order of the network's modules."""
+    wanted: dict[str, Wanted] = {}
     for name, role in roles.items():
         bits = recipe.plan.bits(role, recipe.weight_bits, recipe.act_bits)
         if bits is not None:
-            wanted.setdefault(role.reads or f"{name}.input", (bits.act, role.after_silu))
+            wanted.setdefault(role.reads or f"{name}.input", Wanted(bits.act, role.after_silu))
         if role.kind == "attention_qkv" and recipe.plan.attention:
-            for part in ("q", "k", "v", "probabilities"):
-                wanted.setdefault(f"{role.block}.{part}", (recipe.act_bits, False))
+            for part in ATTENTION_PARTS[1:]:
+                wanted.setdefault(f"{role.block}.{part}", Wanted(recipe.act_bits))
     return wanted
 
 
-def _activation(recipe: Recipe, bits: int, after_silu: bool, interval: Interval) -> Quantizer:
+def _activation(recipe: Recipe, wanted: Wanted, interval: Interval) -> Quantizer:
     habits = recipe.habits
-    symmetric = habits.symmetric_activations and not after_silu
-    grid = Grid(bits, symmetric=symmetric, reduced=habits.reduced_grids)
-    zero_point: nn.Module | None
+    symmetric = habits.symmetric_activations and not wanted.after_silu
+    grid = Grid(wanted.bits, symmetric=symmetric, reduced=habits.reduced_grids)
+
+    bounded = recipe.zero_point == "lower_bound"
+    if recipe.zero_point == "by_role":
+        bounded = wanted.after_silu and interval.time_dependent
+
+    zero_point: ZeroPointSource | None
     if symmetric or interval.dynamic:
         zero_point = None
     elif habits.symmetric_activations:
         zero_point = LowerBound(grid, SILU_MINIMUM, learned=False)
-    elif recipe.zero_point == "lower_bound" or (recipe.zero_point == "by_role" and after_silu and interval.timed):
-        zero_point = LowerBound(grid)
     else:
-        zero_point = ZeroPoint(grid)
-    return recipe.act(grid, interval, zero_point, scale_gradient=habits.scale_activation_gradient)
+        zero_point = LowerBound(grid) if bounded else ZeroPoint(grid)
+
+    scale = habits.scale_activation_gradient
+    quantizer = recipe.act(grid, interval, zero_point, gradient_scale=scale)
+    if interval.dynamic and quantizer.transforms_step:
+        raise ValueError(
+            f"act: {type(quantizer).__name__} transforms step sizes, which tdq=dynamic takes from the range of"
+            " each input as they are: choose another tdq"
+        )
+    return quantizer
 
 
 def _weight(recipe: Recipe, bits: int) -> Quantizer:
-    by_channel = recipe.weight_interval == "channel_range"
-    grid = Grid(bits, symmetric=not by_channel, reduced=recipe.habits.reduced_grids)
     interval: Interval
-    if by_channel:
-        interval = ChannelRange(grid)
+    if recipe.weight_interval == "static":
+        interval = Static(recipe.habits.raw_step)
     else:
-        interval = Static(recipe.habits.raw_step) if recipe.weight_interval == "static" else MaxAbs(grid.p)
+        interval = MaxAbs() if recipe.weight_interval == "max_abs" else ChannelRange()
+
+    symmetric = recipe.weight_interval != "channel_range"
+    grid = Grid(bits, symmetric=symmetric, reduced=recipe.habits.reduced_grids)
     quantizer = recipe.weight(grid, interval)
     quantizer.fixed = True
     return quantizer
 
 
 def replace_module(net: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a module in the place of the one of that name."""
+    """Put a module in the place of the one of that name."""
     parent, _, last = name.rpartition(".")
     owner = net.get_submodule(parent)
     if isinstance(owner, nn.ModuleList | nn.Sequential):
@@ -175,7 +240,7 @@ def replace_module(net: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def activation_quantizers(net: nn.Module) -> dict[str, Quantizer]:
-    """By module name, without the weights' ones."""
+    """Return the quantizers of activations by module name."""
     return {
         name: module
         for name, module in net.named_modules()
@@ -185,13 +250,17 @@ def activation_quantizers(net: nn.Module) -> dict[str, Quantizer]:
 
 @torch.no_grad()
 def bake(net: nn.Module, inplace: bool = False) -> nn.Module:
-    """A copy for inference: weights as integer codes, every interval and zero point a table. Same images, bit for bit.
+    """Return a copy for inference: weights as integer codes, every step size and zero point a table.
 
-    DoReFa's literal weights are not integers times a step: they stay float.
+    It gives the same images, bit for bit. DoReFa's literal weights are not integers times a step: they stay
+    float. Where s is read from the input there is no table.
 
     Args:
         net: quantized, in training form.
         inplace: change the network itself, which saves the memory of a copy.
+
+    Raises:
+        ValueError: if a rule computes other values in its final phase than inference does.
     """
     net = (net if inplace else copy.deepcopy(net)).eval().requires_grad_(False)
     time = net.time
@@ -199,12 +268,15 @@ def bake(net: nn.Module, inplace: bool = False) -> nn.Module:
         if isinstance(module, QuantLayer):  # one after another: never two forms of all weights
             _code(module)
             module.layer.register_parameter("weight", None)
+
     for quantizer in activation_quantizers(net).values():
-        if quantizer.interval.dynamic:
-            continue  # its ranges are those of its inputs
-        s, z = quantizer.tables()
-        quantizer.interval = LookupTable(s, time)  # type: ignore[arg-type]
-        quantizer.zero_point = TableZeroPoint(z, time)
+        tables = quantizer.tables()
+        if tables is not None:
+            s, z = tables
+            check_rule(quantizer, s[0], z[0])
+            quantizer.interval = LookupTable(s, time)  # type: ignore[arg-type]
+            quantizer.zero_point = TableZeroPoint(z, time)  # type: ignore[arg-type]
+
     if "generators" in dict(net.named_children()):
         del net.generators
     return net
@@ -212,7 +284,7 @@ def bake(net: nn.Module, inplace: bool = False) -> nn.Module:
 
 @torch.no_grad()
 def code_weights(net: nn.Module) -> None:
-    """Replaces every weight quantizer by its codes, in place: from here on weights are constant."""
+    """Replace every weight quantizer by its codes, in place: from here on weights are constant."""
     for module in net.modules():
         if isinstance(module, QuantLayer):
             _code(module)
@@ -230,20 +302,26 @@ def _coded(quantizer: Quantizer, weight: Tensor) -> CodedWeight | FixedWeight:
         return FixedWeight(quantizer(weight))
     n, p = quantizer.grid.n, quantizer.grid.p
     s, z = quantizer.parameters_at(weight)
-    coded = coded_weight(ops.quantize(weight, s, z, n, p), s, z, n, p)
+    coded = coded_weight(ops.to_codes(weight, s, z, n, p), s, z, n, p)
     if not torch.equal(coded.dequantize(), quantizer(weight)):
-        raise RuntimeError(f"{type(quantizer).__name__}: codes times step are not what the layer sees")
+        raise RuntimeError(
+            f"{type(quantizer).__name__}: codes times step are not what the layer sees"
+        )
     return coded
 
 
 def coded_weight(codes: Tensor, s: Tensor, z: Tensor, n: int, p: int) -> CodedWeight:
-    """Codes n..p held as floats, in the form that is stored."""
+    """Return codes n..p, held as floats, in the form that is stored."""
     zero = None if n < 0 else z.clone()  # symmetric grids have none
     return CodedWeight(codes.to(smallest_integer_type(n, p)), s.clone(), zero)
 
 
 def layer_map(net: nn.Module, roles: Mapping[str, Role]) -> list[dict[str, str]]:
-    """What was done to every leaf: layer, role, weight and input codes, rule, interval and zero point."""
+    """Return what was done to every leaf and attention matrix: a row of texts for each.
+
+    Returns:
+        `layer`, `role`, `weight` and `input`: codes, rule, interval and zero point, or "float".
+    """
     rows = []
     for name, role in roles.items():
         layer = net.get_submodule(name)
@@ -253,13 +331,15 @@ def layer_map(net: nn.Module, roles: Mapping[str, Role]) -> list[dict[str, str]]
             shared = role.reads is not None
             row["input"] = f"shared: {role.reads}" if shared else _describe(layer.input_quantizer)
         rows.append(row)
+
     for name, module in net.named_modules():
         if isinstance(module, QuantAttention):
-            block = name.removesuffix(".processor")
-            for part in ("input", "q", "k", "v", "probabilities"):
-                quantizer = module.input_quantizer if part == "input" else getattr(module, part)
+            block = name.rpartition(".")[0]
+            inside = (module.input_quantizer, module.q, module.k, module.v, module.probabilities)
+            for part, quantizer in zip(ATTENTION_PARTS, inside, strict=True):
                 described = "float" if quantizer is None else _describe(quantizer)
-                rows.append({"layer": f"{block}.{part}", "role": "attention_matrix", "weight": "-", "input": described})
+                row = {"layer": f"{block}.{part}", "role": "attention_matrix", "weight": "-"}
+                rows.append(row | {"input": described})
     return rows
 
 
@@ -269,7 +349,6 @@ def _describe(quantizer: nn.Module | None) -> str:
     if isinstance(quantizer, FixedWeight):
         return "float, baked"
     assert isinstance(quantizer, Quantizer)
-    zero = {ZeroPoint: ", learned z", LowerBound: ", z(t) from a lower bound", TableZeroPoint: ", z table"}
-    offset = zero.get(type(quantizer.zero_point), "") if quantizer.zero_point is not None else ""  # type: ignore[arg-type]
-    codes = f"{quantizer.grid.n}..{quantizer.grid.p}"
-    return f"{type(quantizer).__name__} {codes}, {type(quantizer.interval).__name__}{offset}"
+    rule, interval = type(quantizer).__name__, type(quantizer.interval).__name__
+    zero_point = "" if quantizer.zero_point is None else f", {quantizer.zero_point.description}"
+    return f"{rule} {quantizer.grid.n}..{quantizer.grid.p}, {interval}{zero_point}"

@@ -5,7 +5,8 @@
 | symmetric | -p..p, p = 2^(b-1) - 1        | 0          | weights in QAT |
 | affine    | 0..2^b - 1                    | integer    | activations, and weights in PTQ |
 
-The release uses fewer: -(h-1)..(h-1) with h = (2^b - 1) // 2 (4 bits: 13 levels, 3 bits: 5), and 0..2^b - 2.
+The release uses fewer: -(h-1)..(h-1) with h = (2^b - 1) // 2 (4 bits: 13 levels, 3 bits: 5), and
+0..2^b - 2.
 """
 
 from __future__ import annotations
@@ -33,19 +34,25 @@ class Grid:
     reduced: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= MAX_BITS:
+        if (
+            isinstance(self.bits, bool)
+            or not isinstance(self.bits, int)
+            or not 2 <= self.bits <= MAX_BITS
+        ):
             raise ValueError(f"bits={self.bits}: must be a whole number from 2 to {MAX_BITS}")
         if self.symmetric and self.p < 1:
-            raise ValueError(f"bits={self.bits}: the release's symmetric grid has no level but 0 below 3 bits")
+            raise ValueError(
+                f"bits={self.bits}: the release's symmetric grid has no level but 0 below 3 bits"
+            )
 
     @property
     def p(self) -> int:
-        """Largest code."""
+        """Return the largest code."""
         if self.symmetric:
             return (2**self.bits - 1) // 2 - 1 if self.reduced else 2 ** (self.bits - 1) - 1
         return 2**self.bits - (2 if self.reduced else 1)
 
     @property
     def n(self) -> int:
-        """Smallest code."""
+        """Return the smallest code."""
         return -self.p if self.symmetric else 0

@@ -15,7 +15,7 @@ from tdq_exp.quant.quantizer import Quantizer
 
 
 class CodedWeight(nn.Module):
-    """A baked weight: integer codes, step size and zero point; w_hat = s (codes - z) is computed once, not at every step.
+    """A baked weight: integer codes, step size and zero point; w_hat = s (codes - z) is computed once.
 
     Args:
         codes: integers in the smallest type that holds them, of the weight's shape.
@@ -34,13 +34,13 @@ class CodedWeight(nn.Module):
         self._w_hat: Tensor | None = None
 
     def forward(self, weight: Tensor | None = None) -> Tensor:
-        """w_hat, float32; the argument is not used."""
+        """Return w_hat, float32; the argument is not used."""
         if self._w_hat is None or self._w_hat.device != self.codes.device:
             self._w_hat = self.dequantize()
         return self._w_hat
 
     def dequantize(self) -> Tensor:
-        """w_hat anew, kept by nobody."""
+        """Return w_hat, computed anew and not kept."""
         codes = self.codes.to(self.step_size.dtype)
         return (codes if self.zero_point is None else codes - self.zero_point) * self.step_size
 
@@ -53,10 +53,10 @@ class CodedWeight(nn.Module):
 
 
 class FixedWeight(nn.Module):
-    """A baked weight of a rule whose weights are not integers times a step (DoReFa's): w_hat itself, float32.
+    """A baked weight of a rule whose weights are not integers times a step (DoReFa's): w_hat itself.
 
     Args:
-        w_hat: of the weight's shape.
+        w_hat: of the weight's shape, float32.
     """
 
     def __init__(self, w_hat: Tensor) -> None:
@@ -65,7 +65,7 @@ class FixedWeight(nn.Module):
         self.register_buffer("w_hat", w_hat)
 
     def forward(self, weight: Tensor | None = None) -> Tensor:
-        """w_hat; the argument is not used."""
+        """Return w_hat; the argument is not used."""
         return self.w_hat
 
 
@@ -78,31 +78,38 @@ class QuantLayer(nn.Module):
         input_quantizer: of its input; None if the input arrives quantized (q, k and v share one).
     """
 
-    def __init__(self, layer: nn.Module, weight_quantizer: nn.Module, input_quantizer: Quantizer | None) -> None:
+    def __init__(
+        self, layer: nn.Module, weight_quantizer: nn.Module, input_quantizer: Quantizer | None
+    ) -> None:
         super().__init__()
-        self.layer, self.weight_quantizer, self.input_quantizer = layer, weight_quantizer, input_quantizer
+        self.layer = layer
+        self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(x_hat, w_hat)."""
+        """Return (x_hat, w_hat)."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         return x, self.weight_quantizer(self.layer.weight)
 
 
 class QuantConv2d(QuantLayer):
-    """`nn.Conv2d` with quantized weight and input. Zeros are padded after quantization; z is an integer, so they are
-    exact."""
+    """`nn.Conv2d` with quantized weight and input.
+
+    Zeros are padded after quantization; z is an integer, so they are exact.
+    """
 
     layer: nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, C_in, H, W]` -> `[B, C_out, H', W']`."""
+        """Return y, `[B, C_out, H', W']`, of x, `[B, C_in, H, W]`."""
         x_hat, w_hat = self.operands(x)
         conv = self.layer
         if conv.padding_mode != "zeros":
             x_hat = F.pad(x_hat, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
             return F.conv2d(x_hat, w_hat, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
-        return F.conv2d(x_hat, w_hat, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return F.conv2d(
+            x_hat, w_hat, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+        )
 
 
 class QuantLinear(QuantLayer):
@@ -111,17 +118,18 @@ class QuantLinear(QuantLayer):
     layer: nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in]` -> `[..., out]`."""
+        """Return y, `[..., out]`, of x, `[..., in]`."""
         x_hat, w_hat = self.operands(x)
         return F.linear(x_hat, w_hat, self.layer.bias)
 
 
 class QuantAttention(nn.Module):
-    """Attention with quantized matrices, as a processor of diffusers' `Attention` in a U-Net (self-attention over pixels).
+    """The quantizers of one attention: of its input h and of the matrices inside.
 
         q, k, v = W_q h, W_k h, W_v h;   A = softmax(q k^T / sqrt(d));   y = W_o (A v)
 
-    h, q, k, v and A are quantized; h once, for q, k and v read the same tensor.
+    h, q, k, v and A are quantized; h once, for q, k and v read the same tensor. How the network computes
+    attention is the model's knowledge: it derives a class from this one (see `convert.AttentionWrapper`).
 
     Args:
         input_quantizer: of h; None if the three layers stay float.
@@ -137,59 +145,33 @@ class QuantAttention(nn.Module):
         probabilities: Quantizer | None = None,
     ) -> None:
         super().__init__()
-        self.input_quantizer, self.q, self.k, self.v, self.probabilities = input_quantizer, q, k, v, probabilities
+        self.input_quantizer = input_quantizer
+        self.q, self.k, self.v, self.probabilities = q, k, v, probabilities
 
-    def __call__(  # diffusers reads this signature to know which keyword arguments may be passed
-        self,
-        attention: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        """See `forward`.
-
-        Raises:
-            ValueError: for cross-attention or a mask, which a diffusion U-Net over pixels does not use.
-        """
-        if encoder_hidden_states is not None or attention_mask is not None:
-            raise ValueError("quantized attention is self-attention without a mask")
-        return super().__call__(attention, hidden_states)
-
-    def forward(self, attention: Any, hidden_states: Tensor) -> Tensor:
-        """`[B, C, H, W]` -> the same shape, residual included where the original adds it."""
-        residual = hidden_states
-        batch, channels, height, width = hidden_states.shape
-        h = self.read(attention, hidden_states)
-        q, k, v = (self._heads(layer(h), attention.heads) for layer in (attention.to_q, attention.to_k, attention.to_v))
-        if self.q is None:
-            y = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
-        else:
-            assert self.k is not None and self.v is not None and self.probabilities is not None
-            q, k, v = self.q(q), self.k(k), self.v(v)
-            scores = torch.matmul(q, k.transpose(-1, -2)) * attention.scale
-            y = torch.matmul(self.probabilities(scores.softmax(-1)), v)
-        y = y.transpose(1, 2).reshape(batch, height * width, -1)
-        y = attention.to_out[1](attention.to_out[0](y))
-        y = y.transpose(1, 2).reshape(batch, channels, height, width)
-        if attention.residual_connection:
-            y = y + residual
-        return y / attention.rescale_output_factor
-
-    def read(self, attention: Any, x: Tensor) -> Any:
-        """`[B, C, H, W]` -> what q, k and v read, `[B, H W, C]`."""
-        h = attention.group_norm(x.flatten(2)).transpose(1, 2)
+    def quantize_input(self, h: Tensor) -> Tensor:
+        """Return what q, k and v read: `[B, N, C]`, quantized if there is a quantizer."""
         return h if self.input_quantizer is None else self.input_quantizer(h)
 
-    @staticmethod
-    def _heads(x: Tensor, heads: int) -> Tensor:
-        """`[B, N, h d]` -> `[B, h, N, d]`."""
-        batch, tokens, width = x.shape
-        return x.reshape(batch, tokens, heads, width // heads).transpose(1, 2)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Return A v with quantized matrices.
+
+        Args:
+            q, k, v: `[B, heads, N, d]`.
+            scale: 1 / sqrt(d).
+
+        Returns:
+            `[B, heads, N, d]`.
+        """
+        if self.q is None:
+            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        assert self.k is not None and self.v is not None and self.probabilities is not None
+        q, k, v = self.q(q), self.k(k), self.v(v)
+        scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+        return torch.matmul(self.probabilities(scores.softmax(-1)), v)
 
 
 def smallest_integer_type(n: int, p: int) -> torch.dtype:
-    """The smallest integer type that holds n..p."""
+    """Return the smallest integer type that holds n..p."""
     for dtype in (torch.int8, torch.uint8, torch.int16, torch.int32):
         limits = torch.iinfo(dtype)
         if limits.min <= n and p <= limits.max:

@@ -16,7 +16,7 @@ Gradients, with m = [lo < v < hi] (strict, as in LSQ, arXiv 1902.08153, eq. 3):
 
 The first of the two holds for NIPQ's pseudo quantization noise as well, where x_hat = x + s u inside.
 
-Where `kernels` fit, each direction is one fused kernel; x_hat is the same to the bit.
+Where `kernels` apply, each direction is one fused kernel; x_hat is the same to the bit.
 """
 
 from __future__ import annotations
@@ -43,14 +43,17 @@ class _RoundToGrid(torch.autograd.Function):
         (x,), (n, p), (g,) = ctx.saved_tensors, ctx.codes, gradients
         if kernels.fused_on_gpu(x):
             return kernels.kernels_for(x).round_backward(x, g, n, p), None, None
-        outwards = ((x < n) & (g > 0)) | ((x > p) & (g < 0))  # a descent step would move further away
+        outwards = ((x < n) & (g > 0)) | (
+            (x > p) & (g < 0)
+        )  # a descent step would move further away
         return torch.where(outwards, 0.0, g), None, None
 
 
 def round_straight_through(x: Tensor, n: float = -torch.inf, p: float = torch.inf) -> Tensor:
-    """round(x) clipped to n..p, with the gradient of x; beyond the ends only what leads back passes.
+    """Return round(x) clipped to n..p, with the gradient of x.
 
-    Without the latter a parameter that one update has carried past an end would stay there for ever.
+    Beyond the ends only a gradient that leads back passes: without it, a parameter that one update has
+    carried past an end would stay there for ever.
     """
     return _RoundToGrid.apply(x, n, p)
 
@@ -65,29 +68,29 @@ class _PassStraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
-class _ScaleGradient(torch.autograd.Function):
+class _MultiplyGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, s: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
+    def forward(ctx: Any, s: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
         return s.view_as(s)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.scale, None
+        return gradients[0] * ctx.factor, None
 
 
-def scale_gradient(s: Tensor, scale: float) -> Tensor:
-    """s, whose gradient is multiplied by a constant on its way back."""
-    return s if scale == 1.0 else _ScaleGradient.apply(s, scale)
+def multiply_gradient(s: Tensor, factor: float) -> Tensor:
+    """Return s, whose gradient is multiplied by a constant on its way back."""
+    return s if factor == 1.0 else _MultiplyGradient.apply(s, factor)
 
 
 def pass_straight_through(x: Tensor, x_hat: Tensor) -> Tensor:
-    """x_hat, with all of its gradient going to x."""
+    """Return x_hat, with all of its gradient going to x."""
     return _PassStraightThrough.apply(x, x_hat)
 
 
-def quantize(x: Tensor, s: Tensor, z: Tensor, n: int, p: int) -> Tensor:
-    """Codes `clip(round(x / s) + z, n, p)` as floats.
+def to_codes(x: Tensor, s: Tensor, z: Tensor, n: int, p: int) -> Tensor:
+    """Return the codes `clip(round(x / s) + z, n, p)` as floats.
 
     Args:
         x: any shape.
@@ -100,7 +103,10 @@ def quantize(x: Tensor, s: Tensor, z: Tensor, n: int, p: int) -> Tensor:
 
 
 def fake_quantize(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int) -> Tensor:
-    """x_hat, without gradient: what inference computes. Arguments as in `quantize`; z = None is 0, in fewer passes."""
+    """Return x_hat, without gradient: what inference computes.
+
+    Arguments as in `to_codes`; z = None is 0, in fewer passes.
+    """
     if kernels.fused(x, s, z):
         dtype = kernels.result_type(x)
         if kernels.traced(x):
@@ -117,7 +123,7 @@ def fake_quantize(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int) -> Ten
 
 
 def fake_quantize_at(x: Tensor, s: Tensor, t: Tensor, z: Tensor | None, n: int, p: int) -> Tensor:
-    """x_hat, without gradient, with s and z read from tables at one time step for the whole tensor.
+    """Return x_hat, without gradient, with s and z read from tables at one time step for the whole tensor.
 
     On a GPU the kernel reads them, so that a time-dependent step size costs no launch more than a static one.
 
@@ -139,16 +145,27 @@ def fake_quantize_at(x: Tensor, s: Tensor, t: Tensor, z: Tensor | None, n: int, 
 
 
 def at(values: Tensor, t: Tensor) -> Tensor:
-    """`values[t]` for t 0-dim or `[B]`; plain indexing with a 0-dim t would wait for an accelerator to say what t is."""
+    """Return `values[t]` for t 0-dim or `[B]`.
+
+    Plain indexing with a 0-dim t would wait for an accelerator to say what t is.
+    """
     return values.index_select(0, t.reshape(-1).to(values.device)).reshape(t.shape)
 
 
 class _FusedFakeQuantize(torch.autograd.Function):
-    """x_hat by fused kernels. `kind` is learned, clipped or noise; `noise` is u of the last."""
+    """Fake quantization by fused kernels. `kind` is learned, clipped or noise; `noise` is u of the last."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float, kind: str, noise: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        s: Tensor,
+        z: Tensor | None,
+        n: int,
+        p: int,
+        scale: float,
+        kind: str,
+        noise: Tensor | None,
     ) -> Tensor:
         x = kernels.dense(x)
         noise = None if noise is None else kernels.like(x, noise)
@@ -200,7 +217,14 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _fake_quantize(
-    x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float, kind: str, noise: Tensor | None = None
+    x: Tensor,
+    s: Tensor,
+    z: Tensor | None,
+    n: int,
+    p: int,
+    scale: float,
+    kind: str,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """x_hat, by the first of three ways that applies.
 
@@ -218,7 +242,9 @@ def _fake_quantize(
 
 
 def affine_range(low: Tensor, high: Tensor, n: int, p: int) -> tuple[Tensor, Tensor]:
-    """(s, z) of the ranges [low, high], widened to hold 0, and on a symmetric grid to both sides; of their shape.
+    """Return (s, z) of the ranges [low, high], of their shape.
+
+    The ranges are widened to hold 0, and on a symmetric grid to both sides.
 
         s = (high - low) / (p - n),   z = round(n - low / s),   low <= 0 <= high
 
@@ -234,8 +260,10 @@ def affine_range(low: Tensor, high: Tensor, n: int, p: int) -> tuple[Tensor, Ten
     return s, (n - low / s).round().clamp(n, p)
 
 
-def fake_quantize_learned(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float = 1.0) -> Tensor:
-    """x_hat with LSQ's gradients.
+def fake_quantize_learned(
+    x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float = 1.0
+) -> Tensor:
+    """Return x_hat with LSQ's gradients.
 
     Args:
         x: any shape.
@@ -251,8 +279,12 @@ def fake_quantize_learned(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int
     return _fake_quantize(x, s, z, n, p, scale, "learned")
 
 
-def fake_quantize_clipped(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float = 1.0) -> Tensor:
-    """x_hat with PACT's gradient: s learns from clipped elements only. Arguments as in `fake_quantize_learned`.
+def fake_quantize_clipped(
+    x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float = 1.0
+) -> Tensor:
+    """Return x_hat with PACT's gradient: s learns from clipped elements only.
+
+    Arguments as in `fake_quantize_learned`.
 
     References:
         Choi et al., *PACT*, arXiv 1805.06085, eq. (3).
@@ -260,8 +292,12 @@ def fake_quantize_clipped(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int
     return _fake_quantize(x, s, z, n, p, scale, "clipped")
 
 
-def add_quantization_noise(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, noise: Tensor) -> Tensor:
-    """x + s u inside the range and the bound outside, with gradients of both. Other arguments as above.
+def add_quantization_noise(
+    x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, noise: Tensor
+) -> Tensor:
+    """Return x + s u inside the range and the bound outside, with gradients of both.
+
+    Other arguments as in `fake_quantize_learned`.
 
     Args:
         noise: u, of x's shape, in [-1/2, 1/2].

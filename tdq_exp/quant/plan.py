@@ -24,23 +24,38 @@ class LayerBits:
 
 
 class Plan:
-    """Args:
-    edge_bits: bits of the first and last layer, weights and input; None: as all others.
-    keep_float: kinds of role that are not quantized.
-    attention: quantize q, k, v and the softmax output inside attention?
+    """Which layers are quantized, and at how many bits.
+
+    Args:
+        edge_bits: bits of the first and last layer, weights and input; None: as all others.
+        keep_float: kinds of role that are not quantized.
+        attention: quantize q, k, v and the softmax output inside attention?
 
     Raises:
         ValueError: for an unknown kind of role.
     """
 
-    def __init__(self, edge_bits: int | None = None, keep_float: Sequence[str] = (), attention: bool = True) -> None:
+    def __init__(
+        self,
+        edge_bits: int | None = None,
+        keep_float: Sequence[str] = (),
+        attention: bool = True,
+    ) -> None:
         unknown = [kind for kind in keep_float if kind not in KINDS]
         if unknown:
-            raise ValueError(f"plan.plan.keep_float: unknown role {unknown[0]!r}; choose from {', '.join(KINDS)}")
+            choices = ", ".join(KINDS)
+            raise ValueError(
+                f"plan.plan.keep_float: unknown role {unknown[0]!r}; choose from {choices}"
+            )
         self.edge_bits, self.keep_float, self.attention = edge_bits, tuple(keep_float), attention
 
     def bits(self, role: Role, weight: int, act: int) -> LayerBits | None:
-        """Bits of a layer, or None if it stays float."""
+        """Return the bits of a layer, or None if it stays float.
+
+        Args:
+            role: of the layer.
+            weight, act: bits that the recipe gives weights and activations.
+        """
         if role.kind in self.keep_float:
             return None
         if self.edge_bits is not None and role.kind in ("first", "last"):

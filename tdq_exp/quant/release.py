@@ -9,8 +9,8 @@
 | start of s | least squared error | (mean + 3 std) / p; SiLU (mean + 16 std) / (2^b - 2); weights max w / p |
 | last layer of f | He | torch's default; dropout 0.2 before it while training |
 
-The release adds the real number -0.2785 back after rounding; here the zero point is the integer nearest to 0.2785 / s,
-so that a padded zero is exact. Its truncated pixels are `sampler.truncate`.
+The release adds the real number -0.2785 back after rounding; here the zero point is the integer nearest to
+0.2785 / s, so that a padded zero is exact. Its truncated pixels are `sampler.truncate`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SILU_MINIMUM = -0.2785
 
 @dataclass(frozen=True)
 class ReleaseDetails:
-    """One set of habits; the defaults are the text.
+    """One choice of these details; the defaults are the paper's text.
 
     Args:
         reduced_grids: the release's smaller grids.

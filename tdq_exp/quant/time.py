@@ -1,7 +1,8 @@
 """The time step that a network is being evaluated at.
 
-One `TimeContext` per network. The network's root forward sets it, and `with time.at(t):` does so for work on a part of
-the network. It stays set after the forward, so backward finds it; a deep copy of the network has its own.
+One `TimeContext` per network. The network's root forward sets it, and `with time.at(t):` does so for work on
+a part of the network. It stays set after the forward, so backward finds it; a deep copy of the network has
+its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 
 class TimeContext:
-    """Holds t: a 0-dim tensor (one time step for the whole batch) or `[B]`, integer, in 0..T-1.
+    """The current t: a 0-dim tensor (one time step for the whole batch) or `[B]`, integer, in 0..T-1.
 
     Args:
         steps: T.
@@ -30,18 +31,20 @@ class TimeContext:
 
     @property
     def t(self) -> Tensor:
-        """The current time step.
+        """Return the current time step.
 
         Raises:
             RuntimeError: if none is set.
         """
         if self._t is None:
-            raise RuntimeError("no time step is set: call the whole network, or wrap the call in `with time.at(t):`")
+            raise RuntimeError(
+                "no time step is set: call the whole network, or wrap the call in `with time.at(t):`"
+            )
         return self._t
 
     @property
     def index(self) -> int:
-        """The current time step as a number; read once from its tensor.
+        """Return the current time step as a number; it is read once from its tensor.
 
         Raises:
             RuntimeError: if none is set.
@@ -54,7 +57,7 @@ class TimeContext:
         return self._index
 
     def set(self, t: Tensor | int | None) -> None:
-        """Sets the time step until it is set again.
+        """Set the time step until it is set again.
 
         Raises:
             ValueError: for a t that is not of integers, or has more than one axis.
@@ -70,7 +73,7 @@ class TimeContext:
 
     @contextmanager
     def at(self, t: Tensor | int) -> Iterator[None]:
-        """Sets the time step within the block, and puts the earlier one back."""
+        """Set the time step within the block, and put the earlier one back."""
         before = self._t
         self.set(t)
         try:
@@ -79,11 +82,13 @@ class TimeContext:
             self.set(before)
 
     def follow(self, net: nn.Module) -> None:
-        """Makes the root forward of `net(x, t, ...)` set the time step.
+        """Make the root forward of `net(x, t, ...)` set the time step.
 
         The hook is a bound method, so a deep copy of the network gets a hook bound to the copied context.
         """
         net.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
-    def _before_forward(self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_forward(
+        self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         self.set(args[1] if len(args) > 1 else kwargs["timestep"])

@@ -1,1 +1,10 @@
-"""Reports: rows become tables and charts."""
+"""Reports: rows become tables and charts.
+
+manifest   what a table asks for, read from `configs/table`
+cells      one run of a table: its command, its row, what changed since
+protocol   which rows may stand in one column
+columns    cells -> the texts of a table
+render     texts -> Markdown and LaTeX
+charts     distance over bits
+pages      a measurement of a script -> JSON and Markdown
+"""

@@ -1,136 +1,63 @@
-"""Tables: a manifest of experiments, filled from the rows of their runs, as Markdown and LaTeX.
+"""The cells of a table: one run each, the command that makes it, and the row that was found.
 
-    python -m tdq_exp table table1 --scale digits          render from the rows that are there
-    python -m tdq_exp table table1 --scale digits --run    first run every cell that has no row
-
-The command's options, and how cells are run, are in `table_run`; what a column says is in `tabulate`. The same rows give
-the same bytes. A table has a column for each model. A cell is `missing` if there is no row; its row is stale (a dagger)
-if it was made with another configuration or another float net than the experiment has now, and short (a double dagger) if
-it has fewer images than the experiment asks for.
-
-One column is one protocol: its rows that differ in a field of `PROTOCOL` are refused, and no table is written, because a
-reader compares whatever stands in one column. Two exceptions. A short row may differ in its number of images, which its
-mark says; the distance grows as the images get fewer, so it takes no part in any gap. And the float model has no
-checkpoints to choose from, so that `report` is compared between the quantized rows alone. A stale row is no exception:
-its mark says that it is old, not that it was measured in another way.
+A cell is missing if there is no row. Its row is *stale* if it was made with another configuration
+or another float net than the command has now, and *short* if it has fewer images than the command
+asks for.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tdq_exp.config import assets, schema
+from tdq_exp.config import assets, naming, schema
+from tdq_exp.config.compose import compose
 from tdq_exp.config.schema import parts_of
 from tdq_exp.fit.registry import options_class
+from tdq_exp.report.manifest import Line, Manifest
 from tdq_exp.runtime import files, stage
 
-SAMPLER = ("steps", "spacing", "eta", "clip", "offset", "final_alpha_one", "truncate")
-PROTOCOL = (
-    "features.name",
-    "features.weights",
-    "images",
-    "config.sampler.method._target_",
-    *(f"config.sampler.{key}" for key in SAMPLER),
-    "report",
-    "reference.content",
-    "reference.images",
-    "reference.protocol",
-    "weights",
-    "autoencoder",
-)
+# Overrides that a table sets itself, and what to do instead.
+SET_BY_TABLE = {
+    "out": "use --out",
+    "go": "use --go",
+    "experiment": "the table names its runs",
+    "sampler.seed": "the table names its sampler seeds",
+    "plan_only": "--run prints the plan before it starts",
+}
 
-
-@dataclass(frozen=True)
-class Line:
-    """A line of a table: an experiment, by its name without the model, and what was published for it.
-
-    Args:
-        method, bits: as they are printed.
-        experiment: its name without the model.
-        sampler_seeds: one cell for each.
-        overrides: of its command.
-        fid: column -> what was published.
-        source: where.
-    """
-
-    method: str
-    bits: str
-    experiment: str
-    sampler_seeds: tuple[int, ...] = (0,)
-    overrides: tuple[str, ...] = ()
-    fid: Mapping[str, float] = field(default_factory=dict)
-    source: str | None = None
-
-    def __post_init__(self) -> None:
-        if bool(self.fid) != (self.source is not None):
-            raise ValueError(f"{self.experiment}: `fid` and `source` go together")
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: a model, to which all of its lines are done.
-
-    Args:
-        scales: scale -> the model's name in experiments; a table has no such column at another scale.
-        published: what the published numbers are measured on.
-        suffix: of the names of its quantized experiments, where they differ from another column's.
-    """
-
-    scales: Mapping[str, str]
-    published: str
-    suffix: str = ""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """A file of `configs/table`: the float model and the lines below it, for the models of each scale."""
-
-    name: str
-    title: str
-    columns: Mapping[str, Column]
-    float_model: Line
-    lines: tuple[Line, ...]
-    plot_weight_bits: int | None = (
-        None  # also draw the distance over the activations' bits at this width of the weights
-    )
-
-    def __post_init__(self) -> None:
-        for line in self.lines:
-            unknown = set(line.fid) - set(self.columns)
-            if unknown:
-                raise ValueError(f"{line.experiment}: `fid` names no column: {', '.join(sorted(unknown))}")
-
-    def models(self, scale: str) -> dict[str, str]:
-        """Column -> model, of the columns that there are at a scale."""
-        return {name: column.scales[scale] for name, column in self.columns.items() if scale in column.scales}
+# Overrides that say where and how fast: groups, and last parts of a key.
+MACHINE_GROUPS = {"launcher", "tracker", "hydra"}
+MACHINE_KEYS = {"cache", "weights", "path", "export", "stop_after", "png"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One experiment at one sampler seed: what is asked for, and the row that was found.
+    """One run at one sampler seed.
 
     Args:
         column, line: where it stands.
-        experiment: its whole name.
+        run: name of the run.
         overrides: of the command that makes it.
         config: what these compose to, as plain values.
         folder: of the fit.
         sample: folder of the sampled set inside of that.
-        images: how many the experiment asks for by itself.
-        nets: row's key -> hash of the float net, or part of one, that the command would take, where that is known
-            without a download.
+        images: how many the line asks for by itself, without a user's overrides.
+        nets: row's key -> hash of the float net, or part of one, that the command would take, where
+            that is known without a download.
         row: its row, or one of the same sampler with fewer images, or None.
     """
 
     column: str
     line: Line
-    experiment: str
+    run: str
     overrides: tuple[str, ...]
     config: dict[str, Any]
     folder: Path
@@ -141,16 +68,18 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """The run's name, with the sampler's seed if it is not the first."""
         seed = self.config["sampler"]["seed"]
-        return self.experiment + (f" sampler.seed={seed}" if seed else "")
+        return self.run + (f" sampler.seed={seed}" if seed else "")
 
     @property
     def done(self) -> bool:
-        """Is the row the one that the command makes, and not one of fewer images in its place?"""
+        """Whether the row is the one that the command makes, not one of fewer images."""
         return self.row is not None and self.row["images"] == self.config["sampler"]["images"]
 
     @property
     def short(self) -> bool:
+        """Whether the row has fewer images than the line asks for."""
         return self.row is not None and self.row["images"] < self.images
 
     @property
@@ -158,67 +87,139 @@ class Cell:
         """What the configuration has become since the row was made; empty if nothing changed."""
         if self.row is None:
             return []
-        others = {name: mark for name, mark in self.nets.items() if self.row.get(name) != mark}
-        nets = [f"float {name}: {self.row.get(name)} -> {mark}" for name, mark in others.items()]
-        return nets + stage.differences(_compared(self.row["config"]), _compared(self.config))
+
+        row = self.row
+        nets = [
+            f"float {name}: {row.get(name)} -> {fingerprint}"
+            for name, fingerprint in self.nets.items()
+            if row.get(name) != fingerprint
+        ]
+        return nets + stage.differences(_compared(row["config"]), _compared(self.config))
 
 
-def read_manifest(name: str) -> Manifest:
-    """The manifest `configs/table/<name>.yaml`.
+def cells_of(
+    manifest: Manifest,
+    scale: str,
+    out: Path,
+    overrides: Sequence[str] = (),
+    column: str | None = None,
+) -> list[Cell]:
+    """Return the cells of a table, column by column, the float model's first, without their rows.
+
+    Args:
+        manifest: the table.
+        scale: one of its scales.
+        out: folder of results.
+        overrides: of every cell's command, such as data.source.path=PATH.
+        column: whose cells have them; all if None.
 
     Raises:
-        ValueError: if there is none, or if it has wrong keys or a published number without a source.
+        ValueError: for a scale, a column or an override that does not exist, or an override of
+            something that the table sets itself.
     """
-    folder = assets.configs() / "table"
-    path = folder / f"{name}.yaml"
-    if not path.exists():
-        raise ValueError(
-            f"{name}: no such table (there are: {', '.join(sorted(f.stem for f in folder.glob('*.yaml')))})"
+    columns = manifest.at(scale)
+    if not columns:
+        raise ValueError(f"--scale {scale}: {manifest.name} has {', '.join(manifest.scales)}")
+    if column is not None and column not in columns:
+        raise ValueError(f"--column {column}: {manifest.name} at scale {scale} has {', '.join(columns)}")
+
+    for override in overrides:
+        if _key(override) in SET_BY_TABLE:
+            raise ValueError(f"{override}: {SET_BY_TABLE[_key(override)]}")
+
+    cells: list[Cell] = []
+    for name in columns:
+        given = overrides if column in (None, name) else ()
+        for line in (manifest.float_model, *manifest.lines):
+            # The float model has no checkpoints to choose from: best_of_5 is for the quantized lines.
+            is_float = line is manifest.float_model
+            extra = [o for o in given if not (is_float and _key(o) == "fit.report")]
+            choices = manifest.choices(scale, name, line)
+            cells += _cells_of_line(name, line, choices, out, extra)
+
+    return cells
+
+
+def _cells_of_line(
+    column: str, line: Line, choices: Mapping[str, str], out: Path, extra: Sequence[str]
+) -> Iterator[Cell]:
+    """Yield a cell for each sampler seed of a line."""
+    for override in extra:
+        if _key(override) in choices:
+            raise ValueError(f"{override}: the table chooses {_key(override)} for {line}")
+
+    tracker = [] if any(_key(override) == "tracker" for override in extra) else ["tracker=none"]
+    own = [*(f"{group}={option}" for group, option in choices.items()), *line.overrides]
+
+    for seed in line.sampler_seeds:
+        asked = [*own, *([f"sampler.seed={seed}"] if seed else [])]
+        command = (*asked, f"out={_quoted(out)}", *tracker, *extra)
+        cfg = compose(command)
+        bare = compose(asked) if in_footer(extra) else cfg
+
+        yield Cell(
+            column=column,
+            line=line,
+            run=naming.fit_name(cfg),
+            overrides=command,
+            config=schema.plain(cfg),
+            folder=naming.run_folder(cfg),
+            sample=naming.sample_name(cfg),
+            images=bare.sampler.images,
+            nets=_shipped_nets(cfg),
         )
-    content: Any = schema.read_yaml(path)
-    try:
-        content |= {
-            "columns": {name: Column(**column) for name, column in content["columns"].items()},
-            "float_model": _line(content["float_model"]),
-            "lines": tuple(_line(line) for line in content["lines"]),
-        }
-        return Manifest(name=name, **content)
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _line(content: dict[str, Any]) -> Line:
-    lists: dict[str, Any] = {key: tuple(content[key]) for key in ("sampler_seeds", "overrides") if key in content}
-    return Line(**{**content, **lists})
 
 
 def find(cell: Cell) -> Cell:
-    """The cell with its row: the one that its command makes, else the largest that differs in the images alone.
+    """Return the cell with its row.
+
+    That is the row that its command makes, else the largest that differs in the images alone.
 
     Raises:
         ValueError: if a file of rows is damaged.
     """
+    exact = _rows(cell, cell.folder / cell.sample / "metrics.json")
+    if exact:
+        return dataclasses.replace(cell, row=exact[0])
 
-    def rows(path: Path) -> list[dict[str, Any]]:
-        found = (files.read_json(path) or {"rows": []})["rows"]
-        return [row for row in found if row["config"]["eval"]["label"] == cell.config["eval"]["label"]]
-
-    exact = rows(cell.folder / cell.sample / "metrics.json")
     sampler = _compared(cell.config)["sampler"]
-    fewer = [
+    shorter = [
         row
         for path in sorted(cell.folder.glob("*/metrics.json"))
-        for row in rows(path)
+        for row in _rows(cell, path)
         if row["images"] < cell.config["sampler"]["images"]
         and _compared(row["config"])["sampler"] == sampler
         and row["report"] == cell.config["fit"]["report"]
     ]
-    found = exact[0] if exact else max(fewer, key=lambda row: row["images"], default=None)
-    return dataclasses.replace(cell, row=found)
+    return dataclasses.replace(cell, row=max(shorter, key=_images, default=None))
+
+
+def in_footer(overrides: Iterable[str]) -> list[str]:
+    """Return the overrides that a table's footer names: not those that say where and how fast."""
+    named = []
+    for override in overrides:
+        key = _key(override).split(".")
+        if key[0] not in MACHINE_GROUPS and key[-1] not in MACHINE_KEYS:
+            named.append(override)
+    return named
+
+
+def _rows(cell: Cell, path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file that were measured with the cell's features."""
+    rows = (files.read_json(path) or {"rows": []})["rows"]
+    label = cell.config["eval"]["label"]
+    return [row for row in rows if row["config"]["eval"]["label"] == label]
+
+
+def _images(row: Mapping[str, Any]) -> int:
+    return row["images"]
 
 
 def _compared(config: dict[str, Any]) -> dict[str, Any]:
-    """What makes a row stale when it changes: everything that its fingerprints read, but the number of images."""
+    """Return what makes a row stale when it changes.
+
+    That is everything that its fingerprints read, but the number of images.
+    """
     groups = ["model", "sampler"]
     if config["method"]["quantized"]:
         groups += ["bits", "weight", "act", "tdq", "plan", "habits", "fit"]
@@ -232,29 +233,29 @@ def _compared(config: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(parts))
 
 
-def check_protocol(cells: Sequence[Cell]) -> None:
-    """Refuses rows that must not stand in one column; see the module for the exceptions.
-
-    Raises:
-        ValueError: names the field and both values.
-    """
-    for key in PROTOCOL:
-        first: tuple[str, Any] | None = None
-        for cell in cells:
-            exempt = (key == "images" and cell.short) or (key == "report" and not cell.config["method"]["quantized"])
-            if cell.row is None or exempt:
-                continue
-            value = select(cell.row, key)
-            first = first or (cell.name, value)
-            if value != first[1]:
-                raise ValueError(
-                    f"rows of two protocols in one column: {key} is {first[1]} in {first[0]} and {value} in"
-                    f" {cell.name}; run one of them as the other, or move its row away"
-                )
+def _shipped_nets(cfg: Any) -> dict[str, str]:
+    """Return the hashes of the float nets that a command takes, of those that are shipped."""
+    hashes = {key: shipped_hash(cfg.model[key]) for key in ("weights", "autoencoder")}
+    return {key: value for key, value in hashes.items() if value is not None}
 
 
-def select(row: dict[str, Any], path: str) -> Any:
-    value: Any = row
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+@lru_cache
+def shipped_hash(weights: str | None) -> str | None:
+    """Return the hash of a shipped net; None for any other, which may be large or far away."""
+    if weights is None or not weights.startswith("shipped:"):
+        return None
+
+    from tdq_exp.models.weights.load import file_hash  # it imports torch
+
+    return file_hash(assets.weights(weights))
+
+
+def _key(override: str) -> str:
+    """Return what an override sets: `+a.b=1` -> `a.b`."""
+    return override.lstrip("+~").split("=", 1)[0]
+
+
+def _quoted(path: Path) -> str:
+    """Return a path as the value of an override."""
+    text = str(path)
+    return text if re.fullmatch(r"[\w./-]+", text) else "'" + text.replace("'", r"\'") + "'"

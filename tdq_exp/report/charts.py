@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -30,7 +31,7 @@ class Panel:
     floor: float | None
 
 
-class _Plain(LogFormatter):
+class _PlainNumbers(LogFormatter):
     """`200` and `0.5` on a logarithmic axis, where matplotlib would label at all."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
@@ -38,7 +39,7 @@ class _Plain(LogFormatter):
 
 
 def distance_over_bits(panels: Sequence[Panel], path: Path, title: str) -> None:
-    """Distance over the activations' bit width, a panel for each model and in it a line for each method.
+    """Draw distance over the activations' bit width: a panel for each model, a line for each method.
 
     Args:
         panels: side by side.
@@ -46,24 +47,37 @@ def distance_over_bits(panels: Sequence[Panel], path: Path, title: str) -> None:
         title: above them all.
     """
     figure = Figure(figsize=(5.5 * len(panels) + 0.5, 4), dpi=150)
+    axes = np.atleast_1d(figure.subplots(1, len(panels)))
+
+    # A method looks the same in every panel.
     names = list(dict.fromkeys(name for panel in panels for name in panel.methods))
-    styles = {name: {"color": f"C{i}", "marker": "osD^v<>"[i % 7]} for i, name in enumerate(names)}  # in every panel
-    for axis, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        for name, values in panel.methods.items():
-            bits = sorted(values, reverse=True)
-            axis.plot(bits, [values[b] for b in bits], ms=4, lw=1.3, label=name, **styles[name])
-        if panel.floor is not None:
-            axis.axhline(panel.floor, color="0.4", ls="--", lw=1, label="float")
-        axis.set_xticks(sorted({b for values in panel.methods.values() for b in values}, reverse=True))
-        axis.invert_xaxis()
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(_Plain())
-        axis.yaxis.set_minor_formatter(_Plain(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-        axis.set(xlabel="bits of activations", ylabel=panel.label.replace(" (", "\n("))
-        axis.set_title(panel.title, fontsize=9)
-        axis.grid(axis="y", which="both", color="0.92")
-        axis.legend(fontsize=8, frameon=False)
+    styles = {name: {"color": f"C{i}", "marker": "osD^v<>"[i % 7]} for i, name in enumerate(names)}
+
+    for axis, panel in zip(axes, panels, strict=True):
+        _draw_panel(axis, panel, styles)
+
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     save_figure(figure, path)
     save_figure(figure, path.with_suffix(".svg"))
+
+
+def _draw_panel(axis: Any, panel: Panel, styles: Mapping[str, Mapping[str, str]]) -> None:
+    for name, values in panel.methods.items():
+        bits = sorted(values, reverse=True)
+        axis.plot(bits, [values[b] for b in bits], ms=4, lw=1.3, label=name, **styles[name])
+    if panel.floor is not None:
+        axis.axhline(panel.floor, color="0.4", ls="--", lw=1, label="float")
+
+    # Bits fall to the right: the further right, the harder.
+    axis.set_xticks(sorted({b for values in panel.methods.values() for b in values}, reverse=True))
+    axis.invert_xaxis()
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(_PlainNumbers())
+    axis.yaxis.set_minor_formatter(_PlainNumbers(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+
+    axis.set(xlabel="bits of activations", ylabel=panel.label.replace(" (", "\n("))
+    axis.set_title(panel.title, fontsize=9)
+    axis.grid(axis="y", which="both", color="0.92")
+    axis.legend(fontsize=8, frameon=False)

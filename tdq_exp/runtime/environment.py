@@ -1,4 +1,4 @@
-"""What a row says of where it was computed: commit, machine, versions, memory."""
+"""Where a row was computed: commit, machine, versions, memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "torchvision", "diffusers", "torch-fidelity", "hydra-core", "numpy", "accelerate")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "torch-fidelity",
+    "hydra-core",
+    "numpy",
+    "accelerate",
+)
 
 
 @lru_cache
 def environment() -> dict[str, Any]:
-    """Commit, machine and versions, for the row."""
+    """Return commit, machine and versions, for the row."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -33,7 +41,10 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Commit of the source tree, `+` appended if tracked files are modified; None outside of a checkout."""
+    """Return the commit of the source tree, with `+` if tracked files are modified.
+
+    None outside of a checkout.
+    """
     source = Path(__file__).resolve().parents[1]
 
     def git(*args: str) -> str:
@@ -44,14 +55,16 @@ def commit() -> str | None:
     try:
         if Path(git("rev-parse", "--show-toplevel").strip()) != source.parent:
             return None  # installed inside of somebody else's checkout
-        dirty = git("status", "--porcelain", "--untracked-files=no", "--", "tdq_exp", "configs").strip()
+        dirty = git(
+            "status", "--porcelain", "--untracked-files=no", "--", "tdq_exp", "configs"
+        ).strip()
         return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def peak_memory_gb() -> float:
-    """Largest resident size of this process so far, GB."""
+    """Return the largest resident size of this process so far, GB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
@@ -59,6 +72,8 @@ def peak_memory_gb() -> float:
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or "unknown CPU"

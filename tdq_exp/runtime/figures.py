@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def sample_grid(rows: Mapping[str, NDArray[np.uint8]], path: Path, columns: int = 16, lines: int = 3) -> None:
-    """Image sets above each other, the same seeds in the same places.
+def sample_grid(
+    rows: Mapping[str, NDArray[np.uint8]], path: Path, columns: int = 16, lines: int = 3
+) -> None:
+    """Draw image sets above each other, the same seeds in the same places.
 
     Args:
         rows: title -> uint8 `[N, H, W, C]`.
@@ -27,7 +29,9 @@ def sample_grid(rows: Mapping[str, NDArray[np.uint8]], path: Path, columns: int 
     figure = Figure(figsize=(columns * 0.55, len(rows) * (lines * 0.55 + 0.3)), dpi=150)
     axes = np.atleast_1d(figure.subplots(len(rows), 1))
     for axis, (title, images) in zip(axes, rows.items(), strict=True):
-        axis.imshow(_tile(images[:count], columns), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.imshow(
+            _tile(images[:count], columns), cmap="gray", vmin=0, vmax=255, interpolation="nearest"
+        )
         axis.set_title(title, fontsize=8, loc="left", pad=3)
         axis.axis("off")
     figure.tight_layout(pad=0.3)
@@ -45,8 +49,10 @@ def _tile(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
 
 
 def intervals_over_time(tables: Mapping[str, Tensor], path: Path, title: str) -> None:
-    """Step size over t of every quantizer: `[T]`, or `[1]`, static. See `curves_over_time`."""
-    timed = {name.removesuffix("_quantizer"): table for name, table in tables.items() if len(table) > 1}
+    """Draw the step size over t of every quantizer: `[T]`, or `[1]` if it is static."""
+    timed = {
+        name.removesuffix("_quantizer"): table for name, table in tables.items() if len(table) > 1
+    }
     curves_over_time(timed, path, title, "step size s(t)", rest=f"{len(tables)} static intervals")
 
 
@@ -60,7 +66,9 @@ def curves_over_time(
     most: int = 6,
     rest: str = "",
 ) -> None:
-    """A positive quantity over t relative to its mean: the layers that change most, and the spread of all.
+    """Draw positive quantities over t, relative to their means.
+
+    The layers that change most are drawn by name, and the spread of all.
 
     Args:
         curves: layer -> `[S]`.
@@ -68,8 +76,9 @@ def curves_over_time(
         title: of the picture.
         label: of the quantity.
         t: the time steps, `[S]`, if not 0..S-1.
-        most: number of layers drawn by name: the curve itself faint, its mean over S / 40 neighbouring steps strong.
-        rest: said of a flat line, where there is no curve.
+        most: number of layers drawn by name: the curve itself faint, its mean over S / 40
+            neighbouring steps strong.
+        rest: label of the flat line that is drawn where there is no curve.
     """
     figure = Figure(figsize=(8, 4.2), dpi=150)
     axis = figure.subplots()
@@ -80,7 +89,9 @@ def curves_over_time(
         low, middle, high = np.quantile(every, [0.05, 0.5, 0.95], axis=0)
         axis.fill_between(steps, low, high, color="0.88", label=f"5 to 95 % of {len(every)}")
         axis.plot(steps, middle, color="0.55", lw=1, label="median")
-        moving = sorted(relative, key=lambda name: float(np.ptp(_smooth(relative[name]))), reverse=True)[:most]
+        moving = sorted(
+            relative, key=lambda name: float(np.ptp(_smooth(relative[name]))), reverse=True
+        )[:most]
         for name in moving:
             line = axis.plot(steps, _smooth(relative[name]), lw=1.2, label=name)[0]
             axis.plot(steps, relative[name], lw=0.4, alpha=0.25, color=line.get_color())
@@ -98,11 +109,14 @@ def curves_over_time(
 def _smooth(curve: NDArray[Any]) -> NDArray[Any]:
     width = max(len(curve) // 40, 1)
     padded = np.pad(curve.astype(np.float64), width // 2, mode="edge")
-    return np.convolve(padded, np.ones(width) / width, mode="same")[width // 2 : width // 2 + len(curve)]
+    return np.convolve(padded, np.ones(width) / width, mode="same")[
+        width // 2 : width // 2 + len(curve)
+    ]
 
 
 def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure without a date, so that the same figure is the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    with rc_context({"svg.hashsalt": path.stem}):  # the same picture is the same file
+    with rc_context({"svg.hashsalt": path.stem}):
         figure.savefig(path, metadata=metadata)

@@ -1,9 +1,9 @@
 """Files of a run: JSON, fingerprints, and the one way in which a file is replaced.
 
-A fingerprint is the hash of *parts*: the plain values that a stage's result depends on. Stages build
-on each other, fit < sample < measure, and the upstream fingerprint is one of the downstream parts.
-Paths are never parts: the hash of what they hold is. The same fingerprint means "already done";
-another one under the same name is refused, with the difference.
+A fingerprint is the hash of *parts*: the plain values that a stage's result depends on. Stages
+build on each other, fit < sample < measure, and the upstream fingerprint is one of the downstream
+parts. Paths are never parts: the hash of what they hold is. The same fingerprint means "already
+done"; another one under the same name is refused, with the difference.
 """
 
 from __future__ import annotations

@@ -32,7 +32,11 @@ class Recorded:
         self._stream = torch.cuda.Stream(device) if self._on_gpu() else None
 
     def prepare(self) -> None:
-        """Run the warm-up; the caller puts changed inputs back before `record`."""
+        """Run the warm-up; the caller puts changed inputs back before `record`.
+
+        Raises:
+            RuntimeError: if the function waits for the GPU.
+        """
         side = self._stream
         if side is None:
             return
@@ -40,8 +44,23 @@ class Recorded:
         with torch.cuda.stream(side):
             for _ in range(self._warm_up):
                 self._function()
+            torch.cuda.synchronize(self._device)
+            self._run_without_waiting()
         torch.cuda.current_stream(self._device).wait_stream(side)
         torch.cuda.synchronize(self._device)
+
+    def _run_without_waiting(self) -> None:
+        """Run the function once more, and fail if it waits: while recording, that would break the context.
+
+        Raises:
+            RuntimeError: if it does.
+        """
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self._function()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
     def record(self) -> None:
         """Record the function. Nothing is computed: the first call does that."""

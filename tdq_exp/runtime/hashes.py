@@ -19,8 +19,8 @@ def tensor_hash(tensors: Mapping[str, Tensor], shape_as: Callable[[torch.Size], 
 
     Args:
         tensors: of any shape and type, by name.
-        shape_as: how a shape is spelled, `list` or `tuple`. Recorded hashes of models have lists and
-            those of feature networks have tuples, and neither may change.
+        shape_as: how a shape is spelled, `list` or `tuple`. Recorded hashes of models have lists
+            and those of feature networks have tuples, and neither may change.
     """
     digest = hashlib.sha256()
 

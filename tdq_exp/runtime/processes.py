@@ -1,6 +1,7 @@
 """The processes that share a run: the only importer of accelerate.
 
-Every stage takes a `Processes` and never names a device or a backend. With one process all of it is trivial.
+Every stage takes a `Processes` and never names a device or a backend. With one process all of it is
+trivial.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=6)  # how long the others wait for what one process decides: decoding, downloads, distances
+
+# How long the others wait for what one process decides: decoding, downloads, distances.
+PATIENCE = timedelta(hours=6)
 
 
 class Processes:
@@ -43,56 +46,65 @@ class Processes:
 
     @property
     def rank(self) -> int:
+        """Index of this process."""
         return self._accelerator.process_index
 
     @property
     def world(self) -> int:
+        """Number of processes."""
         return self._accelerator.num_processes
 
     @property
     def main(self) -> bool:
+        """Whether this process writes, prints and decides."""
         return self._accelerator.is_main_process
 
     @property
     def device(self) -> torch.device:
+        """Where this process computes."""
         return self._accelerator.device
 
     def barrier(self) -> None:
+        """Wait for all processes."""
         self._accelerator.wait_for_everyone()
 
     def wrap(self, net: nn.Module) -> nn.Module:
-        """The network whose backward pass averages gradients over processes."""
+        """Return the network whose backward pass averages gradients over processes."""
         return self._accelerator.prepare_model(net) if self.world > 1 else net
 
     def mean(self, value: Tensor) -> Tensor:
-        """Mean over processes of a tensor of the same shape on each."""
+        """Return the mean over processes of a tensor of the same shape on each."""
         return self._accelerator.reduce(value, reduction="mean") if self.world > 1 else value
 
     def sum(self, value: Tensor) -> Tensor:
-        """Sum over processes of a tensor of the same shape on each."""
+        """Return the sum over processes of a tensor of the same shape on each."""
         return self._accelerator.reduce(value, reduction="sum") if self.world > 1 else value
 
     def random_state(self) -> list[Tensor]:
-        """States of the global generators that dropout and noise draw from: the CPU's, and the device's if it has one."""
+        """Return the states of the global generators, from which dropout and noise are drawn.
+
+        The CPU's, and the device's if it is another one.
+        """
         states = [torch.get_rng_state()]
         if self.device.type != "cpu":
             states.append(torch.get_device_module(self.device).get_rng_state())
         return states
 
     def set_random_state(self, states: list[Tensor]) -> None:
-        """Puts back what `random_state` gave."""
+        """Restore what `random_state` returned."""
         torch.set_rng_state(states[0])
         if self.device.type != "cpu" and len(states) > 1:
             torch.get_device_module(self.device).set_rng_state(states[1])
 
     def gather_objects(self, value: T) -> list[T]:
-        """One small object from every process, in rank order, on all of them."""
+        """Return one small object from every process, in rank order, on all of them."""
         return list(gather_object([value])) if self.world > 1 else [value]
 
     def decide(self, ask: Callable[[], T]) -> T:
-        """Asks on the main process only, and gives its answer, or its error, to all.
+        """Call `ask` on the main process only, and return its answer, or raise its error, on all.
 
-        What may refuse must be decided here: if one process raised alone, the others would wait for ever.
+        What may refuse must be decided here: if one process raised alone, the others would wait for
+        ever.
 
         Raises:
             Exception: whatever `ask` raised, on every process.
@@ -106,12 +118,13 @@ class Processes:
         if self.world > 1:
             broadcast_object_list(answer)
         if isinstance(answer[1], Exception):
-            answer[1].told = not self.main  # type: ignore[attr-defined]  # the main process says it for all
+            # The main process prints it for all.
+            answer[1].told = not self.main  # type: ignore[attr-defined]
             raise answer[1]
         return answer[0]  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Frees what accelerate keeps for the whole interpreter, so that the next job of a sweep starts afresh."""
+        """Free what accelerate keeps for the interpreter: the next job of a sweep starts anew."""
         alone = self.world == 1  # a process group outlives the job: the next one joins it again
         self._accelerator.free_memory()
         AcceleratorState._reset_state(reset_partial_state=alone)

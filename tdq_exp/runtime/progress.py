@@ -1,6 +1,6 @@
 """Progress of long work on the terminal, with time left: the only importer of rich.
 
-On a terminal a live bar; into a file or a pipe a line every half minute, for a log nobody watches live.
+On a terminal a live bar; into a file or a pipe a line every half minute.
 """
 
 from __future__ import annotations
@@ -11,10 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
-WIDE = 200  # columns of a table in a file or a pipe, where nobody's window limits it
+WIDE = 200  # columns of a table in a file or a pipe
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
 SECONDS = 30.0  # between two lines where there is no terminal
 Advance = Callable[[str], None]
@@ -22,7 +29,7 @@ Advance = Callable[[str], None]
 
 @contextmanager
 def track(label: str, total: int, start: int = 0, show: bool = True) -> Iterator[Advance]:
-    """Counts from `start` to `total`; call the yielded function once for each unit, with a short remark.
+    """Count from `start` to `total`: call what is yielded once per unit, with a short remark.
 
     Args:
         label: what is being done.
@@ -34,8 +41,15 @@ def track(label: str, total: int, start: int = 0, show: bool = True) -> Iterator
         yield lambda remark: None
         return
     if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[remark]}"), console=console) as bar:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(
+            *columns, TimeRemainingColumn(), TextColumn("{task.fields[remark]}"), console=console
+        ) as bar:
             task = bar.add_task(label, total=total, completed=start, remark="")
             yield lambda remark: bar.update(task, advance=1, remark=remark)
         return
@@ -49,13 +63,15 @@ def track(label: str, total: int, start: int = 0, show: bool = True) -> Iterator
         if now - said >= SECONDS or done == total:
             said = now
             left = (now - began) / max(done - start, 1) * (total - done)
-            console.print(f"{label} {done}/{total}, {now - began:.0f} s, {left:.0f} s left, {remark}")
+            console.print(
+                f"{label} {done}/{total}, {now - began:.0f} s, {left:.0f} s left, {remark}"
+            )
 
     yield advance
 
 
 def print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A small table; numbers with four digits, None as "-"."""
+    """Print a small table; numbers with four digits, None as "-"."""
     table = Table(title=title, title_justify="left")
     for column, header in enumerate(headers):
         table.add_column(header, justify="right" if column else "left", overflow="fold")

@@ -44,14 +44,14 @@ def test_the_recorded_step_has_the_bits_of_the_eager_one(name):
     wanted = ddim.sample(denoise, x, SCHEDULE, generators)
 
     x, generators = start()
-    steps = denoising_graph._Steps(ddim, denoise, x, SCHEDULE)  # runs, unrecorded, on a CPU
+    steps = denoising_graph.RecordedSteps(ddim, denoise, x, SCHEDULE)  # runs, unrecorded, on a CPU
     steps.record()
     assert torch.equal(steps.run(x, generators, None), wanted)
 
 
 def test_each_batch_starts_anew_and_sees_every_step():
     ddim, seen = SAMPLERS["plain"], []
-    steps = denoising_graph._Steps(ddim, denoise, start()[0], SCHEDULE)
+    steps = denoising_graph.RecordedSteps(ddim, denoise, start()[0], SCHEDULE)
     for seed in (1, 2):
         x, generators = start(seed=seed)
         seen.clear()

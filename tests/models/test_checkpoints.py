@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tdq_exp.models.weights import load as checkpoints
+from tdq_exp.models.weights import save
 from tdq_exp.models.weights.inert_pickle import Placeholder, StoredTensor, read_tensors
 from tdq_exp.models.weights.load import CheckpointError, load_weights, save_weights, state_hash
 from tests.models.formula import formula, ramp
@@ -744,7 +745,7 @@ def test_an_interrupted_save_leaves_the_old_file(small, tmp_path, monkeypatch):
         os.truncate(target, 100)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, "save_file", interrupted)
+    monkeypatch.setattr(save, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_weights(small, path, {})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["net.safetensors"]

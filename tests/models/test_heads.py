@@ -13,8 +13,8 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from tdq_exp.config.compose import compose
 from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.experiment import build as jobs
+from tdq_exp.models.attention import AttentionProcessor
 from tdq_exp.models.pixel import DiffusionModel
-from tdq_exp.quant.layers import QuantAttention
 
 # LDM's kinds of block, with attention at two widths.
 REDUCED: dict[str, Any] = {
@@ -50,7 +50,7 @@ def oracle(attention: Attention, x: torch.Tensor, heads: int) -> torch.Tensor:
     return x + y.transpose(1, 2).reshape(batch, channels, height, width)
 
 
-@pytest.mark.parametrize("processor", [None, QuantAttention], ids=["diffusers", "ours"])
+@pytest.mark.parametrize("processor", [None, AttentionProcessor], ids=["diffusers", "ours"])
 def test_every_attention_has_the_heads_of_the_model_and_an_unpatched_one_fails(processor):
     net, unpatched = model().build(), UNet2DModel(**REDUCED)
     unpatched.load_state_dict(net.state_dict())

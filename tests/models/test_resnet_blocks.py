@@ -61,3 +61,15 @@ def test_a_norm_that_the_time_embedding_scales_is_left_alone():
     model.network |= {"resnet_time_scale_shift": "scale_shift"}
     chains = unet_chains(model.build())
     assert [chain.norm for chain in chains.norms] == ["conv_norm_out"]
+
+
+def test_blocks_that_resample_themselves_have_no_chain_for_it():
+    model = load_model("tiny")
+    model.network |= {"upsample_type": "resnet", "downsample_type": "resnet"}
+    net = model.build()
+    chains = unet_chains(net)
+    assert chains.norms and not chains.upsamples
+    names = {chain.norm for chain in chains.norms}
+    for name, module in net.named_modules():
+        if getattr(module, "upsample", None) is not None:
+            assert f"{name}.norm1" not in names and f"{name}.norm2" in names

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant import calibrate
-from tdq_exp.quant.convert import Recipe, activation_quantizers, quantize
+from tdq_exp.quant.convert import Recipe, activation_quantizers
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.intervals.base import Interval
 from tdq_exp.quant.intervals.static import PerStepIntervals, StaticIntervals
@@ -74,7 +74,7 @@ def make_quantizer(
     quantizer.start(s, round(0.4 * codes.p))
     stir(source if bank is None else bank, 0.05)
     if isinstance(quantizer, Nipq):
-        quantizer.noisy = False  # the last phase
+        quantizer.noisy = False  # the final phase
     return quantizer.train(), time, bank
 
 
@@ -100,7 +100,7 @@ def make_net(recipe: Recipe, calibrated: bool = True, model: str = "tiny") -> nn
     made = load_model(model)
     net = made.build()
     torch.manual_seed(0)
-    quantize(net, made.roles(net), recipe, made.schedule.steps)
+    made.quantize(net, recipe)
     net.eval()
     if calibrated:
         with calibrate.calibrating(net, 1, recipe.habits.start), torch.no_grad():

@@ -115,7 +115,7 @@ def test_a_tensor_of_zeros_gets_a_positive_step(symmetric):
     assert s > 0 and z == 0
     interval = Static()
     interval.start(s)
-    assert float(interval().detach()) > 0
+    assert float(interval.step_size().detach()) > 0
 
 
 def test_extremes_beyond_the_sample_do_not_break_the_search():
@@ -406,7 +406,7 @@ def test_calibration_lowers_the_error_of_the_network():
         for factor in (3.0, 0.1):  # from three times too coarse to three times too narrow
             for module in net.modules():
                 if isinstance(module, Quantizer):
-                    module.interval.start(factor * float(module.interval()))
+                    module.interval.start(factor * float(module.interval.step_size()))
             assert good < 0.5 * float((net(x, t)[0] - expected).square().mean())
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tdq_exp.models.attention import AttentionProcessor, quantize_attention
 from tdq_exp.models.roles import unet_roles
 from tdq_exp.quant import calibrate
 from tdq_exp.quant.convert import Recipe, activation_quantizers, bake, layer_map, quantize
@@ -16,7 +17,6 @@ from tdq_exp.quant.intervals.static import Static
 from tdq_exp.quant.intervals.temporal import GeneratorBank
 from tdq_exp.quant.layers import (
     CodedWeight,
-    QuantAttention,
     QuantConv2d,
     QuantLayer,
     QuantLinear,
@@ -104,7 +104,7 @@ def test_roles_that_do_not_fit_the_network_are_an_error(damage):
     else:
         roles["no.such.layer"] = Role("conv", "no.such")
     with pytest.raises(ValueError, match="mid_block.attentions.0.to_q" if damage == "missing" else "no.such.layer"):
-        quantize(net, roles, make_recipe(), 1000)
+        quantize(net, roles, make_recipe(), 1000, quantize_attention)
 
 
 def test_an_unknown_layer_has_no_role():
@@ -128,7 +128,7 @@ def test_quantized_layers_of_the_cifar10_network(plan, count):
     net = model.build()
     assert sum(p.numel() for p in net.parameters()) == 35_746_307
     roles = model.roles(net)
-    quantize(net, roles, make_recipe(plan=Plan(**plan)), 1000)
+    quantize(net, roles, make_recipe(plan=Plan(**plan)), 1000, quantize_attention)
     layers = [module for module in net.modules() if isinstance(module, QuantLayer)]
     assert len(layers) == count
     assert len(roles) == 113
@@ -229,7 +229,7 @@ def test_attention_without_quantizers_equals_diffusers_own(head_dim, block):
     x = randn(3, 16, 4, 4)
     with torch.no_grad():
         expected = attention(x)
-        attention.set_processor(QuantAttention(None))
+        attention.set_processor(AttentionProcessor(None))
         found = attention(x)
     assert float((expected - x).abs().max()) > 0.1  # it does something
     assert float((found - expected).abs().max()) <= 1e-6
@@ -252,14 +252,14 @@ def test_finely_quantized_attention_is_close_to_diffusers_own(head_dim):
     parts = [fine(5e-4, 0.5) for _ in range(4)] + [fine(1.6e-5, 0.0)]
     with torch.no_grad():
         expected = attention(x)
-        attention.set_processor(QuantAttention(*parts))
+        attention.set_processor(AttentionProcessor(*parts))
         found = attention(x)
     assert 0 < float((found - expected).abs().max()) < 2e-3
 
 
 def test_cross_attention_and_masks_are_refused():
     attention = load_model("tiny").build().mid_block.attentions[0]
-    attention.set_processor(QuantAttention(None))
+    attention.set_processor(AttentionProcessor(None))
     x = randn(1, 16, 4, 4)
     with pytest.raises(ValueError, match="self-attention"):
         attention(x, encoder_hidden_states=randn(1, 3, 16))
@@ -283,7 +283,7 @@ def test_edge_bits_out_of_range_are_errors(bits):
     model = load_model("tiny")
     net = model.build()
     with pytest.raises(ValueError, match=f"bits={bits}"):
-        quantize(net, model.roles(net), make_recipe(plan=Plan(edge_bits=bits)), 1000)
+        quantize(net, model.roles(net), make_recipe(plan=Plan(edge_bits=bits)), 1000, quantize_attention)
 
 
 @pytest.mark.parametrize("interval", ["temporal", "per_step", "dynamic"])
@@ -303,9 +303,9 @@ def test_quantizing_twice_is_an_error():
     model = load_model("tiny")
     net = model.build()
     roles = model.roles(net)
-    quantize(net, roles, make_recipe(), 1000)
+    quantize(net, roles, make_recipe(), 1000, quantize_attention)
     with pytest.raises(ValueError, match="roles and layers differ"):
-        quantize(net, roles, make_recipe(), 1000)
+        quantize(net, roles, make_recipe(), 1000, quantize_attention)
 
 
 # --- Offsets and habits
@@ -332,11 +332,11 @@ def test_the_releases_habits():
     for name, role in roles.items():
         layer = net.get_submodule(name)
         assert (layer.weight_quantizer.grid.n, layer.weight_quantizer.grid.p) == (-6, 6)
-        assert layer.weight_quantizer.interval.raw and layer.weight_quantizer.scale_gradient
+        assert layer.weight_quantizer.interval.raw and layer.weight_quantizer.gradient_scale
         quantizer = layer.input_quantizer
         if quantizer is None:
             continue
-        assert not quantizer.scale_gradient
+        assert not quantizer.gradient_scale
         assert quantizer.interval.raw
         assert (quantizer.grid.n, quantizer.grid.p) == ((0, 14) if role.after_silu else (-6, 6)), name
         if role.after_silu:
@@ -670,7 +670,7 @@ def test_layer_map_describes_every_leaf():
     model = load_model("tiny")
     net = model.build()
     roles = model.roles(net)
-    quantize(net, roles, make_recipe("lsq", "temporal", plan=Plan(edge_bits=8, keep_float=["shortcut"])), 1000)
+    quantize(net, roles, make_recipe("lsq", "temporal", plan=Plan(edge_bits=8, keep_float=["shortcut"])), 1000, quantize_attention)
     rows = {row["layer"]: row for row in layer_map(net, roles)}
     assert rows.keys() >= roles.keys()
     assert rows["conv_in"]["weight"] == "Lsq -127..127, Static"

@@ -156,9 +156,9 @@ def test_inference_reads_the_table_to_the_bit():
     t = torch.tensor([0, 3, 3, 999])
     for row in range(4):
         with bank.time.at(t):
-            assert torch.equal(Temporal(bank, row)(), bank.table()[row][t])
+            assert torch.equal(Temporal(bank, row).step_size(), bank.table()[row][t])
         with bank.time.at(999):
-            assert torch.equal(Temporal(bank, row)(), bank.table()[row][999])
+            assert torch.equal(Temporal(bank, row).step_size(), bank.table()[row][999])
         assert torch.equal(Temporal(bank, row).table(), bank.table()[row])
 
 
@@ -230,7 +230,7 @@ def test_dropout_acts_while_training_only():
         assert bank.training
         bank.eval()
         with bank.time.at(t):
-            assert torch.equal(Temporal(bank, 0)(), plain.table()[0][t])
+            assert torch.equal(Temporal(bank, 0).step_size(), plain.table()[0][t])
 
 
 def test_dropout_is_before_the_last_layer_alone():

@@ -132,7 +132,7 @@ def test_bounds_and_ties_are_as_defined(kind, n, p, z, learned_z):
 def test_codes_and_inference_equal_the_definition(codes, steps, zeros):
     x, s, z, _, g, n, p = case(codes, steps, zeros, seed=2)
     expected = rounding.over_tensor(rounding.lsq_terms, x, s, z, n, p, g)[0]
-    x_bar = ops.quantize(x, s, z, n, p)
+    x_bar = ops.to_codes(x, s, z, n, p)
     assert torch.equal(x_bar, x_bar.round())
     assert float(x_bar.min()) == n and float(x_bar.max()) == p
     agree(s * (x_bar - z), expected, float(s.max()) * (p - n))
@@ -144,7 +144,7 @@ def test_codes_and_inference_equal_the_definition(codes, steps, zeros):
 def test_nothing_is_changed_in_place():
     x, s, z, u, _, n, p = case("affine4", "per_sample", "one")
     before = [v.clone() for v in (x, s, z, u)]
-    ops.quantize(x, s, z, n, p)
+    ops.to_codes(x, s, z, n, p)
     ops.fake_quantize(x, s, z, n, p)
     for kind in TERMS:
         call(kind, x, s, z, n, p, u)
@@ -238,7 +238,7 @@ def test_gradient_scale_counts_the_elements_of_a_sample(shape):
     x, g = randn(*shape), randn(*shape, seed=1)
     found = []
     for scaled in (True, False):
-        quantizer = Lsq(grid, Static(), ZeroPoint(grid), scale_gradient=scaled).train()
+        quantizer = Lsq(grid, Static(), ZeroPoint(grid), gradient_scale=scaled).train()
         quantizer.start(0.2, 6)
         found.append(float(gradient_of_step(quantizer, x, time, 0, g)))
     elements = x.numel() // len(x)
@@ -250,7 +250,7 @@ def test_gradient_scale_of_weights_counts_all_of_them():
     w, g = randn(6, 5, 3, 3), randn(6, 5, 3, 3, seed=1)
     found = []
     for scaled in (True, False):
-        quantizer = Lsq(grid, Static(), scale_gradient=scaled).train()
+        quantizer = Lsq(grid, Static(), gradient_scale=scaled).train()
         quantizer.fixed = True
         quantizer.start(0.3, 0)
         found.append(float(gradient_of_step(quantizer, w, TimeContext(1), 0, g)))
@@ -317,16 +317,16 @@ def test_gradients_of_generators_equal_those_of_one_by_one_generators(rule, grid
 def test_a_static_step_learns_through_softplus():
     interval = Static()
     interval.start(0.3)
-    assert float(interval().detach()) == pytest.approx(0.3, rel=1e-6)
-    interval().backward()
+    assert float(interval.step_size().detach()) == pytest.approx(0.3, rel=1e-6)
+    interval.step_size().backward()
     assert float(interval.rho.grad) == pytest.approx(1 - torch.exp(torch.tensor(-0.3)).item(), rel=1e-5)
 
 
 def test_a_raw_static_step_is_the_parameter_itself():
     interval = Static(raw=True)
     interval.start(0.3)
-    interval().backward()
-    assert float(interval.rho.detach()) == float(interval().detach()) == pytest.approx(0.3)
+    interval.step_size().backward()
+    assert float(interval.rho.detach()) == float(interval.step_size().detach()) == pytest.approx(0.3)
     assert float(interval.rho.grad) == 1.0
 
 
@@ -335,7 +335,7 @@ def test_each_group_of_time_steps_learns_from_its_own_samples():
     interval = PerStep(4, time)
     interval.start(0.3)
     with time.at(torch.tensor([0, 249, 250, 999])):
-        interval().backward(torch.tensor([1.0, 2.0, 4.0, 8.0]))
+        interval.step_size().backward(torch.tensor([1.0, 2.0, 4.0, 8.0]))
     slope = torch.sigmoid(interval.rho.detach())
     assert torch.allclose(interval.rho.grad, torch.tensor([3.0, 4.0, 0.0, 8.0]) * slope)
 
@@ -358,7 +358,7 @@ def test_pacts_penalty_is_the_batchs_mean_of_alpha_squared(interval, grid):
     assert isinstance(quantizer, Pact)
     t = torch.tensor([1, 500, 999])
     with time.at(t):
-        s = quantizer.interval().detach().double().expand(3)
+        s = quantizer.interval.step_size().detach().double().expand(3)
         penalty = quantizer.penalty()
         penalty.backward()
     half_range = {"affine": 7.5, "symmetric": 7.0}[grid]

@@ -169,7 +169,7 @@ def test_inference_works_with_gradients_switched_on(interval):
 @pytest.mark.parametrize("bits", BITS)
 def test_weights_by_their_maximum_use_the_whole_grid(bits):
     grid = Grid(bits, symmetric=True)
-    quantizer = PactWeights(grid, MaxAbs(grid.p)).train()
+    quantizer = PactWeights(grid, MaxAbs()).train()
     w = randn(8, 5, 3, 3)
     w_hat, s = quantizer(w), float(w.abs().max()) / grid.p
     codes = w_hat / s
@@ -181,7 +181,7 @@ def test_weights_by_their_maximum_use_the_whole_grid(bits):
 
 def test_gradients_of_weights_by_their_maximum_pass_straight_through():
     grid = Grid(4, symmetric=True)
-    quantizer = PactWeights(grid, MaxAbs(grid.p)).train()
+    quantizer = PactWeights(grid, MaxAbs()).train()
     w, g = randn(8, 5, 3, 3).requires_grad_(), randn(8, 5, 3, 3, seed=1)
     quantizer(w).mul(g).sum().backward()
     assert torch.equal(w.grad, g)  # the largest weight too: nothing is clipped
@@ -265,7 +265,7 @@ def test_zero_point_can_come_back_from_beyond_the_end_of_the_grid():
     # An update that carries it a little too far must not be its last: the gradient still has to say "back".
     grid = Grid(4, symmetric=False)
     zero_point = ZeroPoint(grid)
-    quantizer = RULES["lsq"](grid, Static(), zero_point, scale_gradient=False).train()
+    quantizer = RULES["lsq"](grid, Static(), zero_point, gradient_scale=False).train()
     quantizer.start(0.1, 0)
     optimizer = torch.optim.SGD(zero_point.parameters(), lr=1e-3)
     with torch.no_grad():

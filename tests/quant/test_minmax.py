@@ -10,12 +10,13 @@ from torch.ao.quantization import MinMaxObserver, PerChannelMinMaxObserver
 from tdq_exp.quant import calibrate, ops
 from tdq_exp.quant.convert import Recipe, activation_quantizers, bake, code_weights, coded_weight
 from tdq_exp.quant.grid import Grid
+from tdq_exp.quant.intervals.dynamic import ChannelRange
 from tdq_exp.quant.intervals.static import Static, StaticIntervals
 from tdq_exp.quant.kernels import unfused
 from tdq_exp.quant.layers import CodedWeight, QuantLayer
 from tdq_exp.quant.ops import affine_range
 from tdq_exp.quant.quantizer import Quantizer
-from tdq_exp.quant.rules.minmax import ChannelRange, MinMax, MinMaxWeights
+from tdq_exp.quant.rules.minmax import MinMax, MinMaxWeights
 from tdq_exp.quant.time import TimeContext
 from tdq_exp.quant.zero_point import ZeroPoint
 from tests.oracles import rounding as oracle
@@ -43,7 +44,7 @@ def weights(shape, seed=0):
 
 def weight_quantizer(bits):
     grid = Grid(bits, symmetric=False)
-    return MinMaxWeights(grid, ChannelRange(grid))
+    return MinMaxWeights(grid, ChannelRange())
 
 
 def observed(w, bits):
@@ -65,7 +66,8 @@ def test_weights_have_the_step_and_zero_point_of_torchs_observer(bits, shape):
     others = torch.arange(len(w)) != ZERO  # torch takes no smaller step than 1e-7 there, we 1e-10
     assert torch.equal(s.flatten()[others], s_torch[others])
     assert torch.equal(z.flatten()[others], z_torch[others].float())
-    assert torch.equal(weight_quantizer(bits).interval(w), s.flatten())
+    quantizer = weight_quantizer(bits)
+    assert torch.equal(quantizer.interval(w, quantizer.grid)[0], s.flatten())
 
 
 @every_shape

@@ -215,8 +215,8 @@ def test_groups_of_time_steps_have_equal_lengths_and_sharp_borders():
     for t in (0, 99, 100, 101, 499, 500, 899, 900, 999):
         with time.at(t):
             expected = torch.nn.functional.softplus(torch.tensor(float(t // 100)))
-            assert float(interval().detach()) == pytest.approx(float(expected), rel=1e-6)
-            assert float(table[t]) == float(interval().detach())
+            assert float(interval.step_size().detach()) == pytest.approx(float(expected), rel=1e-6)
+            assert float(table[t]) == float(interval.step_size().detach())
     assert [int((table == value).sum()) for value in table.unique()] == [100] * 10
 
 

@@ -1,15 +1,19 @@
 """Calibration sets: which x_t, at which t, post-training quantization is shown.
 
-| kind             | x_t                                          | t |
-|------------------|----------------------------------------------|---|
-| `uniform`        | on the float model's own denoising runs      | different steps of the run, at random: 256 images x 20 |
-| `ndtc`           | the same                                     | normal and skewed to small t, `t = mu T + sigma T n`, clipped |
-| `ndtc_published` | the same, at T - 1 - t                       | as `ndtc`: the published code pairs x and t in reverse |
-| `forward`        | noised training images                       | evenly over 0..T-1; no run needed |
+| kind             | x_t                               | t                                     |
+|------------------|-----------------------------------|---------------------------------------|
+| `uniform`        | on the float model's trajectories | different steps of each, at random    |
+| `ndtc`           | the same                          | `mu T + sigma T n`, clipped, n normal |
+| `ndtc_published` | the same, at T - 1 - t            | as `ndtc`                             |
+| `forward`        | noised training images            | evenly over 0..T-1                    |
 
-Each trajectory has noise of its own key, and trajectories are computed in fixed groups, so that a set
-is the same bits for any number of processes and after any interruption. A set is made once under its
-fingerprint and shared by every run that asks for the same one. On disk, streamed, never read whole:
+`ndtc` is skewed to small t; the published code pairs its x and t in reverse. `forward` needs no
+trajectories.
+
+Each trajectory has noise of its own key, and trajectories are computed in fixed groups, so that a
+set is the same bits for any number of processes and after any interruption. A set is made once
+under its fingerprint and shared by every run that asks for the same one. On disk, streamed, never
+read whole:
 
     x.npy      float32 [N, C, H, W]       x_t
     t.npy      int64 [N]                  its time step
@@ -18,9 +22,9 @@ fingerprint and shared by every run that asks for the same one. On disk, streame
     groups.npy uint8                      which groups of trajectories are finished
     about.json                            fingerprint and parts
 
-Source: Shang et al., *Post-training Quantization on Diffusion Models* (PTQ4DM), arXiv 2211.15736; `uniform`: So et al.,
-arXiv 2306.02316. The published code of PTQ4DM stores a sample when the index of its loop equals t, and the loop begins
-with the noisiest step.
+Source: Shang et al., *Post-training Quantization on Diffusion Models* (PTQ4DM), arXiv 2211.15736;
+`uniform`: So et al., arXiv 2306.02316. The published code of PTQ4DM stores a sample when the index
+of its loop equals t, and the loop begins with the noisiest step.
 """
 
 from __future__ import annotations
@@ -48,13 +52,19 @@ from tdq_exp.runtime.progress import track
 GROUP = 64  # trajectories that are computed at a time
 
 
-def chosen_steps(spec: CalibrationSpec, visited: list[int], total: int, image: int) -> list[tuple[int, int]]:
-    """(position in `visited` whose x is stored, t that is stored with it) for every sample of one trajectory.
+def chosen_steps(
+    spec: CalibrationSpec, visited: list[int], total: int, image: int
+) -> list[tuple[int, int]]:
+    """Return which steps of one trajectory are stored.
 
     Args:
+        spec: of the set.
         visited: time steps of the sampler, noisiest first.
         total: T.
         image: number of the trajectory.
+
+    Returns:
+        For every sample, the position in `visited` whose x is stored, and the t stored with it.
 
     Raises:
         ValueError: if `uniform` asks for more samples of a trajectory than it has steps.
@@ -63,16 +73,21 @@ def chosen_steps(spec: CalibrationSpec, visited: list[int], total: int, image: i
     if spec.kind == "uniform":
         if count > len(visited):
             raise ValueError(
-                f"calibration.samples={spec.samples}: {count} of each trajectory, but the sampler has {len(visited)}"
-                " steps; take more calibration.images"
+                f"calibration.samples={spec.samples}: {count} of each trajectory, but the sampler"
+                f" has {len(visited)} steps; take more calibration.images"
             )
         places = torch.randperm(len(visited), generator=g)[:count].tolist()
         return [(place, visited[place]) for place in places]
-    drawn = (spec.mu * total + spec.sigma * total * torch.randn(count, generator=g)).clamp(0, total - 1)
+
+    # Normal t, clipped, and the nearest visited step of each.
+    normal = torch.randn(count, generator=g)
+    drawn = (spec.mu * total + spec.sigma * total * normal).clamp(0, total - 1)
     steps = torch.tensor(visited, dtype=torch.float32)
     nearest = (drawn[:, None] - steps).abs().argmin(1).tolist()
     if spec.kind == "ndtc":
         return [(place, visited[place]) for place in nearest]
+
+    # The published code stores x of the step that is nearest to T - 1 - t.
     reverse = ((total - 1 - steps[nearest])[:, None] - steps).abs().argmin(1).tolist()
     return [(taken, visited[place]) for taken, place in zip(reverse, nearest, strict=True)]
 
@@ -102,9 +117,7 @@ class CalibrationSet:
             "image": Column((samples,), np.int64, group * each),
             "x_0": Column((images, *shape), np.float32, group),
         }
-        self.arrays = GroupedArrays(
-            folder, columns, again="make the set", elsewhere="data.cache"
-        )
+        self.arrays = GroupedArrays(folder, columns, again="make the set", elsewhere="data.cache")
 
     def create(self, parts: Mapping[str, Any]) -> None:
         """Make the files, empty, if there are none yet, and then say what they are of.
@@ -177,14 +190,17 @@ def make_set(
     processes: Processes,
     path: Path | None = None,
 ) -> CalibrationSet:
-    """The set, made if it is not there, continued if it is half there.
+    """Return a set: found, made, or continued after an interruption.
 
     Args:
+        spec: what it holds.
         net: the float network, on the processes' device, in eval mode.
+        model: its description.
         sampler: of the trajectories.
         images: the training set, for `forward`; the others need none.
         parts: see `CalibrationSpec.parts`.
         cache: where sets are kept, each under its fingerprint.
+        processes: who shares the work.
         path: of a finished set that is to be used; it is refused if it is of other parts.
     """
     folder = path or cache / "calibration_sets" / files.fingerprint(parts)
@@ -194,24 +210,32 @@ def make_set(
         processes.decide(lambda: check(folder, parts))
     else:
         processes.decide(lambda: None if (folder / "about.json").exists() else found.create(parts))
+
     missing = processes.decide(found.missing)
     done = len(batches) - len(missing)
-    with track("calibration set", len(batches), done, show=processes.main and bool(missing)) as advance:
+    shown = processes.main and bool(missing)
+    with track("calibration set", len(batches), done, show=shown) as advance:
         for group in missing[processes.rank :: processes.world]:
             indices = range(group * GROUP, min((group + 1) * GROUP, spec.images))
             make = _noised if spec.kind == "forward" else _trajectories
             x, t, image, x_0 = make(spec, net, model, sampler, images, indices, processes.device)
             found.put(group, x, t, image, x_0)
             advance(f"{indices.stop} images")
+
     processes.barrier()
     return found
 
 
 def _noised(
-    spec: CalibrationSpec, net: nn.Module, model: DiffusionModel, sampler: Ddim, images: Samples | None, indices: range,
+    spec: CalibrationSpec,
+    net: nn.Module,
+    model: DiffusionModel,
+    sampler: Ddim,
+    images: Samples | None,
+    indices: range,
     device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Training images, each noised to several t."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (x_t, t, image, x_0) of training images, each noised to several t."""
     assert images is not None
     each = spec.samples // spec.images
     draws = fixed_draws(
@@ -222,14 +246,18 @@ def _noised(
         shape=(1,),
         steps=model.schedule.steps,
     )
+
+    # Time steps, and images in the order of the set.
     t = draws.t[indices.start * each : indices.stop * each]
     order = torch.randperm(len(images), generator=generator(spec.seed, Stream.FORWARD_IMAGES))
     pick = order[torch.tensor(list(indices)) % len(images)]
+
     noise = None
     if images.random:
         streams = [generator(spec.seed, Stream.FORWARD_LATENTS, i) for i in indices]
         noise = torch.stack([torch.randn(model.sample_shape, generator=g) for g in streams])
     x_0 = images.batch(pick, torch.zeros(len(pick), dtype=torch.bool), noise)
+
     streams = [generator(spec.seed, Stream.FORWARD_NOISE, i) for i in indices]
     eps = torch.cat([torch.randn(each, *model.sample_shape, generator=g) for g in streams])
     image = torch.tensor(list(indices)).repeat_interleave(each)
@@ -237,19 +265,29 @@ def _noised(
 
 
 def _trajectories(
-    spec: CalibrationSpec, net: nn.Module, model: DiffusionModel, sampler: Ddim, images: Samples | None, indices: range,
+    spec: CalibrationSpec,
+    net: nn.Module,
+    model: DiffusionModel,
+    sampler: Ddim,
+    images: Samples | None,
+    indices: range,
     device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Denoising runs, of which the chosen steps are kept. The last group is padded, so that every run is in a whole one."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (x_t, t, image, x_0) of denoising trajectories, of which the chosen steps are kept.
+
+    The last group is padded, so that every trajectory is computed in a whole group.
+    """
     padded = range(indices.start, indices.start + GROUP)
     visited = [t for t, _ in sampler.pairs(model.schedule)]
     chosen = [chosen_steps(spec, visited, model.schedule.steps, i) for i in indices]
     each = spec.samples // spec.images
+
     x = torch.empty(len(indices), each, *model.sample_shape)
     wanted: dict[int, list[tuple[int, int]]] = {}
     for row, samples in enumerate(chosen):
         for number, (place, _) in enumerate(samples):
             wanted.setdefault(place, []).append((row, number))
+
     place = 0
 
     def keep(t: int, x_t: Tensor) -> None:

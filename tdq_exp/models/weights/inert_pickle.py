@@ -1,24 +1,25 @@
 """Reads the tensors of PyTorch's pickle files, and executes nothing that a file says.
 
-A pickle is a program for a small stack machine: GLOBAL pushes the object of a given name, REDUCE and its relatives call
-what lies on the stack, BUILD hands an object its state. Whoever decides what GLOBAL yields decides what can happen.
-Here it yields one of five inert things:
+A pickle is a program for a small stack machine: GLOBAL pushes the object of a given name, REDUCE
+and its relatives call what lies on the stack, BUILD hands an object its state. Whoever decides what
+GLOBAL yields decides what can happen. Here it yields one of five inert things:
 
-    torch.FloatStorage, ...               the `torch.dtype` of its elements: a value, nothing to call
+    torch.FloatStorage, ...               the `torch.dtype` of its elements, a value
     torch._utils._rebuild_tensor[_v2]     `StoredTensor`: where a tensor lies in the file
     torch._utils._rebuild_parameter       its first argument
     collections.OrderedDict               a dict that takes items but no attributes
-    any other name                        a class of its own that swallows arguments, state and items, and keeps nothing
+    any other name                        a class of its own that keeps no arguments, state or items
 
-No name is ever imported, so a file may carry optimisers, callbacks or configurations of packages that are not installed
-(NumPy's arrays included: no weight that this project reads is one). `torch.load` would refuse such a file in its safe
-mode, and run it in the other.
+No name is ever imported, so a file may carry optimisers, callbacks or configurations of packages
+that are not installed (NumPy's arrays included: no weight that this project reads is one).
+`torch.load` would refuse such a file in its safe mode, and run it in the other.
 
-Two containers are read. The zip format: an archive, not compressed, with the records `<root>/data.pkl` (the object),
-`<root>/data/<key>` (the bytes of a storage) and `<root>/byteorder`. The legacy format: five pickles (magic number,
-protocol version, system information, the object, the list of storage keys), then for each key the number of elements as
-int64 and its bytes, little endian. Bytes are read only for the tensors that are picked: a training state's optimiser,
-twice the size of its network, stays on disk.
+Two containers are read. The zip format: an archive, not compressed, with the records
+`<root>/data.pkl` (the object), `<root>/data/<key>` (the bytes of a storage) and `<root>/byteorder`.
+The legacy format: five pickles (magic number, protocol version, system information, the object, the
+list of storage keys), then for each key the number of elements as int64 and its bytes, little
+endian. Bytes are read only for the tensors that are picked: a training state's optimiser, twice the
+size of its network, stays on disk.
 
 References:
     The opcodes: https://docs.python.org/3/library/pickletools.html.
@@ -44,14 +45,14 @@ _ZIP_SIGNATURE = b"PK\x03\x04"
 
 
 class CheckpointError(ValueError):
-    """Weights that can't be used. The message is one line and begins with the file, folder or id that it is about."""
+    """Weights can't be used: one line that begins with the file, folder or id."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
 
 
 class _Storage:
-    """A flat array in the file: its element type, its length and, once its container knows them, a way to its bytes."""
+    """A flat array in the file: element type, length, and how to read its bytes."""
 
     __slots__ = ("_flat", "_read", "dtype", "numel")
 
@@ -78,20 +79,31 @@ class _Storage:
             content = bytearray(self._read()) if self._read is not None else bytearray()
             if len(content) != self.nbytes:
                 raise EOFError(f"a storage of {self.nbytes} bytes has {len(content)}")
-            self._flat = torch.frombuffer(content, dtype=self.dtype) if content else torch.empty(0, dtype=self.dtype)
+            self._flat = (
+                torch.frombuffer(content, dtype=self.dtype)
+                if content
+                else torch.empty(0, dtype=self.dtype)
+            )
         return self._flat
 
 
 class StoredTensor:
     """A tensor that is still in its file.
 
-    Its constructor takes what `torch._utils._rebuild_tensor_v2` takes, and ignores what follows the strides (whether it
-    requires a gradient, and its hooks).
+    Its constructor takes what `torch._utils._rebuild_tensor_v2` takes, and ignores what follows the
+    strides (whether it requires a gradient, and its hooks).
     """
 
     __slots__ = ("_offset", "_shape", "_storage", "_stride")
 
-    def __init__(self, storage: object, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: object):
+    def __init__(
+        self,
+        storage: object,
+        offset: int,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        *_: object,
+    ):
         if not isinstance(storage, _Storage):
             raise pickle.UnpicklingError("a tensor without a storage")
         self._storage = storage
@@ -118,7 +130,7 @@ class _Parameter:
 
 
 class _Dict(dict[Any, Any]):
-    """A dict without the instance attributes that a file may set (a state dict's `_metadata`, or worse its `items`)."""
+    """A dict without the instance attributes that a file may set, such as `items`."""
 
     __slots__ = ()
 
@@ -127,7 +139,7 @@ class _Dict(dict[Any, Any]):
 
 
 class Placeholder:
-    """Stands for an object of a class that is not in the list: takes everything, keeps nothing, does nothing."""
+    """An object of a class that is not in the list: takes everything, keeps and does nothing."""
 
     origin = ""
 
@@ -138,7 +150,8 @@ class Placeholder:
         pass
 
     def __call__(self, *_: object, **__: object) -> "Placeholder":
-        # A bound method is pickled as getattr(object, name), that is as a placeholder, and may then be called.
+        # A bound method is pickled as getattr(object, name), that is as a placeholder, and may then
+        # be called.
         return Placeholder()
 
     def __setstate__(self, state: object) -> None:
@@ -186,7 +199,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
 
 
 class InertUnpickler(pickle.Unpickler):
-    """A pickle reader in which every name is one of the five inert things of the module's docstring.
+    """A pickle reader in which every name is one of the five inert things (see the module).
 
     Args:
         stream: file at the beginning of a pickle; it is left behind its end.
@@ -204,7 +217,7 @@ class InertUnpickler(pickle.Unpickler):
         return type("Placeholder", (Placeholder,), {"origin": f"{module}.{name}"})
 
     def persistent_load(self, pid: Any) -> Any:
-        """What the file means by a reference to something outside of the pickle: a storage, or (legacy) a class."""
+        """Return what a reference to the outside of the pickle means: a storage, or a class."""
         kind, *rest = pid
         if kind == "module":
             return rest[0]
@@ -212,7 +225,9 @@ class InertUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"unknown kind of reference {kind!r}")
         dtype, key, _, numel, *view = rest
         if not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError(f"unknown type of storage {getattr(dtype, 'origin', dtype)}")
+            raise pickle.UnpicklingError(
+                f"unknown type of storage {getattr(dtype, 'origin', dtype)}"
+            )
         if any(part is not None for part in view):
             raise pickle.UnpicklingError("a storage that is a view of another one")
         if not isinstance(key, str) or not isinstance(numel, int) or numel < 0:
@@ -231,9 +246,13 @@ def _require_byte_order(order: str) -> None:
 def _zip_tree(stream: IO[bytes]) -> Any:
     """The object of a file in the zip format, its tensors unread."""
     archive = zipfile.ZipFile(stream)
-    roots = [name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
+    roots = [
+        name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")
+    ]
     if len(roots) != 1:
-        raise pickle.UnpicklingError(f"a zip archive with {len(roots)} records data.pkl, not a PyTorch file")
+        raise pickle.UnpicklingError(
+            f"a zip archive with {len(roots)} records data.pkl, not a PyTorch file"
+        )
     root = roots[0]
 
     def read(record: str) -> bytes:
@@ -261,7 +280,9 @@ def _legacy_tree(stream: IO[bytes]) -> Any:
         raise pickle.UnpicklingError("a pickle, but not PyTorch's")
     if InertUnpickler(stream).load() != _PROTOCOL_VERSION:
         raise pickle.UnpicklingError("unknown protocol version")
-    InertUnpickler(stream).load()  # system information: the bytes are little endian whatever it says
+
+    # System information: the bytes are little endian whatever it says.
+    InertUnpickler(stream).load()
     _require_byte_order("little")
     unpickler = InertUnpickler(stream)
     tree = unpickler.load()
@@ -297,22 +318,28 @@ def _one_line(path: Path) -> Iterator[None]:
     except Exception as error:
         # A damaged pickle is a random program: it can end in nearly any exception.
         reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path}: truncated, corrupt or not a PyTorch file ({reason})") from error
+        raise CheckpointError(
+            f"{path}: truncated, corrupt or not a PyTorch file ({reason})"
+        ) from error
 
 
-def read_tensors(path: str | Path, pick: Callable[[Any], Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+def read_tensors(
+    path: str | Path, pick: Callable[[Any], Mapping[str, Any]]
+) -> dict[str, torch.Tensor]:
     """Reads some named tensors of a PyTorch file.
 
     Args:
         path: file written by `torch.save`, in the zip or the legacy format.
-        pick: takes the file's object (dicts, lists and numbers as they were, tensors as `StoredTensor`, all else as
-            `Placeholder`) and returns the tensors to read, by name.
+        pick: takes the file's object (dicts, lists and numbers as they were, tensors as
+            `StoredTensor`, all else as `Placeholder`) and returns the tensors to read, by name.
 
     Returns:
-        The picked tensors, contiguous, in the memory of the host, wherever they were when they were saved.
+        The picked tensors, contiguous, in the memory of the host, wherever they were when they were
+        saved.
 
     Raises:
-        CheckpointError: if the file is missing, empty, truncated or of another kind, or if something picked is no tensor.
+        CheckpointError: if the file is missing, empty, truncated or of another kind, or if
+            something picked is no tensor.
     """
     path = Path(path)
     with _one_line(path):
@@ -325,8 +352,12 @@ def read_tensors(path: str | Path, pick: Callable[[Any], Mapping[str, Any]]) -> 
             stream.seek(0)
             tree = _zip_tree(stream) if signature == _ZIP_SIGNATURE else _legacy_tree(stream)
         picked = pick(tree)
-        others = [str(name) for name, value in picked.items() if not isinstance(value, StoredTensor)]
+        others = [
+            str(name) for name, value in picked.items() if not isinstance(value, StoredTensor)
+        ]
         if others:
-            raise CheckpointError(f"{path}: {len(others)} entries are no tensors: {', '.join(others[:3])}")
+            raise CheckpointError(
+                f"{path}: {len(others)} entries are no tensors: {', '.join(others[:3])}"
+            )
         with _one_line(path):
             return {name: value.read() for name, value in picked.items()}

@@ -1,22 +1,25 @@
-"""Fills a network of diffusers with weights, whatever they were saved by, and names them by their content.
+"""Fill a network of diffusers with weights, whatever saved them, and hash their content.
 
 Sources:
 
-    PATH/ or PATH/unet/         a diffusers folder: config.json, diffusion_pytorch_model.safetensors or .bin; an
-                                autoencoder's lies in vae/
-    owner/name                  the same on the model hub
-    PATH.safetensors            a state dict in diffusers' names: this project's own files
-    PATH (.ckpt, .pth, ...)     a PyTorch file: a state dict, one inside {"state_dict": ...}, or the training list
-                                [network, optimiser, epoch, step, EMA] of the original DDIM code; names of diffusers or
-                                of the original, with or without the `module.` of a data-parallel network; or all
-                                networks of CompVis' latent diffusion (see `compvis`)
+    PATH/ or PATH/unet/      a diffusers folder: config.json, and weights as .safetensors or .bin;
+                             an autoencoder's lies in vae/
+    owner/name               the same on the model hub
+    PATH.safetensors         a state dict in diffusers' names: this project's own files
+    PATH (.ckpt, .pth, ...)  a PyTorch file: a state dict, one inside {"state_dict": ...}, or the
+                             training list [network, optimiser, epoch, step, EMA] of the original
+                             DDIM code; names of diffusers or of the original, with or without the
+                             `module.` of a data-parallel network; or all networks of CompVis'
+                             latent diffusion (see `compvis`)
 
-A load is strict: each key of the file goes to one of the network, or is written down in a `NOT_WEIGHTS`. No file is
-executed (see `inert_pickle`). Weights are cast to the network's type, and hashed after that: `load_weights` returns what
-`state_hash(net.state_dict())` would, for every source.
+A load is strict: each key of the file goes to one of the network, or is written down in a
+`NOT_WEIGHTS`. No file is executed (see `inert_pickle`). Weights are cast to the network's type, and
+hashed after that: `load_weights` returns what `state_hash(net.state_dict())` would, for every
+source.
 
 References:
-    Original network and training list: https://github.com/ermongroup/ddim (models/diffusion.py, runners/diffusion.py).
+    Original network and training list: https://github.com/ermongroup/ddim (models/diffusion.py,
+        runners/diffusion.py).
     Original weights as plain state dicts: https://github.com/pesser/pytorch_diffusion.
 """
 
@@ -24,7 +27,6 @@ import inspect
 import json
 import math
 import re
-import struct
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,13 +41,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tdq_exp.models.weights import compvis
 from tdq_exp.models.weights.inert_pickle import CheckpointError, read_tensors
 from tdq_exp.models.weights.names import diffusers_names
-from tdq_exp.runtime import files
-from tdq_exp.runtime.hashes import tensor_hash
+from tdq_exp.models.weights.save import file_hash, save_weights, state_hash
 
 __all__ = [
     "NOT_WEIGHTS",
@@ -57,17 +58,27 @@ __all__ = [
     "state_hash",
 ]
 
-# Keys that a state dict may hold and no network needs. `logvar`: the original's `bayesian` type registers it, and its
-# forward pass never reads it.
+# Keys that a state dict may hold and no network needs. `logvar`: the original's `bayesian` type
+# registers it, and its forward pass never reads it.
 NOT_WEIGHTS = frozenset({"logvar"})
 
-# Keys of a diffusers config that don't change what a weight means: `dropout` acts in training only; the rest is
-# written by diffusers' EMA beside the architecture.
+# Keys of a diffusers config that don't change what a weight means: `dropout` acts in training only;
+# the rest is written by diffusers' EMA beside the architecture.
 _NOT_ARCHITECTURE = frozenset(
-    ["dropout", "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"]
+    [
+        "dropout",
+        "decay",
+        "min_decay",
+        "optimization_step",
+        "update_after_step",
+        "use_ema_warmup",
+        "inv_gamma",
+        "power",
+    ]
 )
 
-# Of an autoencoder's config: how large its images were, and how its latents are scaled, which `load_autoencoder` reads.
+# Of an autoencoder's config: how large its images were, and how its latents are scaled, which
+# `load_autoencoder` reads.
 _NOT_THE_AUTOENCODERS = frozenset(["sample_size", "scaling_factor", "force_upcast"])
 
 _WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -81,43 +92,54 @@ def load_weights(
     """Fills a network, all of it, and returns the hash of its weights.
 
     Args:
-        net: the network to fill; for folders and the hub a diffusers model, whose config must agree with theirs.
+        net: the network to fill; for folders and the hub a diffusers model, whose config must agree
+            with theirs.
         source: path of a file or folder, or an id on the model hub (see the module's docstring).
-        ema: of a training list take the exponential moving average (element 4), not the raw weights (element 0). Sources
-            with one set of weights have no say in which it is.
-        overruled: keys of a folder's config that the caller sets by other means, so that they need not agree.
+        ema: of a training list take the exponential moving average (element 4), not the raw weights
+            (element 0). Sources with one set of weights have no say in which it is.
+        overruled: keys of a folder's config that the caller sets by other means, so that they need
+            not agree.
 
     Returns:
         The `state_hash` of the network's weights after the load.
 
     Raises:
-        CheckpointError: one line, that begins with the source, if it can't be found or read, was made for another
-            architecture, or has missing, left-over or misshapen keys. The network is then as it was.
+        CheckpointError: one line, that begins with the source, if it can't be found or read, was
+            made for another architecture, or has missing, left-over or misshapen keys. The network
+            is then as it was.
     """
     path = _located(source, _subfolder(net))
-    found = _read_folder(net, path, overruled) if path.is_dir() else _read_file(path, ema, _subfolder(net))
+    found = (
+        _read_folder(net, path, overruled)
+        if path.is_dir()
+        else _read_file(path, ema, _subfolder(net))
+    )
     state = _fitted(source, diffusers_names(source, found, net), net.state_dict())
     net.load_state_dict(state, strict=True)
     return state_hash(state)
 
 
 def load_autoencoder(net: torch.nn.Module, source: str, scale: float | None = None) -> str:
-    """Fills an autoencoder with its scale (`kl.*` and `scale`), all of it, and returns the hash of its weights.
+    """Fill an autoencoder and its scale (`kl.*` and `scale`), and return the hash of its weights.
 
     Args:
-        net: see `autoencoder.ScaledAutoencoder`.
-        source: as for `load_weights`. A diffusers folder (PATH/ or PATH/vae/) has the scale in its config.
+        net: see `codec.ScaledAutoencoder`.
+        source: as for `load_weights`. A diffusers folder (PATH/ or PATH/vae/) has the scale in its
+            config.
         scale: in place of the source's.
 
     Raises:
-        CheckpointError: as `load_weights`; or if neither the source nor the caller says what the scale is.
+        CheckpointError: as `load_weights`; or if neither the source nor the caller says what the
+            scale is.
     """
     path, kl = _located(source, "vae"), net.get_submodule("kl")
     ours = _read_file(path, True, "vae").get("scale") if path.suffix == ".safetensors" else None
     advice = "set model.definition.autoencoder.scale"
     used = scale
     if used is None:
-        used = _scale_of(kl, path) if ours is None else float(ours) if ours.numel() == 1 else 1.0  # refused below
+        # A tensor of another size is refused below, with the other keys.
+        own = 1.0 if ours is None or ours.numel() != 1 else float(ours)
+        used = _scale_of(kl, path) if ours is None else own
         if used is None:
             raise CheckpointError(f"{source}: names no scale of the latents; {advice}")
         if not 0 < used < math.inf:
@@ -159,60 +181,18 @@ def _stored_scale(path: Path) -> float | None:
     return float(found)
 
 
-def state_hash(state: Mapping[str, torch.Tensor]) -> str:
-    """Return the hash of a set of weights, the same in whatever file they came. See `tensor_hash`."""
-    return tensor_hash(state)
-
-
-def file_hash(path: Path) -> str:
-    """The `state_hash` of a safetensors file in diffusers' names, as this project writes them."""
-    return state_hash(load_file(path))
-
-
-def save_weights(
-    net_or_state: torch.nn.Module | Mapping[str, torch.Tensor], path: str | Path, metadata: Mapping[str, str]
-) -> None:
-    """Writes weights as safetensors; the file is there as a whole or not at all.
-
-    Args:
-        net_or_state: the network, or its state dict.
-        path: file to write or replace, named `*.safetensors`; its folder is made if need be.
-        metadata: what to say about the weights in the file's header.
-    """
-    path = Path(path)
-    state = net_or_state.state_dict() if isinstance(net_or_state, torch.nn.Module) else net_or_state
-    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-
-    with files.replacing(path) as part:
-        # safetensors makes files that only their owner can read; weights get the usual mode.
-        part.touch()
-        mode = part.stat().st_mode
-        save_file(tensors, part, dict(metadata))
-        _sort_metadata(part)
-        part.chmod(mode)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Sorts the metadata in a safetensors header: it comes in random order, and equal weights should be equal files."""
-    with path.open("r+b") as stream:
-        (size,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(size))
-        if "__metadata__" in header:
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
-        if len(content) == size:  # else it is spelled in another way, and stays as it is
-            stream.seek(8)
-            stream.write(content)
-
-
 def _read_file(path: Path, ema: bool, part: str) -> dict[str, torch.Tensor]:
-    """The state dict of a network, `unet` or `vae`, in a file; its names as they are but for prefixes."""
+    """Return the state dict of a network, `unet` or `vae`, in a file, without prefixes."""
     if path.suffix != ".safetensors":
         return read_tensors(path, lambda tree: _state_of(path, tree, ema, part))
     try:
         return _without_module(load_file(path))
     except (OSError, SafetensorError) as error:
-        reason = "the file is empty" if path.stat().st_size == 0 else f"truncated, corrupt or not safetensors ({error})"
+        reason = (
+            "the file is empty"
+            if path.stat().st_size == 0
+            else f"truncated, corrupt or not safetensors ({error})"
+        )
         raise CheckpointError(f"{path}: {reason}") from error
 
 
@@ -221,10 +201,13 @@ def _state_of(path: Path, tree: Any, ema: bool, part: str) -> dict[str, Any]:
     if isinstance(tree, list):
         if len(tree) not in (4, 5):
             raise CheckpointError(
-                f"{path}: a list of {len(tree)}, where a training state has 4 elements, or 5 with EMA"
+                f"{path}: a list of {len(tree)}, where a training state has 4 elements,"
+                " or 5 with EMA"
             )
         if ema and len(tree) == 4:
-            raise CheckpointError(f"{path}: a training state without EMA weights; ask for its raw ones (ema=False)")
+            raise CheckpointError(
+                f"{path}: a training state without EMA weights; ask for its raw ones (ema=False)"
+            )
         tree = tree[4] if ema else tree[0]
     if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
         tree = tree["state_dict"]
@@ -238,7 +221,9 @@ def _state_of(path: Path, tree: Any, ema: bool, part: str) -> dict[str, Any]:
 def _without_module(state: Mapping[str, Any]) -> dict[str, Any]:
     """Takes the `module.` of a data-parallel network off the names, and drops `NOT_WEIGHTS`."""
     parallel = all(name.startswith("module.") for name in state)
-    named = {name.removeprefix("module.") if parallel else name: value for name, value in state.items()}
+    named = {
+        name.removeprefix("module.") if parallel else name: value for name, value in state.items()
+    }
     return {name: value for name, value in named.items() if name not in NOT_WEIGHTS}
 
 
@@ -262,7 +247,9 @@ def _place(folder: Path, subfolder: str) -> Path:
     for place in (folder, folder / subfolder):
         if (place / "config.json").is_file():
             return place
-    raise CheckpointError(f"{folder}: no diffusers folder, it has neither config.json nor {subfolder}/config.json")
+    raise CheckpointError(
+        f"{folder}: no diffusers folder, it has neither config.json nor {subfolder}/config.json"
+    )
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -272,7 +259,9 @@ def _config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a JSON config ({error})") from error
 
 
-def _read_folder(net: torch.nn.Module, folder: Path, overruled: Collection[str]) -> dict[str, torch.Tensor]:
+def _read_folder(
+    net: torch.nn.Module, folder: Path, overruled: Collection[str]
+) -> dict[str, torch.Tensor]:
     """The state dict of a diffusers folder, whose config agrees with the network's."""
     place = _place(folder, _subfolder(net))
     _require_same_architecture(net, place / "config.json", overruled)
@@ -282,8 +271,10 @@ def _read_folder(net: torch.nn.Module, folder: Path, overruled: Collection[str])
     raise CheckpointError(f"{place}: has neither {' nor '.join(_WEIGHT_FILES)}")
 
 
-def _require_same_architecture(net: torch.nn.Module, path: Path, overruled: Collection[str]) -> None:
-    """Compares a folder's config with the network's, key by key; what it does not say has the class's default."""
+def _require_same_architecture(
+    net: torch.nn.Module, path: Path, overruled: Collection[str]
+) -> None:
+    """Compare a folder's config with the network's; absent keys have the class's defaults."""
     found = _config(path)
     class_name = type(net).__name__
     if found.get("_class_name", class_name) != class_name:
@@ -297,8 +288,12 @@ def _require_same_architecture(net: torch.nn.Module, path: Path, overruled: Coll
             raise CheckpointError(f"{path}: {key} is {found[key]}, wanted no such key")
         if key not in parameters:
             continue
-        has, wants = (_comparable(value) for value in (found.get(key, parameters[key].default), wanted.get(key)))
-        # Where one of the two names no size, none is meant: all layers are convolutional or attend to what there is.
+        has, wants = (
+            _comparable(value)
+            for value in (found.get(key, parameters[key].default), wanted.get(key))
+        )
+        # Where one of the two names no size, none is meant: all layers are convolutional or attend
+        # to what there is.
         if has != wants and not (key == "sample_size" and None in (has, wants)):
             raise CheckpointError(f"{path}: {key} is {has}, wanted {wants}")
 
@@ -311,8 +306,9 @@ def _comparable(value: Any) -> Any:
 
 
 def _download(repository: str, subfolder: str) -> Path:
-    """The local folder of a network on the model hub; what was downloaded before is not downloaded again."""
-    advice = f"give a local file or folder with model.{'autoencoder' if subfolder == 'vae' else 'weights'}=PATH"
+    """Return the local folder of a network on the model hub, downloaded if need be."""
+    key = "autoencoder" if subfolder == "vae" else "weights"
+    advice = f"give a local file or folder with model.{key}=PATH"
     try:
         try:
             folder = Path(hf_hub_download(repository, "config.json")).parent
@@ -329,11 +325,17 @@ def _download(repository: str, subfolder: str) -> Path:
             hf_hub_download(repository, _WEIGHT_FILES[1], subfolder=inside)
         return folder
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise CheckpointError(f"{repository}: no local path, and no model of this id on the hub; {advice}") from error
+        raise CheckpointError(
+            f"{repository}: no local path, and no model of this id on the hub; {advice}"
+        ) from error
     except LocalEntryNotFoundError as error:
-        raise CheckpointError(f"{repository}: no local path, and the hub can't be reached; {advice}") from error
+        raise CheckpointError(
+            f"{repository}: no local path, and the hub can't be reached; {advice}"
+        ) from error
     except EntryNotFoundError as error:
-        raise CheckpointError(f"{repository}: no diffusers network in this model of the hub; {advice}") from error
+        raise CheckpointError(
+            f"{repository}: no diffusers network in this model of the hub; {advice}"
+        ) from error
     except (HTTPError, OSError) as error:
         reason = f"the hub can't be reached ({type(error).__name__})"
         raise CheckpointError(f"{repository}: no local path, and {reason}; {advice}") from error
@@ -342,7 +344,11 @@ def _download(repository: str, subfolder: str) -> Path:
 def _fitted(
     source: str, found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The found weights in the shapes, type and places of the wanted ones; all differences are told at once."""
+    """Return the found weights in the shapes, type and places of the wanted ones.
+
+    Raises:
+        CheckpointError: listing all differences at once.
+    """
     fitted: dict[str, torch.Tensor] = {}
     misshapen, mistyped = [], []
     for name in found.keys() & wanted.keys():

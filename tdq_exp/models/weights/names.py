@@ -1,12 +1,14 @@
 """Names of weights: from the original networks', and diffusers' first ones, to diffusers'.
 
-Two ways of counting. The original networks count their up levels by resolution and diffusers by execution: up.i is
-up_blocks.(L-1-i) of L levels. Their attention is made of 1x1 convolutions and diffusers' of linear layers, [C, C, 1, 1]
-and [C, C]; so was diffusers' own at first, under other names, which the hub's DDPM weights still have.
+Two ways of counting. The original networks count their up levels by resolution and diffusers by
+execution: up.i is up_blocks.(L-1-i) of L levels. Their attention is made of 1x1 convolutions and
+diffusers' of linear layers, [C, C, 1, 1] and [C, C]; so was diffusers' own at first, under other
+names, which the hub's DDPM weights still have.
 
 References:
     DDIM's network: https://github.com/ermongroup/ddim (models/diffusion.py).
-    Latent diffusion: https://github.com/CompVis/latent-diffusion (ldm/modules/diffusionmodules/openaimodel.py, model.py).
+    Latent diffusion: https://github.com/CompVis/latent-diffusion
+        (ldm/modules/diffusionmodules/openaimodel.py, model.py).
 """
 
 from __future__ import annotations
@@ -28,35 +30,56 @@ _ORIGINAL_MODULES = {
     r"mid\.block_1": "mid_block.resnets.0",
     r"mid\.attn_1": "mid_block.attentions.0",
     r"mid\.block_2": "mid_block.resnets.1",
-    r"(?P<side>down|up)\.(?P<level>\d+)\.block\.(?P<index>\d+)": "{side}_blocks.{level}.resnets.{index}",
-    r"(?P<side>down|up)\.(?P<level>\d+)\.attn\.(?P<index>\d+)": "{side}_blocks.{level}.attentions.{index}",
+    r"(?P<side>down|up)\.(?P<level>\d+)\.block\.(?P<index>\d+)": (
+        "{side}_blocks.{level}.resnets.{index}"
+    ),
+    r"(?P<side>down|up)\.(?P<level>\d+)\.attn\.(?P<index>\d+)": (
+        "{side}_blocks.{level}.attentions.{index}"
+    ),
     r"(?P<side>down)\.(?P<level>\d+)\.downsample": "{side}_blocks.{level}.downsamplers.0",
     r"(?P<side>up)\.(?P<level>\d+)\.upsample": "{side}_blocks.{level}.upsamplers.0",
 }
 _ORIGINAL_LAYERS = {
     "resnets": {"temb_proj": "time_emb_proj", "nin_shortcut": "conv_shortcut"},
-    "attentions": {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"},
+    "attentions": {
+        "norm": "group_norm",
+        "q": "to_q",
+        "k": "to_k",
+        "v": "to_v",
+        "proj_out": "to_out.0",
+    },
 }
-_FIRST_DIFFUSERS_LAYERS = {"attentions": {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}}
+_FIRST_DIFFUSERS_LAYERS = {
+    "attentions": {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+}
 
 
 # CompVis' U-Net: what a module holds says what it is.
 _COMPVIS_TOP = {
-    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-    "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
-}  # fmt: skip
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
 _COMPVIS_KINDS = {
     "resnets": {
-        "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
-        "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
+        "in_layers.0": "norm1",
+        "in_layers.2": "conv1",
+        "emb_layers.1": "time_emb_proj",
+        "out_layers.0": "norm2",
+        "out_layers.3": "conv2",
+        "skip_connection": "conv_shortcut",
     },
     "attentions": {"norm": "group_norm", "qkv": "qkv", "proj_out": "to_out.0"},
     "samplers": {"op": "conv", "conv": "conv"},
-}  # fmt: skip
+}
 
 
-def diffusers_names(source: str, state: Mapping[str, torch.Tensor], net: nn.Module) -> dict[str, torch.Tensor]:
-    """Renames a state dict in an original's names, or in diffusers' first ones; other names stay as they are.
+def diffusers_names(
+    source: str, state: Mapping[str, torch.Tensor], net: nn.Module
+) -> dict[str, torch.Tensor]:
+    """Rename a state dict from an original's names, or diffusers' first ones; others stay.
 
     Args:
         source: where it is from, for messages.
@@ -95,16 +118,19 @@ def _levels(names: Iterable[str], prefix: str) -> int:
 
 
 def _from_autoencoder(name: str, levels: int) -> str:
-    """The name in diffusers of a key of CompVis' autoencoder: DDIM's names, in an encoder and a decoder."""
+    """Return the name in diffusers of a key of CompVis' autoencoder."""
     side, dot, rest = name.partition(".")
-    return f"{side}.{_from_original(rest, levels)}" if dot and side in ("encoder", "decoder") else name
+    return (
+        f"{side}.{_from_original(rest, levels)}" if dot and side in ("encoder", "decoder") else name
+    )
 
 
 def _from_compvis(name: str, layers: int) -> str:
     """The name in diffusers of a key of CompVis' U-Net with so many residual blocks a level.
 
-    Blocks are counted through: input_blocks.0 is the first convolution, then come the residual blocks of a level, with
-    their attentions, and its downsampling; output_blocks are `layers + 1` a level, the last of them with its upsampling.
+    Blocks are counted through: input_blocks.0 is the first convolution, then come the residual
+    blocks of a level, with their attentions, and its downsampling; output_blocks are `layers + 1` a
+    level, the last of them with its upsampling.
     """
     layer, _, parameter = name.rpartition(".")
     if layer in _COMPVIS_TOP:
@@ -113,7 +139,9 @@ def _from_compvis(name: str, layers: int) -> str:
     if match is None:
         return name
     side, number, inside, last = match.groups()
-    kind, new = next(((kind, table[last]) for kind, table in _COMPVIS_KINDS.items() if last in table), ("", ""))
+    kind, new = next(
+        ((kind, table[last]) for kind, table in _COMPVIS_KINDS.items() if last in table), ("", "")
+    )
     if not kind:
         return name
     if side == "middle":  # residual block, attention, residual block
@@ -126,15 +154,25 @@ def _from_compvis(name: str, layers: int) -> str:
 
 
 def _divided(name: str, tensor: torch.Tensor, net: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """q, k and v of one `qkv` layer, whose rows are h heads of (q, k, v), each C / h rows; any other weight as it is."""
+    """Return q, k and v of a `qkv` layer; any other weight as it is.
+
+    Its rows are h heads of (q, k, v), each C / h rows.
+    """
     match = re.fullmatch(r"(.*)\.qkv\.(weight|bias)", name)
-    attention = dict(net.named_modules()).get(match[1]) if match else None
-    if match is None or attention is None or tensor.ndim == 0 or len(tensor) % (3 * attention.heads):  # type: ignore[operator]
+    attention: Any = dict(net.named_modules()).get(match[1]) if match else None
+    if match is None or attention is None or tensor.ndim == 0:
         return [(name, tensor)]
-    heads: int = attention.heads  # type: ignore[assignment]
+
+    heads: int = attention.heads
+    if len(tensor) % (3 * heads):
+        return [(name, tensor)]
+
     rows = tensor.reshape(heads, 3, -1, *tensor.shape[1:])
     parts = [rows[:, i].reshape(-1, *tensor.shape[1:]) for i in range(3)]
-    return [(f"{match[1]}.to_{part}.{match[2]}", value) for part, value in zip("qkv", parts, strict=True)]
+    return [
+        (f"{match[1]}.to_{part}.{match[2]}", value)
+        for part, value in zip("qkv", parts, strict=True)
+    ]
 
 
 def _from_original(name: str, levels: int) -> str:
@@ -144,7 +182,9 @@ def _from_original(name: str, levels: int) -> str:
             place = match.groupdict()
             if place.get("side") == "up":
                 place["level"] = str(levels - 1 - int(place["level"]))
-            return _rename_layer(f"{module.format(**place)}.{name[match.end() :]}", _ORIGINAL_LAYERS)
+            return _rename_layer(
+                f"{module.format(**place)}.{name[match.end() :]}", _ORIGINAL_LAYERS
+            )
     return name
 
 

@@ -1,4 +1,11 @@
-"""Step sizes that are read from the input at run time: the baseline of the paper's Table 4."""
+"""Step sizes that are read from the tensor itself.
+
+| interval       | range of                                      | for |
+|----------------|-----------------------------------------------|-----|
+| `Dynamic`      | the input, by sample or over the batch        | activations: a baseline of the paper |
+| `MaxAbs`       | the weight: -max|w|..max|w|                   | PACT's weights |
+| `ChannelRange` | each output channel of the weight             | weights in post-training quantization |
+"""
 
 from __future__ import annotations
 
@@ -7,15 +14,17 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tdq_exp.quant import ops
+from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.intervals.base import Interval
 from tdq_exp.quant.time import TimeContext
 
 
 class Dynamic(Interval):
-    """s and z from the minimum and the maximum of whatever is quantized, at run time: the opponent of the paper's LookupTable 4.
+    """Step size and zero point from the minimum and the maximum of each input, at run time.
 
     Args:
-        per_sample: a range for each sample of a batch, or one for all, which makes an image depend on its companions.
+        per_sample: a range for each sample of a batch; or one for the whole batch, which makes an image
+            depend on the other images of its batch.
     """
 
     dynamic = True
@@ -24,37 +33,36 @@ class Dynamic(Interval):
         super().__init__()
         self.per_sample = per_sample
 
-    def start(self, s: float) -> None:
-        """Nothing to set: s follows the input."""
-
-    def affine(self, x: Tensor, n: int, p: int) -> tuple[Tensor, Tensor]:
-        """(s, z) of an input, `[B]` or 0-dim, on codes n..p; without gradient."""
+    def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+        """Return (s, z), `[B]` or 0-dim, without gradient."""
         x = x.detach().float()
         low, high = x.flatten(1).aminmax(dim=1) if self.per_sample else x.aminmax()
-        return ops.affine_range(low, high, n, p)
+        return ops.affine_range(low, high, grid.n, grid.p)
 
 
 class MaxAbs(Interval):
-    """s = max|x| / p of whatever is quantized, as a constant: PACT's weights.
+    """s = max|w| / p on a symmetric grid, as a constant: PACT's weights."""
 
-    Args:
-        p: largest code of a symmetric grid.
-    """
+    dynamic = True
 
-    def __init__(self, p: int) -> None:
-        super().__init__()
-        self.p = p
+    def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+        """Return (s, None), s 0-dim and without gradient."""
+        return x.detach().abs().amax().clamp(min=1e-12) / grid.p, None
 
-    def start(self, s: float) -> None:
-        """Nothing to set: s follows the tensor."""
 
-    def forward(self, x: Tensor | None = None) -> Tensor:
-        assert x is not None
-        return x.detach().abs().amax().clamp(min=1e-12) / self.p
+class ChannelRange(Interval):
+    """s and z of each output channel of a weight, from its minimum and maximum, on an affine grid."""
+
+    dynamic = True
+
+    def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+        """Return (s, z), `[out]` each, without gradient."""
+        low, high = x.detach().flatten(1).aminmax(dim=1)
+        return ops.affine_range(low, high, grid.n, grid.p)
 
 
 class DynamicIntervals:
-    """Lets every activation quantizer read its range from its input.
+    """Let every activation quantizer read its range from its input.
 
     Args:
         per_sample: see `Dynamic`.
@@ -63,6 +71,8 @@ class DynamicIntervals:
     def __init__(self, per_sample: bool) -> None:
         self.per_sample = per_sample
 
-    def make(self, names: Sequence[str], time: TimeContext, raw: bool = False) -> tuple[list[Interval], None]:
-        """One interval for each name; no bank."""
+    def make(
+        self, names: Sequence[str], time: TimeContext, raw: bool = False
+    ) -> tuple[list[Interval], None]:
+        """Return one interval for each name; no bank."""
         return [Dynamic(self.per_sample) for _ in names], None

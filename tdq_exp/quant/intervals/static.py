@@ -1,4 +1,4 @@
-"""Step sizes that training learns directly: one for all time steps, or one for each group of them (Table 3)."""
+"""Step sizes that are parameters: one for all time steps, or one for each group of them (the paper's Table 3)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tdq_exp.quant.time import TimeContext
 
 
 class Static(Interval):
-    """One learned step size.
+    """One learned step size, s = softplus(rho).
 
     Args:
-        raw: hold s itself, as the release does, in place of rho.
+        raw: hold s itself in place of rho, as the release does.
     """
 
     parameter_group = "step_sizes"
@@ -28,32 +28,39 @@ class Static(Interval):
         self.rho = nn.Parameter(torch.zeros(()))
 
     def start(self, s: float) -> None:
+        """Set rho so that the step size is s."""
         with torch.no_grad():
             self.rho.fill_(s if self.raw else inverse_softplus(s))
 
-    def forward(self, x: Tensor | None = None) -> Tensor:
+    def step_size(self) -> Tensor:
+        """Return s, 0-dim."""
         return self.rho.clamp(min=1e-8) if self.raw else F.softplus(self.rho)
 
     @torch.no_grad()
     def table(self) -> Tensor:
-        return self().reshape(1)
+        """Return s, `[1]`."""
+        return self.step_size().reshape(1)
 
 
 class PerStep(Interval):
     """One learned step size for each group of neighbouring time steps.
+
+        s(t) = softplus(rho_g),   g = floor(t G / T)
 
     Args:
         groups: G, from 1 (static) to T (one for each time step).
         time: the network's time step.
     """
 
-    timed = True
+    time_dependent = True
     parameter_group = "step_sizes"
 
     def __init__(self, groups: int, time: TimeContext) -> None:
         super().__init__()
         if not 1 <= groups <= time.steps:
-            raise ValueError(f"tdq.interval.groups={groups}: must be between 1 and the model's {time.steps} time steps")
+            raise ValueError(
+                f"tdq.interval.groups={groups}: must be between 1 and the model's {time.steps} time steps"
+            )
         self.time = time
         self.rho = nn.Parameter(torch.zeros(groups))
 
@@ -61,39 +68,43 @@ class PerStep(Interval):
         return torch.div(t.long() * len(self.rho), self.time.steps, rounding_mode="floor")
 
     def start(self, s: float) -> None:
+        """Set the step size of every group to s."""
         with torch.no_grad():
             self.rho.fill_(inverse_softplus(s))
 
-    def forward(self, x: Tensor | None = None) -> Tensor:
+    def step_size(self) -> Tensor:
+        """Return s at the current time step, 0-dim or `[B]`."""
         return at(F.softplus(self.rho), self._group(self.time.t))
 
     @torch.no_grad()
     def table(self) -> Tensor:
-        return F.softplus(self.rho)[self._group(torch.arange(self.time.steps, device=self.rho.device))]
+        """Return s for every time step, `[T]`."""
+        t = torch.arange(self.time.steps, device=self.rho.device)
+        return F.softplus(self.rho)[self._group(t)]
 
 
 class StaticIntervals:
-    """Gives every activation quantizer one step size for all time steps.
+    """Give every activation quantizer one step size for all time steps."""
 
-    Args:
-        raw: see `Static`.
-    """
-
-    def make(self, names: Sequence[str], time: TimeContext, raw: bool = False) -> tuple[list[Interval], None]:
-        """One interval for each name; no bank."""
+    def make(
+        self, names: Sequence[str], time: TimeContext, raw: bool = False
+    ) -> tuple[list[Interval], None]:
+        """Return one interval for each name; no bank. `raw`: see `Static`."""
         return [Static(raw) for _ in names], None
 
 
 class PerStepIntervals:
-    """Gives every activation quantizer G step sizes: the paper's LookupTable 3.
+    """Give every activation quantizer G step sizes: the paper's Table 3.
 
     Args:
-        groups: G; S1 is one static interval, S1000 one for each time step.
+        groups: G; 1 is one static interval, T one step size for each time step.
     """
 
     def __init__(self, groups: int) -> None:
         self.groups = groups
 
-    def make(self, names: Sequence[str], time: TimeContext, raw: bool = False) -> tuple[list[Interval], None]:
-        """One interval for each name; no bank."""
+    def make(
+        self, names: Sequence[str], time: TimeContext, raw: bool = False
+    ) -> tuple[list[Interval], None]:
+        """Return one interval for each name; no bank."""
         return [PerStep(self.groups, time) for _ in names], None

@@ -54,7 +54,7 @@ def _zero_point(z, index, HAS_Z: tl.constexpr):
         return 0.0
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["s", "z", "t"])
 def _forward(
     x, u, x_hat, s, z, t,
     width, blocks, n, p,
@@ -90,7 +90,7 @@ def _forward(
     tl.store(x_hat + at, (value * step).to(x_hat.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["s", "z"])
 def _backward(
     g, x, u, g_x, partial, s, z,
     width, blocks, n, p,
@@ -129,7 +129,10 @@ def _backward(
     tl.store(partial + 2 * program + 1, tl.sum(tl.where(inside, 0.0, gradient)))
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "rowwise"])
+@triton.jit(
+    do_not_specialize=["rows", "blocks", "rowwise"],
+    do_not_specialize_on_alignment=["partial", "g_s", "g_z", "s"],
+)
 def _finish(
     partial, g_s, g_z, s,
     rows, blocks, rowwise, scale,
@@ -171,7 +174,7 @@ def _finish(
             tl.store(g_z + program, outside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["x", "g", "g_x"])
 def _round_backward(x, g, g_x, size, n, p, BLOCK: tl.constexpr):
     """The gradient of `ops.round_straight_through`, in place of eight small operations."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

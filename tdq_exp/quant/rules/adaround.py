@@ -37,25 +37,26 @@ class AdaRound(nn.Module):
         self.V = nn.Parameter(torch.log(share / (1 - share)))
 
     def rounding(self) -> Tensor:
-        """h(V), in [0, 1]."""
+        """Return h(V), in [0, 1]."""
         return (torch.sigmoid(self.V) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
     def forward(self, weight: Tensor | None = None) -> Tensor:
-        """w_hat with soft rounding; the argument is not used."""
-        return ((self.floor + self.rounding() + self.z).clamp(self.n, self.p) - self.z) * self.s
+        """Return w_hat with soft rounding; the argument is not used."""
+        codes = (self.floor + self.rounding() + self.z).clamp(self.n, self.p)
+        return (codes - self.z) * self.s
 
     def regularizer(self, beta: float) -> Tensor:
-        """`sum (1 - |2 h(V) - 1|^beta)`, scalar."""
+        """Return `sum (1 - |2 h(V) - 1|^beta)`, scalar."""
         return (1 - (2 * self.rounding() - 1).abs().pow(beta)).sum()
 
     @torch.no_grad()
     def codes(self) -> Tensor:
-        """n..p, with every h on the side of 1/2 where it lies."""
+        """Return the codes n..p, with every h rounded to the side of 1/2 where it lies."""
         return (self.floor + (self.rounding() >= 0.5) + self.z).clamp(self.n, self.p)
 
 
 def beta_at(update: int, updates: int, start: float, end: float, warmup: float) -> float | None:
-    """beta of an update, or None while the term is off.
+    """Return beta of an update, or None while the term is off.
 
         end + (start - end) (1 + cos(pi r)) / 2,   r = (u - warmup updates) / (updates - warmup updates)
 

@@ -1,12 +1,13 @@
-"""NIPQ: pseudo quantization noise in place of rounding, then a last phase with real rounding.
+"""NIPQ: pseudo quantization noise in place of rounding, then a final phase with real rounding.
 
     x_hat = x + s u  where lo < x / s < hi,   s lo or s hi outside;   u in [-1/2, 1/2]
 
-The noise has the width of a step, its bounds are s (n - z) and s (p - z), and the range is learned through both. u is
-uniform, or drawn from the histogram of the tensor's own rounding error, as the published code does.
+The noise has the width of a step, its bounds are s (n - z) and s (p - z), and the range is learned through
+both. u is uniform, or drawn from the histogram of the tensor's own rounding error, as the published code
+does.
 
-Source: Shin et al., *NIPQ: Noise Proxy-Based Integrated Pseudo-Quantization*, CVPR 2023. The length of its phases on
-diffusion is not published: `fit.real_rounding` is the last share of the updates, 0.2 by default.
+Source: Shin et al., *NIPQ: Noise Proxy-Based Integrated Pseudo-Quantization*, CVPR 2023. The length of its
+phases on diffusion is not published: `fit.real_rounding` is the last share of the updates, 0.2 by default.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ QUANTILES = 16384
 
 
 class Nipq(Quantizer):
-    """Arguments as `Quantizer`, and
+    """NIPQ for activations. Arguments as `Quantizer`, and
 
     Args:
-        histogram: draw the noise from the rounding error's histogram of 256 bins, in place of the uniform law.
+        histogram: draw the noise from the rounding error's histogram of 256 bins, not from the uniform law.
     """
 
     def __init__(self, *args: object, histogram: bool = True, **kwargs: object) -> None:
@@ -38,31 +39,37 @@ class Nipq(Quantizer):
         self.noisy = not final
 
     def rule(self, x: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
-        """x plus noise, or in the last phase LSQ's rounding without its gradient scale."""
+        """Return x plus noise; in the final phase LSQ's rounding without its gradient scale."""
         n, p = self.grid.n, self.grid.p
         if not self.noisy:
             return ops.fake_quantize_learned(x, s, z, n, p)
+
         x = x.float()  # the noise is drawn in float32
-        noise = (
-            self._draw(x.detach(), s.detach(), self.zero if z is None else z.detach())
-            if self.histogram
-            else torch.rand_like(x) - 0.5
-        )
+        if self.histogram:
+            noise = self._draw(x.detach(), s.detach(), self.zero if z is None else z.detach())
+        else:
+            noise = torch.rand_like(x) - 0.5
         return ops.add_quantization_noise(x, s, z, n, p, noise)
 
     def _draw(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        """Return u, of x's shape, drawn from the histogram of x's own rounding error."""
+        # The histogram of what lies inside the range; histc leaves out what is beyond its ends.
         v = x / s
         outside = (v <= self.grid.n - z) | (v >= self.grid.p - z)
-        error = (v.round() - v).masked_fill_(outside, 2.0)  # histc leaves out what is beyond its ends
+        error = (v.round() - v).masked_fill_(outside, 2.0)
         histogram = torch.histc(error, bins=BINS, min=-0.5, max=0.5)
-        # Inverse transform sampling from a fine table of quantiles: one uniform draw and one look-up per element.
+
+        # Inverse transform sampling from a fine table of quantiles: one uniform draw and one look-up per
+        # element. A bin that a level falls into is not empty, unless all are: then nothing is inside, and no
+        # noise is used.
         shares = (histogram.cumsum(0) / histogram.sum().clamp(min=1)).double()
-        levels = (torch.arange(QUANTILES, device=x.device, dtype=torch.float64) + 0.5) / QUANTILES
+        levels = torch.arange(QUANTILES, device=x.device, dtype=torch.float64)
+        levels = (levels + 0.5) / QUANTILES
         bins = torch.searchsorted(shares, levels).clamp_(max=BINS - 1)
         before = torch.cat([shares.new_zeros(1), shares])[bins]
-        # A bin that a level falls into is not empty, unless all are: then nothing is inside, and no noise is used.
         within = ((levels - before) / (shares[bins] - before).clamp(min=1e-9)).clamp(0, 1)
         table = ((bins + within) / BINS - 0.5).to(x.dtype)
+
         pick = torch.rand(x.shape, device=x.device).mul_(QUANTILES).int()
         return table.index_select(0, pick.reshape(-1)).reshape(x.shape)
 

@@ -2,12 +2,12 @@
 
     d x_hat / d alpha = 1 where x > alpha, 0 inside;   loss += decay alpha^2
 
-For signed inputs both bounds follow from s, and the penalty is on half of the range, alpha = s (p - n) / 2. It takes the
-mean over the batch where s depends on t.
+For signed inputs both bounds follow from s, and the penalty is on half of the range, alpha = s (p - n) / 2.
+It takes the mean over the batch where s depends on t.
 
-Source: Choi et al., *PACT*, arXiv 1805.06085. Its weights are DoReFa's (arXiv 1606.06160), which rescale any weight to
-[-1, 1] and so need a normalisation behind them that a pre-trained diffusion U-Net does not have. Ours are symmetric with
-s = max|w| / p; the literal form is `DorefaWeights`.
+Source: Choi et al., *PACT*, arXiv 1805.06085. Its weights are DoReFa's (arXiv 1606.06160), which rescale any
+weight to [-1, 1] and so need a normalisation behind them that a pre-trained diffusion U-Net does not have.
+Ours are symmetric with s = max|w| / p; the literal form is `DorefaWeights`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tdq_exp.quant.quantizer import Quantizer
 
 
 class Pact(Quantizer):
-    """Arguments as `Quantizer`, and
+    """PACT for activations. Arguments as `Quantizer`, and
 
     Args:
         decay: weight of the L2 penalty on alpha.
@@ -31,14 +31,18 @@ class Pact(Quantizer):
         self.decay = decay
 
     def rule(self, x: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
-        """x_hat with PACT's gradients."""
+        """Return x_hat with PACT's gradients."""
         return ops.fake_quantize_clipped(x, s, z, self.grid.n, self.grid.p)
 
     def penalty(self) -> Tensor | None:
-        """Return `decay mean(alpha^2)` at the current time steps; None without decay, or if alpha is not learned."""
-        if not self.decay or self.interval.dynamic:
+        """Return `decay mean(alpha^2)` at the current time steps.
+
+        None without decay, or where s follows the input: nothing is clipped then, and alpha is not learned.
+        """
+        s = self.interval.step_size()
+        if s is None or not self.decay:
             return None
-        alpha = self.interval() * ((self.grid.p - self.grid.n) / 2)
+        alpha = self.transform_step(s) * ((self.grid.p - self.grid.n) / 2)
         return self.decay * alpha.square().mean()
 
 
@@ -46,14 +50,18 @@ class PactWeights(Quantizer):
     """Symmetric weights whose step follows from their largest magnitude; gradients pass straight through."""
 
     def rule(self, x: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
-        """w_hat. Where s follows the maximum nothing is clipped, not even the largest weight, which lies on the bound."""
+        """Return w_hat.
+
+        Where s follows the maximum nothing is clipped, not even the largest weight, which lies on the bound.
+        """
+        n, p = self.grid.n, self.grid.p
         if s.requires_grad:
-            return ops.fake_quantize_clipped(x, s, z, self.grid.n, self.grid.p)
-        return ops.pass_straight_through(x, ops.fake_quantize(x.detach(), s, z, self.grid.n, self.grid.p))
+            return ops.fake_quantize_clipped(x, s, z, n, p)
+        return ops.pass_straight_through(x, ops.fake_quantize(x.detach(), s, z, n, p))
 
 
 class DorefaWeights(Quantizer):
-    """DoReFa's literal form, `2 q(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1` on 2^b - 1 levels.
+    """DoReFa's literal form: `2 q(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1` on 2^b - 1 levels.
 
     It rescales the weights, is outside of the grid laws, and has no integer execution.
     """
@@ -61,7 +69,7 @@ class DorefaWeights(Quantizer):
     integer = False
 
     def forward(self, w: Tensor) -> Tensor:
-        """w_hat in [-1, 1]."""
+        """Return w_hat in [-1, 1], while training and in eval."""
         if self.observer is not None:
             self.observer(w)
             return w

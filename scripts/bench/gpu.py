@@ -1,0 +1,463 @@
+"""Speed and memory on one GPU, at the paper's scale -> gpu.json, as each result comes, and gpu.md.
+
+    python scripts/bench/gpu.py [--seconds 330] [--out results/bench]
+    python scripts/bench/gpu.py --rehearse        everything on a CPU, at a tiny size
+    python scripts/bench/gpu.py --report          gpu.md anew, with the hours of both tables, from gpu.json
+
+`ddim_cifar10` at batch 128 and `ldm_churches` at batch 32, W4A4, weights and images random, of which
+no time depends. All in one process, each form warmed up, CUDA events, medians. A part that fails is
+written down with its error, and the next one starts; parts that would begin after `--seconds` are
+left out, and said to be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import gpu_report
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from tdq_exp.config.compose import compose
+from tdq_exp.diffusion.denoising_graph import RecordedSteps
+from tdq_exp.diffusion.draws import draw_batch
+from tdq_exp.experiment import build as jobs
+from tdq_exp.fit.ahead import batches_ahead
+from tdq_exp.fit.ema import Ema
+from tdq_exp.fit.qat import optimizer_groups, rates_of
+from tdq_exp.fit.training_graph import TrainingGraph
+from tdq_exp.models.pixel import DiffusionModel
+from tdq_exp.quant import Recipe, StaticIntervals, TemporalIntervals, bake, kernels, ops
+from tdq_exp.quant.quantizer import Quantizer
+from tdq_exp.quant.rules.lsq import Lsq
+from tdq_exp.runtime import environment, files
+
+PRECISIONS = ("float32", "tf32", "bfloat16")
+FORMS = ("float", "LSQ", "LSQ+TDQ")
+Batch = tuple[Tensor, Tensor, Tensor]  # x_0, t, eps
+
+
+class Bench:
+    """Where results go, and how large everything is.
+
+    Args:
+        options: of the command.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.small, self.out, self.deadline = options.rehearse, options.out, time.monotonic() + options.seconds
+        self.device = torch.device("cpu" if self.small else "cuda")
+        self.rounds, self.warm_up = (2, 1) if self.small else (10, 3)
+        self.precisions = PRECISIONS[:1] if self.small else PRECISIONS
+        self.results: dict[str, Any] = {
+            "about": {
+                "device": "cpu" if self.small else torch.cuda.get_device_name(),
+                "torch": torch.__version__, "kernels": kernels.used(self.device),
+                "rehearsal": self.small, **environment.environment(),
+            },
+            "milliseconds": {}, "gigabytes": {}, "busy": {}, "profile": {}, "rates": {}, "failed": {},
+        }  # fmt: skip
+
+    def note(self, kind: str, name: str, value: Any) -> None:
+        """Keep a result, and write all that there are."""
+        self.results[kind][name] = value
+        files.write_json(self.out / "gpu.json", self.results)
+        print(f"{kind:13} {name:60} {value if not isinstance(value, list) else '...'}", flush=True)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Keep an error within the block from ending the bench."""
+        try:
+            if time.monotonic() > self.deadline:
+                raise TimeoutError("no time was left")
+            yield
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            self.note("failed", name, f"{type(error).__name__}: {lines[0]}"[:300])
+            if not isinstance(error, TimeoutError):
+                traceback.print_exc(limit=-4)
+        finally:
+            gc.collect()
+            if not self.small:
+                torch.cuda.empty_cache()
+
+    def timed(self, name: str, step: Callable[[], object], rounds: int | None = None) -> float:
+        """Median milliseconds of a step, back to back with its neighbours, and peak memory."""
+        for _ in range(self.warm_up):
+            step()
+        rounds = rounds or self.rounds
+        if self.small:
+            return self._timed_on_cpu(name, step, rounds)
+
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            step()
+            mark.record()
+        torch.cuda.synchronize()
+        times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+        self.note("gigabytes", name, round(torch.cuda.max_memory_reserved() / 1e9, 2))
+        return self._keep(name, times)
+
+    def _timed_on_cpu(self, name: str, step: Callable[[], object], rounds: int) -> float:
+        times = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            step()
+            times.append(1e3 * (time.perf_counter() - began))
+        return self._keep(name, times)
+
+    def _keep(self, name: str, times: list[float]) -> float:
+        median = round(statistics.median(times), 4)
+        self.note("milliseconds", name, {"median": median, "min": round(min(times), 4), "max": round(max(times), 4)})
+        return median
+
+    def seen(self, name: str, step: Callable[[], object], steps: int = 4) -> None:
+        """Share of the time in which the GPU computes, and the largest entries of the profile."""
+        # Only what the GPU does: to note down what the host does would slow it.
+        kinds = [ProfilerActivity.CPU if self.small else ProfilerActivity.CUDA]
+        for _ in range(2):
+            step()
+        if not self.small:
+            torch.cuda.synchronize()
+        with profile(activities=kinds) as found:
+            for _ in range(steps):
+                step()
+            if not self.small:
+                torch.cuda.synchronize()
+
+        events = [event for event in found.events() if _on_gpu(event)]
+        spans = [(event.time_range.start, event.time_range.end) for event in events]
+        if spans:
+            self.note("busy", name, round(_union(spans) / (max(e for _, e in spans) - min(b for b, _ in spans)), 3))
+            self.note("rates", f"launches in a step, {name}", len(spans) // steps)
+        totals: dict[str, list[float]] = {}
+        for event in events:
+            total = totals.setdefault(event.name[:90], [0, 0.0])
+            total[0] += 1
+            total[1] += event.time_range.end - event.time_range.start
+        table = sorted(totals.items(), key=lambda item: -item[1][1])
+        self.note("profile", name, [[n, int(c) // steps, round(us / steps / 1e3, 3)] for n, (c, us) in table[:16]])
+
+
+def _on_gpu(event: Any) -> bool:
+    """Is it a kernel, copy or fill, and not a span that an annotation draws over several?"""
+    if event.device_type != torch.autograd.DeviceType.CUDA or getattr(event, "is_user_annotation", False):
+        return False
+    return not event.name.startswith(("Optimizer.", "ProfilerStep", "## "))
+
+
+def _union(spans: list[tuple[float, float]]) -> float:
+    """Length of what intervals cover together."""
+    covered, reached = 0.0, -float("inf")
+    for start, end in sorted(spans):
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """Within the block, the network computes at that precision."""
+    tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    half = precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
+
+
+def built(model: DiffusionModel, form: str, device: torch.device) -> nn.Module:
+    """A network with random weights, quantized if asked for, its ranges from one batch."""
+    with torch.device(device):
+        net = model.build()
+    net.to(device)
+    if form == "float":
+        return net.train()
+    encoding = model.network["block_out_channels"][0]
+    intervals = TemporalIntervals(encoding=encoding) if form == "LSQ+TDQ" else StaticIntervals()
+    model.quantize(net, Recipe(4, 4, Lsq, Lsq, intervals))
+    net.to(device)
+
+    quantizers = [module for module in net.modules() if isinstance(module, Quantizer)]
+    for quantizer in quantizers:
+        quantizer.observer = _starting(quantizer)
+    with torch.no_grad():
+        x = torch.randn(2, *model.sample_shape, device=device)
+        model.predict(net.eval(), x, torch.zeros(2, dtype=torch.long, device=device))
+    for quantizer in quantizers:
+        quantizer.observer = None
+    return net.train()
+
+
+def _starting(quantizer: Quantizer) -> Callable[[Tensor], None]:
+    def start(x: Tensor) -> None:
+        s, z = ops.affine_range(*x.detach().aminmax(), quantizer.grid.n, quantizer.grid.p)
+        quantizer.start(float(s), int(z))
+
+    return start
+
+
+class Training:
+    """A training step as the fit's loop makes it: loss, gradients, AdamW with its groups, average.
+
+    Args:
+        bench: device and sizes.
+        job: model, rates.
+        form: one of `FORMS`.
+        precision: one of `PRECISIONS`.
+        batch: images.
+        recorded: forward and backward pass as one CUDA graph?
+        channels_last: layout of weights and images.
+    """
+
+    def __init__(
+        self, bench: Bench, job: jobs.Experiment, form: str, precision: str, batch: int,
+        recorded: bool = False, channels_last: bool = False,
+    ) -> None:  # fmt: skip
+        self.device, self.model, self.precision = bench.device, job.model, precision
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.net = built(job.model, form, bench.device).to(memory_format=self.layout)
+        fit: Any = job.fit
+        self.optimizer = torch.optim.AdamW(optimizer_groups(self.net, rates_of(fit.options)), fused=True)
+        self.ema = Ema(self.net, 0.9999)
+        self.batches = [self.random_batch(batch, seed) for seed in range(3)]
+        self.graph = TrainingGraph(self.net, self.loss, *self.batches[0]) if recorded else None
+        self.update = 0
+
+    def random_batch(self, batch: int, seed: int) -> Batch:
+        """A batch on the device."""
+        torch.manual_seed(seed)
+        shape = (batch, *self.model.sample_shape)
+        x_0 = torch.rand(shape, device=self.device) * 2 - 1
+        t = torch.randint(self.model.schedule.steps, (batch,), device=self.device)
+        return x_0.contiguous(memory_format=self.layout), t, torch.randn(shape, device=self.device)
+
+    def loss(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The loss at this precision."""
+        with autocast(self.device, self.precision):
+            return self.model.training_loss(self.net, x_0, t, eps)
+
+    def __call__(self, batch: Batch | None = None, wait: bool = False) -> None:
+        """One update, on a batch that is there unless one is given; `wait` reads the loss on the host."""
+        self.update += 1
+        batch = batch or self.batches[self.update % len(self.batches)]
+        if self.graph is not None:
+            loss = self.graph(*batch)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self.loss(*batch)
+        if wait:
+            float(loss)
+        if self.graph is None:
+            loss.backward()
+        self.optimizer.step()
+        self.ema.update(self.net, self.update)
+
+
+def ceilings(bench: Bench) -> None:
+    """What the card can do: bytes copied and products, each once."""
+    size = 256 if bench.small else 8192
+    a = torch.randn(size, size, device=bench.device)
+    ms = bench.timed("copy", lambda: a.clone())
+    bench.note("rates", "copy, TB/s (read and written)", round(2 * a.numel() * 4 / ms / 1e9, 2))
+    for precision in bench.precisions:
+        with autocast(bench.device, precision):
+            ms = bench.timed(f"product {precision}", lambda: a @ a)
+        bench.note("rates", f"product {precision}, TFLOP/s", round(2 * size**3 / ms / 1e9, 1))
+
+
+def one_quantizer(bench: Bench) -> None:
+    """A quantizer by itself on the largest activation of the CIFAR-10 network."""
+    shape = (4, 8, 8, 8) if bench.small else (128, 256, 32, 32)
+    x = torch.randn(shape, device=bench.device, requires_grad=True)
+    s = torch.full((shape[0], 1, 1, 1), 0.3, device=bench.device, requires_grad=True)
+    z = torch.tensor(5.0, device=bench.device, requires_grad=True)
+    g = torch.randn(shape, device=bench.device)
+
+    for name, step, layout in (("static", s[0].detach().reshape(()).requires_grad_(), "one s"), ("TDQ", s, "s per sample")):  # noqa: E501
+        def forward(step: Tensor = step) -> Tensor:
+            return ops.fake_quantize(x.detach(), step.detach(), z.detach(), 0, 15)
+
+        def both(step: Tensor = step) -> object:
+            x_hat = ops.fake_quantize_learned(x, step, z, 0, 15)
+            return torch.autograd.grad(x_hat, [x, step, z], g)
+
+        for kind, context in (("fused", nullcontext), ("unfused", kernels.unfused)):
+            with context():
+                ms = bench.timed(f"quantizer {name} forward, {kind}", forward)
+                bench.timed(f"quantizer {name} forward and backward, {kind}", both)
+            if kind == "fused":
+                rate = round(2 * x.numel() * 4 / ms / 1e9, 2)
+                bench.note("rates", f"quantizer {name} ({layout}) forward, TB/s", rate)
+
+
+def denoising(bench: Bench, job: jobs.Experiment, model: str, batch: int, precisions: tuple[str, ...]) -> None:
+    """A denoising step of each baked network inside of a CUDA graph, and by the eager loop."""
+    for form in FORMS:
+        with bench.part(f"denoise {model} {form}"):
+            net = built(job.model, form, bench.device)
+            net = (net if form == "float" else bake(net, inplace=True)).eval().requires_grad_(False)
+            x = torch.randn(batch, *job.model.sample_shape, device=bench.device)
+            for precision in precisions:
+                _denoise(bench, job, f"denoise {model} {form} {precision}", net, x, precision)
+            del net
+
+
+def _denoise(bench: Bench, job: jobs.Experiment, name: str, net: nn.Module, x: Tensor, precision: str) -> None:
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        with autocast(bench.device, precision):
+            return job.model.predict(net, x_t, t)
+
+    with torch.no_grad(), bench.part(name):
+        steps = RecordedSteps(job.sampler, predict, x, job.model.schedule)
+        steps.record()
+        steps.i.zero_()
+        bench.timed(f"{name}, graph", steps.step)
+        if " ldm " in name:
+            return  # large enough to hide its launches
+        t = torch.tensor(500, device=bench.device)
+        bench.timed(f"{name}, eager", lambda: predict(x, t))
+
+
+def training(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
+    """Every form of a training step at one precision."""
+    for form in FORMS:
+        for recorded in (False, True):
+            name = f"train {form} {precision}" + (", graph" if recorded else "")
+            with bench.part(name):
+                step = Training(bench, job, form, precision, batch, recorded)
+                bench.timed(name, step)
+                if form != "float" and not recorded:
+                    with kernels.unfused():
+                        bench.timed(f"{name}, unfused", step)
+                del step
+
+
+def profiles(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
+    """What the GPU does in a training step, and for which share of the time."""
+    for form, recorded in (("LSQ+TDQ", False), ("LSQ+TDQ", True), ("float", False)):
+        name = f"train {form} {precision}" + (", graph" if recorded else "")
+        with bench.part(f"profile of {name}"):
+            bench.seen(name, Training(bench, job, form, precision, batch, recorded))
+
+
+def layouts(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
+    """Channels-last, recorded."""
+    for form in FORMS:
+        name = f"train {form} {precision}, graph, channels-last"
+        with bench.part(name):
+            bench.timed(name, Training(bench, job, form, precision, batch, True, True))
+
+
+def loop(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
+    """Updates with the loop's draws from the host: waiting at each, and prepared ahead."""
+    images = torch.rand(2000, *job.model.sample_shape) * 2 - 1
+
+    def make(update: int) -> tuple[Tensor, ...]:
+        draws = draw_batch(
+            0, update, batch_size=batch, images=len(images), shape=job.model.sample_shape,
+            steps=job.model.schedule.steps, flip=True,
+        )  # fmt: skip
+        x_0 = images[draws.index]
+        return torch.where(draws.flip[:, None, None, None], x_0.flip(3), x_0), draws.t, draws.eps
+
+    for recorded in (False, True):
+        name = f"loop LSQ+TDQ {precision}" + (", graph" if recorded else "")
+        with bench.part(name):
+            step = Training(bench, job, "LSQ+TDQ", precision, batch, recorded)
+            if not recorded:
+
+                def waiting(step: Training = step) -> None:
+                    x_0, t, eps = (v.to(bench.device) for v in make(step.update))
+                    step((x_0, t, eps), wait=True)
+
+                bench.timed(f"{name}, draws on the host, loss read at each update", waiting)
+            ahead = batches_ahead(make, 0, 10**6, bench.device)
+
+            def prepared(step: Training = step, ahead: Iterator[Any] = ahead) -> None:
+                step(next(ahead))
+
+            bench.timed(f"{name}, draws ahead, nothing read", prepared)
+
+
+def churches(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
+    """The latent model's training: memory and time."""
+    for form in ("LSQ+TDQ", "float", "LSQ"):
+        name = f"train ldm {form} {precision}"
+        with bench.part(name):
+            bench.timed(name, Training(bench, job, form, precision, batch), rounds=min(bench.rounds, 5))
+
+
+def churches_images(bench: Bench, job: jobs.Experiment, precisions: tuple[str, ...]) -> None:
+    """The latent model's denoising step, and the decoding of images."""
+    denoising(bench, job, "ldm", 2 if bench.small else 100, precisions)
+    with bench.part("decode"), torch.no_grad():
+        assert job.model.codec is not None
+        codec = job.model.codec.build()
+        codec.to(bench.device).eval()
+        latent = torch.randn(2 if bench.small else 8, *job.model.sample_shape, device=bench.device)
+        bench.timed("decode ldm", lambda: codec.decode(latent))
+
+
+def run(options: argparse.Namespace) -> None:
+    """All parts, the bars first."""
+    bench = Bench(options)
+    bench.note("about", "batch", {"ddim": 4 if bench.small else 128, "ldm": 2 if bench.small else 32})
+    pixel = _job("ddim_w4a4_lsq_tdq", "tiny" if bench.small else None)
+    batch = bench.results["about"]["batch"]["ddim"]
+
+    with bench.part("ceilings"):
+        ceilings(bench)
+    with bench.part("one quantizer"):
+        one_quantizer(bench)
+    denoising(bench, pixel, "ddim", batch, bench.precisions)
+    for precision in reversed(bench.precisions):
+        training(bench, pixel, precision, batch)
+
+    latent = _job("ldm_w4a4_lsq_tdq", "tiny_latent" if bench.small else None)
+    fast = bench.precisions[-1]
+    churches(bench, latent, fast, bench.results["about"]["batch"]["ldm"])
+    loop(bench, pixel, fast, batch)
+    profiles(bench, pixel, fast, batch)
+    layouts(bench, pixel, fast, batch)
+    churches_images(bench, latent, (fast,))
+
+    # If time is left: the same at the other precisions.
+    for precision in bench.precisions[:-1]:
+        churches(bench, latent, precision, bench.results["about"]["batch"]["ldm"])
+        loop(bench, pixel, precision, batch)
+        profiles(bench, pixel, precision, batch)
+        layouts(bench, pixel, precision, batch)
+    gpu_report.write(options.out, hours=False)
+
+
+def _job(experiment: str, model: str | None) -> jobs.Experiment:
+    words = [f"+experiment={experiment}", "model.weights=random", "tracker=none"]
+    return jobs.build(compose([*words, *([] if model is None else [f"model={model}"])]), source=False)
+
+
+def main() -> None:
+    """The command; `--help` lists its options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=330, help="start no part after so long (default: 330)")
+    parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder of gpu.json and gpu.md")
+    parser.add_argument("--rehearse", action="store_true", help="run every part on a CPU, at a tiny size")
+    parser.add_argument("--report", action="store_true", help="write gpu.md anew from gpu.json, with the hours")
+    options = parser.parse_args()
+    if options.report:
+        gpu_report.write(options.out, hours=True)
+    else:
+        run(options)
+
+
+if __name__ == "__main__":
+    main()

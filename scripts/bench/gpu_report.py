@@ -1,0 +1,157 @@
+"""`gpu.md` from `gpu.json`: the bars, every time, the profile, and the GPU hours of both tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from tdq_exp.runtime import files
+
+ROOT = Path(__file__).resolve().parents[2]
+AIMS = (
+    ("LSQ training step / float, {p}", "train LSQ {p}{g}", "train float {p}{g}", 1.25),
+    ("LSQ+TDQ / LSQ, training step, {p}", "train LSQ+TDQ {p}{g}", "train LSQ {p}{g}", 1.05),
+    ("fused / unfused LSQ step, {p}", "train LSQ {p}", "train LSQ {p}, unfused", 0.6),
+    (
+        "baked TDQ denoising step / float, {p}, CUDA graph",
+        "denoise ddim LSQ+TDQ {p}, graph", "denoise ddim float {p}, graph", 1.10,
+    ),
+    (
+        "TDQ / static denoising step, {p}, CUDA graph",
+        "denoise ddim LSQ+TDQ {p}, graph", "denoise ddim LSQ {p}, graph", 1.01,
+    ),
+)  # fmt: skip
+PRECISIONS = ("float32", "tf32", "bfloat16")
+
+
+def write(folder: Path, hours: bool) -> None:
+    """Write gpu.md beside gpu.json.
+
+    Args:
+        folder: of both.
+        hours: add the GPU hours of the tables? It composes every cell's configuration: half a minute.
+    """
+    results = files.read_json(folder / "gpu.json")
+    if results is None:
+        raise SystemExit(f"{folder / 'gpu.json'} is missing: run scripts/bench/gpu.py on a GPU first")
+    lines = [*_about(results), *_bars(results), *_times(results), *_profiles(results)]
+    if hours:
+        lines += _hours(results)
+    (folder / "gpu.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def _about(results: Mapping[str, Any]) -> list[str]:
+    about = results["about"]
+    said = "A rehearsal on a CPU, at a tiny size: no number means anything. " if about["rehearsal"] else ""
+    first = (
+        f"{said}One {about['device']}, torch {about['torch']}, commit {about['commit']}; kernels: {about['kernels']}. "
+        f"`ddim_cifar10` at batch {about['batch']['ddim']}, `ldm_churches` at batch {about['batch']['ldm']}, W4A4; "
+        "medians by CUDA events. `make bench-gpu`."
+    )
+    failed = [f"- {name}: {reason}" for name, reason in results["failed"].items()]
+    return [first, "", *(["Not measured:", "", *failed, ""] if failed else [])]
+
+
+def _median(results: Mapping[str, Any], name: str) -> float | None:
+    found = results["milliseconds"].get(name)
+    return None if found is None else float(found["median"])
+
+
+def _bars(results: Mapping[str, Any]) -> list[str]:
+    lines = ["| ratio | measured | aim |", "|---|---:|---:|"]
+    for title, above, below, aim in AIMS:
+        for precision in PRECISIONS:
+            for graph in ("", ", graph") if "{g}" in above else ("",):
+                a, b = (_median(results, name.format(p=precision, g=graph)) for name in (above, below))
+                if a is not None and b is not None:
+                    lines.append(f"| {title.format(p=precision)}{graph} | {a / b:.3f} | <= {aim} |")
+    for name, gigabytes in results["gigabytes"].items():
+        if name.startswith("train ldm"):
+            lines.append(f"| {name}: peak memory, GB | {gigabytes:.1f} | {'<= 24' if 'LSQ' in name else ''} |")
+    for name, share in results["busy"].items():
+        lines.append(f"| GPU busy, {name} | {100 * share:.1f} % | >= 95 % |")
+    return [*lines, ""]
+
+
+def _times(results: Mapping[str, Any]) -> list[str]:
+    memory = results["gigabytes"]
+    lines = ["| step | median, ms | min | max | memory reserved, GB |", "|---|---:|---:|---:|---:|"]
+    for name, v in results["milliseconds"].items():
+        reserved = f"{memory[name]:.1f}" if name in memory else ""
+        lines.append(f"| {name} | {v['median']:.3f} | {v['min']:.3f} | {v['max']:.3f} | {reserved} |")
+    lines += ["", "| rate | |", "|---|---:|"]
+    return [*lines, *(f"| {name} | {rate} |" for name, rate in results["rates"].items()), ""]
+
+
+def _profiles(results: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, entries in results["profile"].items():
+        lines += [f"Largest entries of {name}, a step:", "", "| entry | calls | ms |", "|---|---:|---:|"]
+        lines += [f"| `{key}` | {calls} | {ms} |" for key, calls, ms in entries] + [""]
+    return lines
+
+
+def _hours(results: Mapping[str, Any]) -> list[str]:
+    """GPU hours of each table and column, at the precision that trained fastest, and in float32."""
+    lines = ["GPU hours on this card, one seed, from the rates above (fits and images; features not counted):", ""]
+    lines += ["| table | model | precision | fits | images | hours |", "|---|---|---|---:|---:|---:|"]
+    for table in ("table1", "table2"):
+        for model in ("ddim", "ldm"):
+            for precision in PRECISIONS:
+                line = _column(results, table, model, precision)
+                if line is not None:
+                    lines.append(line)
+    return [*lines, ""]
+
+
+def _column(results: Mapping[str, Any], table: str, model: str, precision: str) -> str | None:
+    from tdq_exp.config.compose import compose
+    from tdq_exp.experiment import build
+
+    manifest: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "table" / f"{table}.yaml"))
+    suffix = manifest["columns"][model].get("suffix", "")
+    rates = _rates(results, model, precision)
+    if rates is None:
+        return None
+    train, denoise, decode = rates
+
+    fits = images = 0.0
+    for line in [*manifest["lines"], manifest["float_model"]]:
+        name = f"{model}_{line['experiment']}" + ("" if line is manifest["float_model"] else suffix)
+        words = [f"+experiment={name}", "model.weights=random", "tracker=none"]
+        job = build.build(compose([*words, *line.get("overrides", [])]), source=False)
+        sets = len(line.get("sampler_seeds", [0]))
+        form = "float" if job.recipe is None else "LSQ+TDQ" if "tdq" in name else "LSQ"
+        images += sets * job.sampling.images * (job.sampling.steps * denoise[form] + decode)
+        fit: Any = job.fit
+        if job.recipe is not None and fit.options.needs_calibration_set:
+            work = fit.work(job.model, job.model.build(), job.sampling.steps)
+            fits += denoise["float"] * work.forward_passes
+        elif job.recipe is not None:
+            fits += fit.options.updates * fit.options.batch_size * train[form]
+    hours = (fits / 3600, images / 3600)
+    return f"| {table} | {model} | {precision} | {hours[0]:.0f} | {hours[1]:.0f} | {sum(hours):.0f} |"
+
+
+def _rates(
+    results: Mapping[str, Any], model: str, precision: str
+) -> tuple[dict[str, float], dict[str, float], float] | None:
+    """Seconds for an image: of a training step and of a denoising step by form, and to decode it."""
+    batch = results["about"]["batch"]
+    prefix = "ldm " if model == "ldm" else ""
+    sampled = 100 if model == "ldm" and not results["about"]["rehearsal"] else batch[model]
+    train, denoise = {}, {}
+    for form in ("float", "LSQ", "LSQ+TDQ"):
+        steps = [_median(results, f"train {prefix}{form} {precision}{g}") for g in ("", ", graph")]
+        step = min((s for s in steps if s is not None), default=None)
+        denoising = _median(results, f"denoise {model} {form} {precision}, graph")
+        if step is None or denoising is None:
+            return None
+        train[form] = step / 1e3 / batch[model]
+        denoise[form] = denoising / 1e3 / sampled
+    decode = _median(results, "decode ldm") if model == "ldm" else 0.0
+    return train, denoise, (decode or 0.0) / 1e3 / (2 if results["about"]["rehearsal"] else 8)

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in at most eight minutes: the tests marked `gpu`, then the bench.
+#   scripts/gpu_check.sh [python]
+# What comes out is written as it comes below $OUT (default: results/bench): tests.txt, gpu.json, gpu.md, bench.txt.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${1:-python3}
+out=${OUT:-results/bench}
+mkdir -p "$out"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
+began=$SECONDS
+
+# Kernels are compiled for many shapes: several processes, if pytest-xdist is there.
+workers=()
+"$python" -c "import xdist" 2>/dev/null && workers=(-n 6)
+timeout 170 "$python" -m pytest -m gpu "${workers[@]}" --tb=short \
+  tests/quant/test_kernels_triton.py tests/diffusion/test_denoising_graph.py \
+  tests/fit/test_training_graph.py tests/fit/test_ahead.py 2>&1 | tee "$out/tests.txt" | tail -n 40
+tests=${PIPESTATUS[0]}
+echo "tests: exit code $tests after $((SECONDS - began)) s"
+
+left=$((465 - (SECONDS - began)))
+timeout "$left" "$python" scripts/bench/gpu.py --out "$out" --seconds $((left - 40)) 2>&1 | tee "$out/bench.txt" | tail -n 120
+bench=${PIPESTATUS[0]}
+echo "bench: exit code $bench after $((SECONDS - began)) s"
+exit $((tests != 0 || bench != 0))

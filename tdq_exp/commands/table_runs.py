@@ -1,0 +1,138 @@
+"""Run the cells of a table that have no row: their plan first, then one command for each.
+
+A cell that fails does not keep the others from running. Every command resumes where it was stopped,
+so the same holds for all of them together.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tdq_exp.config.compose import compose
+from tdq_exp.report.cells import Cell
+from tdq_exp.runtime.command import call
+from tdq_exp.runtime.progress import console, print_table
+
+if TYPE_CHECKING:
+    from tdq_exp.experiment import build as jobs
+
+
+def run(cells: Sequence[Cell], go: bool = False) -> list[str]:
+    """Print the plan, run every cell without a row in the order of the table, and say which failed.
+
+    Args:
+        cells: of a table, with the rows that were found.
+        go: start the paper's scale although there is no GPU.
+
+    Returns:
+        The names of the cells that failed.
+
+    Raises:
+        ValueError, OSError: if a cell's config can't be built, or the paper's scale is asked for
+            without a GPU; before anything is started.
+    """
+    _warn_of_stale(cells)
+
+    missing = [cell for cell in cells if not cell.done]
+    if not missing:
+        console.print("every cell has a row: nothing to run")
+        return []
+
+    from tdq_exp.runtime import launch  # it imports torch
+
+    if show_plan(missing) and not launch.gpus() and not go:
+        raise ValueError(
+            "this is the paper's scale and there is no GPU: take SCALE=small (--scale small),"
+            " or insist with --go"
+        )
+
+    failed = []
+    for number, cell in enumerate(missing, 1):
+        command = ["-m", "tdq_exp.run", *cell.overrides, *(["go=true"] if go else [])]
+        console.print(f"cell {number} of {len(missing)}: python {shlex.join(command)}", markup=False)
+
+        code = call([sys.executable, *command])
+        if code:
+            failed.append(cell.name)
+            console.print(f"cell {number} of {len(missing)}: {cell.name} failed (exit code {code})", markup=False)
+
+    if failed:
+        console.print(f"{len(failed)} of {len(missing)} cells failed: {', '.join(failed)}", markup=False)
+    return failed
+
+
+def show_plan(cells: Sequence[Cell]) -> bool:
+    """Print what each cell and all of them would cost.
+
+    Returns:
+        Whether one is of the paper's scale and no rehearsal.
+
+    Raises:
+        ValueError, OSError: if a config can't be built.
+    """
+    from tdq_exp.experiment import cost as costs
+
+    jobs_of_cells = [_job(cell) for cell in cells]
+
+    # A measured forward pass of a large net is slow, and cells of one shape cost the same.
+    known: dict[str, costs.Cost] = {}
+    per_cell = []
+    for job in jobs_of_cells:
+        shape = _shape(job)
+        if shape not in known:
+            known[shape] = costs.estimate(job)
+        per_cell.append(known[shape])
+
+    images = [cell.config["sampler"]["images"] for cell in cells]
+    lines: list[list[Any]] = [
+        [cell.name, count, *_costs(cost.seconds, cost.disk_bytes)]
+        for cell, count, cost in zip(cells, images, per_cell, strict=True)
+    ]
+    total = _costs(sum(cost.seconds for cost in per_cell), sum(cost.disk_bytes for cost in per_cell))
+    lines.append([f"all {len(cells)}", sum(images), *total])
+    print_table("cells to run, and about what they cost", ["cell", "images", "time", "disk"], lines)
+
+    encode = max((cost.encode_seconds for cost in per_cell), default=0.0)
+    if encode:
+        duration = costs.duration(1000 * encode)
+        console.print(f"on top, once for all cells: encoding training images, about {duration} for 1,000")
+
+    return any(job.config["protocol"]["scale"] == "paper" and not job.machine.smoke for job in jobs_of_cells)
+
+
+def _warn_of_stale(cells: Sequence[Cell]) -> None:
+    stale = [cell.name for cell in cells if cell.done and cell.changes]
+    if stale:
+        console.print(
+            f"stale, not run again: {', '.join(stale)}; a run refuses to replace one of another"
+            " configuration under its name, so move its folder away first",
+            markup=False,
+        )
+
+
+def _job(cell: Cell) -> jobs.Experiment:
+    from tdq_exp.experiment import build as jobs  # it imports torch
+
+    try:
+        return jobs.build(compose(cell.overrides))
+    except ValueError as error:
+        raise ValueError(f"{cell.name}: {error}; --column runs one column, with overrides of its own") from error
+
+
+def _shape(job: jobs.Experiment) -> str:
+    """Return what the cost of a job depends on, as text."""
+    from tdq_exp.experiment import cost as costs
+
+    fit = [job.part("model", "fit"), job.recipe is not None, job.fit.options.report]
+    sampling = [job.sampling.images, job.sampling.steps]
+    return json.dumps([*fit, *sampling, costs.stages_done(job)], sort_keys=True)
+
+
+def _costs(seconds: float, disk: int) -> list[str]:
+    from tdq_exp.experiment import cost as costs
+
+    return [costs.duration(seconds), f"{disk / 1e9:.2f} GB"]

@@ -1,0 +1,169 @@
+"""Experiments by name: `+experiment=ddim_w4a4_lsq_tdq`, with or without a file in `configs/experiment`.
+
+The name of a run says which options it was composed of (`naming.fit_name`), so the way back needs no
+file: `<model>[_<bits>]_<method>`, then the labels of whatever else differs from its default.
+
+    ddim_small_w4a4_lsq_tdq      model=ddim_small bits=w4a4 method=lsq tdq=temporal
+    ldm_w8a5_ptq4dm_fattn        model=ldm_churches bits=w8a5 method=ptq4dm tdq=none plan=float_attention
+    digits_fp                    model=digits method=fp
+
+The files of `configs/experiment` are the documented ones; they win where both exist. Nothing here
+needs torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from tdq_exp.config import assets
+
+# Groups whose labels may follow the method, in the order in which `fit_name` writes them.
+LATER = ("tdq", "weight", "act", "plan", "habits", "data", "fit", "calibration", "debug")
+
+# Labels of single values, which no group has an option for.
+VALUES = {"balanced": "fit.balance=true", "adaround": "fit.rounding=adaround"}
+
+
+def register(overrides: Sequence[str]) -> None:
+    """Make every experiment that a command line names known to Hydra.
+
+    Args:
+        overrides: as on the command line; `+experiment=a,b` of a sweep names two.
+
+    Raises:
+        ValueError: for a name that is neither a file nor a list of choices; names the nearest ones.
+    """
+    for name in _named(overrides):
+        if name in documented():
+            continue
+
+        choices = choices_of(name)
+        if choices is None:
+            raise ValueError(f"+experiment={name}: no such experiment; the nearest: {', '.join(nearest(name))}")
+
+        ConfigStore.instance().store(group="experiment", name=name, node=_node(choices), package="_global_")
+
+
+def documented() -> list[str]:
+    """Return the names of the files in `configs/experiment`."""
+    return sorted(path.stem for path in (assets.configs() / "experiment").glob("*.yaml"))
+
+
+def choices_of(name: str) -> list[str] | None:
+    """Return the overrides that a name of a run stands for, `["model=digits", "method=fp"]`.
+
+    Returns:
+        Options of groups, then single values; None if the name is not made of known labels.
+    """
+    for model, after_model in _prefixes("model", name):
+        for bits, after_bits in [*_prefixes("bits", after_model), (None, after_model)]:
+            for method, rest in _prefixes("method", after_bits):
+                # A float model has no bits, and everything else has.
+                if (bits is None) != (method in _float_methods()):
+                    continue
+
+                later = _later_choices(rest, LATER)
+                if later is None:
+                    continue
+
+                first = [f"model={model}", *([f"bits={bits}"] if bits else []), f"method={method}"]
+                if bits and not any(choice.startswith("tdq=") for choice in later):
+                    first.append("tdq=none")
+                return first + later
+
+    return None
+
+
+def nearest(name: str, count: int = 4) -> list[str]:
+    """Return the experiments whose names are most like a misspelt one."""
+    quantized = [method for method in _labels("method") if method not in _float_methods()]
+    known = [*documented(), *(f"{model}_fp" for model in _labels("model"))]
+    known += [
+        "_".join(part for part in parts if part)
+        for parts in product(_labels("model"), _labels("bits"), quantized, ("", "tdq"))
+    ]
+    return difflib.get_close_matches(name, dict.fromkeys(known), count, cutoff=0.0)
+
+
+def _later_choices(rest: str, groups: Sequence[str]) -> list[str] | None:
+    """Return the choices that the labels after the method stand for; None if one is unknown."""
+    if not rest:
+        return []
+
+    for number, group in enumerate(groups):
+        for option, after in _prefixes(group, rest):
+            found = _later_choices(after, groups[number + 1 :])
+            if found is not None:
+                return [f"{group}={option}", *found]
+
+    value, _, after = rest.partition("_")
+    if value in VALUES:
+        found = _later_choices(after, ())
+        return None if found is None else [*found, VALUES[value]]
+    return None
+
+
+def _prefixes(group: str, name: str) -> list[tuple[str, str]]:
+    """Return (option, what is left) for every label of a group that a name begins with."""
+    return [
+        (option, name[len(label) + 1 :])
+        for label, option in _labels(group).items()
+        if name == label or name.startswith(f"{label}_")
+    ]
+
+
+@lru_cache
+def _labels(group: str) -> dict[str, str]:
+    """Return label -> option of a group, for the options that have one."""
+    labels = {}
+    for path in sorted((assets.configs() / group).glob("*.yaml")):
+        label = _value(path, group, "label")
+        if label:
+            labels[str(label)] = path.stem
+    return labels
+
+
+@lru_cache
+def _float_methods() -> set[str]:
+    """Return the methods that quantize nothing."""
+    folder = assets.configs() / "method"
+    return {path.stem for path in folder.glob("*.yaml") if _value(path, "method", "quantized") is False}
+
+
+def _value(path: Path, group: str, key: str) -> object:
+    """Return a key of an option: at the top, or below its group in a file of global package."""
+    content = assets.read_yaml(path) or {}
+    return content.get(key, (content.get(group) or {}).get(key))
+
+
+def _named(overrides: Sequence[str]) -> list[str]:
+    """Return the experiments that overrides name, all of a sweep's."""
+    names: list[str] = []
+    for override in overrides:
+        if not override.lstrip("+").startswith("experiment="):
+            continue
+
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+            is_list = parsed.is_choice_sweep()
+            names += parsed.sweep_string_iterator() if is_list else [parsed.get_value_string()]
+        except HydraException:
+            continue  # whoever composes says what is wrong with its grammar
+    return [name for name in names if name not in ("", "null")]
+
+
+def _node(choices: Sequence[str]) -> dict[str, object]:
+    """Return the content that a file of these choices would have."""
+    options = [choice for choice in choices if "." not in choice.split("=")[0]]
+    values = OmegaConf.from_dotlist([choice for choice in choices if choice not in options])
+    defaults = [{f"override /{group}": option} for group, _, option in (o.partition("=") for o in options)]
+    return {"defaults": defaults, **OmegaConf.to_container(values)}  # type: ignore[dict-item]
