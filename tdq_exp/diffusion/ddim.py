@@ -136,12 +136,19 @@ class Ddim:
         Returns:
             x_0, `[B, C, H, W]`.
         """
-        for t, t_prev in self.pairs(schedule):
+        for t, values in self.trajectory(denoise, schedule):
             if on_step is not None:
                 on_step(t, x)
             eps = denoise(x, torch.tensor(t, device=x.device)).to(x.dtype)
-            x = self.step(eps, t, t_prev, x, schedule, generators)
+            z = self.noise(x, generators) if values.sigma > 0 else None
+            x = self.update(eps, x, values, z)
         return x
+
+    def trajectory(
+        self, denoise: NoisePredictor, schedule: Schedule
+    ) -> list[tuple[int, Coefficients]]:
+        """Return each visited t with the numbers of its update, noisiest first."""
+        return [(t, self.coefficients(t, t_prev, schedule)) for t, t_prev in self.pairs(schedule)]
 
     def step(
         self,

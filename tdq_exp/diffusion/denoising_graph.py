@@ -76,9 +76,9 @@ class RecordedSteps:
 
     def __init__(self, ddim: Ddim, denoise: NoisePredictor, x: Tensor, schedule: Schedule) -> None:
         self.ddim, self.denoise = ddim, denoise
-        pairs = ddim.pairs(schedule)
-        numbers = [ddim.coefficients(t, t_prev, schedule) for t, t_prev in pairs]
-        self.visited = [t for t, _ in pairs]
+        trajectory = ddim.trajectory(denoise, schedule)
+        numbers = [values for _, values in trajectory]
+        self.visited = [t for t, _ in trajectory]
         self.sigmas = [number.sigma for number in numbers]
 
         # Made where x is; from here on nothing is copied from the host but the noise of eta > 0.

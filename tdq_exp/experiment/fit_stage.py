@@ -117,7 +117,7 @@ def finished_net(
     if checkpoint is None:
         return job.fit.finished(job.model, job.recipe, job.folder, device)
 
-    net = quantized.skeleton(job.model, quantized.required(job.recipe))
+    net = job.fit.skeleton(job.model, job.recipe)
     load_weights(net, str(checkpoint))
     return bake(net, inplace=True).to(device)
 

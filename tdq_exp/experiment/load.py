@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from tdq_exp.experiment import build as jobs
-from tdq_exp.fit import quantized
 from tdq_exp.quant.convert import bake
 from tdq_exp.runtime import files
 
@@ -55,7 +54,7 @@ def _packed(path: Path) -> tuple[jobs.Experiment, nn.Module]:
     state, config, _, parts = packed.load(path)
     job = jobs.rebuild(config, path)
     _check_parts(job.model.parts() if parts else {}, parts, path)
-    net = bake(quantized.skeleton(job.model, quantized.required(job.recipe)), inplace=True)
+    net = bake(job.fit.skeleton(job.model, job.recipe), inplace=True)
     try:
         net.load_state_dict(state)
     except RuntimeError as error:

@@ -163,6 +163,14 @@ class Fit(Generic[O_co]):
         """
         raise NotImplementedError(type(self).__name__)
 
+    def skeleton(self, model: DiffusionModel, recipe: Recipe | None) -> nn.Module:
+        """Return a network with the right modules and any numbers, to be filled and baked.
+
+        Raises:
+            ValueError: if this fit gives no quantized network.
+        """
+        raise ValueError(f"fit.kind={self.options.kind}: gives no quantized network")
+
     def work(self, model: DiffusionModel, net: nn.Module, sampling_steps: int) -> Work | None:
         """Return what the fit would take, or None if it takes nothing.
 

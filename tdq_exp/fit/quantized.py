@@ -64,9 +64,12 @@ class QuantizedFit(Fit[O_co]):
     def finished(
         self, model: DiffusionModel, recipe: Recipe | None, folder: Path, device: torch.device
     ) -> nn.Module:
-        net = bake(skeleton(model, required(recipe)), inplace=True)
+        net = bake(self.skeleton(model, recipe), inplace=True)
         load_weights(net, str(folder / BAKED))
         return net.to(device)
+
+    def skeleton(self, model: DiffusionModel, recipe: Recipe | None) -> nn.Module:
+        return skeleton(model, required(recipe))
 
 
 def required(recipe: Recipe | None) -> Recipe:
