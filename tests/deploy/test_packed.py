@@ -44,7 +44,10 @@ def test_two_four_bit_codes_share_a_byte():
     assert packed.pack_codes(torch.tensor([-7, 7, 0, 1]), -7, 4).tolist() == [0xE0, 0x87]
 
 
-RUNS = {"qat": ["method=lsq", "tdq=temporal"], "post-training": ["method=minmax", "tdq=none", "bits=w8a8"]}
+RUNS = {
+    "qat": ["method=lsq", "tdq=temporal", "fit.calibration_samples=64"],
+    "post-training": ["method=minmax", "tdq=none", "bits=w8a8"],
+}
 
 
 @pytest.fixture(scope="module", params=RUNS.values(), ids=RUNS.keys())
