@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in at most eight minutes: the tests marked `gpu`, then the bench.
-#   scripts/gpu_check.sh [python]
+#   scripts/gpu_check.sh [python] [options of the bench, such as --rehearse]
 # What comes out is written as it comes below $OUT (default: results/bench): tests.txt, gpu.json, gpu.md, bench.txt.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3}
+[ $# -gt 0 ] && shift
 out=${OUT:-results/bench}
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
@@ -20,7 +21,7 @@ tests=${PIPESTATUS[0]}
 echo "tests: exit code $tests after $((SECONDS - began)) s"
 
 left=$((465 - (SECONDS - began)))
-timeout "$left" "$python" scripts/bench/gpu.py --out "$out" --seconds $((left - 40)) 2>&1 | tee "$out/bench.txt" | tail -n 120
+timeout "$left" "$python" scripts/bench/gpu.py --out "$out" --seconds $((left - 40)) "$@" 2>&1 | tee "$out/bench.txt" | tail -n 120
 bench=${PIPESTATUS[0]}
 echo "bench: exit code $bench after $((SECONDS - began)) s"
 exit $((tests != 0 || bench != 0))

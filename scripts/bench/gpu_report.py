@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from tdq_exp.runtime import files
 
-ROOT = Path(__file__).resolve().parents[2]
 AIMS = (
     ("LSQ training step / float, {p}", "train LSQ {p}{g}", "train float {p}{g}", 1.25),
     ("LSQ+TDQ / LSQ, training step, {p}", "train LSQ+TDQ {p}{g}", "train LSQ {p}{g}", 1.05),
@@ -111,28 +108,32 @@ def _hours(results: Mapping[str, Any]) -> list[str]:
 def _column(results: Mapping[str, Any], table: str, model: str, precision: str) -> str | None:
     from tdq_exp.config.compose import compose
     from tdq_exp.experiment import build
+    from tdq_exp.report.cells import cells_of
+    from tdq_exp.report.manifest import read_manifest
 
-    manifest: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "table" / f"{table}.yaml"))
-    suffix = manifest["columns"][model].get("suffix", "")
     rates = _rates(results, model, precision)
     if rates is None:
         return None
     train, denoise, decode = rates
 
     fits = images = 0.0
-    for line in [*manifest["lines"], manifest["float_model"]]:
-        name = f"{model}_{line['experiment']}" + ("" if line is manifest["float_model"] else suffix)
-        words = [f"+experiment={name}", "model.weights=random", "tracker=none"]
-        job = build.build(compose([*words, *line.get("overrides", [])]), source=False)
-        sets = len(line.get("sampler_seeds", [0]))
-        form = "float" if job.recipe is None else "LSQ+TDQ" if "tdq" in name else "LSQ"
-        images += sets * job.sampling.images * (job.sampling.steps * denoise[form] + decode)
-        fit: Any = job.fit
-        if job.recipe is not None and fit.options.needs_calibration_set:
-            work = fit.work(job.model, job.model.build(), job.sampling.steps)
-            fits += denoise["float"] * work.forward_passes
-        elif job.recipe is not None:
-            fits += fit.options.updates * fit.options.batch_size * train[form]
+    net = None
+    for cell in cells_of(read_manifest(table), "paper", Path("results")):
+        if cell.column != model:
+            continue
+        job = build.build(compose([*cell.overrides, "model.weights=random"]), source=False)
+        options: Any = job.fit.options
+        form = "float" if job.recipe is None else "LSQ+TDQ" if "tdq" in job.name else "LSQ"
+        images += job.sampling.images * (job.sampling.steps * denoise[form] + decode)
+        if job.recipe is None:
+            continue  # the float model is given
+        if options.kind == "qat":
+            fits += options.updates * options.batch_size * train[form]
+            continue
+        net = net or job.model.build()
+        work = job.fit.work(job.model, net, job.sampling.steps)
+        fits += 0.0 if work is None else work.forward_passes * denoise["float"]
+
     hours = (fits / 3600, images / 3600)
     return f"| {table} | {model} | {precision} | {hours[0]:.0f} | {hours[1]:.0f} | {sum(hours):.0f} |"
 
