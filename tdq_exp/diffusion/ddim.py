@@ -147,8 +147,22 @@ class Ddim:
     def trajectory(
         self, denoise: NoisePredictor, schedule: Schedule
     ) -> list[tuple[int, Coefficients]]:
-        """Return each visited t with the numbers of its update, noisiest first."""
-        return [(t, self.coefficients(t, t_prev, schedule)) for t, t_prev in self.pairs(schedule)]
+        """Return each visited t with the numbers of its update, noisiest first.
+
+        A predictor may know the variance v_t of its own error, as PTQD's correction does. The error
+        reaches x_{t-1} times c, and so sigma'^2 = max(sigma^2 - c^2 v_t, 0) is left to be added.
+        """
+        known = getattr(denoise, "residual_variance", None)
+        trajectory = []
+
+        for t, t_prev in self.pairs(schedule):
+            values = self.coefficients(t, t_prev, schedule)
+            if known is not None and values.sigma > 0:
+                c = values.towards_x_t - values.signal_prev * values.noise / values.signal
+                variance = values.sigma**2 - c**2 * known(t)
+                values = values._replace(sigma=max(variance, 0.0) ** 0.5)
+            trajectory.append((t, values))
+        return trajectory
 
     def step(
         self,

@@ -226,6 +226,13 @@ class PtqOptions(FitOptions, ReconstructOptions):
 
     kind: str = setting("ptq", choices=("ptq",))
     reconstruct: bool = setting(False, help="block by block; false leaves it at the calibration")
+    correction: str = setting(
+        "none",
+        choices=("none", "ptqd"),
+        since="none",
+        named={"ptqd": "ptqd"},
+        help="of the fitted network's prediction, by tables over t: none, or PTQD's",
+    )
     memory_gb: float = setting(
         4.0, above=0, fingerprint=False, help="budget; what does not fit goes to files"
     )
@@ -234,6 +241,11 @@ class PtqOptions(FitOptions, ReconstructOptions):
     @property
     def reconstructs(self) -> bool:
         return self.reconstruct
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the prediction is corrected after the fit."""
+        return self.correction != "none"
 
     def check(self) -> None:
         super().check()

@@ -39,6 +39,14 @@ class Denoiser:
         """
         return self.model.predict(self.net, x_t, t, self.condition)
 
+    def residual_variance(self, t: int) -> float:
+        """Return the variance of the prediction's own error at t, if the network knows it; else 0.
+
+        A network with a correction (see `fit.ptq.ptqd`) holds it as a table over t.
+        """
+        correction = dict(self.net.named_children()).get("correction")
+        return 0.0 if correction is None else float(correction.get_buffer("variance")[t])
+
     def _parts(self) -> tuple[int, int, int]:
         return id(self.net), id(self.model), id(self.condition)
 

@@ -27,13 +27,14 @@ from tdq_exp.fit.calibrated import BATCH, set_batches
 from tdq_exp.fit.fit import Subject, Work
 from tdq_exp.fit.loop import validation_draws, validation_loss
 from tdq_exp.fit.options import CalibrationSpec, PtqOptions
+from tdq_exp.fit.ptq import ptqd
 from tdq_exp.fit.ptq.block_by_block import BlockByBlock
 from tdq_exp.fit.ptq.calibration_set import CalibrationSet, make_set
 from tdq_exp.fit.ptq.over_time import learns_over_time, make_over_time
 from tdq_exp.fit.ptq.part_file import quant_layers
 from tdq_exp.fit.quantized import QuantizedFit
 from tdq_exp.models.pixel import DiffusionModel
-from tdq_exp.quant.convert import activation_quantizers, code_weights
+from tdq_exp.quant.convert import Recipe, activation_quantizers, code_weights
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.intervals.temporal import Temporal
 from tdq_exp.runtime import files
@@ -105,8 +106,11 @@ class Ptq(QuantizedFit[PtqOptions]):
         net = self.calibrate(net, subject, set_batches(samples), seen, context)
         calibration_seconds = time.monotonic() - began
 
-        # 3. The fit; a correction of the fitted network's prediction would be computed after it.
+        # 3. The fit, and a correction of what the fitted network predicts.
         history = fit_to_set(net, float_net, model, samples, self.options, context)
+        corrected = {}
+        if self.options.corrects:
+            corrected["correction"] = ptqd.correct(net, float_net, model, samples, processes.device)
 
         # 4. What it is worth.
         draws = validation_draws(model, held_out, self.options.validation_samples, context.seed)
@@ -119,7 +123,14 @@ class Ptq(QuantizedFit[PtqOptions]):
             "blocks_not_kept": [block["block"] for block in history.blocks if not block["kept"]],
             "over_time": history.over_time,
             "best": [],
+            **corrected,
         }
+
+    def skeleton(self, model: DiffusionModel, recipe: Recipe | None) -> nn.Module:
+        net = super().skeleton(model, recipe)
+        if self.options.corrects:
+            ptqd.attach(net, model)
+        return net
 
     def _calibration_set(
         self, net: nn.Module, subject: Subject, context: RunContext
