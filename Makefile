@@ -48,6 +48,7 @@ bench-integer: $(VENV)/installed
 
 bench-gpu: $(VENV)/installed
 	scripts/gpu_check.sh $(VENV)/bin/python
+	$(VENV)/bin/python scripts/bench/gpu.py --report
 
 house: $(VENV)/installed
 	$(VENV)/bin/python scripts/analysis/house.py

@@ -20,7 +20,7 @@ tests=${PIPESTATUS[0]}
 echo "tests: exit code $tests after $((SECONDS - began)) s"
 
 left=$((465 - (SECONDS - began)))
-timeout "$left" "$python" scripts/bench_gpu.py --out "$out" --seconds $((left - 40)) 2>&1 | tee "$out/bench.txt" | tail -n 120
+timeout "$left" "$python" scripts/bench/gpu.py --out "$out" --seconds $((left - 40)) 2>&1 | tee "$out/bench.txt" | tail -n 120
 bench=${PIPESTATUS[0]}
 echo "bench: exit code $bench after $((SECONDS - began)) s"
 exit $((tests != 0 || bench != 0))

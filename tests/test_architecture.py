@@ -33,6 +33,11 @@ FLOORS = {
 }  # fmt: skip
 MACHINE = {"runtime", "config"}
 
+# Attributes of diffusers' modules, which `models` alone may know.
+OF_DIFFUSERS = {
+    "to_q", "to_k", "to_v", "group_norm", "nonlinearity", "time_embedding_norm", "conv_act", "processor",
+}  # fmt: skip
+
 # Who may import a third party: folders or modules, from the package's root.
 DOORS = {
     "diffusers": {"models"},
@@ -224,6 +229,23 @@ def test_a_third_party_enters_by_one_door(party):
     )
     # The rule is about something: a door that nobody uses any more should leave the list.
     assert users, f"nobody imports {party}"
+
+
+def test_attributes_of_diffusers_are_known_to_the_models_alone():
+    violations = []
+    for module, tree in TREES.items():
+        if place(module) == "models":
+            continue
+        documents = docstrings(tree)
+        for node in ast.walk(tree):
+            named = ""
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("F", "platform"):
+                named = node.attr
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in documents:
+                named = node.value.rpartition(".")[2]  # in getattr, or as part of a module's name
+            if named in OF_DIFFUSERS:
+                violations.append(f"{module}:{node.lineno} {named}")
+    none(violations)
 
 
 def test_no_environment_variable_steers_anything():

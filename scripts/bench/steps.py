@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.calibrate import calibrating
-from tdq_exp.quant.convert import Recipe, quantize
+from tdq_exp.quant.convert import Recipe
 from tdq_exp.quant.kernels import unfused
 
 Step = Callable[[], object]
@@ -30,7 +30,7 @@ def quantized(model: DiffusionModel, recipe: Recipe, x: Tensor, t: Tensor) -> nn
         x, t: samples `[N, C, H, W]` and time steps `[N]` for the start values.
     """
     net = model.build()
-    quantize(net, model.roles(net), recipe, model.schedule.steps)
+    model.quantize(net, recipe)
 
     with calibrating(net.eval(), 1), torch.no_grad():
         model.predict(net, x, t)

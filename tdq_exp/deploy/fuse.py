@@ -82,10 +82,10 @@ class CodedAttention(AttentionProcessor):
     Arguments as `AttentionProcessor`, the coder in place of the first quantizer.
     """
 
-    def read(self, attention: Any, x: Tensor) -> Any:
-        """`[B, C, H, W]` -> codes `[B, H W, C]`."""
+    def read(self, x: Tensor, norm: nn.GroupNorm) -> Any:
+        """Return codes, `[B, H W, C]`, of the block's input, `[B, C, H, W]`."""
         coder: Any = self.input_quantizer
-        coded = coder.of_norm(x, attention.group_norm, False)
+        coded = coder.of_norm(x, norm, False)
         return Coded(coded.codes.permute(0, 2, 3, 1).flatten(1, 2), coded.s, coded.z)
 
 

@@ -207,12 +207,12 @@ def _fit(config: schema.Config) -> Fit[FitOptions]:
     """Return the fit that a config names."""
     chosen, options = fit_class(config.fit), config.fit
     if options.needs_calibration_set:
-        trajectory = _trajectory(config.sampler)
+        trajectory = trajectory_of(config.sampler)
         return chosen(options, config.calibration, trajectory)  # type: ignore[call-arg]
     return chosen(options)
 
 
-def _trajectory(s: SamplerOptions) -> Ddim:
+def trajectory_of(s: SamplerOptions) -> Ddim:
     """Return the sampler of trajectories: DDIM without noise, at the same time steps."""
     return Ddim(s.steps, s.spacing, 0.0, s.clip, s.offset, s.final_alpha_one)
 

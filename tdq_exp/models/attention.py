@@ -1,4 +1,4 @@
-"""Quantized attention inside diffusers' networks: what is known here of its `Attention` and its processors."""
+"""Quantized attention inside diffusers' networks: all that is known of its attention processors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from tdq_exp.quant.quantizer import Quantizer
 
 
 class AttentionProcessor(QuantAttention):
-    """`QuantAttention` as a processor of diffusers' `Attention`: self-attention over the pixels of a U-Net."""
+    """`QuantAttention` as a processor of diffusers' `Attention`.
+
+    For self-attention over the pixels of a U-Net.
+    """
 
     def __call__(  # diffusers reads this signature to know which keyword arguments may be passed
         self,
@@ -26,17 +29,18 @@ class AttentionProcessor(QuantAttention):
         """See `forward`.
 
         Raises:
-            ValueError: for cross-attention or a mask, which a diffusion U-Net over pixels does not use.
+            ValueError: for cross-attention or a mask, which a diffusion U-Net over pixels does not
+                use.
         """
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("quantized attention is self-attention without a mask")
         return super().__call__(attention, hidden_states)
 
     def forward(self, attention: Any, hidden_states: Tensor) -> Tensor:
-        """Return the block's output, `[B, C, H, W]`, residual included where the original adds it."""
+        """Return the block's output, `[B, C, H, W]`, with a residual where the original has it."""
         batch, channels, height, width = hidden_states.shape
 
-        h = self.read(attention, hidden_states)
+        h = self.read(hidden_states, attention.group_norm)
         q, k, v = attention.to_q(h), attention.to_k(h), attention.to_v(h)
         q, k, v = (_split_heads(matrix, attention.heads) for matrix in (q, k, v))
         y = self.attend(q, k, v, attention.scale)
@@ -49,9 +53,14 @@ class AttentionProcessor(QuantAttention):
             y = y + hidden_states
         return y / attention.rescale_output_factor
 
-    def read(self, attention: Any, x: Tensor) -> Any:
-        """Return what q, k and v read, `[B, H W, C]`, of the block's input, `[B, C, H, W]`."""
-        return self.quantize_input(attention.group_norm(x.flatten(2)).transpose(1, 2))
+    def read(self, x: Tensor, norm: nn.GroupNorm) -> Any:
+        """Return what q, k and v read, `[B, H W, C]`.
+
+        Args:
+            x: the block's input, `[B, C, H, W]`.
+            norm: what is applied to it first.
+        """
+        return self.quantize_input(norm(x.flatten(2)).transpose(1, 2))
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

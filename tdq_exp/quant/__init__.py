@@ -1,12 +1,12 @@
-"""Quantizers: grid, step size, zero point, rule and plan. Plain torch; nothing here knows of diffusion.
+"""Quantizers: grid, step size, zero point, rule and plan. Plain torch: nothing of diffusion.
 
-| slot       | contract                                | files |
-|------------|-----------------------------------------|-------|
-| grid       | codes n..p                              | grid |
-| step size  | interval(x, grid) -> (s, z or None)     | intervals: static, temporal (TDQ), dynamic |
-| zero point | zero_point(s) -> z                      | zero_point |
-| rule       | rule(x, s, z) -> x_hat, with gradients  | quantizer, rules: lsq, pact, nipq, minmax |
-| plan       | bits(role) -> bits, or float            | plan, roles |
+| slot       | contract                               | files |
+|------------|----------------------------------------|-------|
+| grid       | codes n..p                             | grid |
+| step size  | interval(x, grid) -> (s, z or None)    | intervals: static, temporal (TDQ), dynamic |
+| zero point | zero_point(s) -> z                     | zero_point |
+| rule       | rule(x, s, z) -> x_hat, with gradients | quantizer, rules: lsq, pact, nipq, minmax |
+| plan       | bits(role) -> bits, or float           | plan, roles |
 
 The names below are the package's face: configurations and records use them, so that files can move.
 """

@@ -5,9 +5,9 @@
             calibration.batch = number
             net(x_t, t)
 
-Inside of the block quantizers pass everything through and keep a random sample of what they see; at its end
-each gets the (s, z) of least squared error, or the one that its rule asks for. Those whose step size is read
-from the tensor have no start values.
+Inside of the block quantizers pass everything through and keep a random sample of what they see; at
+its end each gets the (s, z) of least squared error, or the one that its rule asks for. Those whose
+step size is read from the tensor have no start values.
 """
 
 from __future__ import annotations
@@ -197,8 +197,10 @@ def _moments_start(mean: float, std: float, grid: Grid, bounded: bool) -> tuple[
 def least_error(values: Tensor, grid: Grid, low: float, high: float) -> tuple[float, int]:
     """Return the (s, z) that minimises `mean (x_hat - x)^2`, by search.
 
-    Symmetric: 100 fractions of max|x| / p, then 20 around the best. Affine with few codes: every zero point.
-    Affine with many: the range [low, high], widened to hold 0, is shrunk one side at a time, twice over 50
+    Symmetric: 100 fractions of max|x| / p, then 20 around the best. Affine with few codes: every
+        zero point.
+    Affine with many: the range [low, high], widened to hold 0, is shrunk one side at a time, twice
+        over 50
     fractions, then finely; z = round(-low / s).
 
     Args:
@@ -247,7 +249,8 @@ def least_error(values: Tensor, grid: Grid, low: float, high: float) -> tuple[fl
 def _every_zero_point(values: Tensor, grid: Grid, low: float, high: float) -> tuple[float, int]:
     """Return the (s, z) of least squared error on a grid with few codes.
 
-    The error has a valley for each zero point, so each is searched: 40 steps, then 20 around the best.
+    The error has a valley for each zero point, so each is searched: 40 steps, then 20 around the
+        best.
     """
     zeros = torch.arange(grid.p + 1, dtype=torch.float32)
     # The largest step worth trying reaches both extremes.

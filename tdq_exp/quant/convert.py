@@ -2,8 +2,8 @@
 
 quantize(net, roles, recipe, steps)   leaves replaced in place, quantizers in training form
 layer_map(net, roles)                 a printable row for each leaf
-bake(net)                             a copy, or itself, with integer weights and tables of step sizes:
-                                      what is sampled and shipped
+bake(net)                             a copy, or itself, with integer weights and tables of
+                                      step sizes: what is sampled and shipped
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Recipe:
         act: class (or partial) of the activations' rule.
         intervals: gives activations their intervals: `StaticIntervals`, `PerStepIntervals`,
             `TemporalIntervals`, `DynamicIntervals`.
-        weight_interval: `static`; `max_abs` for rules whose weights follow their maximum; `channel_range`
-            for affine weights that follow the range of each output channel.
-        zero_point: of activations: `static` (a learned integer), `lower_bound` (z(t) = round(-beta / s(t))),
-            or `by_role`: the second for inputs that come out of a SiLU and have a step size that depends on
-            t, the first for all others.
+        weight_interval: `static`; `max_abs` for rules whose weights follow their maximum;
+            `channel_range` for affine weights that follow the range of each output channel.
+        zero_point: of activations: `static` (a learned integer), `lower_bound` (z(t) = round(-beta
+            / s(t))), or `by_role`: the second for inputs that come out of a SiLU and have a step
+            size that depends on t, the first for all others.
         plan: which layers, at how many bits.
         habits: the paper's text or its released code.
     """
@@ -78,8 +78,8 @@ class Recipe:
             raise ValueError(f"tdq.zero_point={self.zero_point!r}: choose one of {choices}")
         if self.weight_interval not in WEIGHT_INTERVALS:
             raise ValueError(
-                f"weight.interval={self.weight_interval!r}: weights do not change with time, so choose"
-                f" one of {', '.join(WEIGHT_INTERVALS)}"
+                f"weight.interval={self.weight_interval!r}: weights do not change with time, so"
+                f" choose one of {', '.join(WEIGHT_INTERVALS)}"
             )
 
         # The grids refuse numbers of bits that they do not have.
@@ -116,14 +116,16 @@ def quantize(
     """Replace the leaves of a network in place; return the network's time context.
 
     Args:
-        net: a float network whose forward takes (x, t). Its forward sets the time context from now on.
+        net: a float network whose forward takes (x, t). Its forward sets the time context from now
+            on.
         roles: by leaf name, from the model.
         recipe: what to do.
         steps: T.
         attention: puts quantizers into an attention block; for networks that have any.
 
     Raises:
-        ValueError: if a leaf has no role, or a role no leaf; if a rule of the recipe changes values.
+        ValueError: if a leaf has no role, or a role no leaf; if a rule of the recipe changes
+            values.
     """
     leaves = {n for n, leaf in net.named_modules() if isinstance(leaf, nn.Conv2d | nn.Linear)}
     if leaves != roles.keys():
@@ -209,8 +211,8 @@ def _activation(recipe: Recipe, wanted: Wanted, interval: Interval) -> Quantizer
     quantizer = recipe.act(grid, interval, zero_point, gradient_scale=scale)
     if interval.dynamic and quantizer.transforms_step:
         raise ValueError(
-            f"act: {type(quantizer).__name__} transforms step sizes, which tdq=dynamic takes from the range of"
-            " each input as they are: choose another tdq"
+            f"act: {type(quantizer).__name__} transforms step sizes, which tdq=dynamic takes from"
+            " the range of each input as they are: choose another tdq"
         )
     return quantizer
 
@@ -250,10 +252,10 @@ def activation_quantizers(net: nn.Module) -> dict[str, Quantizer]:
 
 @torch.no_grad()
 def bake(net: nn.Module, inplace: bool = False) -> nn.Module:
-    """Return a copy for inference: weights as integer codes, every step size and zero point a table.
+    """Return a copy for inference: weights as codes, every step size and zero point a table.
 
-    It gives the same images, bit for bit. DoReFa's literal weights are not integers times a step: they stay
-    float. Where s is read from the input there is no table.
+    It gives the same images, bit for bit. DoReFa's literal weights are not integers times a step:
+    they stay float. Where s is read from the input there is no table.
 
     Args:
         net: quantized, in training form.

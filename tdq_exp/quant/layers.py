@@ -1,4 +1,6 @@
-"""Quantized layers. Each holds the layer that it replaces, and calls the same functional form with quantized tensors.
+"""Quantized layers.
+
+Each holds the layer that it replaces, and calls the same functional form with quantized tensors.
 
 y = conv(x_hat, w_hat) + b
 """
@@ -15,7 +17,9 @@ from tdq_exp.quant.quantizer import Quantizer
 
 
 class CodedWeight(nn.Module):
-    """A baked weight: integer codes, step size and zero point; w_hat = s (codes - z) is computed once.
+    """A baked weight: integer codes, step size and zero point.
+
+    w_hat = s (codes - z) is computed once, not at every step.
 
     Args:
         codes: integers in the smallest type that holds them, of the weight's shape.
@@ -53,7 +57,7 @@ class CodedWeight(nn.Module):
 
 
 class FixedWeight(nn.Module):
-    """A baked weight of a rule whose weights are not integers times a step (DoReFa's): w_hat itself.
+    """A baked weight that is not integers times a step (DoReFa's): w_hat itself.
 
     Args:
         w_hat: of the weight's shape, float32.
@@ -128,8 +132,9 @@ class QuantAttention(nn.Module):
 
         q, k, v = W_q h, W_k h, W_v h;   A = softmax(q k^T / sqrt(d));   y = W_o (A v)
 
-    h, q, k, v and A are quantized; h once, for q, k and v read the same tensor. How the network computes
-    attention is the model's knowledge: it derives a class from this one (see `convert.AttentionWrapper`).
+    h, q, k, v and A are quantized; h once, for q, k and v read the same tensor. How the network
+    computes attention is the model's knowledge: it derives a class from this one (see
+    `convert.AttentionWrapper`).
 
     Args:
         input_quantizer: of h; None if the three layers stay float.

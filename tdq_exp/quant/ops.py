@@ -3,18 +3,20 @@
     x_bar = clip(round(x / s) + z, n, p)          the integer code
     x_hat = s (x_bar - z)                         what the layer sees
 
-With v = x / s and bounds lo = n - z, hi = p - z (integers), x_hat = s round(clip(v, lo, hi)). Written as four in-place
-passes, this takes a fifth of the time of torch's fused fake-quantize kernels on a CPU, which are not vectorised, and it
-divides, as the definition and ONNX's QuantizeLinear do, where torch's kernels multiply by a rounded 1 / s.
+With v = x / s and bounds lo = n - z, hi = p - z (integers), x_hat = s round(clip(v, lo, hi)).
+Written as four in-place passes, this takes a fifth of the time of torch's fused fake-quantize
+kernels on a CPU, which are not vectorised, and it divides, as the definition and ONNX's
+QuantizeLinear do, where torch's kernels multiply by a rounded 1 / s.
 
 Gradients, with m = [lo < v < hi] (strict, as in LSQ, arXiv 1902.08153, eq. 3):
 
-    d x_hat / d x = m                                         all rules: straight through inside, zero outside
-    d x_hat / d s = m (x_hat / s - v) + (1 - m) x_hat / s     learned: rounding error inside, bound outside
-    d x_hat / d s =                     (1 - m) x_hat / s     clipped: PACT, whose clipping value is alpha = s (p - z)
+    d x_hat / d x = m                                       all rules: straight through inside
+    d x_hat / d s = m (x_hat / s - v) + (1 - m) x_hat / s   learned: rounding error, or bound
+    d x_hat / d s =                     (1 - m) x_hat / s   clipped: PACT, alpha = s (p - z)
     d x_hat / d z = -(1 - m) s
 
-The first of the two holds for NIPQ's pseudo quantization noise as well, where x_hat = x + s u inside.
+The first of the two holds for NIPQ's pseudo quantization noise as well, where x_hat = x + s u
+inside.
 
 Where `kernels` apply, each direction is one fused kernel; x_hat is the same to the bit.
 """
@@ -31,7 +33,8 @@ from tdq_exp.quant.kernels import plain
 
 
 class _RoundToGrid(torch.autograd.Function):
-    # Not x + (round(x) - x): that is an integer only up to the last bit, and zero points must be whole.
+    # Not x + (round(x) - x): that is an integer only up to the last bit, and zero points must be
+    # whole.
     @staticmethod
     def forward(ctx: Any, x: Tensor, n: float, p: float) -> Tensor:
         ctx.save_for_backward(x)
@@ -52,7 +55,8 @@ class _RoundToGrid(torch.autograd.Function):
 def round_straight_through(x: Tensor, n: float = -torch.inf, p: float = torch.inf) -> Tensor:
     """Return round(x) clipped to n..p, with the gradient of x.
 
-    Beyond the ends only a gradient that leads back passes: without it, a parameter that one update has
+    Beyond the ends only a gradient that leads back passes: without it, a parameter that one update
+        has
     carried past an end would stay there for ever.
     """
     return _RoundToGrid.apply(x, n, p)
@@ -123,9 +127,10 @@ def fake_quantize(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int) -> Ten
 
 
 def fake_quantize_at(x: Tensor, s: Tensor, t: Tensor, z: Tensor | None, n: int, p: int) -> Tensor:
-    """Return x_hat, without gradient, with s and z read from tables at one time step for the whole tensor.
+    """Return x_hat, without gradient, with s and z read from tables at one time step.
 
-    On a GPU the kernel reads them, so that a time-dependent step size costs no launch more than a static one.
+    On a GPU the kernel reads them, so that a time-dependent step size costs no launch more than a
+    static one.
 
     Args:
         x: any shape.
@@ -153,7 +158,10 @@ def at(values: Tensor, t: Tensor) -> Tensor:
 
 
 class _FusedFakeQuantize(torch.autograd.Function):
-    """Fake quantization by fused kernels. `kind` is learned, clipped or noise; `noise` is u of the last."""
+    """Fake quantization by fused kernels.
+
+    `kind` is learned, clipped or noise; `noise` is u of the last.
+    """
 
     @staticmethod
     def forward(
@@ -184,7 +192,10 @@ class _FusedFakeQuantize(torch.autograd.Function):
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """x_hat with the gradients above. `noise` replaces rounding by x + s u; `clipped` selects PACT's gradient of s."""
+    """Fake quantization by single tensor operations, with the gradients above.
+
+    `noise` replaces rounding by x + s u; `clipped` selects PACT's gradient of s.
+    """
 
     @staticmethod
     def forward(

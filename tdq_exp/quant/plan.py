@@ -4,7 +4,7 @@
 |---------|------------------------------|
 | all     | nothing: every convolution and linear layer, and q, k, v and softmax inside attention |
 | edge8   | the first and the last layer at 8 bits: the field's habit |
-| release | float: first and last convolution, time embedding, time projections, attention matrices |
+| release | float: first and last convolution, time embedding and projections, attention matrices |
 """
 
 from __future__ import annotations

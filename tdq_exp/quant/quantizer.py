@@ -1,12 +1,12 @@
 """A quantizer: grid, step size and zero point of one tensor, and the rule that a subclass adds.
 
-    s, z  = interval(x, grid)                          step size, and zero point if the range gives it
-    s     = transform_step(s)                          the rule's, identity by default
-    z     = zero_point(s)                              if the slot is filled
+    s, z  = interval(x, grid)          step size, and zero point if the range gives it
+    s     = transform_step(s)          the rule's, identity by default
+    z     = zero_point(s)              if the slot is filled
     x_hat = s (clip(round(x / s) + z, n, p) - z)
 
-In eval every rule computes this formula, and `bake` writes the same s and z into tables. While training, a
-subclass says how gradients pass (`rule`), and may have a penalty and two phases.
+In eval every rule computes this formula, and `bake` writes the same s and z into tables. While
+training, a subclass says how gradients pass (`rule`), and may have a penalty and two phases.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Quantizer(nn.Module):
 
     integer = True  # is x_hat an integer times s? DoReFa's literal weights are not
     fixed = False  # a weight: one tensor, not one per sample; set when a network is quantized
-    # What calibration takes as the start of s and z: `error` (least squares), `max` (largest magnitude) or
-    # `range` (minimum and maximum).
+    # What calibration takes as the start of s and z: `error` (least squares), `max` (largest
+    # magnitude) or `range` (minimum and maximum).
     start_by = "error"
 
     def __init__(
@@ -60,7 +60,8 @@ class Quantizer(nn.Module):
     def rule(self, x: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
         """Return x_hat with the gradients of a method, while training.
 
-        In the final phase the values must be those of the formula above: `check_rule` refuses others.
+        In the final phase the values must be those of the formula above: `check_rule` refuses
+            others.
 
         Args:
             x: float32, any shape.
@@ -69,11 +70,15 @@ class Quantizer(nn.Module):
         """
         raise NotImplementedError(type(self).__name__)
 
+    def differentiable(self, x: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
+        """Return the formula's x_hat in eval, inside of somebody's graph: LSQ's gradients."""
+        return ops.fake_quantize_learned(x, s, z, self.grid.n, self.grid.p)
+
     def transform_step(self, s: Tensor) -> Tensor:
         """Return the step size that is used where the interval gives s: here s itself.
 
-        Training, eval, tables and codes all use it, so a rule that restricts step sizes does so here. Each
-        element is transformed by itself; gradients are the rule's own affair.
+        Training, eval, tables and codes all use it, so a rule that restricts step sizes does so
+        here. Each element is transformed by itself; gradients are the rule's own affair.
         """
         return s
 
@@ -82,11 +87,11 @@ class Quantizer(nn.Module):
         return 1.0
 
     def penalty(self) -> Tensor | None:
-        """Return what this rule adds to the loss at the current time steps, 0-dim; None for nothing."""
+        """Return what this rule adds to the loss at the current time steps, 0-dim, or None."""
         return None
 
     def set_final_phase(self, final: bool) -> None:
-        """Take note of whether training is in its final phase. For rules that train in two phases."""
+        """Take note of whether training is in its final phase, for rules that have two."""
 
     # --- What all rules share
 
@@ -111,7 +116,8 @@ class Quantizer(nn.Module):
         if not self.interval.baked:  # a table holds what was transformed already
             s = self.transform_step(s)
 
-        # Before the zero point takes its part: where z follows s, both ways back to s must weigh alike.
+        # Before the zero point takes its part: where z follows s, both ways back to s must weigh
+        # alike.
         if self.training and s.requires_grad:
             s = ops.multiply_gradient(s, self.gradient_factor(x))
         if self.zero_point is not None:
@@ -126,7 +132,10 @@ class Quantizer(nn.Module):
         return s, z
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x_hat, of x's shape: float32, or autocast's type on a GPU (see `kernels.result_type`)."""
+        """Return x_hat, of x's shape.
+
+        float32, or autocast's type on a GPU (see `kernels.result_type`).
+        """
         if self.observer is not None:
             self.observer(x)
             return x
@@ -144,8 +153,8 @@ class Quantizer(nn.Module):
         s, z = self._step_and_zero(x)
         if self.training:
             return self.rule(x, s, z)
-        if torch.is_grad_enabled():  # inside of somebody's graph: the same numbers, differentiable
-            return ops.fake_quantize_learned(x, s, z, n, p)
+        if torch.is_grad_enabled():
+            return self.differentiable(x, s, z)
         return ops.fake_quantize(x, s, z, n, p)
 
     @torch.no_grad()
@@ -170,8 +179,8 @@ class Quantizer(nn.Module):
 def check_rule(quantizer: Quantizer, s: Tensor | None = None, z: Tensor | None = None) -> None:
     """Compare a rule's training output in its final phase with the formula that inference computes.
 
-    Eval, tables and codes never call `rule`, so a rule that changes values trains one network and ships
-    another. Values over twice the range of the grid are tried, between the codes and on them.
+    Eval, tables and codes never call `rule`, so a rule that changes values trains one network and
+    ships another. Values over twice the range of the grid are tried, between the codes and on them.
 
     Args:
         quantizer: in any state; nothing is changed.
@@ -201,8 +210,9 @@ def check_rule(quantizer: Quantizer, s: Tensor | None = None, z: Tensor | None =
     if bool(wrong.any()):
         i = int(wrong.flatten().float().argmax())
         name = type(quantizer).__name__
+        at_x, gives, wanted = (float(v.flatten()[i]) for v in (x, found, expected))
         raise ValueError(
-            f"{name}.rule changes values: {float(found.flatten()[i]):.6g} for x = {float(x.flatten()[i]):.6g},"
-            f" s = {float(s):.6g}, where inference computes {float(expected.flatten()[i]):.6g}. A rule may change"
-            f" gradients only; what changes s belongs in {name}.transform_step(s)"
+            f"{name}.rule changes values: {gives:.6g} for x = {at_x:.6g}, s = {float(s):.6g}, where"
+            f" inference computes {wanted:.6g}. A rule may change gradients only; what changes s"
+            f" belongs in {name}.transform_step(s)"
         )

@@ -1,16 +1,18 @@
-"""Details on which the paper's text and the authors' published code differ, apart from which layers are quantized.
+"""Details on which the paper's text and the authors' published code differ.
+
+Which layers are quantized differs too: see `plan`.
 
 | | text | release |
 |---|---|---|
 | grids | -p..p and 0..2^b - 1 | 4 bits: -6..6, 3 bits: -2..2; SiLU outputs 0..2^b - 2 |
-| activations | affine, learned integer zero point | symmetric; SiLU outputs affine from -0.2785, fixed |
+| activations | affine, learned integer zero point | symmetric; SiLU outputs from -0.2785, fixed |
 | static step | softplus(rho) | the raw number |
 | LSQ's gradient scale | everywhere | weights only |
-| start of s | least squared error | (mean + 3 std) / p; SiLU (mean + 16 std) / (2^b - 2); weights max w / p |
+| start of s | least squared error | (mean + 3 std) / p; SiLU (mean + 16 std) / p; weights max / p |
 | last layer of f | He | torch's default; dropout 0.2 before it while training |
 
-The release adds the real number -0.2785 back after rounding; here the zero point is the integer nearest to
-0.2785 / s, so that a padded zero is exact. Its truncated pixels are `sampler.truncate`.
+The release adds the real number -0.2785 back after rounding; here the zero point is the integer
+nearest to 0.2785 / s, so that a padded zero is exact. Its truncated pixels are `sampler.truncate`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The time step that a network is being evaluated at.
 
-One `TimeContext` per network. The network's root forward sets it, and `with time.at(t):` does so for work on
-a part of the network. It stays set after the forward, so backward finds it; a deep copy of the network has
-its own.
+One `TimeContext` per network. The network's root forward sets it, and `with time.at(t):` does so
+for work on a part of the network. It stays set after the forward, so backward finds it; a deep copy
+of the network has its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class TimeContext:
-    """The current t: a 0-dim tensor (one time step for the whole batch) or `[B]`, integer, in 0..T-1.
+    """The current t, integer, in 0..T-1: 0-dim for one time step for the whole batch, or `[B]`.
 
     Args:
         steps: T.
@@ -38,7 +38,8 @@ class TimeContext:
         """
         if self._t is None:
             raise RuntimeError(
-                "no time step is set: call the whole network, or wrap the call in `with time.at(t):`"
+                "no time step is set: call the whole network, or wrap the call in"
+                " `with time.at(t):`"
             )
         return self._t
 
@@ -66,7 +67,8 @@ class TimeContext:
             t = torch.as_tensor(t)
             if t.is_floating_point() or t.dim() > 1:
                 raise ValueError(
-                    f"t must be an integer or a vector of integers, not {t.dtype} of shape {tuple(t.shape)}"
+                    f"t must be an integer or a vector of integers, not {t.dtype} of shape"
+                    f" {tuple(t.shape)}"
                 )
         self._t, self._index, self.kept = t, None, None
         self.version += 1
@@ -84,7 +86,8 @@ class TimeContext:
     def follow(self, net: nn.Module) -> None:
         """Make the root forward of `net(x, t, ...)` set the time step.
 
-        The hook is a bound method, so a deep copy of the network gets a hook bound to the copied context.
+        The hook is a bound method, so a deep copy of the network gets a hook bound to the copied
+        context.
         """
         net.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 

@@ -5,7 +5,8 @@
     set_final_phase(net, ...)   rules that train in two phases: is this the last one?
     penalty(net)                what the rules add to the loss
 
-Each slot answers for itself: a module names the group of its own parameters (`parameter_group`), a rule
+Each slot answers for itself: a module names the group of its own parameters (`parameter_group`), a
+    rule
 defines `penalty` and `set_final_phase`.
 """
 
@@ -22,14 +23,15 @@ GROUPS = ("weights", "step_sizes", "zero_points", "generators")
 
 
 def quantizers(net: nn.Module) -> Iterator[Quantizer]:
-    """Yield every quantizer of a network, weights' and activations', in the order of its modules."""
+    """Yield every quantizer of a network, of weights and activations, in the order of modules."""
     return (module for module in net.modules() if isinstance(module, Quantizer))
 
 
 def initialize(net: nn.Module) -> None:
     """Give every interval and zero point a valid start value (s = 1, z = 0).
 
-    For a network whose values are loaded afterwards: a new one holds numbers that no calibration has set.
+    For a network whose values are loaded afterwards: a new one holds numbers that no calibration
+        has set.
 
     Args:
         net: quantized, in training form; changed in place.
@@ -39,7 +41,7 @@ def initialize(net: nn.Module) -> None:
 
 
 def parameter_groups(net: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Return every trainable parameter in exactly one group, each group in the order of the modules.
+    """Return every trainable parameter in exactly one group, in the order of the modules.
 
     The module that owns a parameter names its group by the class attribute `parameter_group`; the
     parameters of all other modules are "weights".
@@ -59,9 +61,10 @@ def parameter_groups(net: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def set_final_phase(net: nn.Module, final: bool) -> None:
-    """Tell every rule whether training is in its final phase, in which the rule computes what inference does.
+    """Tell every rule whether training is in its final phase.
 
-    A fit calls this before each update. Rules with one phase ignore it; NIPQ adds noise until it is final.
+    There a rule computes what inference does. A fit calls this before each update. Rules with one
+    phase ignore it; NIPQ adds noise until it is final.
 
     Args:
         net: quantized, in training form.

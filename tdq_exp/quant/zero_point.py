@@ -1,11 +1,11 @@
 """Zero points: the integer code of 0.
 
-| zero point       | z                                          | parameters |
-|------------------|--------------------------------------------|------------|
-| none             | 0: symmetric grids                         | |
-| `ZeroPoint`      | round(p zeta)                              | zeta: a learned integer for all t |
-| `LowerBound`     | round(-beta / s(t))                        | beta: a learned lower bound of x |
-| `TableZeroPoint` | z_t                                        | none: any of the above, baked |
+| zero point       | z                   | parameters |
+|------------------|---------------------|------------|
+| none             | 0: symmetric grids  | |
+| `ZeroPoint`      | round(p zeta)       | zeta: a learned integer for all t |
+| `LowerBound`     | round(-beta / s(t)) | beta: a learned lower bound of x |
+| `TableZeroPoint` | z_t                 | none: any of the above, baked |
 
 A source has one contract: `zero_point(s)` returns z. Where the range of the input gives s, as in
 `intervals.dynamic`, it gives z as well, and this slot stays empty.
@@ -49,8 +49,8 @@ class ZeroPointSource(nn.Module):
 class ZeroPoint(ZeroPointSource):
     """z = round(p zeta) clipped to n..p: one learned integer for all time steps.
 
-    The parameter is a fraction of the grid, so that one learning rate moves it by the same share of the
-    range at any number of bits.
+    The parameter is a fraction of the grid, so that one learning rate moves it by the same share of
+    the range at any number of bits.
 
     Args:
         grid: affine.
@@ -75,7 +75,9 @@ class ZeroPoint(ZeroPointSource):
 
 
 class LowerBound(ZeroPointSource):
-    """z(t) = round(-beta / s(t)): a static real lower bound beta, for inputs whose minimum is fixed.
+    """z(t) = round(-beta / s(t)): a static real lower bound beta.
+
+    For inputs whose minimum is fixed, like SiLU's.
 
     Args:
         grid: affine.

@@ -82,7 +82,7 @@ def test_all_at_once_equals_one_by_one_in_gradient(layers):
 def test_a_generator_is_private_to_its_quantizer():
     bank = make_bank()
     with bank.time.at(torch.tensor([3, 700])):
-        Temporal(bank, 2)().sum().backward()
+        Temporal(bank, 2).step_size().sum().backward()
     for parameter in bank.parameters():
         others = [0, 1, 3]
         assert float(parameter.grad[others].abs().max()) == 0
@@ -93,8 +93,8 @@ def test_one_time_for_the_whole_batch_gives_one_step_size_each():
     bank = make_bank()
     with bank.time.at(33):
         assert bank.step_sizes().shape == (4,)
-        assert Temporal(bank, 1)().dim() == 0
-        assert float(Temporal(bank, 1)().detach()) == float(bank.step_sizes()[1].detach())
+        assert Temporal(bank, 1).step_size().dim() == 0
+        assert float(Temporal(bank, 1).step_size().detach()) == float(bank.step_sizes()[1].detach())
 
 
 def test_the_matrix_is_computed_once_for_a_time_step_and_anew_for_the_next():

@@ -204,7 +204,7 @@ def test_noise_stays_within_half_a_step_and_clipped_values_get_none(histogram):
     torch.manual_seed(0)
     with torch.no_grad():
         x_hat = quantizer(x)
-    s = float(quantizer.interval())
+    s = float(quantizer.interval.step_size())
     low, high = -3 * s, 12 * s
     outside = (x < low - 1e-6) | (x > high + 1e-6)
     assert torch.allclose(x_hat[outside], x[outside].clamp(low, high))
@@ -227,7 +227,7 @@ def test_a_value_on_the_bound_itself_gets_no_noise(histogram):
 def test_noise_follows_the_histogram_of_the_rounding_error():
     # All values lie a quarter of a step above a level: their rounding error is -1/4, and the noise must be that too.
     quantizer = noisy(histogram=True)
-    s = float(quantizer.interval())
+    s = float(quantizer.interval.step_size())
     x = s * (torch.arange(-2, 11).repeat(50) + 0.25)[None]
     torch.manual_seed(0)
     with torch.no_grad():
@@ -256,7 +256,7 @@ def test_inference_never_adds_noise():
     with torch.no_grad():
         rough = quantizer(x)
         x_hat = quantizer.eval()(x)
-    s = quantizer.interval()
+    s = quantizer.interval.step_size()
     assert not torch.equal(rough, x_hat)
     assert torch.equal((x_hat / s).round() * s, x_hat)
 

@@ -20,7 +20,6 @@ import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +123,7 @@ def graph_of(net: nn.Module, ranges: Mapping[str, tuple[Tensor, Tensor]], form: 
                 raise ValueError(f"{name}: can't be exported, {reason}")
     for name, module in list(net.named_modules()):
         if isinstance(module, QuantAttention):
-            block = name.removesuffix(".processor")
+            block = name.rpartition(".")[0]
             if module.input_quantizer is not None:
                 module.input_quantizer = (Codes if form == "integer" else Portable)(module.input_quantizer, clock)  # type: ignore[assignment]
             for part in ("q", "k", "v", "probabilities"):
@@ -145,8 +144,9 @@ def _layer(
 ) -> nn.Module:  # fmt: skip
     quantizer = layer.input_quantizer
     if quantizer is None:  # q, k and v: their input comes in the form that it was given above
-        processor: Any = net.get_submodule(name.rpartition(".")[0]).processor
-        reader = processor.input_quantizer
+        siblings = net.get_submodule(name.rpartition(".")[0]).children()
+        attention = next(module for module in siblings if isinstance(module, QuantAttention))
+        reader = attention.input_quantizer
         return IntegerLinear(layer, reader, shared=True) if isinstance(reader, Codes) else PortableLayer(layer, None)
     if form == "portable" or last:
         return PortableLayer(layer, Portable(quantizer, clock))

@@ -11,7 +11,8 @@
 | `LookupTable`  | s_t                                 | none: any of the first three, baked |
 
 All have one contract: `interval(x, grid)` returns (s, z or None). The learned ones share one
-parametrisation, so that a comparison of two of them compares intervals: `Static` is `Temporal` with zero
+parametrisation, so that a comparison of two of them compares intervals: `Static` is `Temporal` with
+    zero
 weights.
 """
 
@@ -34,16 +35,18 @@ def inverse_softplus(s: float) -> float:
 class Interval(nn.Module):
     """A source of step sizes.
 
-    A source that needs no input defines `start`, `step_size` and `table`. One that reads the input defines
-    `forward` alone and sets `dynamic`.
+    A source that needs no input defines `start`, `step_size` and `table`. One that reads the input
+    defines `forward` alone and sets `dynamic`.
     """
 
     time_dependent = False  # does s depend on t?
-    dynamic = False  # is s read from the tensor that is quantized? Then there is nothing to calibrate or to bake.
+    dynamic = (
+        False  # is s read from what is quantized, so that there is nothing to calibrate or bake?
+    )
     baked = False  # does it hold what a quantizer computed from another interval?
 
     def start(self, s: float) -> None:
-        """Set the start value, for every time step alike. Nothing to do where s follows the tensor."""
+        """Set the start value, for every time step alike. Nothing happens where s follows x."""
         if not self.dynamic:
             raise NotImplementedError(type(self).__name__)
 
@@ -55,26 +58,27 @@ class Interval(nn.Module):
             grid: the codes.
 
         Returns:
-            s > 0: 0-dim, or with one value for each element of x's first axis. z: None, except where the
-            range that gives s determines it too; then an integer held as float, of s's shape.
+            s > 0: 0-dim, or with one value for each element of x's first axis. z: None, except
+            where the range that gives s determines it too; then an integer held as float, of s's
+            shape.
         """
         s = self.step_size()
         assert s is not None
         return s, None
 
     def step_size(self) -> Tensor | None:
-        """Return s at the current time step, 0-dim or `[B]`; None if it takes the input to know it."""
+        """Return s at the current time step, 0-dim or `[B]`; None if it takes x to know it."""
         return None
 
     def table(self) -> Tensor | None:
-        """Return s for every time step, `[T]`, or `[1]` if it does not depend on t, without gradient.
+        """Return s for every time step, `[T]`, or `[1]` if it does not depend on t.
 
-        None if it takes the input to know it.
+        Without gradient; None if it takes x to know s.
         """
         return None
 
     def lookup(self) -> tuple[Tensor, Tensor] | None:
-        """Return (table `[T]`, 0-dim t) where s is an entry of a table, one for the whole batch, else None.
+        """Return (table `[T]`, 0-dim t) where s is one entry of a table for a whole batch, or None.
 
         A kernel can then read the entry itself, in place of a gather before it.
         """

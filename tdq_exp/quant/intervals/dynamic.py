@@ -1,10 +1,10 @@
 """Step sizes that are read from the tensor itself.
 
-| interval       | range of                                      | for |
-|----------------|-----------------------------------------------|-----|
-| `Dynamic`      | the input, by sample or over the batch        | activations: a baseline of the paper |
-| `MaxAbs`       | the weight: -max|w|..max|w|                   | PACT's weights |
-| `ChannelRange` | each output channel of the weight             | weights in post-training quantization |
+| interval       | range of                               | for |
+|----------------|----------------------------------------|-----|
+| `Dynamic`      | the input, by sample or over the batch | activations: a baseline of the paper |
+| `MaxAbs`       | the weight: -max|w|..max|w|            | PACT's weights |
+| `ChannelRange` | each output channel of the weight      | weights in post-training quantization |
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Dynamic(Interval):
     """Step size and zero point from the minimum and the maximum of each input, at run time.
 
     Args:
-        per_sample: a range for each sample of a batch; or one for the whole batch, which makes an image
-            depend on the other images of its batch.
+        per_sample: a range for each sample of a batch; or one for the whole batch, which makes an
+            image depend on the other images of its batch.
     """
 
     dynamic = True
@@ -51,7 +51,7 @@ class MaxAbs(Interval):
 
 
 class ChannelRange(Interval):
-    """s and z of each output channel of a weight, from its minimum and maximum, on an affine grid."""
+    """s and z of each output channel of a weight, from its range, on an affine grid."""
 
     dynamic = True
 

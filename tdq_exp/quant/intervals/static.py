@@ -1,4 +1,4 @@
-"""Step sizes that are parameters: one for all time steps, or one for each group of them (the paper's Table 3)."""
+"""Step sizes that are parameters: one for all time steps, or one for each group of them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ class PerStep(Interval):
         super().__init__()
         if not 1 <= groups <= time.steps:
             raise ValueError(
-                f"tdq.interval.groups={groups}: must be between 1 and the model's {time.steps} time steps"
+                f"tdq.interval.groups={groups}: must be between 1 and the model's {time.steps}"
+                " time steps"
             )
         self.time = time
         self.rho = nn.Parameter(torch.zeros(groups))

@@ -3,12 +3,14 @@
     I(t) = enc(t):  cos and sin of t 10000^(-2i/d), i < d/2 (cos first, as released)
     s(t) = softplus(f(I(t))),  f: linear layers with ReLU between, one small network per quantizer
 
-Here are the encoding, the networks f of all quantizers (`GeneratorBank`), the interval that a quantizer
-holds (`Temporal`) and what configurations name (`TemporalIntervals`).
+Here are the encoding, the networks f of all quantizers (`GeneratorBank`), the interval that a
+quantizer holds (`Temporal`) and what configurations name (`TemporalIntervals`).
 
-All networks f have the same shape, so their weights are stacked, `[Q, out, in]`, and one batched product per
-layer gives the whole `[Q, B]` matrix of step sizes; each quantizer reads its row. In eval the matrix is read
-from a table over all T, made by the same function that baking calls: two ways of computing it would differ
+All networks f have the same shape, so their weights are stacked, `[Q, out, in]`, and one batched
+product per layer gives the whole `[Q, B]` matrix of step sizes; each quantizer reads its row. In
+eval the matrix is read
+from a table over all T, made by the same function that baking calls: two ways of computing it would
+    differ
 in the last bit, and rounding would amplify that.
 
 Source: So et al., *Temporal Dynamic Quantization for Diffusion Models*, NeurIPS 2023, section 4.
@@ -73,7 +75,8 @@ class Cache(Generic[T]):
 class GeneratorBank(nn.Module):
     """The networks f of all quantizers, by quantizer name.
 
-    Its state dict shows each network by itself, `<quantizer>.<layer>.weight` and `.bias`, and loads strictly.
+    Its state dict shows each network by itself, `<quantizer>.<layer>.weight` and `.bias`, and loads
+    strictly.
 
     Args:
         names: of the quantizers; row i belongs to names[i].
@@ -82,7 +85,8 @@ class GeneratorBank(nn.Module):
         width: of the hidden layers.
         layers: number of linear layers, at least 1.
         dropout: before the last layer, while training.
-        he: He initialisation of the last layer; with it on all layers s(t) / s0 would spread over 0.2..5.6.
+        he: He initialisation of the last layer; with it on all layers s(t) / s0 would spread over
+            0.2..5.6.
     """
 
     parameter_group = "generators"
@@ -166,8 +170,9 @@ class GeneratorBank(nn.Module):
             return F.softplus(h.squeeze(-1))
 
     def step_sizes(self) -> Tensor:
-        """Return s of every quantizer at the current time step, for training: `[Q, B]`, or `[Q]` for a 0-dim t.
+        """Return s of every quantizer at the current time step, for training.
 
+        `[Q, B]`, or `[Q]` for a 0-dim t.
         It is computed once for each time step, and all quantizers share its graph.
         """
         if torch.compiler.is_compiling():
@@ -180,13 +185,16 @@ class GeneratorBank(nn.Module):
     def row_in_training(self, row: int) -> Tensor:
         """Return one quantizer's row of `step_sizes`: 0-dim, or `[B]`.
 
-        All rows are taken at once: on the way back their gradients are then stacked, where hundreds of
+        All rows are taken at once: on the way back their gradients are then stacked, where hundreds
+            of
         single rows would each be padded to a whole matrix and added.
         """
         if torch.compiler.is_compiling():
             return self.step_sizes()[row]
         rows = self._rows_cache.get(self._now(), lambda: self.step_sizes().unbind())
-        return rows[row]
+        # A view for each call: gradients of one use are summed before those of another (the penalty's),
+        # in an order that does not depend on which uses there are.
+        return rows[row].view_as(rows[row])
 
     def _matrix_now(self) -> Tensor:
         t = self.time.t
@@ -194,7 +202,7 @@ class GeneratorBank(nn.Module):
         return matrix if t.dim() else matrix[:, 0]
 
     def row_now(self, row: int) -> Tensor:
-        """Return one quantizer's entry of the table at the current time step, for eval: 0-dim, or `[B]`."""
+        """Return one quantizer's s at the current time step, for eval: 0-dim, or `[B]`."""
         # The weights are looked at once for each time step, not for each quantizer.
         table = self._eval_cache.get((self.time.version, self._versions()), self.table)
         t = self.time.t
@@ -210,12 +218,13 @@ class GeneratorBank(nn.Module):
             self.training = training
             return values
 
-        # Fused optimisers write without counting a version, so the weights' sums are looked at as well.
+        # Fused optimisers write without counting a version, so the weights' sums are looked at as
+        # well.
         key = (self._versions(), tuple(_sum(p) for p in self.parameters()))
         return self._table_cache.get(key, compute)
 
     def forget(self) -> None:
-        """Drop what is kept for the current time step, and with it the graph of the last forward pass."""
+        """Drop what is kept for the current time step, with the graph of the last forward."""
         for cache in (self._matrix_cache, self._rows_cache, self._eval_cache):
             cache.clear()
 
@@ -229,7 +238,10 @@ class GeneratorBank(nn.Module):
     # --- Parts
 
     def subset(self, rows: Sequence[int]) -> GeneratorBank:
-        """Return a trainable copy of some networks, for the reconstruction of one block; see `take_back`."""
+        """Return a trainable copy of some networks, for the reconstruction of one block.
+
+        `take_back` is the way back.
+        """
         names = [self.names[row] for row in rows]
         width = self.weights[0].shape[1]
         part = GeneratorBank(names, self.time, self.encoding, width, self.layers, self.dropout)
@@ -339,7 +351,8 @@ class TemporalIntervals:
         width: of the hidden layers of f.
         layers: linear layers of f; the paper finds quality stable from 4 on.
         dropout: before the last layer, while training (release: 0.2).
-        he: He initialisation of the last layer (the paper), or torch's default everywhere (release).
+        he: He initialisation of the last layer (the paper), or torch's default everywhere
+            (release).
     """
 
     def __init__(

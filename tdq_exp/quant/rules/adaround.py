@@ -1,11 +1,14 @@
-"""AdaRound: each weight is rounded up or down as suits the output of its block, not as it lies nearer.
+"""AdaRound: each weight is rounded up or down, whichever suits the output of its block.
 
-    w_hat = s (clip(floor(w / s) + h(V) + z, n, p) - z),   h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1)
+    w_hat = s (clip(floor(w / s) + h(V) + z, n, p) - z)
+    h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1)
     L = reconstruction + lambda sum (1 - |2 h(V) - 1|^beta),   zeta = 1.1, gamma = -0.1
 
-h starts at the fraction of w / s, so that w_hat = w; beta falls over the updates and drives h to 0 or 1.
+h starts at the fraction of w / s, so that w_hat = w; beta falls over the updates and drives h to 0
+or 1.
 
-Source: Nagel et al., *Up or Down? Adaptive Rounding for Post-Training Quantization*, arXiv 2004.10568, eq. (21)-(24).
+Source: Nagel et al., *Up or Down? Adaptive Rounding for Post-Training Quantization*, arXiv
+    2004.10568, eq. (21)-(24).
 """
 
 from __future__ import annotations
@@ -58,7 +61,8 @@ class AdaRound(nn.Module):
 def beta_at(update: int, updates: int, start: float, end: float, warmup: float) -> float | None:
     """Return beta of an update, or None while the term is off.
 
-        end + (start - end) (1 + cos(pi r)) / 2,   r = (u - warmup updates) / (updates - warmup updates)
+        end + (start - end) (1 + cos(pi r)) / 2
+        r = (u - warmup updates) / (updates - warmup updates)
 
     Args:
         update: u, from 0.

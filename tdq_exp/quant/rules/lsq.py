@@ -1,8 +1,11 @@
 """LSQ: the step size learns from the rounding error inside the range and from the bound outside.
 
-    d x_hat / d s = round(v) - v   where n < v < p,   n or p outside;   all that reaches s times 1 / sqrt(N p)
+    d x_hat / d s = round(v) - v   where n < v < p,   n or p outside
 
-Source: Esser et al., *Learned Step Size Quantization*, arXiv 1902.08153; with a learned offset as LSQ+,
+and all that reaches s is multiplied by 1 / sqrt(N p).
+
+Source: Esser et al., *Learned Step Size Quantization*, arXiv 1902.08153; with a learned offset as
+    LSQ+,
 arXiv 2004.09576.
 """
 
@@ -24,7 +27,8 @@ class Lsq(Quantizer):
     def gradient_factor(self, x: Tensor) -> float:
         """Return `1 / sqrt(N p)`, or 1 if the gradient scale is off.
 
-        N counts the elements that one s is for: of the whole weight, of one sample of an activation.
+        N counts the elements that one s is for: of the whole weight, of one sample of an
+            activation.
         """
         if not self.gradient_scale:
             return 1.0

@@ -1,11 +1,13 @@
-"""MinMax: the range is the minimum and the maximum, of a weight's output channel or of the calibration set.
+"""MinMax: the range is the minimum and the maximum, of a weight's channel or of a calibration set.
 
     s = (max - min) / (p - n),   z = round(n - min / s),   min <= 0 <= max
 
-The range is widened to hold 0, so that z lies on the grid and a padded zero is exact. Weights follow their
-own range, one for each output channel (`intervals.dynamic.ChannelRange`), as PTQ4DM and BRECQ do by default.
+The range is widened to hold 0, so that z lies on the grid and a padded zero is exact. Weights
+follow their own range, one for each output channel (`intervals.dynamic.ChannelRange`), as PTQ4DM
+and BRECQ do by default.
 
-Source: Jacob et al., *Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Source: Jacob et al., *Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only
 Inference*, arXiv 1712.05877, section 3.
 """
 
@@ -19,7 +21,10 @@ from tdq_exp.quant.rules.lsq import Lsq
 
 
 class MinMax(Lsq):
-    """Activations start at the range of the calibration set; where s depends on t, at least squared error."""
+    """Activations start at the range of the calibration set.
+
+    Where s depends on t they start at least squared error.
+    """
 
     @property
     def start_by(self) -> str:  # type: ignore[override]
@@ -34,3 +39,7 @@ class MinMaxWeights(Quantizer):
         """Return w_hat, whose gradient goes to w as it is."""
         w_hat = ops.fake_quantize(x.detach(), s, z, self.grid.n, self.grid.p)
         return ops.pass_straight_through(x, w_hat)
+
+    def differentiable(self, x: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
+        """Return the same in eval."""
+        return self.rule(x, s, z)

@@ -2,12 +2,14 @@
 
     x_hat = x + s u  where lo < x / s < hi,   s lo or s hi outside;   u in [-1/2, 1/2]
 
-The noise has the width of a step, its bounds are s (n - z) and s (p - z), and the range is learned through
-both. u is uniform, or drawn from the histogram of the tensor's own rounding error, as the published code
-does.
+The noise has the width of a step, its bounds are s (n - z) and s (p - z), and the range is learned
+through both. u is uniform, or drawn from the histogram of the tensor's own rounding error, as the
+published code does.
 
-Source: Shin et al., *NIPQ: Noise Proxy-Based Integrated Pseudo-Quantization*, CVPR 2023. The length of its
-phases on diffusion is not published: `fit.real_rounding` is the last share of the updates, 0.2 by default.
+Source: Shin et al., *NIPQ: Noise Proxy-Based Integrated Pseudo-Quantization*, CVPR 2023. The length
+    of its
+phases on diffusion is not published: `fit.real_rounding` is the last share of the updates, 0.2 by
+    default.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class Nipq(Quantizer):
     """NIPQ for activations. Arguments as `Quantizer`, and
 
     Args:
-        histogram: draw the noise from the rounding error's histogram of 256 bins, not from the uniform law.
+        histogram: draw the noise from the rounding error's histogram of 256 bins, not from the
+            uniform law.
     """
 
     def __init__(self, *args: object, histogram: bool = True, **kwargs: object) -> None:
@@ -59,9 +62,9 @@ class Nipq(Quantizer):
         error = (v.round() - v).masked_fill_(outside, 2.0)
         histogram = torch.histc(error, bins=BINS, min=-0.5, max=0.5)
 
-        # Inverse transform sampling from a fine table of quantiles: one uniform draw and one look-up per
-        # element. A bin that a level falls into is not empty, unless all are: then nothing is inside, and no
-        # noise is used.
+        # Inverse transform sampling from a fine table of quantiles: one uniform draw and one
+        # look-up per element. A bin that a level falls into is not empty, unless all are: then
+        # nothing is inside, and no noise is used.
         shares = (histogram.cumsum(0) / histogram.sum().clamp(min=1)).double()
         levels = torch.arange(QUANTILES, device=x.device, dtype=torch.float64)
         levels = (levels + 0.5) / QUANTILES

@@ -2,12 +2,13 @@
 
     d x_hat / d alpha = 1 where x > alpha, 0 inside;   loss += decay alpha^2
 
-For signed inputs both bounds follow from s, and the penalty is on half of the range, alpha = s (p - n) / 2.
-It takes the mean over the batch where s depends on t.
+For signed inputs both bounds follow from s, and the penalty is on half of the range, alpha = s (p -
+n) / 2. It takes the mean over the batch where s depends on t.
 
-Source: Choi et al., *PACT*, arXiv 1805.06085. Its weights are DoReFa's (arXiv 1606.06160), which rescale any
-weight to [-1, 1] and so need a normalisation behind them that a pre-trained diffusion U-Net does not have.
-Ours are symmetric with s = max|w| / p; the literal form is `DorefaWeights`.
+Source: Choi et al., *PACT*, arXiv 1805.06085. Its weights are DoReFa's (arXiv 1606.06160), which
+    rescale any
+weight to [-1, 1] and so need a normalisation behind them that a pre-trained diffusion U-Net does
+not have. Ours are symmetric with s = max|w| / p; the literal form is `DorefaWeights`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Pact(Quantizer):
     def penalty(self) -> Tensor | None:
         """Return `decay mean(alpha^2)` at the current time steps.
 
-        None without decay, or where s follows the input: nothing is clipped then, and alpha is not learned.
+        None without decay, or where s follows the input: nothing is clipped then, and alpha is not
+            learned.
         """
         s = self.interval.step_size()
         if s is None or not self.decay:
@@ -47,12 +49,16 @@ class Pact(Quantizer):
 
 
 class PactWeights(Quantizer):
-    """Symmetric weights whose step follows from their largest magnitude; gradients pass straight through."""
+    """Symmetric weights whose step follows from their largest magnitude.
+
+    Gradients pass straight through.
+    """
 
     def rule(self, x: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
         """Return w_hat.
 
-        Where s follows the maximum nothing is clipped, not even the largest weight, which lies on the bound.
+        Where s follows the maximum nothing is clipped, not even the largest weight, which lies on
+        the bound.
         """
         n, p = self.grid.n, self.grid.p
         if s.requires_grad:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from tdq_exp.runtime import files
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 AIMS = (
     ("LSQ training step / float, {p}", "train LSQ {p}{g}", "train float {p}{g}", 1.25),
     ("LSQ+TDQ / LSQ, training step, {p}", "train LSQ+TDQ {p}{g}", "train LSQ {p}{g}", 1.05),
@@ -36,7 +36,7 @@ def write(folder: Path, hours: bool) -> None:
     """
     results = files.read_json(folder / "gpu.json")
     if results is None:
-        raise SystemExit(f"{folder / 'gpu.json'} is missing: run scripts/bench_gpu.py on a GPU first")
+        raise SystemExit(f"{folder / 'gpu.json'} is missing: run scripts/bench/gpu.py on a GPU first")
     lines = [*_about(results), *_bars(results), *_times(results), *_profiles(results)]
     if hours:
         lines += _hours(results)

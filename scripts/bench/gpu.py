@@ -1,8 +1,8 @@
 """Speed and memory on one GPU, at the paper's scale -> gpu.json, as each result comes, and gpu.md.
 
-    python scripts/bench_gpu.py [--seconds 330] [--out results/bench]
-    python scripts/bench_gpu.py --rehearse        everything on a CPU, at a tiny size
-    python scripts/bench_gpu.py --report          gpu.md anew, with the hours of both tables, from gpu.json
+    python scripts/bench/gpu.py [--seconds 330] [--out results/bench]
+    python scripts/bench/gpu.py --rehearse        everything on a CPU, at a tiny size
+    python scripts/bench/gpu.py --report          gpu.md anew, with the hours of both tables, from gpu.json
 
 `ddim_cifar10` at batch 128 and `ldm_churches` at batch 32, W4A4, weights and images random, of which
 no time depends. All in one process, each form warmed up, CUDA events, medians. A part that fails is
@@ -125,7 +125,8 @@ class Bench:
 
     def seen(self, name: str, step: Callable[[], object], steps: int = 4) -> None:
         """Share of the time in which the GPU computes, and the largest entries of the profile."""
-        kinds = [ProfilerActivity.CPU, *([] if self.small else [ProfilerActivity.CUDA])]
+        # Only what the GPU does: to note down what the host does would slow it.
+        kinds = [ProfilerActivity.CPU if self.small else ProfilerActivity.CUDA]
         for _ in range(2):
             step()
         if not self.small:
@@ -136,17 +137,25 @@ class Bench:
             if not self.small:
                 torch.cuda.synchronize()
 
-        spans = [
-            (event.time_range.start, event.time_range.end)
-            for event in found.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA
-        ]
+        events = [event for event in found.events() if _on_gpu(event)]
+        spans = [(event.time_range.start, event.time_range.end) for event in events]
         if spans:
             self.note("busy", name, round(_union(spans) / (max(e for _, e in spans) - min(b for b, _ in spans)), 3))
             self.note("rates", f"launches in a step, {name}", len(spans) // steps)
-        table = sorted(found.key_averages(), key=lambda entry: -entry.self_device_time_total)
-        largest = [[e.key[:90], e.count // steps, round(e.self_device_time_total / steps / 1e3, 3)] for e in table[:14]]
-        self.note("profile", name, largest)
+        totals: dict[str, list[float]] = {}
+        for event in events:
+            total = totals.setdefault(event.name[:90], [0, 0.0])
+            total[0] += 1
+            total[1] += event.time_range.end - event.time_range.start
+        table = sorted(totals.items(), key=lambda item: -item[1][1])
+        self.note("profile", name, [[n, int(c) // steps, round(us / steps / 1e3, 3)] for n, (c, us) in table[:16]])
+
+
+def _on_gpu(event: Any) -> bool:
+    """Is it a kernel, copy or fill, and not a span that an annotation draws over several?"""
+    if event.device_type != torch.autograd.DeviceType.CUDA or getattr(event, "is_user_annotation", False):
+        return False
+    return not event.name.startswith(("Optimizer.", "ProfilerStep", "## "))
 
 
 def _union(spans: list[tuple[float, float]]) -> float:
@@ -313,6 +322,8 @@ def _denoise(bench: Bench, job: jobs.Experiment, name: str, net: nn.Module, x: T
         steps.record()
         steps.i.zero_()
         bench.timed(f"{name}, graph", steps.step)
+        if " ldm " in name:
+            return  # large enough to hide its launches
         t = torch.tensor(500, device=bench.device)
         bench.timed(f"{name}, eager", lambda: predict(x, t))
 
@@ -325,12 +336,18 @@ def training(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> 
             with bench.part(name):
                 step = Training(bench, job, form, precision, batch, recorded)
                 bench.timed(name, step)
-                if form == "LSQ+TDQ" or form == "float" and not recorded:
-                    bench.seen(name, step)
                 if form != "float" and not recorded:
                     with kernels.unfused():
                         bench.timed(f"{name}, unfused", step)
                 del step
+
+
+def profiles(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
+    """What the GPU does in a training step, and for which share of the time."""
+    for form, recorded in (("LSQ+TDQ", False), ("LSQ+TDQ", True), ("float", False)):
+        name = f"train {form} {precision}" + (", graph" if recorded else "")
+        with bench.part(f"profile of {name}"):
+            bench.seen(name, Training(bench, job, form, precision, batch, recorded))
 
 
 def layouts(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
@@ -370,18 +387,18 @@ def loop(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None
                 step(next(ahead))
 
             bench.timed(f"{name}, draws ahead, nothing read", prepared)
-            bench.seen(f"{name}, draws ahead, nothing read", prepared)
-            ahead.close()
 
 
-def churches(bench: Bench, job: jobs.Experiment, batch: int) -> None:
-    """The latent model: memory and time of training, time of a denoising step, and of decoding."""
-    precisions = ("float32",) if bench.small else ("bfloat16", "float32")
-    for precision in precisions:
-        for form in ("LSQ+TDQ", "LSQ", "float"):
-            name = f"train ldm {form} {precision}"
-            with bench.part(name):
-                bench.timed(name, Training(bench, job, form, precision, batch), rounds=2 if bench.small else 5)
+def churches(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
+    """The latent model's training: memory and time."""
+    for form in ("LSQ+TDQ", "float", "LSQ"):
+        name = f"train ldm {form} {precision}"
+        with bench.part(name):
+            bench.timed(name, Training(bench, job, form, precision, batch), rounds=min(bench.rounds, 5))
+
+
+def churches_images(bench: Bench, job: jobs.Experiment, precisions: tuple[str, ...]) -> None:
+    """The latent model's denoising step, and the decoding of images."""
     denoising(bench, job, "ldm", 2 if bench.small else 100, precisions)
     with bench.part("decode"), torch.no_grad():
         assert job.model.codec is not None
@@ -405,12 +422,20 @@ def run(options: argparse.Namespace) -> None:
     denoising(bench, pixel, "ddim", batch, bench.precisions)
     for precision in reversed(bench.precisions):
         training(bench, pixel, precision, batch)
-    for precision in bench.precisions[:0:-1] or bench.precisions:
-        loop(bench, pixel, precision, batch)
 
     latent = _job("ldm_w4a4_lsq_tdq", "tiny_latent" if bench.small else None)
-    churches(bench, latent, bench.results["about"]["batch"]["ldm"])
-    for precision in bench.precisions[:0:-1] or bench.precisions:
+    fast = bench.precisions[-1]
+    churches(bench, latent, fast, bench.results["about"]["batch"]["ldm"])
+    loop(bench, pixel, fast, batch)
+    profiles(bench, pixel, fast, batch)
+    layouts(bench, pixel, fast, batch)
+    churches_images(bench, latent, (fast,))
+
+    # If time is left: the same at the other precisions.
+    for precision in bench.precisions[:-1]:
+        churches(bench, latent, precision, bench.results["about"]["batch"]["ldm"])
+        loop(bench, pixel, precision, batch)
+        profiles(bench, pixel, precision, batch)
         layouts(bench, pixel, precision, batch)
     gpu_report.write(options.out, hours=False)
 
