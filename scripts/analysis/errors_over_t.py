@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from tdq_exp.commands import cli
 from tdq_exp.experiment import fit_stage
 from tdq_exp.experiment.load import load
-from tdq_exp.fit.options import PtqOptions
 from tdq_exp.fit.ptq.calibration_set import make_set
 from tdq_exp.fit.ptq.ptq import Ptq
 from tdq_exp.fit.ptq.reconstruct import sample_losses
@@ -92,7 +91,7 @@ def measure(options: argparse.Namespace) -> None:
     eps = predictions(job.model, float_net, x, t)
     for run, (_, net) in zip(options.runs, loaded, strict=True):
         eps_hat = predictions(job.model, net, x, t)
-        losses = sample_losses(eps_hat, eps, job.fit.options.power)
+        losses = sample_losses(eps_hat, eps, fit.options.power)
         rows = []
         for group, (start, end) in enumerate(zip(EDGES, ends, strict=True)):
             inside = groups == group
