@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from tdq_exp.commands import cli
 from tdq_exp.experiment import fit_stage
 from tdq_exp.experiment.load import load
-from tdq_exp.fit.options import PtqOptions
 from tdq_exp.fit.ptq.calibration_set import make_set
 from tdq_exp.fit.ptq.ptq import Ptq
 from tdq_exp.fit.ptq.reconstruct import sample_losses
@@ -62,24 +61,23 @@ def measure(options: argparse.Namespace) -> None:
     processes = Processes(cpu=True)
     loaded = [load(run) for run in options.runs]
     job = loaded[0][0]
-    if not isinstance(job.fit, Ptq) or not isinstance(job.fit.options, PtqOptions):
+    fit = job.fit
+    if not isinstance(fit, Ptq):
         raise ValueError(f"{options.runs[0]}: is not a post-training run")
 
-    each = job.fit.calibration.samples // job.fit.calibration.images
-    images = options.images or job.fit.calibration.images
-    spec = dataclasses.replace(job.fit.calibration, images=images, samples=images * each)
+    each = fit.calibration.samples // fit.calibration.images
+    images = options.images or fit.calibration.images
+    spec = dataclasses.replace(fit.calibration, images=images, samples=images * each)
     float_net, weights = fit_stage.float_net(job, processes)
 
     # 2. The set, made anew.
     with tempfile.TemporaryDirectory() as cache:
-        parts = spec.parts(
-            job.part("model"), weights, dataclasses.asdict(job.fit.trajectory), "none"
-        )
+        parts = spec.parts(job.part("model"), weights, dataclasses.asdict(fit.trajectory), "none")
         made = make_set(
             spec,
             float_net,
             job.model,
-            job.fit.trajectory,
+            fit.trajectory,
             None,
             parts=parts,
             cache=Path(cache),
@@ -93,7 +91,7 @@ def measure(options: argparse.Namespace) -> None:
     eps = predictions(job.model, float_net, x, t)
     for run, (_, net) in zip(options.runs, loaded, strict=True):
         eps_hat = predictions(job.model, net, x, t)
-        losses = sample_losses(eps_hat, eps, job.fit.options.power)
+        losses = sample_losses(eps_hat, eps, fit.options.power)
         rows = []
         for group, (start, end) in enumerate(zip(EDGES, ends, strict=True)):
             inside = groups == group
