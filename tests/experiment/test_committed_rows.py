@@ -1,7 +1,8 @@
 """Every committed row is found again: by its names, by its hashes, by the command that made it.
 
 `committed_rows.json` lists, for each row, the fingerprint that it had before classes were named by
-their package's face, and the one that it has now. A row may be added to it, never lost.
+their package's face (null for a row that came later), and the one that it has now. A row may be
+added to it, never lost.
 """
 
 import json
@@ -47,7 +48,8 @@ def choices(config):
         label = config[group]["label"]
         option = by_label[group].get(label, label)
         overrides += [f"{group}={option}"] if option else []
-    return overrides
+    correction = config["fit"].get("correction", "none")
+    return [*overrides, *([f"fit.correction={correction}"] if correction != "none" else [])]
 
 
 @pytest.mark.parametrize("run", LISTED)
