@@ -85,7 +85,9 @@ def _set_fingerprint(config: Record, parts: Record) -> str:
     model = {"definition": parts["model"]["definition"]}
     if "autoencoder" in parts:
         model["autoencoder"] = parts["autoencoder"]
-    return fingerprint(spec.parts(model, parts["weights"], asdict(trajectory), parts["data"]["train"]))
+    return fingerprint(
+        spec.parts(model, parts["weights"], asdict(trajectory), parts["data"]["train"])
+    )
 
 
 def _completed(config: Record) -> Record:
@@ -133,7 +135,9 @@ def _migrate_samples(path: Path, fit: Record, new_fit: Record, data_sets: list[A
 def _new_row(row: Record, fit: str, sample: str, data_sets: list[Any], path: Path) -> Record:
     old = row["fingerprints"]
     matching = [
-        data for data in data_sets if data is not None and _measured(row, old["sample"], data) == old["measure"]
+        data
+        for data in data_sets
+        if data is not None and _measured(row, old["sample"], data) == old["measure"]
     ]
     if not matching:
         raise ValueError(f"{path}: the measurement's fingerprint can't be reproduced")

@@ -32,10 +32,24 @@ def load_split() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 
 def main() -> None:
     """Train, report the accuracy on the validation images, and write the weights."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="safetensors file to write (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=60, help="passes over the training images (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=OUTPUT,
+        help="safetensors file to write (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=60,
+        help="passes over the training images (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights and order (default: %(default)s)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     args = parser.parse_args()
     if args.output.exists() and not args.overwrite:
@@ -65,7 +79,9 @@ def main() -> None:
     accuracy = (logits.argmax(dim=1) == validation_labels).double().mean().item()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_bytes(safetensors.torch.save(network.state_dict()))
-    print(f"validation accuracy {accuracy:.2%}, weights {trained.weights_hash}, written to {args.output}")
+    print(
+        f"validation accuracy {accuracy:.2%}, weights {trained.weights_hash}, written to {args.output}"
+    )
 
 
 if __name__ == "__main__":

@@ -60,7 +60,9 @@ def tiny_weights(tmp_path_factory) -> Path:
     from tdq_exp.experiment import pipeline
 
     out = tmp_path_factory.mktemp("float")
-    made = jobs.build(compose(["model=tiny", "method=fp", "fit=pretrain", "tracker=none", f"out={out}"]))
+    made = jobs.build(
+        compose(["model=tiny", "method=fp", "fit=pretrain", "tracker=none", f"out={out}"])
+    )
     assert pipeline.run(made) == []
     return made.folder / "weights.safetensors"
 
@@ -136,9 +138,21 @@ def together(tmp_path):
     return run
 
 
-def _process(arguments: list[str], folder: Path, timeout: int = 240) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
+def _process(
+    arguments: list[str], folder: Path, timeout: int = 240
+) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "WANDB_SILENT": "true",
+    }
     environment.pop("HYDRA_FULL_ERROR", None)
     return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )

@@ -241,7 +241,11 @@ def test_attributes_of_diffusers_are_known_to_the_models_alone():
             named = ""
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("F", "platform"):
                 named = node.attr
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in documents:
+            elif (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and node not in documents
+            ):
                 named = node.value.rpartition(".")[2]  # in getattr, or as part of a module's name
             if named in OF_DIFFUSERS:
                 violations.append(f"{module}:{node.lineno} {named}")

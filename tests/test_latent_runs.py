@@ -45,7 +45,10 @@ def weights(tmp_path_factory, autoencoder):
     out = tmp_path_factory.mktemp("float")
     made = build(out, "method=fp", "fit=pretrain", f"model.autoencoder={autoencoder}")
     assert pipeline.run(made) == []
-    return [f"model.weights={made.folder / 'weights.safetensors'}", f"model.autoencoder={autoencoder}"]
+    return [
+        f"model.weights={made.folder / 'weights.safetensors'}",
+        f"model.autoencoder={autoencoder}",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,10 @@ def test_an_autoencoder_ends_with_a_scale_and_knows_nothing_of_the_network(autoe
     found = load_file(autoencoder)
     assert found["scale"].shape == () and float(found["scale"]) not in (0.0, 1.0)
     parts = json.loads((autoencoder.parent / "fit.json").read_text())["parts"]
-    assert parts["fit"]["part"] == "autoencoder" and parts["model"]["definition"]["network"]["latent_channels"] == 2
+    assert (
+        parts["fit"]["part"] == "autoencoder"
+        and parts["model"]["definition"]["network"]["latent_channels"] == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,11 +98,16 @@ def test_a_latent_model_goes_from_float_net_to_row(tmp_path, weights, overrides)
     (row,) = pipeline.run(made)
     assert row["images"] == 12 and np.isfinite(list(row["metrics"].values())).all()
     assert row["reconstructed"]["images"] == row["held_out"]["images"] == 12
-    assert row["reconstructed"]["fid"] != row["held_out"]["fid"] and row["autoencoder"] == made.model.autoencoder.hash
+    assert (
+        row["reconstructed"]["fid"] != row["held_out"]["fid"]
+        and row["autoencoder"] == made.model.autoencoder.hash
+    )
     pixels = np.load(made.folder / made.sample_name / "images" / "images.npy")
     assert pixels.shape == (12, 8, 8, 1)  # decoded
     layers = json.loads((made.folder / "layers.json").read_text())["layers"]
-    assert not any("encoder" in layer["layer"] for layer in layers)  # the first stage is not quantized
+    assert not any(
+        "encoder" in layer["layer"] for layer in layers
+    )  # the first stage is not quantized
     assert pipeline.run(build(tmp_path, *weights, *overrides)) == [row]
 
 
@@ -110,7 +121,11 @@ def test_a_killed_fit_ends_with_the_bits_of_one_that_was_not(tmp_path, weights, 
     whole = build(tmp_path / "whole", *overrides, f"{cache}{tmp_path / 'one'}")
     pipeline.run(whole)
     with pytest.raises(Interrupted):
-        pipeline.run(build(tmp_path / "killed", *overrides, f"{cache}{tmp_path / 'other'}", "fit.stop_after=3"))
+        pipeline.run(
+            build(
+                tmp_path / "killed", *overrides, f"{cache}{tmp_path / 'other'}", "fit.stop_after=3"
+            )
+        )
     killed = build(tmp_path / "killed", *overrides, f"{cache}{tmp_path / 'other'}")
     pipeline.run(killed)
     assert same(state(whole, name), state(killed, name))
@@ -125,7 +140,9 @@ def test_reconstructions_are_images_through_one_draw_of_their_latents(tmp_path, 
     net = made.model.autoencoder.net()
     for i in (0, 149):
         x = torch.from_numpy(held_out.pixels[i : i + 1].copy()).permute(0, 3, 1, 2) / 127.5 - 1
-        noise = torch.randn(1, *made.model.sample_shape, generator=generator(0, Stream.RECONSTRUCTION, i))
+        noise = torch.randn(
+            1, *made.model.sample_shape, generator=generator(0, Stream.RECONSTRUCTION, i)
+        )
         mean, log_variance = net.posterior(x)
         image = net.kl.decode(mean + torch.exp(0.5 * log_variance) * noise).sample
         pixels = (image.clamp(-1, 1) * 127.5 + 127.5).permute(0, 2, 3, 1).detach().numpy()
@@ -135,13 +152,19 @@ def test_reconstructions_are_images_through_one_draw_of_their_latents(tmp_path, 
 
 def test_an_exported_net_has_its_losses_beside_it(tmp_path, autoencoder):
     made = build(
-        autoencoder.parents[3], "method=fp", "fit=pretrain_autoencoder", f"fit.export={tmp_path}/a.safetensors"
+        autoencoder.parents[3],
+        "method=fp",
+        "fit=pretrain_autoencoder",
+        f"fit.export={tmp_path}/a.safetensors",
     )
     pipeline.run(made)  # long done: only the copy is made
     assert (tmp_path / "a.safetensors").read_bytes() == autoencoder.read_bytes()
     history = json.loads((tmp_path / "a.history.json").read_text())
     facts = json.loads((autoencoder.parent / "fit.json").read_text())["facts"]
-    assert history["validation_loss"] == facts["validation"] and history["commit"] == facts["environment"]["commit"]
+    assert (
+        history["validation_loss"] == facts["validation"]
+        and history["commit"] == facts["environment"]["commit"]
+    )
     assert history["net"] == "a.safetensors" and history["name"] == made.name
 
 
@@ -152,19 +175,25 @@ def test_latents_are_encoded_once_for_all_fits(tmp_path, weights, monkeypatch):
     monkeypatch.setattr("tdq_exp.models.codec.ScaledAutoencoder.encode", None)
     pipeline.run(build(tmp_path / "b", *weights, cache, "bits=w8a8"))
     # The same weights in another architecture make other latents.
-    other = build(tmp_path / "c", *weights, cache, "model.definition.autoencoder.network.norm_num_groups=2")
+    other = build(
+        tmp_path / "c", *weights, cache, "model.definition.autoencoder.network.norm_num_groups=2"
+    )
     with pytest.raises(TypeError, match="not callable"):
         pipeline.run(other)
 
 
-def test_another_autoencoder_under_the_same_name_is_refused(tmp_path, weights, autoencoder, finished):
+def test_another_autoencoder_under_the_same_name_is_refused(
+    tmp_path, weights, autoencoder, finished
+):
     made = build(tmp_path, *weights)
     pipeline.run(made)
     other = load_file(autoencoder)
     other["scale"] = other["scale"] * 2
     save_weights(other, tmp_path / "other.safetensors", {})
     with pytest.raises(ValueError, match=r"autoencoder: \w{16} -> \w{16}.*label=NAME"):
-        pipeline.run(build(tmp_path, weights[0], f"model.autoencoder={tmp_path / 'other.safetensors'}"))
+        pipeline.run(
+            build(tmp_path, weights[0], f"model.autoencoder={tmp_path / 'other.safetensors'}")
+        )
     save_weights(other, tmp_path / "kept.safetensors", {})
     moved = json.loads((made.folder / "fit.json").read_text())
     moved["config"]["model"]["autoencoder"] = str(tmp_path / "kept.safetensors")
@@ -181,9 +210,12 @@ def test_a_latent_net_runs_on_integers_and_is_packed(tmp_path, weights, finished
         (row,) = pipeline.run(coded)
         assert row["engine"].startswith("integer: ")
         simulated, integers = (
-            np.load(m.folder / m.sample_name / "images" / "images.npy").astype(int) for m in (made, coded)
+            np.load(m.folder / m.sample_name / "images" / "images.npy").astype(int)
+            for m in (made, coded)
         )
-        assert np.abs(simulated - integers).mean() < 2  # of 255; the nets' rounding is the same, sums' order is not
+        assert (
+            np.abs(simulated - integers).mean() < 2
+        )  # of 255; the nets' rounding is the same, sums' order is not
     file = pack(made.folder)
     _, net = sample_command.load(file)
     _, baked = sample_command.load(made.folder)
@@ -191,7 +223,8 @@ def test_a_latent_net_runs_on_integers_and_is_packed(tmp_path, weights, finished
     assert torch.equal(net(x, t).sample, baked(x, t).sample)
     monkeypatch.setattr(type(made.model.autoencoder), "hash", "0123456789abcdef")
     with pytest.raises(
-        ValueError, match=r"model.autoencoder: is not the one of .*packed.safetensors \(0123456789abcdef"
+        ValueError,
+        match=r"model.autoencoder: is not the one of .*packed.safetensors \(0123456789abcdef",
     ):
         sample_command.load(file)
 
@@ -219,9 +252,15 @@ def test_two_processes_encode_and_sample_a_latent_model_as_one_does(tmp_path, we
             assert done.returncode == 0, done.stderr
         cache = tmp_path / f"cache{count}" / "latents"
         moments = {path.parent.name: path.read_bytes() for path in cache.glob("*/moments.npy")}
-        row = json.loads((tmp_path / count / "runs/tiny_latent_w4a4_lsq_tdq/seed0/ddim3_n12/metrics.json").read_text())
+        row = json.loads(
+            (
+                tmp_path / count / "runs/tiny_latent_w4a4_lsq_tdq/seed0/ddim3_n12/metrics.json"
+            ).read_text()
+        )
         found[count] = moments, row["rows"][0]["reconstructed"], row["rows"][0]["processes"]
-    assert len(found["1"][0]) == 2 and found["1"][0] == found["2"][0]  # training and held-out set, bit for bit
+    assert (
+        len(found["1"][0]) == 2 and found["1"][0] == found["2"][0]
+    )  # training and held-out set, bit for bit
     assert found["1"][1]["fid"] == pytest.approx(found["2"][1]["fid"], rel=1e-3)
     assert (found["1"][2], found["2"][2]) == (1, 2)
 
@@ -230,7 +269,11 @@ def test_mistakes_are_one_line_that_names_the_key(tmp_path, weights, autoencoder
     with pytest.raises(ValueError, match="model.autoencoder has no value"):
         pipeline.run(build(tmp_path, weights[0]))
     with pytest.raises(ValueError, match="autoencoder=net.safetensors: this model has none"):
-        jobs.build(compose(["model=tiny", "model.weights=x.safetensors", "model.autoencoder=net.safetensors"]))
+        jobs.build(
+            compose(
+                ["model=tiny", "model.weights=x.safetensors", "model.autoencoder=net.safetensors"]
+            )
+        )
     with pytest.raises(ValueError, match="fit.part=autoencoder: this model has no such part"):
         jobs.build(compose(["model=tiny", "method=fp", "fit=pretrain_autoencoder"]))
     with pytest.raises(ValueError, match=r"fit\.part.*not in 'QatOptions'"):
@@ -241,17 +284,34 @@ def test_mistakes_are_one_line_that_names_the_key(tmp_path, weights, autoencoder
     ("override", "message"),
     [
         ("model.definition.autoencoder.scale=0", "autoencoder.scale=0: must be a positive number"),
-        ("model.definition.autoencoder.scale=-1", "autoencoder.scale=-1: must be a positive number"),
-        ("model.definition.autoencoder.scale=inf", "autoencoder.scale=inf: must be a positive number"),
-        ("model.definition.autoencoder.scale=big", "autoencoder.scale=big: must be a positive number"),
+        (
+            "model.definition.autoencoder.scale=-1",
+            "autoencoder.scale=-1: must be a positive number",
+        ),
+        (
+            "model.definition.autoencoder.scale=inf",
+            "autoencoder.scale=inf: must be a positive number",
+        ),
+        (
+            "model.definition.autoencoder.scale=big",
+            "autoencoder.scale=big: must be a positive number",
+        ),
         ("model.definition.autoencoder.batch=2.5", "autoencoder.batch=2.5: must be an integer"),
         ("model.definition.autoencoder.batch=big", "autoencoder.batch=big: must be an integer"),
-        ("model.definition.autoencoder=null", "model.definition.autoencoder=None: a latent model needs one"),
-        ("model.definition.attention_heads=x", "model.definition.attention_heads=x: must be an integer"),
+        (
+            "model.definition.autoencoder=null",
+            "model.definition.autoencoder=None: a latent model needs one",
+        ),
+        (
+            "model.definition.attention_heads=x",
+            "model.definition.attention_heads=x: must be an integer",
+        ),
         ("model.definition.loss=L1", "model.definition.loss=L1: choose one of l2, l1"),
     ],
 )
-def test_a_definition_that_makes_no_sense_is_refused_before_anything_is_encoded(tmp_path, weights, override, message):
+def test_a_definition_that_makes_no_sense_is_refused_before_anything_is_encoded(
+    tmp_path, weights, override, message
+):
     with pytest.raises(ValueError) as caught:
         build(tmp_path, *weights, override)
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -266,29 +326,47 @@ def test_images_are_drawn_from_a_finished_run_but_not_from_an_autoencoder(
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "drawn").glob("0*.png"))) == 3
     done = inside(str(autoencoder.parent), "--out", "other", verb="sample")
-    assert done.returncode == 2 and "is the model's autoencoder" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "is the model's autoencoder" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_the_plan_of_an_autoencoder_counts_its_own_parameters(tmp_path, inside):
-    done = inside(*QUICK, "method=fp", "fit=pretrain_autoencoder", f"out={tmp_path}", "plan_only=true")
+    done = inside(
+        *QUICK, "method=fp", "fit=pretrain_autoencoder", f"out={tmp_path}", "plan_only=true"
+    )
     assert done.returncode == 0, done.stderr
     made = build(tmp_path, "method=fp", "fit=pretrain_autoencoder")
     count = sum(p.numel() for p in made.trained.build().parameters())
     assert f"{count:,} parameters" in done.stdout
 
 
-def test_the_plan_of_a_latent_model_counts_its_encoding_and_decoding(tmp_path, weights, monkeypatch):
+def test_the_plan_of_a_latent_model_counts_its_encoding_and_decoding(
+    tmp_path, weights, monkeypatch
+):
     made = build(tmp_path, *weights)
     whole = costs.estimate(made)
     assert whole.encode_seconds > 0
-    for overrides in (["method=fp"], ["method=ptq4dm"]):  # a net that is loaded, or shown trajectories of its own
+    for overrides in (
+        ["method=fp"],
+        ["method=ptq4dm"],
+    ):  # a net that is loaded, or shown trajectories of its own
         assert costs.estimate(build(tmp_path, *weights, *overrides)).encode_seconds == 0
-    assert costs.estimate(build(tmp_path, *weights, "method=ptq4dm", "calibration=forward")).encode_seconds > 0
+    assert (
+        costs.estimate(
+            build(tmp_path, *weights, "method=ptq4dm", "calibration=forward")
+        ).encode_seconds
+        > 0
+    )
     monkeypatch.setattr(costs, "_coding_seconds", lambda job, device: (0.0, 3600.0))
     slow = costs.estimate(made)
     assert slow.encode_seconds == 0 and slow.sample_seconds > 3600 * made.sampling.images
     monkeypatch.undo()
-    pixels = jobs.build(compose(["model=tiny", *QUICK[1:], "method=fp", "fit=pretrain", f"out={tmp_path}"]))
+    pixels = jobs.build(
+        compose(["model=tiny", *QUICK[1:], "method=fp", "fit=pretrain", f"out={tmp_path}"])
+    )
     assert costs.estimate(pixels).encode_seconds == 0
 
 

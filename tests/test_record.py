@@ -46,7 +46,9 @@ def test_a_failed_write_leaves_the_old_record(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "replace", full)
-    with pytest.raises(OSError, match=r"fit\.json: can't be written \(No space left on device\); free space"):
+    with pytest.raises(
+        OSError, match=r"fit\.json: can't be written \(No space left on device\); free space"
+    ):
         files.write_json(file, {"a": 2})
     assert files.read_json(file) == {"a": 1}
 

@@ -56,11 +56,19 @@ def test_every_method_goes_from_float_net_to_row(tmp_path, tiny_weights, method,
     assert row["features"]["name"] == "digits"
     assert row["held_out"]["images"] == 12
     assert len(row["environment"]["versions"]["torch"]) > 2
-    for file in ("fit.json", "layers.json", "intervals.png", "baked.safetensors", f"{made.sample_name}/grid.png"):
+    for file in (
+        "fit.json",
+        "layers.json",
+        "intervals.png",
+        "baked.safetensors",
+        f"{made.sample_name}/grid.png",
+    ):
         assert (made.folder / file).stat().st_size > 0
 
 
-def test_a_first_layer_that_cuts_the_starting_noise_is_recorded_and_said(tmp_path, tiny_weights, capsys):
+def test_a_first_layer_that_cuts_the_starting_noise_is_recorded_and_said(
+    tmp_path, tiny_weights, capsys
+):
     made = build(tmp_path, tiny_weights, "bits=w4a4", "method=lsq", "tdq=none", "label=cuts")
     pipeline.run(made)
     found = json.loads((made.folder / "fit.json").read_text())["facts"]["first_layer"]
@@ -68,7 +76,9 @@ def test_a_first_layer_that_cuts_the_starting_noise_is_recorded_and_said(tmp_pat
     assert -4 < low < 0 < high < 4 and 1e-3 < found["noise_beyond"] < 0.5
     said = f"{found['noise_beyond']:.1%} of the starting noise is beyond"
     assert said in capsys.readouterr().out
-    wide = build(tmp_path, tiny_weights, "bits=w4a4", "method=lsq", "tdq=none", "label=wide", "plan=edge8")
+    wide = build(
+        tmp_path, tiny_weights, "bits=w4a4", "method=lsq", "tdq=none", "label=wide", "plan=edge8"
+    )
     pipeline.run(wide)
     assert "of the starting noise is beyond" not in capsys.readouterr().out
 
@@ -76,12 +86,20 @@ def test_a_first_layer_that_cuts_the_starting_noise_is_recorded_and_said(tmp_pat
 def test_the_same_command_again_does_nothing(tmp_path, tiny_weights, finished, monkeypatch):
     made = build(tmp_path, tiny_weights)
     first = pipeline.run(made)
-    before = {f: f.stat().st_mtime_ns for f in made.folder.rglob("*") if f.is_file() and f.name != "fit.json"}
+    before = {
+        f: f.stat().st_mtime_ns
+        for f in made.folder.rglob("*")
+        if f.is_file() and f.name != "fit.json"
+    }
     monkeypatch.setattr(Qat, "run", None)  # would be called if anything were trained again
     monkeypatch.setattr(measure_stage, "measure", None)
     second = pipeline.run(build(tmp_path, tiny_weights))
     assert second == first
-    assert before == {f: f.stat().st_mtime_ns for f in made.folder.rglob("*") if f.is_file() and f.name != "fit.json"}
+    assert before == {
+        f: f.stat().st_mtime_ns
+        for f in made.folder.rglob("*")
+        if f.is_file() and f.name != "fit.json"
+    }
 
 
 @pytest.mark.usefixtures("few_start_values")
@@ -118,7 +136,9 @@ def test_killed_sampling_goes_on_with_the_same_bits(tmp_path, tiny_weights, fini
 @pytest.mark.parametrize("method", ["lsq", "ptq4dm"])
 @pytest.mark.usefixtures("few_start_values")
 def test_every_sampler_takes_a_fit_to_a_row(tmp_path, tiny_weights, method, sampler):
-    made = build(tmp_path, tiny_weights, f"method={method}", f"sampler={sampler}", "sampler.steps=5")
+    made = build(
+        tmp_path, tiny_weights, f"method={method}", f"sampler={sampler}", "sampler.steps=5"
+    )
     (row,) = pipeline.run(made)
     assert row["images"] == 12 and np.isfinite(list(row["metrics"].values())).all()
     assert images(made).std() > 1
@@ -131,14 +151,18 @@ def test_more_images_begin_with_the_same_images(tmp_path, tiny_weights, finished
     assert np.array_equal(images(many)[:12], images(few))
 
 
-def test_another_sampler_samples_again_and_does_not_train_again(tmp_path, tiny_weights, finished, monkeypatch):
+def test_another_sampler_samples_again_and_does_not_train_again(
+    tmp_path, tiny_weights, finished, monkeypatch
+):
     pipeline.run(build(tmp_path, tiny_weights))
     monkeypatch.setattr(Qat, "run", None)
     (row,) = pipeline.run(build(tmp_path, tiny_weights, "sampler.steps=4"))
     assert row["sample"] == "ddim4_n12"
 
 
-def test_another_configuration_under_the_same_name_is_refused_with_the_difference(tmp_path, tiny_weights, finished):
+def test_another_configuration_under_the_same_name_is_refused_with_the_difference(
+    tmp_path, tiny_weights, finished
+):
     pipeline.run(build(tmp_path, tiny_weights))
     with pytest.raises(ValueError, match=r"fit\.lr: 0\.001 -> 0\.5.*label=NAME"):
         pipeline.run(build(tmp_path, tiny_weights, "fit.lr=0.5"))
@@ -173,13 +197,17 @@ def test_best_of_5_samples_every_kept_checkpoint_and_says_so(tmp_path, tiny_weig
 
 
 @pytest.mark.usefixtures("few_start_values")
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, tiny_weights, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
+    tmp_path, tiny_weights, monkeypatch
+):
     calls = []
 
     def spoiled(eps_hat, eps, kind):
         calls.append(kind)
         # updates 1 and 2, two batches of validation, update 3
-        return noise_prediction_loss(eps_hat, eps, kind) * (float("nan") if len(calls) == 5 else 1.0)
+        return noise_prediction_loss(eps_hat, eps, kind) * (
+            float("nan") if len(calls) == 5 else 1.0
+        )
 
     monkeypatch.setattr(pixel, "noise_prediction_loss", spoiled)
     with pytest.raises(FloatingPointError, match=r"loss is nan at update 3: .*update 2 is kept"):
@@ -191,14 +219,18 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path,
     assert np.isfinite(row["metrics"]["fid"])
 
 
-def test_a_finished_run_can_be_loaded_and_sampled(tmp_path, tiny_weights, finished, command, inside):
+def test_a_finished_run_can_be_loaded_and_sampled(
+    tmp_path, tiny_weights, finished, command, inside
+):
     made = build(tmp_path, tiny_weights)
     pipeline.run(made)
     net = tdq_exp.load(made.folder)
     assert not net.training
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
     assert net(x, t, return_dict=False)[0].shape == x.shape
-    done = command(str(made.folder), "--images", "4", "--batch", "4", "--out", "drawn", verb="sample")
+    done = command(
+        str(made.folder), "--images", "4", "--batch", "4", "--out", "drawn", verb="sample"
+    )
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "drawn").glob("0*.png"))) == 4
     drawn = np.load(tmp_path / "drawn" / "images" / "images.npy")
@@ -214,7 +246,8 @@ def test_two_processes_make_the_same_images_and_one_row(tmp_path, tiny_weights, 
     both = command(*arguments, f"out={tmp_path / 'two'}", "launcher.nproc=2")
     assert both.returncode == 0, both.stderr
     one, two = (
-        json.loads((tmp_path / n / "runs/tiny_w4a4_lsq_tdq/seed0/fit.json").read_text()) for n in ("one", "two")
+        json.loads((tmp_path / n / "runs/tiny_w4a4_lsq_tdq/seed0/fit.json").read_text())
+        for n in ("one", "two")
     )
     assert two["facts"]["processes"] == 2
     assert one["fingerprint"] == two["fingerprint"]
@@ -237,20 +270,34 @@ def test_two_processes_make_the_same_images_and_one_row(tmp_path, tiny_weights, 
 
 
 def test_two_processes_train_a_float_net_as_one_does(tmp_path, tiny_weights, together):
-    arguments = ["model=tiny", "method=fp", "fit=pretrain", "tracker=none", "launcher=cpu", "launcher.threads=1"]
+    arguments = [
+        "model=tiny",
+        "method=fp",
+        "fit=pretrain",
+        "tracker=none",
+        "launcher=cpu",
+        "launcher.threads=1",
+    ]
     done = together(*arguments, f"out={tmp_path}")
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "runs/tiny_fp_pretrain/seed0/fit.json").read_text())["facts"]
     assert facts["processes"] == 2
-    found = [load_file(tiny_weights), load_file(tmp_path / "runs/tiny_fp_pretrain/seed0/weights.safetensors")]
+    found = [
+        load_file(tiny_weights),
+        load_file(tmp_path / "runs/tiny_fp_pretrain/seed0/weights.safetensors"),
+    ]
     for key, value in found[0].items():
         # Softmax does not see the bias of k: its gradient is zero but for last bits, which Adam makes as large as any.
-        assert key.endswith("to_k.bias") or torch.allclose(value, found[1][key], rtol=1e-4, atol=2e-6), key
+        assert key.endswith("to_k.bias") or torch.allclose(
+            value, found[1][key], rtol=1e-4, atol=2e-6
+        ), key
 
 
 @pytest.mark.usefixtures("few_start_values")
 def test_a_sweep_writes_three_fits_under_the_right_names(tmp_path, tiny_weights, inside):
-    done = inside("-m", *QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "bits=w8a8,w4a4,w3a3")
+    done = inside(
+        "-m", *QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "bits=w8a8,w4a4,w3a3"
+    )
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert names == ["tiny_w3a3_lsq_tdq", "tiny_w4a4_lsq_tdq", "tiny_w8a8_lsq_tdq"]
@@ -270,7 +317,9 @@ def test_an_offline_wandb_run_can_be_read_back(tmp_path, tiny_weights, command, 
     assert "fid" in read.stdout
     again = inside(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "tracker=offline")
     assert again.returncode == 0, again.stderr
-    assert list(run.parent.glob("offline-run-*")) == [run]  # nothing was left to do, so nothing is said
+    assert list(run.parent.glob("offline-run-*")) == [
+        run
+    ]  # nothing was left to do, so nothing is said
 
 
 MISTAKES = [
@@ -283,7 +332,9 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("way, overrides, said", [("command", *MISTAKES[1]), *(("inside", *m) for m in MISTAKES)])
+@pytest.mark.parametrize(
+    "way, overrides, said", [("command", *MISTAKES[1]), *(("inside", *m) for m in MISTAKES)]
+)
 def test_a_mistake_on_the_command_line_is_one_line_without_a_traceback(
     tmp_path, tiny_weights, request, way, overrides, said
 ):
@@ -296,7 +347,9 @@ def test_a_mistake_on_the_command_line_is_one_line_without_a_traceback(
 
 
 def test_plan_only_prints_and_writes_nothing(tmp_path, tiny_weights, inside):
-    done = inside(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path / 'none'}", "plan_only=true")
+    done = inside(
+        *QUICK, f"model.weights={tiny_weights}", f"out={tmp_path / 'none'}", "plan_only=true"
+    )
     assert done.returncode == 0, done.stderr
     assert "12 images" in done.stdout
     assert not (tmp_path / "none").exists()
@@ -311,7 +364,9 @@ def test_paper_scale_without_a_gpu_stops_and_says_what_to_do(tmp_path, inside):
     assert "35,746,307" in done.stdout
 
 
-def test_the_integer_engine_samples_the_same_fit_into_a_row_of_its_own(tmp_path, tiny_weights, finished):
+def test_the_integer_engine_samples_the_same_fit_into_a_row_of_its_own(
+    tmp_path, tiny_weights, finished
+):
     integers = ["sampler.engine=integer", "sampler.min_speedup=0"]
     (simulated,) = pipeline.run(build(tmp_path, tiny_weights))
     made = build(tmp_path, tiny_weights, *integers)
@@ -322,7 +377,9 @@ def test_the_integer_engine_samples_the_same_fit_into_a_row_of_its_own(tmp_path,
     if row["engine"].startswith("integer"):
         assert (made.folder / made.sample_name / "engine.json").exists()
     fake = images(build(tmp_path, tiny_weights))
-    assert np.abs(before.astype(int) - fake).mean() < 3  # of 255: trajectories part, but not from the start
+    assert (
+        np.abs(before.astype(int) - fake).mean() < 3
+    )  # of 255: trajectories part, but not from the start
     done = np.load(made.folder / made.sample_name / "images" / "groups.npy", mmap_mode="r+")
     done[1] = 0
     done.flush()

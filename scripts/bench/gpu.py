@@ -54,7 +54,11 @@ class Bench:
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.small, self.out, self.deadline = options.rehearse, options.out, time.monotonic() + options.seconds
+        self.small, self.out, self.deadline = (
+            options.rehearse,
+            options.out,
+            time.monotonic() + options.seconds,
+        )
         self.device = torch.device("cpu" if self.small else "cuda")
         self.rounds, self.warm_up = (2, 1) if self.small else (10, 3)
         self.precisions = PRECISIONS[:1] if self.small else PRECISIONS
@@ -120,7 +124,11 @@ class Bench:
 
     def _keep(self, name: str, times: list[float]) -> float:
         median = round(statistics.median(times), 4)
-        self.note("milliseconds", name, {"median": median, "min": round(min(times), 4), "max": round(max(times), 4)})
+        self.note(
+            "milliseconds",
+            name,
+            {"median": median, "min": round(min(times), 4), "max": round(max(times), 4)},
+        )
         return median
 
     def seen(self, name: str, step: Callable[[], object], steps: int = 4) -> None:
@@ -140,7 +148,11 @@ class Bench:
         events = [event for event in found.events() if _on_gpu(event)]
         spans = [(event.time_range.start, event.time_range.end) for event in events]
         if spans:
-            self.note("busy", name, round(_union(spans) / (max(e for _, e in spans) - min(b for b, _ in spans)), 3))
+            self.note(
+                "busy",
+                name,
+                round(_union(spans) / (max(e for _, e in spans) - min(b for b, _ in spans)), 3),
+            )
             self.note("rates", f"launches in a step, {name}", len(spans) // steps)
         totals: dict[str, list[float]] = {}
         for event in events:
@@ -148,12 +160,18 @@ class Bench:
             total[0] += 1
             total[1] += event.time_range.end - event.time_range.start
         table = sorted(totals.items(), key=lambda item: -item[1][1])
-        self.note("profile", name, [[n, int(c) // steps, round(us / steps / 1e3, 3)] for n, (c, us) in table[:16]])
+        self.note(
+            "profile",
+            name,
+            [[n, int(c) // steps, round(us / steps / 1e3, 3)] for n, (c, us) in table[:16]],
+        )
 
 
 def _on_gpu(event: Any) -> bool:
     """Is it a kernel, copy or fill, and not a span that an annotation draws over several?"""
-    if event.device_type != torch.autograd.DeviceType.CUDA or getattr(event, "is_user_annotation", False):
+    if event.device_type != torch.autograd.DeviceType.CUDA or getattr(
+        event, "is_user_annotation", False
+    ):
         return False
     return not event.name.startswith(("Optimizer.", "ProfilerStep", "## "))
 
@@ -227,7 +245,9 @@ class Training:
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.net = built(job.model, form, bench.device).to(memory_format=self.layout)
         fit: Any = job.fit
-        self.optimizer = torch.optim.AdamW(optimizer_groups(self.net, rates_of(fit.options)), fused=True)
+        self.optimizer = torch.optim.AdamW(
+            optimizer_groups(self.net, rates_of(fit.options)), fused=True
+        )
         self.ema = Ema(self.net, 0.9999)
         self.batches = [self.random_batch(batch, seed) for seed in range(3)]
         self.graph = TrainingGraph(self.net, self.loss, *self.batches[0]) if recorded else None
@@ -283,7 +303,11 @@ def one_quantizer(bench: Bench) -> None:
     z = torch.tensor(5.0, device=bench.device, requires_grad=True)
     g = torch.randn(shape, device=bench.device)
 
-    for name, step, layout in (("static", s[0].detach().reshape(()).requires_grad_(), "one s"), ("TDQ", s, "s per sample")):  # noqa: E501
+    for name, step, layout in (
+        ("static", s[0].detach().reshape(()).requires_grad_(), "one s"),
+        ("TDQ", s, "s per sample"),
+    ):  # noqa: E501
+
         def forward(step: Tensor = step) -> Tensor:
             return ops.fake_quantize(x.detach(), step.detach(), z.detach(), 0, 15)
 
@@ -300,7 +324,9 @@ def one_quantizer(bench: Bench) -> None:
                 bench.note("rates", f"quantizer {name} ({layout}) forward, TB/s", rate)
 
 
-def denoising(bench: Bench, job: jobs.Experiment, model: str, batch: int, precisions: tuple[str, ...]) -> None:
+def denoising(
+    bench: Bench, job: jobs.Experiment, model: str, batch: int, precisions: tuple[str, ...]
+) -> None:
     """A denoising step of each baked network inside of a CUDA graph, and by the eager loop."""
     for form in FORMS:
         with bench.part(f"denoise {model} {form}"):
@@ -312,7 +338,9 @@ def denoising(bench: Bench, job: jobs.Experiment, model: str, batch: int, precis
             del net
 
 
-def _denoise(bench: Bench, job: jobs.Experiment, name: str, net: nn.Module, x: Tensor, precision: str) -> None:
+def _denoise(
+    bench: Bench, job: jobs.Experiment, name: str, net: nn.Module, x: Tensor, precision: str
+) -> None:
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         with autocast(bench.device, precision):
             return job.model.predict(net, x_t, t)
@@ -394,7 +422,9 @@ def churches(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> 
     for form in ("LSQ+TDQ", "float", "LSQ"):
         name = f"train ldm {form} {precision}"
         with bench.part(name):
-            bench.timed(name, Training(bench, job, form, precision, batch), rounds=min(bench.rounds, 5))
+            bench.timed(
+                name, Training(bench, job, form, precision, batch), rounds=min(bench.rounds, 5)
+            )
 
 
 def churches_images(bench: Bench, job: jobs.Experiment, precisions: tuple[str, ...]) -> None:
@@ -411,7 +441,9 @@ def churches_images(bench: Bench, job: jobs.Experiment, precisions: tuple[str, .
 def run(options: argparse.Namespace) -> None:
     """All parts, the bars first."""
     bench = Bench(options)
-    bench.note("about", "batch", {"ddim": 4 if bench.small else 128, "ldm": 2 if bench.small else 32})
+    bench.note(
+        "about", "batch", {"ddim": 4 if bench.small else 128, "ldm": 2 if bench.small else 32}
+    )
     pixel = _job("ddim_w4a4_lsq_tdq", "tiny" if bench.small else None)
     batch = bench.results["about"]["batch"]["ddim"]
 
@@ -442,16 +474,26 @@ def run(options: argparse.Namespace) -> None:
 
 def _job(experiment: str, model: str | None) -> jobs.Experiment:
     words = [f"+experiment={experiment}", "model.weights=random", "tracker=none"]
-    return jobs.build(compose([*words, *([] if model is None else [f"model={model}"])]), source=False)
+    return jobs.build(
+        compose([*words, *([] if model is None else [f"model={model}"])]), source=False
+    )
 
 
 def main() -> None:
     """The command; `--help` lists its options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=330, help="start no part after so long (default: 330)")
-    parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder of gpu.json and gpu.md")
-    parser.add_argument("--rehearse", action="store_true", help="run every part on a CPU, at a tiny size")
-    parser.add_argument("--report", action="store_true", help="write gpu.md anew from gpu.json, with the hours")
+    parser.add_argument(
+        "--seconds", type=float, default=330, help="start no part after so long (default: 330)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/bench"), help="folder of gpu.json and gpu.md"
+    )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run every part on a CPU, at a tiny size"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="write gpu.md anew from gpu.json, with the hours"
+    )
     options = parser.parse_args()
     if options.report:
         gpu_report.write(options.out, hours=True)

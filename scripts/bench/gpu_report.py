@@ -33,7 +33,9 @@ def write(folder: Path, hours: bool) -> None:
     """
     results = files.read_json(folder / "gpu.json")
     if results is None:
-        raise SystemExit(f"{folder / 'gpu.json'} is missing: run scripts/bench/gpu.py on a GPU first")
+        raise SystemExit(
+            f"{folder / 'gpu.json'} is missing: run scripts/bench/gpu.py on a GPU first"
+        )
     lines = [*_about(results), *_bars(results), *_times(results), *_profiles(results)]
     if hours:
         lines += _hours(results)
@@ -43,7 +45,11 @@ def write(folder: Path, hours: bool) -> None:
 
 def _about(results: Mapping[str, Any]) -> list[str]:
     about = results["about"]
-    said = "A rehearsal on a CPU, at a tiny size: no number means anything. " if about["rehearsal"] else ""
+    said = (
+        "A rehearsal on a CPU, at a tiny size: no number means anything. "
+        if about["rehearsal"]
+        else ""
+    )
     first = (
         f"{said}One {about['device']}, torch {about['torch']}, commit {about['commit']}; kernels: {about['kernels']}. "
         f"`ddim_cifar10` at batch {about['batch']['ddim']}, `ldm_churches` at batch {about['batch']['ldm']}, W4A4; "
@@ -63,12 +69,16 @@ def _bars(results: Mapping[str, Any]) -> list[str]:
     for title, above, below, aim in AIMS:
         for precision in PRECISIONS:
             for graph in ("", ", graph") if "{g}" in above else ("",):
-                a, b = (_median(results, name.format(p=precision, g=graph)) for name in (above, below))
+                a, b = (
+                    _median(results, name.format(p=precision, g=graph)) for name in (above, below)
+                )
                 if a is not None and b is not None:
                     lines.append(f"| {title.format(p=precision)}{graph} | {a / b:.3f} | <= {aim} |")
     for name, gigabytes in results["gigabytes"].items():
         if name.startswith("train ldm"):
-            lines.append(f"| {name}: peak memory, GB | {gigabytes:.1f} | {'<= 24' if 'LSQ' in name else ''} |")
+            lines.append(
+                f"| {name}: peak memory, GB | {gigabytes:.1f} | {'<= 24' if 'LSQ' in name else ''} |"
+            )
     for name, share in results["busy"].items():
         lines.append(f"| GPU busy, {name} | {100 * share:.1f} % | >= 95 % |")
     return [*lines, ""]
@@ -79,7 +89,9 @@ def _times(results: Mapping[str, Any]) -> list[str]:
     lines = ["| step | median, ms | min | max | memory reserved, GB |", "|---|---:|---:|---:|---:|"]
     for name, v in results["milliseconds"].items():
         reserved = f"{memory[name]:.1f}" if name in memory else ""
-        lines.append(f"| {name} | {v['median']:.3f} | {v['min']:.3f} | {v['max']:.3f} | {reserved} |")
+        lines.append(
+            f"| {name} | {v['median']:.3f} | {v['min']:.3f} | {v['max']:.3f} | {reserved} |"
+        )
     lines += ["", "| rate | |", "|---|---:|"]
     return [*lines, *(f"| {name} | {rate} |" for name, rate in results["rates"].items()), ""]
 
@@ -87,15 +99,26 @@ def _times(results: Mapping[str, Any]) -> list[str]:
 def _profiles(results: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, entries in results["profile"].items():
-        lines += [f"Largest entries of {name}, a step:", "", "| entry | calls | ms |", "|---|---:|---:|"]
+        lines += [
+            f"Largest entries of {name}, a step:",
+            "",
+            "| entry | calls | ms |",
+            "|---|---:|---:|",
+        ]
         lines += [f"| `{key}` | {calls} | {ms} |" for key, calls, ms in entries] + [""]
     return lines
 
 
 def _hours(results: Mapping[str, Any]) -> list[str]:
     """GPU hours of each table and column, at the precision that trained fastest, and in float32."""
-    lines = ["GPU hours on this card, one seed, from the rates above (fits and images; features not counted):", ""]
-    lines += ["| table | model | precision | fits | images | hours |", "|---|---|---|---:|---:|---:|"]
+    lines = [
+        "GPU hours on this card, one seed, from the rates above (fits and images; features not counted):",
+        "",
+    ]
+    lines += [
+        "| table | model | precision | fits | images | hours |",
+        "|---|---|---|---:|---:|---:|",
+    ]
     for table in ("table1", "table2"):
         for model in ("ddim", "ldm"):
             for precision in PRECISIONS:
@@ -135,7 +158,9 @@ def _column(results: Mapping[str, Any], table: str, model: str, precision: str) 
         fits += 0.0 if work is None else work.forward_passes * denoise["float"]
 
     hours = (fits / 3600, images / 3600)
-    return f"| {table} | {model} | {precision} | {hours[0]:.0f} | {hours[1]:.0f} | {sum(hours):.0f} |"
+    return (
+        f"| {table} | {model} | {precision} | {hours[0]:.0f} | {hours[1]:.0f} | {sum(hours):.0f} |"
+    )
 
 
 def _rates(

@@ -84,9 +84,19 @@ def timed(net: nn.Module, run: Callable[[nn.Module], object]) -> list[Timed]:
         coded = [found[name] for name in names]
         last = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
         coder = coder_of(reader) if reader is not None else None
-        both = {"simulated": partial(_call, layers, reader, x), "integer": partial(_call, coded, coder, last)}
+        both = {
+            "simulated": partial(_call, layers, reader, x),
+            "integer": partial(_call, coded, coder, last),
+        }
         seconds = _medians(both)
-        result.append(Timed(tuple(n for names in same for n in names), shape, seconds["simulated"], seconds["integer"]))
+        result.append(
+            Timed(
+                tuple(n for names in same for n in names),
+                shape,
+                seconds["simulated"],
+                seconds["integer"],
+            )
+        )
     return result
 
 
@@ -95,7 +105,9 @@ def chosen(times: list[Timed], min_speedup: float) -> list[str]:
     return [name for entry in times if entry.speedup >= min_speedup for name in entry.names]
 
 
-def choice(net: nn.Module, run: Callable[[nn.Module], object], min_speedup: float, file: Path) -> dict[str, Any]:
+def choice(
+    net: nn.Module, run: Callable[[nn.Module], object], min_speedup: float, file: Path
+) -> dict[str, Any]:
     """Which layers run on codes, from the file of an earlier choice, or measured, printed and written there.
 
     Args:
@@ -117,7 +129,13 @@ def choice(net: nn.Module, run: Callable[[nn.Module], object], min_speedup: floa
         f"{len(names)} of {of} quantized layers run on integers",
         ["layer and input", "count", "simulated, ms", "integer, ms", "runs on"],
         [
-            (e.shape, len(e.names), 1e3 * e.simulated, 1e3 * e.integer, "integers" if e.names[0] in names else "floats")
+            (
+                e.shape,
+                len(e.names),
+                1e3 * e.simulated,
+                1e3 * e.integer,
+                "integers" if e.names[0] in names else "floats",
+            )
             for e in times
         ],
     )
@@ -146,7 +164,9 @@ def _shape(net: nn.Module, names: tuple[str, ...], x: Tensor) -> str:
     weight = "x".join(str(n) for n in layer.weight_quantizer.codes.shape)
     affine = ", affine" if layer.weight_quantizer.zero_point is not None else ""
     stride = (
-        f", stride {layer.layer.stride[0]}" if isinstance(layer.layer, nn.Conv2d) and layer.layer.stride[0] > 1 else ""
+        f", stride {layer.layer.stride[0]}"
+        if isinstance(layer.layer, nn.Conv2d) and layer.layer.stride[0] > 1
+        else ""
     )
     return f"{kind} {weight}{stride}{affine} on {'x'.join(str(n) for n in x.shape)}"
 

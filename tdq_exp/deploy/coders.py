@@ -67,7 +67,9 @@ class Rounder(Tables):
     def forward(self, x: Tensor) -> Tensor:
         """x_hat."""
         i, j = self.rows()
-        return ops.fake_quantize(x, self.step_sizes[i : i + 1], self.zero_points[j : j + 1], self.n, self.p)
+        return ops.fake_quantize(
+            x, self.step_sizes[i : i + 1], self.zero_points[j : j + 1], self.n, self.p
+        )
 
 
 class Coder(Tables):
@@ -77,20 +79,27 @@ class Coder(Tables):
         super().__init__(quantizer)
         self.shift = -self.n  # codes begin at 0: the smaller they are, the more products are exact
         # Also as numbers: oneDNN's kernels take them by value.
-        self.steps, self.zeros = self.step_sizes.tolist(), [int(z) for z in self.zero_points.tolist()]
+        self.steps, self.zeros = (
+            self.step_sizes.tolist(),
+            [int(z) for z in self.zero_points.tolist()],
+        )
 
     def forward(self, x: Tensor) -> Coded:
         """Codes of x at the current time step."""
         i, j = self.rows()
         s, z = self.step_sizes[i : i + 1], self.zero_points[j : j + 1]
         return Coded(
-            kernels.codes(x.float(), s, z, self.n, self.p, self.shift), self.steps[i], self.zeros[j] + self.shift
+            kernels.codes(x.float(), s, z, self.n, self.p, self.shift),
+            self.steps[i],
+            self.zeros[j] + self.shift,
         )
 
     def of_norm(self, x: Tensor, norm: nn.GroupNorm, silu: bool) -> Coded:
         """Codes of a group norm's output, or of SiLU of it; `[B, C, H, W]`."""
         i, j = self.rows()
-        codes = kernels.norm_codes(x, norm, silu, self.steps[i], self.zeros[j], self.n, self.p, self.shift)
+        codes = kernels.norm_codes(
+            x, norm, silu, self.steps[i], self.zeros[j], self.n, self.p, self.shift
+        )
         return Coded(codes, self.steps[i], self.zeros[j] + self.shift)
 
 
@@ -104,7 +113,11 @@ class DynamicCoder(nn.Module):
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
         assert isinstance(quantizer.interval, Dynamic)
-        self.n, self.p, self.per_sample = quantizer.grid.n, quantizer.grid.p, quantizer.interval.per_sample
+        self.n, self.p, self.per_sample = (
+            quantizer.grid.n,
+            quantizer.grid.p,
+            quantizer.interval.per_sample,
+        )
         self.shift = -self.n
 
     def forward(self, x: Tensor) -> Coded:
@@ -115,7 +128,11 @@ class DynamicCoder(nn.Module):
             low, high = low.min().reshape(1), high.max().reshape(1)
         s, z = ops.affine_range(low, high, self.n, self.p)
         codes = kernels.codes(x, s, z, self.n, self.p, self.shift)
-        return Coded(codes, s, z + self.shift) if self.per_sample else Coded(codes, float(s), int(z) + self.shift)
+        return (
+            Coded(codes, s, z + self.shift)
+            if self.per_sample
+            else Coded(codes, float(s), int(z) + self.shift)
+        )
 
     def of_norm(self, x: Tensor, norm: nn.GroupNorm, silu: bool) -> Coded:
         """As `Coder.of_norm`, in three passes: the range is known after the first."""

@@ -36,7 +36,9 @@ def pack_codes(codes: Tensor, n: int, bits: int) -> Tensor:
     """
     flat = (codes.reshape(-1).to(torch.int32) - n).numpy()
     parts = [
-        np.packbits((flat[i : i + CHUNK, None] >> np.arange(bits) & 1).astype(np.uint8), bitorder="little")
+        np.packbits(
+            (flat[i : i + CHUNK, None] >> np.arange(bits) & 1).astype(np.uint8), bitorder="little"
+        )
         for i in range(0, len(flat), CHUNK)
     ]
     return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0, np.uint8))
@@ -55,7 +57,9 @@ def unpack_codes(packed: Tensor, shape: tuple[int, ...], n: int, bits: int) -> T
     flat = np.empty(count, np.int32)
     for i in range(0, count, CHUNK):
         size = min(CHUNK, count - i)
-        read = np.unpackbits(raw[i * bits // 8 : -(-(i + size) * bits // 8)], count=size * bits, bitorder="little")
+        read = np.unpackbits(
+            raw[i * bits // 8 : -(-(i + size) * bits // 8)], count=size * bits, bitorder="little"
+        )
         flat[i : i + size] = read.reshape(size, bits) @ weights + n
     return torch.from_numpy(flat.reshape(shape))
 
@@ -68,7 +72,12 @@ def pack(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]
             low, high = int(value.min()), int(value.max())
             bits = max(1, (high - low).bit_length())
             packed[key] = pack_codes(value, low, bits)
-            how[key] = {"codes": bits, "n": low, "shape": list(value.shape), "type": _name(value.dtype)}
+            how[key] = {
+                "codes": bits,
+                "n": low,
+                "shape": list(value.shape),
+                "type": _name(value.dtype),
+            }
         elif key.endswith((".zero_points", ".weight_quantizer.zero_point")):
             small = smallest_integer_type(int(value.min()), int(value.max()))
             packed[key], how[key] = value.to(small), {"type": _name(value.dtype)}
@@ -83,7 +92,9 @@ def unpack(packed: Mapping[str, Tensor], how: Mapping[str, Any]) -> dict[str, Te
     for key, rule in how.items():
         value, dtype = packed[key], getattr(torch, rule["type"])
         state[key] = (
-            unpack_codes(value, tuple(rule["shape"]), rule["n"], rule["codes"]) if "codes" in rule else value
+            unpack_codes(value, tuple(rule["shape"]), rule["n"], rule["codes"])
+            if "codes" in rule
+            else value
         ).to(dtype)
     return state
 
@@ -93,7 +104,11 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def save(
-    state: Mapping[str, Tensor], path: Path, config: Mapping[str, Any], fit: str, parts: Mapping[str, str] | None = None
+    state: Mapping[str, Tensor],
+    path: Path,
+    config: Mapping[str, Any],
+    fit: str,
+    parts: Mapping[str, str] | None = None,
 ) -> int:
     """Writes a packed file and returns its bytes, after reading it back and comparing every bit.
 
@@ -112,7 +127,9 @@ def save(
     about |= {"parts": json.dumps(parts)} if parts else {}
     save_weights(packed, path, about)
     read, *_ = load(path)
-    if read.keys() != state.keys() or not all(torch.equal(read[key], value.cpu()) for key, value in state.items()):
+    if read.keys() != state.keys() or not all(
+        torch.equal(read[key], value.cpu()) for key, value in state.items()
+    ):
         raise RuntimeError(f"{path}: reads back differently")
     return path.stat().st_size
 
@@ -127,9 +144,18 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str, dict[str, 
         with safe_open(str(path), framework="pt") as file:
             about = file.metadata() or {}
             if about.get("format") != FORMAT:
-                raise ValueError(f"{path}: is not a packed network (its header does not say `{FORMAT}`)")
+                raise ValueError(
+                    f"{path}: is not a packed network (its header does not say `{FORMAT}`)"
+                )
             packed = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         state = unpack(packed, json.loads(about["packed"]))
-        return state, json.loads(about["config"]), about["fit"], json.loads(about.get("parts", "{}"))
+        return (
+            state,
+            json.loads(about["config"]),
+            about["fit"],
+            json.loads(about.get("parts", "{}")),
+        )
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(f"{path}: damaged or missing packed network ({str(error).splitlines()[0]})") from error
+        raise ValueError(
+            f"{path}: damaged or missing packed network ({str(error).splitlines()[0]})"
+        ) from error

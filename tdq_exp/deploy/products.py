@@ -47,12 +47,21 @@ def all_are_exact_here() -> bool:
     AVX-512, and `ONEDNN_MAX_CPU_ISA` may forbid both.
     """
     for channels in PROBE_CHANNELS:
-        weight, scale = torch.full((channels, channels), -128, dtype=torch.int8), torch.ones(channels)
+        weight, scale = (
+            torch.full((channels, channels), -128, dtype=torch.int8),
+            torch.ones(channels),
+        )
         codes = torch.full((4, channels), 255, dtype=torch.uint8)
-        image = codes[..., None, None].expand(-1, -1, 3, 3).contiguous(memory_format=torch.channels_last)
+        image = (
+            codes[..., None, None]
+            .expand(-1, -1, 3, 3)
+            .contiguous(memory_format=torch.channels_last)
+        )
 
         linear = Product(weight, scale)(codes, 1.0, 0)
-        convolution = Product(weight[..., None, None], scale, ([1, 1], [0, 0], [1, 1], 1))(image, 1.0, 0)
+        convolution = Product(weight[..., None, None], scale, ([1, 1], [0, 0], [1, 1], 1))(
+            image, 1.0, 0
+        )
 
         expected = -128.0 * 255 * channels
         if not (bool((linear == expected).all()) and bool((convolution == expected).all())):
@@ -77,7 +86,9 @@ class Product:
         if window is None:
             self.packed = torch.ops.onednn.qlinear_prepack(weight, None)
         else:
-            self.packed = torch.ops.onednn.qconv_prepack(weight.contiguous(), scale, 1.0, 0, *window, None)
+            self.packed = torch.ops.onednn.qconv_prepack(
+                weight.contiguous(), scale, 1.0, 0, *window, None
+            )
 
     def __call__(self, codes: Tensor, s: float, z: int, bias: Tensor | None = None) -> Tensor:
         """Return scale s sum (codes - z) weight + bias, float32.
@@ -89,8 +100,33 @@ class Product:
         """
         if self.window is None:
             return torch.ops.onednn.qlinear_pointwise(
-                codes, s, z, self.packed, self.scale, self.zero, bias, 1.0, 0, torch.float32, "none", [], ""
+                codes,
+                s,
+                z,
+                self.packed,
+                self.scale,
+                self.zero,
+                bias,
+                1.0,
+                0,
+                torch.float32,
+                "none",
+                [],
+                "",
             )
         return torch.ops.onednn.qconv2d_pointwise(
-            codes, s, z, self.packed, self.scale, self.zero, bias, *self.window, 1.0, 0, torch.float32, "none", [], ""
+            codes,
+            s,
+            z,
+            self.packed,
+            self.scale,
+            self.zero,
+            bias,
+            *self.window,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
         )

@@ -63,7 +63,9 @@ def _recorded(
         steps.record()
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
-        warnings.warn(f"sampling step by step: no CUDA graph of this network ({reason})", stacklevel=3)
+        warnings.warn(
+            f"sampling step by step: no CUDA graph of this network ({reason})", stacklevel=3
+        )
         return None
     return steps
 

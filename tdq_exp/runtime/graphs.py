@@ -23,7 +23,9 @@ class Recorded:
 
     """
 
-    def __init__(self, function: Callable[[], Tensor], device: torch.device, warm_up: int = 2) -> None:
+    def __init__(
+        self, function: Callable[[], Tensor], device: torch.device, warm_up: int = 2
+    ) -> None:
         self._function, self._device = function, device
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: Tensor | None = None

@@ -36,6 +36,13 @@ def wanted(launcher: LauncherOptions) -> int:
 
 def relaunch(count: int, arguments: list[str]) -> NoReturn:
     """Replaces this process by torch's launcher, which starts `count` processes of the same command."""
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "-m", "tdq_exp.run"]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={count}",
+        "-m",
+        "tdq_exp.run",
+    ]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *command, *arguments])

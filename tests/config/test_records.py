@@ -10,7 +10,14 @@ from tdq_exp.config import records
 from tdq_exp.experiment import build as jobs
 from tdq_exp.runtime.files import read_json
 
-RUN = Path(__file__).resolve().parents[2] / "results" / "runs" / "digits_w4a4_lsq_tdq" / "seed0" / "fit.json"
+RUN = (
+    Path(__file__).resolve().parents[2]
+    / "results"
+    / "runs"
+    / "digits_w4a4_lsq_tdq"
+    / "seed0"
+    / "fit.json"
+)
 
 
 def test_older_names_are_read_as_todays():

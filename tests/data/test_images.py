@@ -16,7 +16,9 @@ from tdq_exp.data.sources import Digits, Folder, Hub
 
 
 def picture(seed, size=(12, 9)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    )
 
 
 @pytest.fixture
@@ -59,9 +61,15 @@ def test_a_cache_is_what_numpy_writes_and_its_hash_is_of_shape_and_pixels(folder
 
 def test_a_limit_takes_the_first_images_and_has_a_cache_of_its_own(folder, tmp_path):
     kwargs = {"size": 8, "channels": 3, "cache": str(tmp_path / "cache")}
-    whole, few, more = (load_images(Folder(str(folder), holdout=4), "train", **kwargs, limit=n) for n in (None, 5, 99))
+    whole, few, more = (
+        load_images(Folder(str(folder), holdout=4), "train", **kwargs, limit=n)
+        for n in (None, 5, 99)
+    )
     assert (len(whole), len(few)) == (9, 5)
-    assert np.array_equal(few.pixels, whole.pixels[:5]) and few.content != whole.content == more.content
+    assert (
+        np.array_equal(few.pixels, whole.pixels[:5])
+        and few.content != whole.content == more.content
+    )
 
 
 def test_images_are_written_as_they_are_decoded(folder, tmp_path, monkeypatch):
@@ -74,7 +82,9 @@ def test_images_are_written_as_they_are_decoded(folder, tmp_path, monkeypatch):
             yield image
 
     monkeypatch.setattr(Folder, "read", watched)
-    load_images(Folder(str(folder), holdout=4), "train", size=64, channels=3, cache=str(tmp_path / "cache"))
+    load_images(
+        Folder(str(folder), holdout=4), "train", size=64, channels=3, cache=str(tmp_path / "cache")
+    )
     assert len(sizes) == 9 and sizes[-1] >= 7 * 64 * 64 * 3
 
 
@@ -88,9 +98,13 @@ def test_train_and_validation_of_a_folder_never_mix(folder):
 def test_content_is_the_pixels_and_not_the_path(folder, tmp_path):
     moved = tmp_path / "elsewhere"
     folder.rename(moved)
-    here = load_images(Folder(str(moved), holdout=4), "train", size=8, channels=3, cache=str(tmp_path / "a"))
+    here = load_images(
+        Folder(str(moved), holdout=4), "train", size=8, channels=3, cache=str(tmp_path / "a")
+    )
     moved.rename(folder)
-    there = load_images(Folder(str(folder), holdout=4), "train", size=8, channels=3, cache=str(tmp_path / "b"))
+    there = load_images(
+        Folder(str(folder), holdout=4), "train", size=8, channels=3, cache=str(tmp_path / "b")
+    )
     assert here.content == there.content
 
 
@@ -144,14 +158,23 @@ def broken(path):
 
 
 @pytest.mark.parametrize(
-    "spoil", [broken, lambda path: path.write_bytes(b"no image"), lambda path: path.write_bytes(b"")]
+    "spoil",
+    [broken, lambda path: path.write_bytes(b"no image"), lambda path: path.write_bytes(b"")],
 )
 def test_a_truncated_or_foreign_file_is_one_line_that_names_it(folder, tmp_path, spoil):
     spoil(folder / "nested" / "03.png")
     with pytest.raises(ValueError, match=r"03\.png: not a whole image") as caught:
-        load_images(Folder(str(folder), holdout=4), "train", size=8, channels=3, cache=str(tmp_path / "cache"))
+        load_images(
+            Folder(str(folder), holdout=4),
+            "train",
+            size=8,
+            channels=3,
+            cache=str(tmp_path / "cache"),
+        )
     assert "\n" not in str(caught.value)
-    assert not [f for f in (tmp_path / "cache").rglob("*") if f.is_file()]  # nothing half made is left
+    assert not [
+        f for f in (tmp_path / "cache").rglob("*") if f.is_file()
+    ]  # nothing half made is left
 
 
 def test_empty_and_missing_folders_are_errors_that_name_the_key(tmp_path):
@@ -167,22 +190,34 @@ def test_a_corrupt_parquet_file_is_one_line(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train-00000-of-00001.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(ValueError, match=r"data\.source\.path") as caught:
-        load_images(Hub(str(tmp_path / "set")), "train", size=8, channels=3, cache=str(tmp_path / "cache"))
+        load_images(
+            Hub(str(tmp_path / "set")), "train", size=8, channels=3, cache=str(tmp_path / "cache")
+        )
     assert "\n" not in str(caught.value)
 
 
 def test_what_was_done_to_a_published_set_before_is_part_of_the_protocol(folder, tmp_path):
-    source, options = Folder(str(folder), holdout=4), {"size": 8, "channels": 3, "cache": str(tmp_path / "cache")}
+    source, options = (
+        Folder(str(folder), holdout=4),
+        {"size": 8, "channels": 3, "cache": str(tmp_path / "cache")},
+    )
     assert load_images(source, "train", **options).protocol == "centre crop, bicubic to 8x8x3"
     source.prepared = "8x8 as published"
-    assert load_images(source, "train", **options).protocol == "8x8 as published, centre crop, bicubic to 8x8x3"
+    assert (
+        load_images(source, "train", **options).protocol
+        == "8x8 as published, centre crop, bicubic to 8x8x3"
+    )
 
 
 def test_a_link_to_nothing_and_an_image_of_absurd_size_are_named(folder, tmp_path, monkeypatch):
     (folder / "a_link.png").symlink_to(tmp_path / "gone.png")
     with pytest.raises(ValueError, match=r"a_link\.png: can't be read"):
-        load_images(Folder(str(folder), holdout=4), "train", size=8, channels=3, cache=str(tmp_path / "c"))
+        load_images(
+            Folder(str(folder), holdout=4), "train", size=8, channels=3, cache=str(tmp_path / "c")
+        )
     (folder / "a_link.png").unlink()
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 10)
     with pytest.raises(ValueError, match=r"not a whole image \(Image size"):
-        load_images(Folder(str(folder), holdout=4), "train", size=8, channels=3, cache=str(tmp_path / "c"))
+        load_images(
+            Folder(str(folder), holdout=4), "train", size=8, channels=3, cache=str(tmp_path / "c")
+        )

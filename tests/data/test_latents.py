@@ -37,7 +37,9 @@ def encode(x):
 
 
 def made(processes, cache, of=None, mirror=True, by="abc", encode=encode):
-    return encoded(of or images(), encode, SHAPE, mirror=mirror, by=by, cache=cache, processes=processes)
+    return encoded(
+        of or images(), encode, SHAPE, mirror=mirror, by=by, cache=cache, processes=processes
+    )
 
 
 def test_a_batch_is_mean_plus_deviation_times_noise_of_the_image_or_its_mirror(tmp_path, processes):
@@ -82,9 +84,13 @@ def test_interrupted_encoding_goes_on_with_the_same_bits(tmp_path, processes):
         made(processes, tmp_path / "broken", encode=broken)
     assert calls == [4, 4, 4, 4]
     calls.clear()
-    found = made(processes, tmp_path / "broken", encode=lambda x: (calls.append(len(x)), encode(x))[1])
+    found = made(
+        processes, tmp_path / "broken", encode=lambda x: (calls.append(len(x)), encode(x))[1]
+    )
     assert calls == [4, 4, 2, 2]  # the first group was kept
-    assert (found.arrays.folder / "moments.npy").read_bytes() == (whole.arrays.folder / "moments.npy").read_bytes()
+    assert (found.arrays.folder / "moments.npy").read_bytes() == (
+        whole.arrays.folder / "moments.npy"
+    ).read_bytes()
 
 
 def test_validation_needs_no_mirrors(tmp_path, processes):
@@ -107,11 +113,19 @@ def test_noise_of_samples_leaves_every_other_draw_as_it_was():
     common = {"batch_size": 6, "images": 9, "shape": SHAPE, "steps": 100, "flip": True}
     plain, drawn = draw_batch(3, 5, **common), draw_batch(3, 5, **common, random=True)
     fixed = {"samples": 6, "images": 9, "shape": SHAPE, "steps": 100}
-    pairs = [(plain, drawn), (fixed_draws(3, Stream.VALIDATION, **fixed), fixed_draws(3, Stream.VALIDATION, **fixed, random=True))]
+    pairs = [
+        (plain, drawn),
+        (
+            fixed_draws(3, Stream.VALIDATION, **fixed),
+            fixed_draws(3, Stream.VALIDATION, **fixed, random=True),
+        ),
+    ]
     for without, with_noise in pairs:
         assert without.noise is None
         for name in ("index", "flip", "t", "eps"):
             assert torch.equal(getattr(without, name), getattr(with_noise, name))
-        assert with_noise.noise.shape == with_noise.eps.shape and not torch.equal(with_noise.noise, with_noise.eps)
+        assert with_noise.noise.shape == with_noise.eps.shape and not torch.equal(
+            with_noise.noise, with_noise.eps
+        )
     half = drawn.shard(1, 2)
     assert torch.equal(half.noise, drawn.noise[3:]) and plain.shard(1, 2).noise is None

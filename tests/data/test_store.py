@@ -70,7 +70,9 @@ def test_files_that_another_run_made_meanwhile_are_kept(tmp_path, monkeypatch):
     write, seen = np.lib.format.write_array, []
 
     def slow(file, array):
-        if not seen:  # while the first run writes its zeros, a second one begins, and finishes a group
+        if (
+            not seen
+        ):  # while the first run writes its zeros, a second one begins, and finishes a group
             seen.append(file.name)
             make(tmp_path).put(0, group(0))
         write(file, array)
@@ -79,4 +81,7 @@ def test_files_that_another_run_made_meanwhile_are_kept(tmp_path, monkeypatch):
     store = make(tmp_path)
     assert seen and store.missing() == [1, 2]
     assert int(np.load(tmp_path / "set" / "images.npy")[0, 0, 0, 0]) == 1
-    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["groups.npy", "images.npy"]
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == [
+        "groups.npy",
+        "images.npy",
+    ]

@@ -22,7 +22,13 @@ from tests.quant.builders import inputs, make_net, randn
 
 HERE = torch.device("cpu")
 S, Z, P = 0.02, 90.0, 255
-SHAPES = [((3, 64, 16, 16), 16), ((1, 48, 5, 7), 12), ((2, 6, 1, 1), 3), ((5, 32, 3, 21), 1), ((2, 33, 8, 8), 33)]
+SHAPES = [
+    ((3, 64, 16, 16), 16),
+    ((1, 48, 5, 7), 12),
+    ((2, 6, 1, 1), 3),
+    ((5, 32, 3, 21), 1),
+    ((2, 33, 8, 8), 33),
+]
 
 
 def made(channels: int, groups: int, affine: bool = True) -> nn.GroupNorm:
@@ -81,7 +87,9 @@ def test_ranges_hold_zero(fused):
     assert low[1] == 0 and high[2] == 0
 
 
-pytestmark = pytest.mark.skipif(integer.unavailable(HERE) is not None, reason=str(integer.unavailable(HERE)))
+pytestmark = pytest.mark.skipif(
+    integer.unavailable(HERE) is not None, reason=str(integer.unavailable(HERE))
+)
 
 
 def test_every_norm_before_an_integer_layer_is_fused_and_no_other():
@@ -103,8 +111,15 @@ def test_every_norm_before_an_integer_layer_is_fused_and_no_other():
 
 def test_norms_before_float_layers_stay():
     keep = ("conv", "first", "last")
-    net = bake(make_net(Recipe(4, 4, Lsq, Lsq, StaticIntervals(), plan=Plan(keep_float=keep, attention=False))))
-    assert not any(isinstance(module, fuse.CodedNorm) for module in integer.integerize(net, unet_chains(net)).modules())
+    net = bake(
+        make_net(
+            Recipe(4, 4, Lsq, Lsq, StaticIntervals(), plan=Plan(keep_float=keep, attention=False))
+        )
+    )
+    assert not any(
+        isinstance(module, fuse.CodedNorm)
+        for module in integer.integerize(net, unet_chains(net)).modules()
+    )
 
 
 @torch.no_grad()
@@ -134,5 +149,8 @@ def test_a_rounder_gives_what_its_quantizer_gives():
             with net.time.at(t):
                 x = randn(3, 5, 7)
                 assert torch.equal(coders.Rounder(quantizer)(x), quantizer(x))
-    with net.time.at(torch.tensor([1, 2])), pytest.raises(ValueError, match="one time step for the whole batch"):
+    with (
+        net.time.at(torch.tensor([1, 2])),
+        pytest.raises(ValueError, match="one time step for the whole batch"),
+    ):
         coders.Rounder(quantizer)(x)

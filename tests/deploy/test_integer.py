@@ -31,9 +31,13 @@ from tests.oracles.products import ExactProduct
 from tests.quant.builders import inputs, load_model, make_net, randn
 
 HERE = torch.device("cpu")
-pytestmark = pytest.mark.skipif(integer.unavailable(HERE) is not None, reason=str(integer.unavailable(HERE)))
+pytestmark = pytest.mark.skipif(
+    integer.unavailable(HERE) is not None, reason=str(integer.unavailable(HERE))
+)
 
-RELEASE = ReleaseDetails(reduced_grids=True, symmetric_activations=True, raw_step=True, start="moments", he=False)
+RELEASE = ReleaseDetails(
+    reduced_grids=True, symmetric_activations=True, raw_step=True, start="moments", he=False
+)
 FLOATS = ("first", "last", "time_embedding", "time_projection")
 
 
@@ -43,17 +47,36 @@ def temporal():
 
 RECIPES = {
     "lsq_tdq": lambda bits: Recipe(bits, bits, Lsq, Lsq, temporal()),
-    "lsq_edge8": lambda bits: Recipe(bits, bits, Lsq, Lsq, StaticIntervals(), plan=Plan(edge_bits=8)),
-    "lsq_release": lambda bits: Recipe(
-        bits, bits, Lsq, Lsq, temporal(), plan=Plan(keep_float=FLOATS, attention=False), habits=RELEASE
+    "lsq_edge8": lambda bits: Recipe(
+        bits, bits, Lsq, Lsq, StaticIntervals(), plan=Plan(edge_bits=8)
     ),
-    "ptq_tdq": lambda bits: Recipe(bits, bits, MinMaxWeights, Lsq, temporal(), weight_interval="channel_range"),
-    "minmax": lambda bits: Recipe(bits, bits, MinMaxWeights, MinMax, weight_interval="channel_range"),
+    "lsq_release": lambda bits: Recipe(
+        bits,
+        bits,
+        Lsq,
+        Lsq,
+        temporal(),
+        plan=Plan(keep_float=FLOATS, attention=False),
+        habits=RELEASE,
+    ),
+    "ptq_tdq": lambda bits: Recipe(
+        bits, bits, MinMaxWeights, Lsq, temporal(), weight_interval="channel_range"
+    ),
+    "minmax": lambda bits: Recipe(
+        bits, bits, MinMaxWeights, MinMax, weight_interval="channel_range"
+    ),
     "lsq_dynamic": lambda bits: Recipe(bits, bits, Lsq, Lsq, DynamicIntervals(per_sample=True)),
     "ptq_dynamic": lambda bits: Recipe(
-        bits, bits, MinMaxWeights, MinMax, DynamicIntervals(per_sample=True), weight_interval="channel_range"
+        bits,
+        bits,
+        MinMaxWeights,
+        MinMax,
+        DynamicIntervals(per_sample=True),
+        weight_interval="channel_range",
     ),
-    "lsq_dynamic_tensor": lambda bits: Recipe(bits, bits, Lsq, Lsq, DynamicIntervals(per_sample=False)),
+    "lsq_dynamic_tensor": lambda bits: Recipe(
+        bits, bits, Lsq, Lsq, DynamicIntervals(per_sample=False)
+    ),
 }
 
 
@@ -61,7 +84,9 @@ def answers(net: nn.Module, t: int) -> dict[str, tuple[torch.Tensor, torch.Tenso
     """(input, output) of every quantized layer at one time step."""
     seen = {}
     handles = [
-        module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: (args[0], out)}))
+        module.register_forward_hook(
+            lambda m, args, out, name=name: seen.update({name: (args[0], out)})
+        )
         for name, module in net.named_modules()
         if isinstance(module, QuantLayer)
     ]
@@ -76,16 +101,22 @@ def answers(net: nn.Module, t: int) -> dict[str, tuple[torch.Tensor, torch.Tenso
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_layer_gives_what_the_simulated_one_gives(name, bits, monkeypatch):
     wide = bits == 8 or "edge8" in name
-    if wide and not products.all_are_exact_here():  # 8 by 8 bits: by exact products, to test all but the kernels
+    if (
+        wide and not products.all_are_exact_here()
+    ):  # 8 by 8 bits: by exact products, to test all but the kernels
         monkeypatch.setattr(products, "all_are_exact_here", lambda: True)
         monkeypatch.setattr(integer, "Product", ExactProduct)
     net = bake(make_net(RECIPES[name](bits)))
     layers = integer.candidates(net)
-    assert layers.keys() == {n for n, module in net.named_modules() if isinstance(module, QuantLayer)}
+    assert layers.keys() == {
+        n for n, module in net.named_modules() if isinstance(module, QuantLayer)
+    }
     for t in (0, 17, 500, 999):
         for layer, (x, y) in answers(net, t).items():
             made = layers[layer]
-            if made.coder is None:  # q, k and v: x is quantized already, and its codes are those of x itself
+            if (
+                made.coder is None
+            ):  # q, k and v: x is quantized already, and its codes are those of x itself
                 reader = net.get_submodule(layer.rpartition(".")[0]).processor.input_quantizer
                 x = coders.coder_of(reader)(x)
             found = made(x)
@@ -104,11 +135,15 @@ def test_a_whole_network_follows_the_simulated_one(name):
         with torch.no_grad():
             simulated, found = net(x, torch.tensor(t)).sample, whole(x, torch.tensor(t)).sample
         torch.testing.assert_close(found, simulated, rtol=1e-4, atol=1e-5)
-    assert any(isinstance(module, QuantLayer) for module in net.modules())  # a copy: the net is as it was
+    assert any(
+        isinstance(module, QuantLayer) for module in net.modules()
+    )  # a copy: the net is as it was
 
 
 @pytest.mark.parametrize("zero", [0, 3, 15])
-@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"padding": 2, "dilation": 2}, {"groups": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2, "padding": 1}, {"padding": 2, "dilation": 2}, {"groups": 3}]
+)
 def test_zero_points_under_padding_stride_dilation_and_groups(zero, options):
     time = TimeContext(10)
     quantizer = Lsq(
@@ -117,12 +152,17 @@ def test_zero_points_under_padding_stride_dilation_and_groups(zero, options):
         TableZeroPoint(torch.tensor([float(zero)]), time),
     )
     conv = nn.Conv2d(6, 9, 3, **{"padding": 1, **options})
-    codes = torch.randint(-7, 8, conv.weight.shape, generator=torch.Generator().manual_seed(1)).to(torch.int8)
+    codes = torch.randint(-7, 8, conv.weight.shape, generator=torch.Generator().manual_seed(1)).to(
+        torch.int8
+    )
     layer = QuantConv2d(conv, CodedWeight(codes, torch.tensor(0.05)), quantizer.eval())
     x = randn(2, 6, 9, 9)
     with torch.no_grad():
         torch.testing.assert_close(
-            integer.IntegerLayer(layer, coders.coder_of(quantizer))(x), layer(x), rtol=2e-6, atol=2e-6
+            integer.IntegerLayer(layer, coders.coder_of(quantizer))(x),
+            layer(x),
+            rtol=2e-6,
+            atol=2e-6,
         )
 
 
@@ -140,7 +180,9 @@ def test_affine_codes_fit_into_signed_bytes_and_only_wide_ones_need_a_second_sum
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_codes_are_the_quantizers_own(fused):
-    x = torch.cat([randn(500) * 3, torch.tensor([1e30, -1e30, 0.25, 0.75, float("nan")])]).reshape(1, -1)
+    x = torch.cat([randn(500) * 3, torch.tensor([1e30, -1e30, 0.25, 0.75, float("nan")])]).reshape(
+        1, -1
+    )
     expected = ((x / 0.5).clamp(-3, 12).round() + 3).nan_to_num(0)
     with nullcontext() if fused else unfused():
         found = kernels.codes(x, torch.tensor([0.5]), torch.tensor([3.0]), 0, 15)
@@ -177,7 +219,9 @@ def test_the_choice_is_measured_once_and_kept(tmp_path):
         return model.predict(other, x, torch.tensor(500))
 
     every = choose.choice(net, run, 0.0, tmp_path / "all.json")
-    assert set(every["layers"]) == integer.candidates(net).keys() and every["of"] == len(every["layers"])
+    assert set(every["layers"]) == integer.candidates(net).keys() and every["of"] == len(
+        every["layers"]
+    )
     assert choose.choice(net, run, 1e9, tmp_path / "none.json")["layers"] == []
     kept = json.loads((tmp_path / "all.json").read_text())
     assert choose.choice(net, run, 1e9, tmp_path / "all.json") == kept  # the file is what counts

@@ -61,19 +61,30 @@ def coded(shape: tuple[int, ...], kind: str) -> CodedWeight:
         return CodedWeight(codes.to(torch.int8), torch.tensor(0.05))
     zero = torch.randint(low, high, (shape[0],), generator=torch.Generator().manual_seed(2)).float()
     return CodedWeight(
-        codes.to(torch.uint8), (randn(shape[0], seed=3).abs() + 0.1).reshape(out) / 50, zero.reshape(out)
+        codes.to(torch.uint8),
+        (randn(shape[0], seed=3).abs() + 0.1).reshape(out) / 50,
+        zero.reshape(out),
     )
 
 
 def run(layer: nn.Module, clock: onnx_layers.Clock, x: Tensor, file, t: int) -> Tensor:
     if not file.exists():
         onnx.write(Alone(layer, clock).eval(), tuple(x.shape[1:]), file)
-    return torch.from_numpy(export.session(file).run(None, {"x_t": x.numpy(), "t": np.array(t, dtype=np.int64)})[0])
+    return torch.from_numpy(
+        export.session(file).run(None, {"x_t": x.numpy(), "t": np.array(t, dtype=np.int64)})[0]
+    )
 
 
 def test_weights_are_unsigned_only_where_signed_ones_would_not_be_exact_everywhere():
-    for largest, lowest, unsigned in ((255, -128, True), (255, -64, False), (127, -128, False), (128, -128, True)):
-        codes = torch.randint(lowest, -lowest, (5, 8), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    for largest, lowest, unsigned in (
+        (255, -128, True),
+        (255, -64, False),
+        (127, -128, False),
+        (128, -128, True),
+    ):
+        codes = torch.randint(
+            lowest, -lowest, (5, 8), generator=torch.Generator().manual_seed(0)
+        ).to(torch.int8)
         codes[0, 0] = lowest
         weight, zero = onnx_layers.exact_anywhere(codes, largest)
         assert weight.dtype == zero.dtype == (torch.uint8 if unsigned else torch.int8)
@@ -96,7 +107,10 @@ def signed_products(file) -> list[bool]:
             maker = makers[node.input[0]]
             largest = int(values[maker.input[2]]) if maker.op_type == "Clip" else 255
             found.append(weight.dtype == np.int8)
-            assert weight.dtype == np.uint8 or 2 * largest * int(np.abs(weight.astype(int)).max()) < 2**15, node.name
+            assert (
+                weight.dtype == np.uint8
+                or 2 * largest * int(np.abs(weight.astype(int)).max()) < 2**15
+            ), node.name
     return found
 
 
@@ -136,7 +150,9 @@ def test_a_convolution_in_both_forms(bits, n, kind, options, tmp_path):
     assert signed_products(tmp_path / "integer.onnx") == [kind != "affine8"]
 
 
-@pytest.mark.parametrize(("bits", "n", "kind"), [(4, 0, "signed"), (8, 0, "affine8"), (8, -1, "signed")])
+@pytest.mark.parametrize(
+    ("bits", "n", "kind"), [(4, 0, "signed"), (8, 0, "affine8"), (8, -1, "signed")]
+)
 @torch.no_grad()
 def test_a_linear_layer_is_exact_in_both_forms(bits, n, kind, tmp_path):
     time, clock = TimeContext(STEPS), onnx_layers.Clock()
@@ -171,7 +187,9 @@ def test_what_has_no_table_or_no_bytes_is_refused_by_name():
     with pytest.raises(ValueError, match="read from the input has no table"):
         onnx.graph_of(dynamic, {}, "portable")
     wide = bake(make_net(Recipe(4, 9, MinMaxWeights, Lsq, weight_interval="channel_range")))
-    with pytest.raises(ValueError, match="conv_in: can't be exported, its input is wider than 8 bits"):
+    with pytest.raises(
+        ValueError, match="conv_in: can't be exported, its input is wider than 8 bits"
+    ):
         onnx.graph_of(wide, {}, "portable")
 
 
@@ -212,6 +230,9 @@ def test_bad_options_of_the_command_are_one_line(run_folder, tmp_path, monkeypat
     with pytest.raises(FileNotFoundError, match="holds no run"):
         export.export(tmp_path, tmp_path / "a.onnx")
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"export needs onnx, onnxruntime, onnxscript: pip install 'tdq_exp\[onnx\]'"):
+    with pytest.raises(
+        ValueError,
+        match=r"export needs onnx, onnxruntime, onnxscript: pip install 'tdq_exp\[onnx\]'",
+    ):
         export.export(run_folder, tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())

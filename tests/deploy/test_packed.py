@@ -54,7 +54,13 @@ RUNS = {
 def run(request, tmp_path_factory, tiny_weights):
     """The folder of a finished run, which the tests only read."""
     out = tmp_path_factory.mktemp("run")
-    quick = ["model=tiny", "tracker=none", "launcher=cpu", "protocol.qat.calibration_samples=64", f"out={out}"]
+    quick = [
+        "model=tiny",
+        "tracker=none",
+        "launcher=cpu",
+        "protocol.qat.calibration_samples=64",
+        f"out={out}",
+    ]
     made = jobs.build(compose([*quick, f"model.weights={tiny_weights}", *request.param]))
     pipeline.run(made)
     return made.folder
@@ -65,7 +71,9 @@ def test_a_packed_run_is_the_same_network_and_needs_nothing_else(run, tmp_path):
     made, net = load(file)
     before = tdq_exp.load(run).state_dict()
     after = net.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[key], after[key]) for key in before
+    )
     x, t = torch.randn(2, *made.model.sample_shape), torch.tensor(400)
     with torch.no_grad():
         assert torch.equal(tdq_exp.load(run)(x, t).sample, tdq_exp.load(file)(x, t).sample)
@@ -73,7 +81,9 @@ def test_a_packed_run_is_the_same_network_and_needs_nothing_else(run, tmp_path):
     state, how = packed.pack(before)
     stored = sum(v.numel() for k, v in state.items() if k.endswith(".codes"))
     bits = {rule["codes"] for rule in how.values() if "codes" in rule}
-    assert stored <= codes * max(bits) / 8 + len(how) and max(bits) <= (8 if "w8" in made.name else 4)
+    assert stored <= codes * max(bits) / 8 + len(how) and max(bits) <= (
+        8 if "w8" in made.name else 4
+    )
 
 
 def test_what_is_wrong_with_a_file_is_one_line(run, tmp_path):
@@ -93,11 +103,17 @@ def test_what_is_wrong_with_a_file_is_one_line(run, tmp_path):
 def test_the_commands_pack_and_draw(run, tmp_path, inside):
     done = inside(str(run), "--out", "net.safetensors", verb="pack")
     assert done.returncode == 0 and "read back and compared" in done.stdout, done.stderr
-    drawn = inside("net.safetensors", "--images", "3", "--engine", "integer", "--out", "drawn", verb="sample")
+    drawn = inside(
+        "net.safetensors", "--images", "3", "--engine", "integer", "--out", "drawn", verb="sample"
+    )
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "drawn" / "grid.png").stat().st_size > 0
     refused = inside("x", "--engine", "warp", verb="sample")
-    assert refused.returncode == 2 and "--engine=warp" in refused.stderr and "Traceback" not in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "--engine=warp" in refused.stderr
+        and "Traceback" not in refused.stderr
+    )
 
 
 def test_the_packing_command_starts_as_a_process(tmp_path, command):

@@ -36,7 +36,9 @@ SHAPES = {
     "dilated": ((8, 8, 3, 3), ([1, 1], [2, 2], [2, 2], 1), (2, 8, 9, 9)),
     "groups": ((9, 2, 3, 3), ([1, 1], [1, 1], [1, 1], 3), (2, 6, 9, 9)),
 }
-needs_kernels = pytest.mark.skipif(integer.unavailable(HERE) is not None, reason=str(integer.unavailable(HERE)))
+needs_kernels = pytest.mark.skipif(
+    integer.unavailable(HERE) is not None, reason=str(integer.unavailable(HERE))
+)
 
 
 def random_codes(shape, low, high, dtype, seed):
@@ -55,12 +57,17 @@ def found_and_exact(shape, largest, smallest_weight, largest_weight):
     if len(x_shape) == 4:
         codes = codes.contiguous(memory_format=torch.channels_last)
     scale, bias = randn(len(weight), seed=3).abs() + 0.1, randn(len(weight), seed=4)
-    return tuple(kind(weight, scale, window)(codes, 0.25, 3, bias) for kind in (products.Product, ExactProduct))
+    return tuple(
+        kind(weight, scale, window)(codes, 0.25, 3, bias)
+        for kind in (products.Product, ExactProduct)
+    )
 
 
 @needs_kernels
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("largest, weights", [(255, (-64, 64)), (127, (-128, 127)), (15, (-128, 127)), (255, (-7, 7))])
+@pytest.mark.parametrize(
+    "largest, weights", [(255, (-64, 64)), (127, (-128, 127)), (15, (-128, 127)), (255, (-7, 7))]
+)
 def test_a_product_is_exact_on_any_cpu_where_no_pair_can_leave_16_bits(shape, largest, weights):
     found, exact = found_and_exact(shape, largest, *weights)
     torch.testing.assert_close(found, exact, rtol=2e-6, atol=1e-5 * float(exact.abs().max()))
@@ -74,12 +81,21 @@ def test_what_the_probe_says_of_a_cpu_holds_for_every_shape(shape):
     if products.all_are_exact_here():
         assert error < 1e-5
     else:
-        assert error > 1e-3 or shape == "groups"  # two channels of a group may run on a kernel without pairs
+        assert (
+            error > 1e-3 or shape == "groups"
+        )  # two channels of a group may run on a kernel without pairs
 
 
 @pytest.mark.parametrize(
     "largest, weight, fits",
-    [(255, 64, True), (255, -64, True), (255, 65, False), (127, -128, True), (128, 127, True), (128, -128, False)],
+    [
+        (255, 64, True),
+        (255, -64, True),
+        (255, 65, False),
+        (127, -128, True),
+        (128, 127, True),
+        (128, -128, False),
+    ],
 )
 def test_the_limit_of_a_pair_is_where_sums_begin_to_be_cut_off(largest, weight, fits):
     weights = torch.full((1, 10), weight, dtype=torch.int8)
@@ -109,8 +125,12 @@ def net_of(bits, **options):
 
 
 @needs_kernels
-def test_without_vnni_layers_of_8_by_8_bits_stay_simulated_and_all_others_run_on_codes(without_vnni):
-    quantized = {name for name, module in net_of(7).named_modules() if isinstance(module, QuantLayer)}
+def test_without_vnni_layers_of_8_by_8_bits_stay_simulated_and_all_others_run_on_codes(
+    without_vnni,
+):
+    quantized = {
+        name for name, module in net_of(7).named_modules() if isinstance(module, QuantLayer)
+    }
     assert integer.candidates(net_of(7)).keys() == quantized
     assert integer.candidates(net_of(8)) == {}
     assert integer.codable(net_of(8)).keys() == quantized
@@ -132,7 +152,9 @@ def test_q_k_and_v_are_exact_together_or_not_at_all(without_vnni):
 
 @needs_kernels
 def test_without_vnni_a_layer_that_would_be_wrong_is_refused_by_name(without_vnni):
-    with pytest.raises(ValueError, match="conv_in: can't run on codes here: 8-bit by 8-bit products are cut off"):
+    with pytest.raises(
+        ValueError, match="conv_in: can't run on codes here: 8-bit by 8-bit products are cut off"
+    ):
         integer.integerize(net_of(8), Chains(), ["conv_in"])
 
 
@@ -140,7 +162,13 @@ def test_without_vnni_a_layer_that_would_be_wrong_is_refused_by_name(without_vnn
 def test_without_vnni_a_w8a8_net_is_simulated_and_a_line_says_why(without_vnni, tmp_path, capsys):
     net, processes = net_of(8), Processes(cpu=True)
     running, engine = sample_stage.engine(
-        net, load_model("tiny"), "integer", batch=2, min_speedup=0, folder=tmp_path, processes=processes
+        net,
+        load_model("tiny"),
+        "integer",
+        batch=2,
+        min_speedup=0,
+        folder=tmp_path,
+        processes=processes,
     )
     processes.close()
     assert running is net and engine == f"fake: {integer.INEXACT}"
@@ -165,4 +193,6 @@ def test_all_of_this_holds_with_the_kernels_of_a_cpu_without_vnni():
         cwd=ROOT, env=limited, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "1 skipped" in done.stdout, "the probe finds these kernels exact: they are not the limited ones"
+    assert "1 skipped" in done.stdout, (
+        "the probe finds these kernels exact: they are not the limited ones"
+    )

@@ -6,7 +6,9 @@ import torch
 from tdq_exp.diffusion.draws import groups, image_generators, starting_noise
 
 
-@pytest.mark.parametrize(("images", "batch", "count"), [(12, 4, 3), (13, 4, 4), (3, 4, 1), (4, 4, 1), (0, 4, 0)])
+@pytest.mark.parametrize(
+    ("images", "batch", "count"), [(12, 4, 3), (13, 4, 4), (3, 4, 1), (4, 4, 1), (0, 4, 0)]
+)
 def test_groups_are_whole_and_aligned(images, batch, count):
     found = list(groups(images, batch))
     assert [number for number, _ in found] == list(range(count))

@@ -90,7 +90,10 @@ def test_every_image_comes_once_per_epoch_across_borders_too(batch_size):
 
 
 def test_epochs_of_two_seeds_differ():
-    orders = [torch.cat([draw_batch(seed, u, **OPTIONS | {"batch_size": 10}).index for u in (0, 1)]) for seed in (0, 1)]
+    orders = [
+        torch.cat([draw_batch(seed, u, **OPTIONS | {"batch_size": 10}).index for u in (0, 1)])
+        for seed in (0, 1)
+    ]
     assert not torch.equal(*orders)
 
 
@@ -99,7 +102,9 @@ def test_shards_add_up_to_the_whole_batch(world):
     whole = draw_batch(0, 5, **OPTIONS)
     shards = [whole.shard(rank, world) for rank in range(world)]
     for field in FIELDS:
-        assert torch.equal(torch.cat([getattr(shard, field) for shard in shards]), getattr(whole, field))
+        assert torch.equal(
+            torch.cat([getattr(shard, field) for shard in shards]), getattr(whole, field)
+        )
     assert all(len(shard.t) == 8 // world for shard in shards)
 
 
@@ -115,7 +120,10 @@ def test_a_batch_larger_than_the_data_is_an_error_that_names_the_key():
 
 
 def test_times_are_uniform_noise_is_normal_and_half_are_mirrored():
-    draws = [draw_batch(0, update, **OPTIONS | {"batch_size": 1000, "images": 1000}) for update in range(20)]
+    draws = [
+        draw_batch(0, update, **OPTIONS | {"batch_size": 1000, "images": 1000})
+        for update in range(20)
+    ]
     t = torch.cat([d.t for d in draws])
     assert int(t.min()) == 0 and int(t.max()) == 999
     counts = torch.bincount(t // 100, minlength=10)
@@ -138,14 +146,18 @@ def test_without_flips_nothing_is_mirrored_and_nothing_else_changes():
 
 
 def fixed(samples, images=5, steps=1000, seed=0):
-    return fixed_draws(seed, Stream.VALIDATION, samples=samples, images=images, shape=(1, 2, 2), steps=steps)
+    return fixed_draws(
+        seed, Stream.VALIDATION, samples=samples, images=images, shape=(1, 2, 2), steps=steps
+    )
 
 
 @pytest.mark.parametrize("samples", [10, 1000, 2500])
 def test_fixed_draws_cover_all_of_time_evenly(samples):
     t = fixed(samples).t.sort().values
     assert len(t) == samples
-    for i, value in enumerate(t.tolist()):  # one in each of as many equal parts as there are samples
+    for i, value in enumerate(
+        t.tolist()
+    ):  # one in each of as many equal parts as there are samples
         assert i * 1000 // samples <= value <= ((i + 1) * 1000 - 1) // samples
 
 

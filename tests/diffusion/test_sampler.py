@@ -58,7 +58,9 @@ def test_known_time_steps(spacing, count, total, offset, expected):
 @pytest.mark.parametrize("count", [1, 2, 5, 10, 20, 25, 28, 50, 100, 200])
 def test_quad_is_what_ddim_does(count):
     original = [int(s) for s in list(np.linspace(0, np.sqrt(1000 * 0.8), count) ** 2)]
-    assert (len(set(original)) == count) == (count <= 28)  # beyond, DDIM's own names small steps more than once
+    assert (len(set(original)) == count) == (
+        count <= 28
+    )  # beyond, DDIM's own names small steps more than once
     assert time_steps("quad", count, 1000) == sorted(set(original), reverse=True)
 
 
@@ -83,7 +85,12 @@ def test_time_steps_equal_diffusers(spacing, count):
 
 @pytest.mark.parametrize(
     ("spacing", "count"),
-    [(s, n) for s in SPACINGS for n in (1, 2, 3, 7, 16, 26, 48, 61, 100, 999) if s != "quad" or n < 30],
+    [
+        (s, n)
+        for s in SPACINGS
+        for n in (1, 2, 3, 7, 16, 26, 48, 61, 100, 999)
+        if s != "quad" or n < 30
+    ],
 )
 def test_time_steps_fall_and_stay_inside(spacing, count):
     steps = time_steps(spacing, count, 1000)
@@ -182,21 +189,35 @@ def test_clipping_keeps_the_last_image_in_range():
 # --- Against diffusers
 
 
-def diffusers_ddim(x, steps, spacing, eta=0.0, clip=False, offset=0, final_alpha_one=True, generators=()):
+def diffusers_ddim(
+    x, steps, spacing, eta=0.0, clip=False, offset=0, final_alpha_one=True, generators=()
+):
     """The same trajectory by diffusers, in double precision, noise drawn per image as ours is."""
     scheduler = DDIMScheduler(
         trained_betas=SCHEDULE.betas.float().numpy(), timestep_spacing=spacing, steps_offset=offset,
         clip_sample=clip, set_alpha_to_one=final_alpha_one,
     )  # fmt: skip
     scheduler.alphas_cumprod = SCHEDULE.alphas_cumprod
-    scheduler.final_alpha_cumprod = torch.tensor(1.0) if final_alpha_one else SCHEDULE.alphas_cumprod[0]
+    scheduler.final_alpha_cumprod = (
+        torch.tensor(1.0) if final_alpha_one else SCHEDULE.alphas_cumprod[0]
+    )
     scheduler.set_timesteps(steps)
     visited = []
     for t in scheduler.timesteps:
         visited.append(int(t))
-        z = torch.stack([torch.randn(SHAPE, generator=g) for g in generators]).double() if eta else None
+        z = (
+            torch.stack([torch.randn(SHAPE, generator=g) for g in generators]).double()
+            if eta
+            else None
+        )
         x = scheduler.step(
-            denoise(x, t), int(t), x, eta=eta, use_clipped_model_output=clip, variance_noise=z, return_dict=False
+            denoise(x, t),
+            int(t),
+            x,
+            eta=eta,
+            use_clipped_model_output=clip,
+            variance_noise=z,
+            return_dict=False,
         )[0]
     return x, visited
 
@@ -233,7 +254,9 @@ def test_trailing_equals_diffusers_where_the_steps_divide_evenly(steps, clip):
     assert float((ours - theirs).abs().max()) <= 1e-6 * float(theirs.abs().max())
 
 
-@pytest.mark.parametrize(("spacing", "steps"), [("linspace", 20), ("linspace", 50), ("trailing", 30), ("trailing", 7)])
+@pytest.mark.parametrize(
+    ("spacing", "steps"), [("linspace", 20), ("linspace", 50), ("trailing", 30), ("trailing", 7)]
+)
 def test_diffusers_misses_the_next_step_elsewhere(spacing, steps):
     # It visits the same time steps but removes the noise of T // S of them each time, so it arrives beside the next one.
     x, _ = noise()
@@ -248,7 +271,9 @@ def test_diffusers_misses_the_next_step_elsewhere(spacing, steps):
 # --- Which noise
 
 
-@pytest.mark.parametrize("sampler", [Ddim(10, eta=1.0), Ddim(10, eta=0.3, clip=True), Ddpm(10), Ddpm(10, clip=True)])
+@pytest.mark.parametrize(
+    "sampler", [Ddim(10, eta=1.0), Ddim(10, eta=0.3, clip=True), Ddpm(10), Ddpm(10, clip=True)]
+)
 def test_an_image_is_the_same_in_any_batch(sampler):
     generators = image_generators(5, range(6))
     whole = sampler.sample(denoise, starting_noise(generators, SHAPE), SCHEDULE, generators)
@@ -258,7 +283,9 @@ def test_an_image_is_the_same_in_any_batch(sampler):
         assert torch.equal(found, whole[list(indices)])
 
 
-@pytest.mark.parametrize("sampler", [Ddim(10), Pndm(10), Ddim(10, "quad", clip=True), Pndm(12, "trailing")])
+@pytest.mark.parametrize(
+    "sampler", [Ddim(10), Pndm(10), Ddim(10, "quad", clip=True), Pndm(12, "trailing")]
+)
 def test_a_deterministic_sampler_needs_no_noise_but_the_first(sampler):
     x = noise()[0].float()
     torch.manual_seed(0)
@@ -310,7 +337,9 @@ def test_the_network_is_asked_at_one_time_step_for_all(sampler):
         return denoise(x_t, t).bfloat16()  # a network under autocast answers like this
 
     x, generators = noise()
-    found = sampler.sample(note, x.float(), SCHEDULE, generators, on_step=lambda t, x_t: told.append(t))
+    found = sampler.sample(
+        note, x.float(), SCHEDULE, generators, on_step=lambda t, x_t: told.append(t)
+    )
     assert found.dtype == torch.float32
     assert asked == told
     assert set(asked) >= {750, 500, 250, 0}
@@ -352,7 +381,9 @@ def test_an_offset_that_leaves_the_schedule_is_an_error_that_names_the_key(cls):
         cls(1000, offset=1).sample(denoise, x.float(), Schedule(steps=1000), generators)
 
 
-@pytest.mark.parametrize(("spacing", "steps"), [("leading", 20), ("trailing", 7), ("linspace", 9), ("leading", 100)])
+@pytest.mark.parametrize(
+    ("spacing", "steps"), [("leading", 20), ("trailing", 7), ("linspace", 9), ("leading", 100)]
+)
 def test_ddpm_is_ddim_with_eta_one(spacing, steps):
     # Both sample the posterior q(x_prev | x_t, x_0), here between neighbours of any spacing.
     schedule = Schedule(steps=100)

@@ -29,7 +29,9 @@ def test_products_equal_the_definition():
     schedule = Schedule(steps=50)
     betas = [1e-4 + i * (0.02 - 1e-4) / 49 for i in range(50)]
     for t in (0, 1, 25, 49):
-        assert float(schedule.alphas_cumprod[t]) == pytest.approx(ddim.alpha_bar(betas, t), rel=1e-12)
+        assert float(schedule.alphas_cumprod[t]) == pytest.approx(
+            ddim.alpha_bar(betas, t), rel=1e-12
+        )
 
 
 def test_scaled_linear_is_linear_in_the_square_root():
@@ -57,7 +59,9 @@ def test_adding_noise_gives_every_sample_its_own_time():
     t = torch.tensor([999, 0, 400])
     x_t = schedule.add_noise(x_0, eps, t)
     for b in range(3):
-        assert x_t[b].flatten().tolist() == pytest.approx([float(schedule.alphas_cumprod[t[b]]) ** 0.5] * 4)
+        assert x_t[b].flatten().tolist() == pytest.approx(
+            [float(schedule.alphas_cumprod[t[b]]) ** 0.5] * 4
+        )
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,10 @@ def test_no_row_is_lost_and_each_has_its_listed_hashes(run):
         assert samples["fingerprint"] == fingerprint(samples["parts"])
         assert samples["parts"]["fit"] == fit["fingerprint"]
 
-        recorded = {row["features"]["name"]: row for row in read_json(RUNS / run / name / "metrics.json")["rows"]}
+        recorded = {
+            row["features"]["name"]: row
+            for row in read_json(RUNS / run / name / "metrics.json")["rows"]
+        }
         for features, listed in rows.items():
             row = recorded[features]
             assert row["metrics"].get("fid") == listed["fid"]

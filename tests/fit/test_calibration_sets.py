@@ -60,10 +60,23 @@ class SomeImages:
 
     def batch(self, index, flip, noise=None):
         assert not flip.any() and noise is None
-        return index.float().reshape(-1, 1, 1, 1) / 10 + torch.linspace(-1, 0, 64).reshape(1, 1, 8, 8)
+        return index.float().reshape(-1, 1, 1, 1) / 10 + torch.linspace(-1, 0, 64).reshape(
+            1, 1, 8, 8
+        )
 
 
-def made(processes, tiny, cache, kind="uniform", samples=30, images=10, steps=6, path=None, parts=None, **options):
+def made(
+    processes,
+    tiny,
+    cache,
+    kind="uniform",
+    samples=30,
+    images=10,
+    steps=6,
+    path=None,
+    parts=None,
+    **options,
+):
     """A set of the tiny net, in groups of four trajectories, the last of them padded."""
     model, net = tiny
     spec, sampler = CalibrationSpec(kind, samples, images, **options), Ddim(steps)
@@ -100,11 +113,15 @@ def test_uniform_takes_different_steps_of_each_run_and_covers_all():
     chosen = all_steps(spec_of("uniform", 20, images=200), visited)
     for places in chosen[:, :, 0]:
         assert len(set(places.tolist())) == 20  # no step twice
-    assert len({tuple(sorted(places.tolist())) for places in chosen[:, :, 0]}) == 200  # no two runs the same steps
+    assert (
+        len({tuple(sorted(places.tolist())) for places in chosen[:, :, 0]}) == 200
+    )  # no two runs the same steps
     counts = np.bincount(chosen[:, :, 0].flatten(), minlength=100)
     assert counts.min() > 0
     assert abs(counts - 40).max() < 5 * np.sqrt(40 * 0.8)  # each 40 times, more or less
-    first = np.bincount(chosen[:, 0, 0] // 10, minlength=10)  # in no order: the first one is anywhere, too
+    first = np.bincount(
+        chosen[:, 0, 0] // 10, minlength=10
+    )  # in no order: the first one is anywhere, too
     assert first.min() > 5
     assert (chosen[:, :, 1] == np.array(visited)[chosen[:, :, 0]]).all()
 
@@ -113,7 +130,9 @@ def test_uniform_can_take_every_step_but_no_more():
     visited = time_steps("leading", 20, T)
     steps = chosen_steps(CalibrationSpec("uniform", 20, 1), visited, T, 0)
     assert sorted(t for _, t in steps) == sorted(visited)
-    with pytest.raises(ValueError, match=r"calibration\.samples=21: 21 of each .* has 20 steps; take more"):
+    with pytest.raises(
+        ValueError, match=r"calibration\.samples=21: 21 of each .* has 20 steps; take more"
+    ):
         chosen_steps(CalibrationSpec("uniform", 21, 1), visited, T, 0)
 
 
@@ -146,11 +165,15 @@ def test_ndtc_draws_are_independent_between_and_within_runs():
 @pytest.mark.parametrize("spacing, steps", [("leading", 100), ("trailing", 50), ("linspace", 200)])
 def test_ndtc_published_is_ndtc_with_x_of_the_mirrored_step(spacing, steps):
     visited = time_steps(spacing, steps, T)
-    right, mirrored = (all_steps(spec_of(kind, 8, images=100), visited) for kind in ("ndtc", "ndtc_published"))
+    right, mirrored = (
+        all_steps(spec_of(kind, 8, images=100), visited) for kind in ("ndtc", "ndtc_published")
+    )
     assert (right[:, :, 1] == mirrored[:, :, 1]).all()  # the same t
     taken = np.array(visited)[mirrored[:, :, 0]]
     reach = np.abs((T - 1 - mirrored[:, :, 1])[..., None] - np.array(visited)).min(-1)
-    assert (np.abs(taken - (T - 1 - mirrored[:, :, 1])) == reach).all()  # the nearest step to T - 1 - t
+    assert (
+        np.abs(taken - (T - 1 - mirrored[:, :, 1])) == reach
+    ).all()  # the nearest step to T - 1 - t
     assert (np.abs(taken - mirrored[:, :, 1]) > 200).mean() > 0.5
 
 
@@ -160,14 +183,18 @@ def test_steps_depend_on_seed_and_trajectory_alone():
         few, many = CalibrationSpec(kind, 20, 4), CalibrationSpec(kind, 50, 10)
         assert chosen_steps(few, visited, T, 3) == chosen_steps(many, visited, T, 3)
         assert chosen_steps(few, visited, T, 3) != chosen_steps(few, visited, T, 2)
-        assert chosen_steps(dataclasses.replace(few, seed=1), visited, T, 3) != chosen_steps(few, visited, T, 3)
+        assert chosen_steps(dataclasses.replace(few, seed=1), visited, T, 3) != chosen_steps(
+            few, visited, T, 3
+        )
 
 
 # The files
 
 
 @pytest.mark.parametrize("kind", [*NETWORK_KINDS, "forward"])
-def test_a_set_is_the_same_bits_again_and_other_bits_with_another_seed(tmp_path, processes, tiny, groups_of_4, kind):
+def test_a_set_is_the_same_bits_again_and_other_bits_with_another_seed(
+    tmp_path, processes, tiny, groups_of_4, kind
+):
     torch.manual_seed(1)
     one = made(processes, tiny, tmp_path / "one", kind)
     torch.manual_seed(2)  # nothing is drawn from the global generator
@@ -182,7 +209,9 @@ def test_a_set_is_the_same_bits_again_and_other_bits_with_another_seed(tmp_path,
 
 
 @pytest.mark.parametrize("kind", [*NETWORK_KINDS, "forward"])
-def test_interrupted_and_continued_is_the_same_bytes(tmp_path, processes, tiny, groups_of_4, kind, monkeypatch):
+def test_interrupted_and_continued_is_the_same_bytes(
+    tmp_path, processes, tiny, groups_of_4, kind, monkeypatch
+):
     whole = made(processes, tiny, tmp_path / "whole", kind)
     put, calls = CalibrationSet.put, []
 
@@ -196,14 +225,18 @@ def test_interrupted_and_continued_is_the_same_bytes(tmp_path, processes, tiny, 
     with pytest.raises(KeyboardInterrupt):
         made(processes, tiny, tmp_path / "killed", kind)
     monkeypatch.setattr(
-        CalibrationSet, "put", lambda self, group, *rest: calls.append(group) or put(self, group, *rest)
+        CalibrationSet,
+        "put",
+        lambda self, group, *rest: calls.append(group) or put(self, group, *rest),
     )
     continued = made(processes, tiny, tmp_path / "killed", kind)
     assert calls == [0, 1, 2]  # what was there is not made again
     assert bits(continued) == bits(whole)
 
 
-def test_killed_while_a_group_was_being_written_is_the_same_bytes(tmp_path, processes, tiny, groups_of_4):
+def test_killed_while_a_group_was_being_written_is_the_same_bytes(
+    tmp_path, processes, tiny, groups_of_4
+):
     whole = made(processes, tiny, tmp_path)
     before = bits(whole)
     x, done = (np.load(whole.folder / f"{name}.npy", mmap_mode="r+") for name in ("x", "groups"))
@@ -214,7 +247,9 @@ def test_killed_while_a_group_was_being_written_is_the_same_bytes(tmp_path, proc
     assert bits(made(processes, tiny, tmp_path)) == before
 
 
-def test_killed_while_its_files_were_being_made_is_the_same_bytes(tmp_path, processes, tiny, groups_of_4):
+def test_killed_while_its_files_were_being_made_is_the_same_bytes(
+    tmp_path, processes, tiny, groups_of_4
+):
     whole = made(processes, tiny, tmp_path / "whole")
     folder = tmp_path / "killed" / "calibration_sets" / whole.folder.name
     folder.mkdir(parents=True)
@@ -271,7 +306,9 @@ def test_x_is_the_runs_own_at_that_step_bit_for_bit(tmp_path, processes, tiny, g
         assert torch.equal(ends(found)[here], end[: here.stop - here.start])
 
 
-def test_forward_sets_are_training_images_noised_to_their_own_t(tmp_path, processes, tiny, groups_of_4):
+def test_forward_sets_are_training_images_noised_to_their_own_t(
+    tmp_path, processes, tiny, groups_of_4
+):
     model, _ = tiny
     found = made(processes, tiny, tmp_path, "forward", samples=400, images=20)
     (x, t), image, x_0 = found.batch(slice(None)), found.image(), ends(found)
@@ -280,9 +317,13 @@ def test_forward_sets_are_training_images_noised_to_their_own_t(tmp_path, proces
     which = [int((pictures == end).flatten(1).all(1).nonzero()) for end in x_0]
     assert sorted(which[:10]) == list(range(10))  # each once, then once more
     abar = model.schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1)
-    eps = ((x.double() - abar.sqrt() * x_0[torch.from_numpy(image)].double()) / (1 - abar).sqrt()).flatten(1)
+    eps = (
+        (x.double() - abar.sqrt() * x_0[torch.from_numpy(image)].double()) / (1 - abar).sqrt()
+    ).flatten(1)
     assert abs(float(eps.mean())) < 0.03 and float(eps.std()) == pytest.approx(1, abs=0.03)
-    assert float(abs(torch.corrcoef(eps) - torch.eye(400)).max()) < 0.7  # no two samples share their noise
+    assert (
+        float(abs(torch.corrcoef(eps) - torch.eye(400)).max()) < 0.7
+    )  # no two samples share their noise
     assert torch.histc(t.float(), 10, 0, 1000).tolist() == [40.0] * 10  # evenly over all of time
     assert len(t.unique()) > 330
 
@@ -341,7 +382,9 @@ def pairing(tmp_path_factory, processes, digits):
             for told in (t - distance, t + distance):
                 inside = (told >= 0) & (told < T)
                 there = errors_at(digits, found, told.clamp(0, T - 1))
-                sides.append([(o[inside], other[inside]) for o, other in zip(own, there, strict=True)])
+                sides.append(
+                    [(o[inside], other[inside]) for o, other in zip(own, there, strict=True)]
+                )
             # Both sides of the error together: the larger t by itself would say nothing.
             here, there = (torch.cat([side[0][k] for side in sides]).mean() for k in (0, 1))
             lower["error"][distance] = bool(here < there)
@@ -361,7 +404,9 @@ def test_x_goes_with_its_own_t_better_than_with_any_other(pairing, kind, measure
 
 @pytest.mark.parametrize("measure", ["error", "x_0 left"])
 def test_the_published_pairing_fails_that_test(pairing, measure):
-    assert not any(pairing["ndtc_published"][measure][other] for other in ("mirrored", 200, 400, 600, 800))
+    assert not any(
+        pairing["ndtc_published"][measure][other] for other in ("mirrored", 200, 400, 600, 800)
+    )
 
 
 # Refusals
@@ -379,7 +424,12 @@ def stored(tmp_path, sound):
     return CalibrationSet(folder, sound.samples, sound.images, (1, 8, 8), calibration_set.GROUP)
 
 
-PARTS = ({"network": "tiny", "schedule": {"beta_end": 0.02}}, "abc", dataclasses.asdict(Ddim(6)), "digits")
+PARTS = (
+    {"network": "tiny", "schedule": {"beta_end": 0.02}},
+    "abc",
+    dataclasses.asdict(Ddim(6)),
+    "digits",
+)
 
 
 @pytest.mark.parametrize(
@@ -405,7 +455,9 @@ def test_a_set_of_other_parts_is_refused_with_the_difference(
     before = bits(found)
     wanted = {"kind": "uniform", "samples": 30, "images": 10, **options}
     other = CalibrationSpec(**wanted).parts(*parts)
-    with pytest.raises(ValueError, match=rf"^{re.escape(str(found.folder))}: .*{re.escape(said)}") as error:
+    with pytest.raises(
+        ValueError, match=rf"^{re.escape(str(found.folder))}: .*{re.escape(said)}"
+    ) as error:
         made(processes, tiny, tmp_path, path=found.folder, parts=other, **wanted)
     assert "\n" not in str(error.value)
     assert "leave calibration.path out" in str(error.value)
@@ -414,8 +466,12 @@ def test_a_set_of_other_parts_is_refused_with_the_difference(
 
 def test_what_a_set_does_not_depend_on_is_not_among_its_parts():
     uniform, forward = CalibrationSpec("uniform", 30, 10), CalibrationSpec("forward", 30, 10)
-    assert uniform.parts(*PARTS) == dataclasses.replace(uniform, mu=0.1, sigma=0.2).parts(*PARTS[:3], "cifar10")
-    assert forward.parts(*PARTS) == forward.parts(PARTS[0], "xyz", dataclasses.asdict(Ddim(50)), "digits")
+    assert uniform.parts(*PARTS) == dataclasses.replace(uniform, mu=0.1, sigma=0.2).parts(
+        *PARTS[:3], "cifar10"
+    )
+    assert forward.parts(*PARTS) == forward.parts(
+        PARTS[0], "xyz", dataclasses.asdict(Ddim(50)), "digits"
+    )
     assert forward.parts(*PARTS) != forward.parts(*PARTS[:3], "cifar10")
     ndtc = CalibrationSpec("ndtc", 30, 10)
     assert ndtc.parts(*PARTS) != dataclasses.replace(ndtc, mu=0.1).parts(*PARTS)
@@ -423,7 +479,9 @@ def test_what_a_set_does_not_depend_on_is_not_among_its_parts():
 
 
 def test_a_path_without_a_set_is_an_error_that_names_the_key(tmp_path, processes, tiny):
-    with pytest.raises(FileNotFoundError, match=r"^calibration\.path=.*nowhere: holds no calibration set"):
+    with pytest.raises(
+        FileNotFoundError, match=r"^calibration\.path=.*nowhere: holds no calibration set"
+    ):
         made(processes, tiny, tmp_path, path=tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
 
@@ -435,7 +493,9 @@ READ = {
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "garbage", "other shape", "other type"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "truncated", "empty", "garbage", "other shape", "other type"]
+)
 def test_a_damaged_or_missing_file_is_one_clear_line(stored, name, damage):
     path = stored.folder / f"{name}.npy"
     array = np.load(path)
@@ -463,20 +523,39 @@ def test_a_damaged_about_file_is_one_clear_line(stored):
         check(stored.folder, {})
 
 
-def test_a_folder_that_cannot_be_written_is_one_line_that_says_what_to_set(tmp_path, processes, tiny, groups_of_4):
+def test_a_folder_that_cannot_be_written_is_one_line_that_says_what_to_set(
+    tmp_path, processes, tiny, groups_of_4
+):
     (tmp_path / "cache").write_text("a file where a folder is wanted")
-    with pytest.raises(OSError, match=r"calibration_sets/.*can't be written \(.*\); .*data\.cache=FOLDER"):
+    with pytest.raises(
+        OSError, match=r"calibration_sets/.*can't be written \(.*\); .*data\.cache=FOLDER"
+    ):
         made(processes, tiny, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"kind": "normal"}, "calibration.kind='normal': choose one of uniform, ndtc, ndtc_published, forward"),
-        ({"samples": 31}, "calibration.samples=31: must be a positive multiple of calibration.images=10"),
-        ({"samples": 0}, "calibration.samples=0: must be a positive multiple of calibration.images=10"),
-        ({"images": 0}, "calibration.samples=30: must be a positive multiple of calibration.images=0"),
-        ({"samples": 5}, "calibration.samples=5: must be a positive multiple of calibration.images=10"),
+        (
+            {"kind": "normal"},
+            "calibration.kind='normal': choose one of uniform, ndtc, ndtc_published, forward",
+        ),
+        (
+            {"samples": 31},
+            "calibration.samples=31: must be a positive multiple of calibration.images=10",
+        ),
+        (
+            {"samples": 0},
+            "calibration.samples=0: must be a positive multiple of calibration.images=10",
+        ),
+        (
+            {"images": 0},
+            "calibration.samples=30: must be a positive multiple of calibration.images=0",
+        ),
+        (
+            {"samples": 5},
+            "calibration.samples=5: must be a positive multiple of calibration.images=10",
+        ),
     ],
 )
 def test_a_spec_that_makes_no_sense_names_its_key(options, said):

@@ -55,7 +55,9 @@ def composed(*overrides):
 
 
 def build(out, weights, *overrides):
-    return jobs.build(composed(*QUICK, *ROUNDING, f"out={out}", f"model.weights={weights}", *overrides))
+    return jobs.build(
+        composed(*QUICK, *ROUNDING, f"out={out}", f"model.weights={weights}", *overrides)
+    )
 
 
 def cell(method="ptq4dm", tdq="none", rounding="nearest"):
@@ -84,7 +86,9 @@ def sets(cache):
 
 
 @pytest.mark.parametrize("tdq", ["none", "temporal", "s10"])
-@pytest.mark.parametrize("method, rounding", [("minmax", "nearest"), ("ptq4dm", "nearest"), ("ptq4dm", "adaround")])
+@pytest.mark.parametrize(
+    "method, rounding", [("minmax", "nearest"), ("ptq4dm", "nearest"), ("ptq4dm", "adaround")]
+)
 def test_every_method_goes_from_float_net_to_row(shared, tiny_weights, method, tdq, rounding):
     made = build(shared, tiny_weights, *cell(method, tdq, rounding))
     (row,) = pipeline.run(made)
@@ -100,10 +104,14 @@ def test_every_method_goes_from_float_net_to_row(shared, tiny_weights, method, t
     for block in found["blocks"]:
         assert block["kept"] == (block["held_out_after"] < block["held_out_before"])
         assert np.isfinite([block["train_before"], block["train_after"]]).all()
-    assert found["blocks_not_kept"] == [block["block"] for block in found["blocks"] if not block["kept"]]
+    assert found["blocks_not_kept"] == [
+        block["block"] for block in found["blocks"] if not block["kept"]
+    ]
     baked = load_file(made.folder / "baked.safetensors")
     codes = [value for key, value in baked.items() if key.endswith("weight_quantizer.codes")]
-    assert len(codes) == 51 and all(int(value.min()) >= 0 and int(value.max()) <= 15 for value in codes)
+    assert len(codes) == 51 and all(
+        int(value.min()) >= 0 and int(value.max()) <= 15 for value in codes
+    )
     assert baked["conv_in.weight_quantizer.zero_point"].shape == (8, 1, 1, 1)
     steps = {len(value) for key, value in baked.items() if key.endswith("interval.step_sizes")}
     assert steps == ({1} if tdq == "none" else {1000})
@@ -116,7 +124,9 @@ def block_names(made):
 
 @pytest.mark.parametrize("tdq", ["none", "temporal"])
 def test_adaround_changes_codes_by_at_most_one_of_what_nearest_gives(shared, tiny_weights, tdq):
-    nearest, rounded = (build(shared, tiny_weights, *cell(tdq=tdq, rounding=r)) for r in ("nearest", "adaround"))
+    nearest, rounded = (
+        build(shared, tiny_weights, *cell(tdq=tdq, rounding=r)) for r in ("nearest", "adaround")
+    )
     pipeline.run(nearest), pipeline.run(rounded)
     one, two = (load_file(made.folder / "baked.safetensors") for made in (nearest, rounded))
     changed = 0
@@ -126,7 +136,9 @@ def test_adaround_changes_codes_by_at_most_one_of_what_nearest_gives(shared, tin
             assert int(difference.abs().max()) <= 1, key
             changed += int((difference != 0).sum())
         elif "weight_quantizer" in key or ".bias" in key or "norm" in key:
-            assert torch.equal(one[key], two[key]), key  # steps, zero points, biases and norms are not trained
+            assert torch.equal(one[key], two[key]), (
+                key
+            )  # steps, zero points, biases and norms are not trained
     assert changed > 50
 
 
@@ -139,7 +151,9 @@ def test_a_finished_run_can_be_loaded(shared, tiny_weights):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_stopped_fit_ends_with_the_bits_of_one_that_was_not(shared, tmp_path, tiny_weights, dropout):
+def test_a_stopped_fit_ends_with_the_bits_of_one_that_was_not(
+    shared, tmp_path, tiny_weights, dropout
+):
     options = list(cell(tdq="temporal", rounding="adaround"))
     options += [f"tdq.interval.dropout={dropout}", "label=dropout"] if dropout else []
     whole = build(shared, tiny_weights, *options)
@@ -152,10 +166,15 @@ def test_a_stopped_fit_ends_with_the_bits_of_one_that_was_not(shared, tmp_path, 
     before = [file.stat().st_mtime_ns for file in files]
     torch.manual_seed(99)  # of no account
     pipeline.run(stopped)
-    assert [file.stat().st_mtime_ns for file in files] == before  # what was there was not made again
+    assert [
+        file.stat().st_mtime_ns for file in files
+    ] == before  # what was there was not made again
     assert_same_bits(whole, stopped)
     timeless = [
-        [{key: value for key, value in block.items() if key != "seconds"} for block in facts(made)["blocks"]]
+        [
+            {key: value for key, value in block.items() if key != "seconds"}
+            for block in facts(made)["blocks"]
+        ]
         for made in (whole, stopped)
     ]
     assert timeless[0] == timeless[1]
@@ -183,19 +202,30 @@ def test_a_kill_within_a_block_makes_that_block_again(shared, tmp_path, tiny_wei
 
 def test_a_small_memory_budget_gives_the_same_bits(shared, tmp_path, tiny_weights, monkeypatch):
     options = cell(tdq="temporal", rounding="adaround")
-    large, small = build(shared, tiny_weights, *options), build(tmp_path, tiny_weights, *options, "fit.memory_gb=1e-6")
+    large, small = (
+        build(shared, tiny_weights, *options),
+        build(tmp_path, tiny_weights, *options, "fit.memory_gb=1e-6"),
+    )
     pipeline.run(large)
     spill, files = block_by_block.Spill, []
-    monkeypatch.setattr(block_by_block, "Spill", lambda rows, shape, file=None: files.append(file) or spill(rows, shape, file))
+    monkeypatch.setattr(
+        block_by_block,
+        "Spill",
+        lambda rows, shape, file=None: files.append(file) or spill(rows, shape, file),
+    )
     pipeline.run(small)
     assert sum(file is not None for file in files) > BLOCKS
     assert_same_bits(large, small)
-    assert sorted(path.name for path in (small.folder / "blocks").iterdir()) == [f"{n:03d}.pt" for n in range(BLOCKS)]
+    assert sorted(path.name for path in (small.folder / "blocks").iterdir()) == [
+        f"{n:03d}.pt" for n in range(BLOCKS)
+    ]
 
 
 def test_a_set_is_made_once_and_shared(tmp_path, tiny_weights, monkeypatch):
     made, make = [], calibration_set._trajectories
-    monkeypatch.setattr(calibration_set, "_trajectories", lambda *rest: made.append(1) or make(*rest))
+    monkeypatch.setattr(
+        calibration_set, "_trajectories", lambda *rest: made.append(1) or make(*rest)
+    )
     options = "calibration.seed=11", "fit.updates=1"
     first = build(tmp_path, tiny_weights, *cell(), *options)
     cache = first.data.cache
@@ -208,10 +238,14 @@ def test_a_set_is_made_once_and_shared(tmp_path, tiny_weights, monkeypatch):
     assert len(made) == 1 and len(sets(cache)) == len(before) + 1
     assert times == {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     elsewhere = folder.rename(tmp_path / "a set")
-    given = build(tmp_path / "given", tiny_weights, *cell(), *options, f"calibration.path='{elsewhere}'")
+    given = build(
+        tmp_path / "given", tiny_weights, *cell(), *options, f"calibration.path='{elsewhere}'"
+    )
     pipeline.run(given)  # a set that is named is used where it is, and counts as the same
     assert len(made) == 1 and sets(cache) == before
-    marks = [json.loads((run.folder / "fit.json").read_text())["fingerprint"] for run in (first, given)]
+    marks = [
+        json.loads((run.folder / "fit.json").read_text())["fingerprint"] for run in (first, given)
+    ]
     assert marks[0] == marks[1]
     assert_same_bits(first, given)
 
@@ -221,10 +255,16 @@ def test_a_named_set_of_another_seed_is_refused(shared, tmp_path, tiny_weights):
     pipeline.run(made)
     cache = made.data.cache
     folder = next(
-        f for f in sets(cache) if json.loads((f / "about.json").read_text())["parts"]["calibration"]["kind"] == "ndtc"
+        f
+        for f in sets(cache)
+        if json.loads((f / "about.json").read_text())["parts"]["calibration"]["kind"] == "ndtc"
     )
-    other = build(tmp_path, tiny_weights, *cell(), f"calibration.path={folder}", "calibration.seed=5")
-    with pytest.raises(ValueError, match=r"calibration set of other parts \(calibration\.seed: 0 -> 5\)"):
+    other = build(
+        tmp_path, tiny_weights, *cell(), f"calibration.path={folder}", "calibration.seed=5"
+    )
+    with pytest.raises(
+        ValueError, match=r"calibration set of other parts \(calibration\.seed: 0 -> 5\)"
+    ):
         pipeline.run(other)
 
 
@@ -285,7 +325,10 @@ def test_block_files_of_another_fit_are_refused(stopped):
     made, file = stopped
     state = torch.load(file, weights_only=True)
     torch.save({**state, "fingerprint": "0123456789abcdef"}, file)
-    with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}: a block of another fit; remove .*blocks to start"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{re.escape(str(file))}: a block of another fit; remove .*blocks to start",
+    ):
         pipeline.run(made)
 
 
@@ -297,7 +340,9 @@ def test_a_damaged_block_file_is_one_line_that_names_it(stopped):
     assert "\n" not in str(error.value)
 
 
-def test_another_number_of_a_begun_fit_is_refused_with_the_difference(stopped, tmp_path, tiny_weights):
+def test_another_number_of_a_begun_fit_is_refused_with_the_difference(
+    stopped, tmp_path, tiny_weights
+):
     with pytest.raises(ValueError, match=r"fit\.lr: 0\.01 -> 0\.02.*label=NAME"):
         pipeline.run(build(tmp_path, tiny_weights, *cell(), "fit.lr=0.02"))
     with pytest.raises(ValueError, match=r"fit\.power: 2\.4 -> 2\.0.*label=NAME"):
@@ -335,14 +380,18 @@ def test_adaround_without_a_reconstruction_is_refused(tiny_weights):
         build("nowhere", tiny_weights, *cell("minmax", rounding="adaround"))
 
 
-def test_another_calibration_of_a_begun_fit_is_refused_with_the_difference(stopped, tmp_path, tiny_weights):
+def test_another_calibration_of_a_begun_fit_is_refused_with_the_difference(
+    stopped, tmp_path, tiny_weights
+):
     with pytest.raises(ValueError, match=r"seed: 0 -> 5.*label=NAME"):
         pipeline.run(build(tmp_path, tiny_weights, *cell(), "calibration.seed=5"))
 
 
 def test_a_uniform_set_of_more_steps_than_the_run_has_names_the_key(tmp_path, tiny_weights):
     made = build(tmp_path, tiny_weights, *cell("minmax"), "calibration.samples=32")
-    with pytest.raises(ValueError, match=r"calibration\.samples=32: 4 of each trajectory, .* has 3 steps"):
+    with pytest.raises(
+        ValueError, match=r"calibration\.samples=32: 4 of each trajectory, .* has 3 steps"
+    ):
         pipeline.run(made)
 
 
@@ -364,9 +413,13 @@ def test_two_processes_make_the_same_set_and_the_same_fit(tmp_path, tiny_weights
     pipeline.run(one)
     (first,) = sets(cache)
     first = first.rename(tmp_path / first.name)
-    shutil.rmtree(cache / "calibration")  # nothing is left but the decoded images, and features of theirs
+    shutil.rmtree(
+        cache / "calibration"
+    )  # nothing is left but the decoded images, and features of theirs
     out = f"out={tmp_path / 'two'}"
-    both = together(*QUICK, *ROUNDING, f"model.weights={tiny_weights}", out, *options, setup=QUICK_PROCESS)
+    both = together(
+        *QUICK, *ROUNDING, f"model.weights={tiny_weights}", out, *options, setup=QUICK_PROCESS
+    )
     assert both.returncode == 0, both.stderr
     assert facts(two)["processes"] == 2
     (second,) = sets(cache)
@@ -377,7 +430,10 @@ def test_two_processes_make_the_same_set_and_the_same_fit(tmp_path, tiny_weights
     marks = [json.loads((run.folder / "fit.json").read_text())["fingerprint"] for run in (one, two)]
     assert marks[0] == marks[1]
     for number in range(BLOCKS):
-        states = [torch.load(run.folder / f"blocks/{number:03d}.pt", weights_only=True) for run in (one, two)]
+        states = [
+            torch.load(run.folder / f"blocks/{number:03d}.pt", weights_only=True)
+            for run in (one, two)
+        ]
         assert states[0]["report"]["kept"] == states[1]["report"]["kept"]
         for part in ("generators", "quantizers"):
             flat = [flattened(state[part]) for state in states]
@@ -389,7 +445,11 @@ def test_two_processes_make_the_same_set_and_the_same_fit(tmp_path, tiny_weights
 def flattened(state, prefix=""):
     found = {}
     for key, value in state.items():
-        found |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= (
+            flattened(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return found
 
 
@@ -408,11 +468,24 @@ def over_time(seed=0, updates=200, interval="temporal", **changed):
         bank.eval()
     t = torch.arange(0, STEPS, 5)
     spread = (0.1 + 2 * (STEPS - t) / STEPS)[:, None]
-    values = {"one": spread * randn(len(t), 64), "other": 5 * spread * randn(len(t), 64, seed=1).abs()}
+    values = {
+        "one": spread * randn(len(t), 64),
+        "other": 5 * spread * randn(len(t), 64, seed=1).abs(),
+    }
     quantizers["one"].start(0.4, 7), quantizers["other"].start(1.0, 0)
-    numbers = ReconstructOptions(updates=updates, batch_size=32, lr=0.02, lr_zero_point=0.002, lr_generator=0.03)
+    numbers = ReconstructOptions(
+        updates=updates, batch_size=32, lr=0.02, lr_zero_point=0.002, lr_generator=0.03
+    )
     errors = fit_over_time(
-        quantizers, values, t, time, numbers, seed, device=torch.device("cpu"), show=False, **changed
+        quantizers,
+        values,
+        t,
+        time,
+        numbers,
+        seed,
+        device=torch.device("cpu"),
+        show=False,
+        **changed,
     )
     return (
         errors,
@@ -428,11 +501,17 @@ def test_a_fit_over_time_lowers_the_error_and_follows_the_range():
     (before, after), tables, quantizers, values, t, time = over_time()
     assert after < 0.7 * before
     for table in tables:
-        assert table[:100].mean() > 1.5 * table[900:].mean()  # the range falls with t, and so does the step
+        assert (
+            table[:100].mean() > 1.5 * table[900:].mean()
+        )  # the range falls with t, and so does the step
     assert not any(quantizer.training for quantizer in quantizers.values())
-    with torch.no_grad(), time.at(t):  # and what is returned is the mean relative error, by the written formula
+    with (
+        torch.no_grad(),
+        time.at(t),
+    ):  # and what is returned is the mean relative error, by the written formula
         each = [
-            float(((q(values[n]) - values[n]) ** 2).mean() / (values[n] ** 2).mean()) for n, q in quantizers.items()
+            float(((q(values[n]) - values[n]) ** 2).mean() / (values[n] ** 2).mean())
+            for n, q in quantizers.items()
         ]
     assert after == pytest.approx(sum(each) / 2, rel=1e-4)
 
@@ -444,7 +523,9 @@ def test_a_fit_over_time_is_deterministic_and_keyed_by_its_seed(interval):
     assert not torch.equal(one[1], other[1])
 
 
-def test_minmax_with_tdq_is_deterministic_and_makes_its_file_once(shared, tmp_path, tiny_weights, monkeypatch):
+def test_minmax_with_tdq_is_deterministic_and_makes_its_file_once(
+    shared, tmp_path, tiny_weights, monkeypatch
+):
     options = cell("minmax", "temporal")
     one, two = (build(out, tiny_weights, *options) for out in (shared, tmp_path))
     pipeline.run(one), pipeline.run(two)

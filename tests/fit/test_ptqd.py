@@ -77,7 +77,9 @@ def test_the_error_falls_and_each_sample_has_its_own_step(t):
         scale, bias = 1 + correction.k[step], correction.bias[step][:, None, None]
         rows = slice(None) if torch.as_tensor(t).dim() == 0 else slice(number, number + 1)
         torch.testing.assert_close(fixed[rows], (eps_hat / scale - bias)[rows])
-        assert (fixed[rows] - eps[rows]).square().mean() < (eps_hat[rows] - eps[rows]).square().mean()
+        assert (fixed[rows] - eps[rows]).square().mean() < (
+            eps_hat[rows] - eps[rows]
+        ).square().mean()
 
 
 def test_a_prediction_that_is_not_finite_is_refused():
@@ -102,7 +104,9 @@ class Known(nn.Module):
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_the_sampler_adds_as_much_less_noise_as_the_error_brings(eta):
-    schedule = jobs.build(compose(["model=tiny", "method=fp", "fit=pretrain"]), source=False).model.schedule
+    schedule = jobs.build(
+        compose(["model=tiny", "method=fp", "fit=pretrain"]), source=False
+    ).model.schedule
     ddim = Ddim(steps=10, eta=eta)
     plain = ddim.trajectory(lambda x, t: x, schedule)
     known = ddim.trajectory(Known(1e-4), schedule)
@@ -123,7 +127,12 @@ def run(tmp_path_factory, tiny_weights):
     out = tmp_path_factory.mktemp("ptqd")
     made = {}
     for name in ("none", "ptqd"):
-        overrides = [*QUICK, f"out={out}", f"model.weights={tiny_weights}", f"fit.correction={name}"]
+        overrides = [
+            *QUICK,
+            f"out={out}",
+            f"model.weights={tiny_weights}",
+            f"fit.correction={name}",
+        ]
         made[name] = jobs.build(compose(overrides))
         pipeline.run(made[name])
     return made
@@ -151,13 +160,17 @@ def test_it_is_baked_loaded_packed_and_computed_in_integers(run, tmp_path, insid
             assert torch.equal(net(x, torch.tensor(t), return_dict=False)[0], expected)
             assert torch.equal(net(x, torch.tensor(t)).sample, expected)
 
-    assert Denoiser(net, made.model).residual_variance(500) == float(net.correction.variance[500]) > 0
+    assert (
+        Denoiser(net, made.model).residual_variance(500) == float(net.correction.variance[500]) > 0
+    )
     assert Denoiser(plain, made.model).residual_variance(500) == 0.0
 
     file = tmp_path / "net.safetensors"
     inside(str(made.folder), "--out", str(file), verb="pack")
     packed = tdq_exp.load(file)
-    assert all(torch.equal(packed.state_dict()[key], value) for key, value in net.state_dict().items())
+    assert all(
+        torch.equal(packed.state_dict()[key], value) for key, value in net.state_dict().items()
+    )
     with torch.no_grad():
         same = packed(x, torch.tensor(500), return_dict=False)[0]
         assert torch.equal(same, net(x, torch.tensor(500), return_dict=False)[0])

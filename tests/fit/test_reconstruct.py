@@ -65,7 +65,14 @@ class Together(Alone):
 
 
 def options(**changed):
-    numbers = {"updates": 5, "batch_size": BATCH, "lr": 0.02, "lr_zero_point": 0.03, "lr_generator": 0.01, **changed}
+    numbers = {
+        "updates": 5,
+        "batch_size": BATCH,
+        "lr": 0.02,
+        "lr_zero_point": 0.03,
+        "lr_generator": 0.01,
+        **changed,
+    }
     return ReconstructOptions(**numbers)
 
 
@@ -84,12 +91,20 @@ def made(interval, zero_point="by_role"):
 def _made(interval, zero_point):
     model = load_model("tiny")
     recipe = Recipe(
-        4, 4, MinMaxWeights, Lsq, INTERVALS[interval](), weight_interval="channel_range", zero_point=zero_point
+        4,
+        4,
+        MinMaxWeights,
+        Lsq,
+        INTERVALS[interval](),
+        weight_interval="channel_range",
+        zero_point=zero_point,
     )
     net, float_net = make_net(recipe, calibrated=False), model.build().eval()
     quantizers, seen = activation_quantizers(net), {}
     for name, quantizer in quantizers.items():
-        quantizer.observer = lambda value, name=name: seen.update({name: (float(value.min()), float(value.max()))})
+        quantizer.observer = lambda value, name=name: seen.update(
+            {name: (float(value.min()), float(value.max()))}
+        )
     net(*samples())
     for name, quantizer in quantizers.items():
         low, high = min(seen[name][0], -1e-3), max(seen[name][1], 1e-3)
@@ -107,7 +122,9 @@ def _made(interval, zero_point):
 
 
 def the_block(net, model, name=BLOCK):
-    return next(block for block in blocks_of(net, model, model.roles(model.build())) if block.name == name)
+    return next(
+        block for block in blocks_of(net, model, model.roles(model.build())) if block.name == name
+    )
 
 
 def shown(net, float_net, name=BLOCK):
@@ -125,7 +142,9 @@ def shown(net, float_net, name=BLOCK):
 def reconstruction(interval, processes=None, zero_point="by_role", **changed):
     model, float_net, net = made(interval, zero_point=zero_point)
     data = shown(net, float_net)
-    work = Reconstruction(net, the_block(net, model), data, options(**changed), KEY, processes or Alone())
+    work = Reconstruction(
+        net, the_block(net, model), data, options(**changed), KEY, processes or Alone()
+    )
     return work, net, float_net
 
 
@@ -212,7 +231,9 @@ def test_a_reconstruction_is_the_plain_loop_step_for_step(interval, zero_point):
     said = []
     work.train_activations(said.append)
     losses = oracle.descend(with_rates(quantizers, work.options), loss_at, 5)
-    assert [float(one.removeprefix(BLOCK)) for one in said] == pytest.approx(losses, rel=1e-2)  # as it is shown
+    assert [float(one.removeprefix(BLOCK)) for one in said] == pytest.approx(
+        losses, rel=1e-2
+    )  # as it is shown
     moved = []
     for layer, one in as_numbers(work).items():
         for name in ("rho", "zeta", "beta"):
@@ -221,7 +242,10 @@ def test_a_reconstruction_is_the_plain_loop_step_for_step(interval, zero_point):
                 assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5), (layer, name)
                 moved.append((found - getattr(before[layer], name)).abs().max())
         for mine, theirs, start in zip(
-            one.generator or [], quantizers[layer].generator or [], before[layer].generator or [], strict=True
+            one.generator or [],
+            quantizers[layer].generator or [],
+            before[layer].generator or [],
+            strict=True,
         ):
             for found, expected, old in zip(mine, theirs, start, strict=True):
                 assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5), layer
@@ -233,14 +257,19 @@ def test_a_reconstruction_is_the_plain_loop_step_for_step(interval, zero_point):
 @pytest.mark.parametrize("shape", [(3, 4, 2, 5), (6, 7)])
 def test_the_loss_is_the_sum_over_channels_and_the_mean_over_all_else(shape, power):
     found, target = randn(*shape, seed=1), randn(*shape, seed=2)
-    assert float(output_loss(found, target, power)) == pytest.approx(oracle.block_loss(found, target, power), rel=1e-5)
+    assert float(output_loss(found, target, power)) == pytest.approx(
+        oracle.block_loss(found, target, power), rel=1e-5
+    )
 
 
 def test_the_loss_over_many_samples_is_that_of_each_averaged():
     work, _, _ = reconstruction("temporal")
     index = torch.arange(19)  # batches of 8, 8 and 3
     with torch.no_grad():
-        each = [float(output_loss(work.output(i[None]), work.data.target.take(i[None]), 2.4)) for i in index]
+        each = [
+            float(output_loss(work.output(i[None]), work.data.target.take(i[None]), 2.4))
+            for i in index
+        ]
     assert work.loss(index, 2.4) == pytest.approx(sum(each) / 19, rel=1e-4)
 
 
@@ -253,7 +282,9 @@ def test_balanced_time_steps_weigh_alike_and_equal_ones_are_never_parted():
     of_each = [float(weighted[t == step].mean()) for step in t.unique()]
     assert max(of_each) < 1.2 * min(of_each)  # up to the neighbours that share a group
     assert weights[:30].unique().numel() == 1
-    assert torch.equal(balancing_weights(t, losses, torch.tensor([0, 5, 95, 999]), 10)[[0, 2]], weights[[0, -1]])
+    assert torch.equal(
+        balancing_weights(t, losses, torch.tensor([0, 5, 95, 999]), 10)[[0, 2]], weights[[0, -1]]
+    )
     flat = balancing_weights(t, torch.full_like(losses, 3.0), t)
     assert torch.allclose(flat, torch.ones_like(flat))
     assert balancing_weights(t, torch.where(t == 0, 0.0, 1.0), t).isfinite().all()
@@ -264,12 +295,17 @@ def test_the_balanced_loss_is_each_samples_times_its_weight():
     index = torch.arange(19)
     with torch.no_grad():
         each = torch.tensor(
-            [float(output_loss(work.output(i[None]), work.data.target.take(i[None]), 2.4)) for i in index]
+            [
+                float(output_loss(work.output(i[None]), work.data.target.take(i[None]), 2.4))
+                for i in index
+            ]
         )
     plain = work.loss(index, 2.4)
     work.balance(work.data.train)
     assert work.weights is not None and work.weights.unique().numel() > 1
-    assert work.loss(index, 2.4) == pytest.approx(float((each * work.weights[index]).mean()), rel=1e-4)
+    assert work.loss(index, 2.4) == pytest.approx(
+        float((each * work.weights[index]).mean()), rel=1e-4
+    )
     assert work.loss(index, 2.4) != pytest.approx(plain, rel=1e-3)
     before = work.loss(work.data.train, 2.4)
     work.train_activations(lambda said: None)
@@ -296,10 +332,16 @@ def test_many_updates_lower_the_loss(interval):
 @pytest.mark.parametrize("interval", INTERVALS)
 def test_training_a_block_changes_nothing_else_of_the_network(interval):
     work, net, float_net = reconstruction(interval)
-    before, of_float, modes = everything(net), everything(float_net), [m.training for m in net.modules()]
+    before, of_float, modes = (
+        everything(net),
+        everything(float_net),
+        [m.training for m in net.modules()],
+    )
     work.train_activations(lambda said: None)
     own = [f"{name}." for name in work.block.quantizers]
-    own += [f"generators.{name.replace('input_quantizer', 'input')}." for name in work.block.quantizers]
+    own += [
+        f"generators.{name.replace('input_quantizer', 'input')}." for name in work.block.quantizers
+    ]
     changed = [key for key, value in everything(net).items() if not torch.equal(value, before[key])]
     assert changed and all(any(key.startswith(prefix) for prefix in own) for key in changed)
     assert all(torch.equal(value, of_float[key]) for key, value in float_net.state_dict().items())
@@ -330,7 +372,9 @@ def test_gradients_reach_what_is_trainable_and_nothing_else(interval):
         inside = {id(parameter) for parameter in learned.parameters()}
         work.output(torch.arange(8)).square().sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in learned.parameters())
-        assert [name for name, p in net.named_parameters() if p.grad is not None and id(p) not in inside] == []
+        assert [
+            name for name, p in net.named_parameters() if p.grad is not None and id(p) not in inside
+        ] == []
         if interval == "temporal":  # a copy of its own is trained, not the network's bank
             assert not {id(p) for p in net.generators.parameters()} & inside
 
@@ -348,7 +392,9 @@ def test_generators_go_back_to_their_own_rows_and_the_others_stay_bit_for_bit():
         part = learned[-1]
         with torch.no_grad():
             for k, parameter in enumerate(part.parameters()):
-                parameter += (k + 1) * torch.arange(1, len(rows) + 1).reshape(-1, *[1] * (parameter.dim() - 1))
+                parameter += (k + 1) * torch.arange(1, len(rows) + 1).reshape(
+                    -1, *[1] * (parameter.dim() - 1)
+                )
         names = list(part.names)
     for k, (old, new) in enumerate(zip(before, bank.parameters(), strict=True)):
         assert torch.equal(new[others], old[others])
@@ -385,7 +431,9 @@ def test_an_error_within_leaves_the_network_whole(interval):
     with pytest.raises(KeyboardInterrupt), trainable(work.block.quantizers):
         raise KeyboardInterrupt
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-    assert all(quantizer.interval is intervals[name] for name, quantizer in work.block.quantizers.items())
+    assert all(
+        quantizer.interval is intervals[name] for name, quantizer in work.block.quantizers.items()
+    )
     assert [module.training for module in net.modules()] == modes
 
 
@@ -394,13 +442,17 @@ def test_an_error_within_leaves_the_network_whole(interval):
 
 def roundable(work, float_net):
     """(layers, float weights and grids) of the block."""
-    layers = {f"{BLOCK}.{k}": m for k, m in work.module.named_modules() if isinstance(m, QuantLayer)}
+    layers = {
+        f"{BLOCK}.{k}": m for k, m in work.module.named_modules() if isinstance(m, QuantLayer)
+    }
     grid = Grid(4, symmetric=False)
     return layers, {name: (float_net.get_parameter(f"{name}.weight"), grid) for name in layers}
 
 
 def test_rounding_changes_codes_by_at_most_one_and_nothing_else():
-    work, net, float_net = reconstruction("static", rounding="adaround", rounding_updates=12, lr_rounding=0.3)
+    work, net, float_net = reconstruction(
+        "static", rounding="adaround", rounding_updates=12, lr_rounding=0.3
+    )
     layers, weights = roundable(work, float_net)
     before = everything(net)
     work.train_rounding(layers, weights, lambda said: None)
@@ -448,13 +500,19 @@ def test_rounding_is_the_plain_loop_step_for_step(warmup):
         )  # activations in float
         loss = (found - target.take(index)).square().sum(1).mean()
         beta = rounding_oracle.beta(update, 6, 20.0, 2.0, warmup)
-        return loss if beta is None else loss + 0.05 * sum(rounding_oracle.terms(one, beta) for one in v.values())
+        return (
+            loss
+            if beta is None
+            else loss + 0.05 * sum(rounding_oracle.terms(one, beta) for one in v.values())
+        )
 
     start = {name: layer.weight_quantizer.codes.clone() for name, layer in layers.items()}
     said = []
     work.train_rounding(layers, weights, said.append)
     losses = oracle.descend([(one, 0.4) for one in v.values()], loss_at, 6, cosine=False)
-    assert [float(one.removeprefix(BLOCK)) for one in said] == pytest.approx(losses, rel=1e-2)  # as it is shown
+    assert [float(one.removeprefix(BLOCK)) for one in said] == pytest.approx(
+        losses, rel=1e-2
+    )  # as it is shown
     flipped = same = total = 0
     for name, (weight, s, z, n, p) in parts.items():
         up = (torch.sigmoid(v[name].detach()) * 1.2 - 0.1).clamp(0, 1)
@@ -470,10 +528,16 @@ def test_rounding_is_the_plain_loop_step_for_step(warmup):
 
 
 @pytest.mark.parametrize(
-    "interval, phase", [("static", "activations"), ("temporal", "activations"), ("static", "rounding")]
+    "interval, phase",
+    [("static", "activations"), ("temporal", "activations"), ("static", "rounding")],
 )
 def test_two_processes_share_a_batch_and_train_as_one(interval, phase):
-    numbers = {"rounding": "adaround", "rounding_updates": 5, "lr_rounding": 0.3, "rounding_weight": 0.05}
+    numbers = {
+        "rounding": "adaround",
+        "rounding_updates": 5,
+        "lr_rounding": 0.3,
+        "rounding_weight": 0.05,
+    }
     numbers |= {"updates": 4}
     meeting, shared = threading.Barrier(2), {}
     works = [
@@ -489,7 +553,9 @@ def test_two_processes_share_a_batch_and_train_as_one(interval, phase):
 
     before = everything(works[0][1])
     train(works[0][0], works[0][2])
-    threads = [threading.Thread(target=train, args=(work, float_net)) for work, _, float_net in works[1:]]
+    threads = [
+        threading.Thread(target=train, args=(work, float_net)) for work, _, float_net in works[1:]
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -516,7 +582,9 @@ class Half(Alone):
 def test_a_batch_that_processes_cannot_share_evenly_is_refused():
     # Unequal parts weigh alike when their gradients are averaged: it would not be the batch's mean.
     work, _, _ = reconstruction("static", Half(), batch_size=7)
-    with pytest.raises(ValueError, match=r"fit\.batch_size=7 does not divide by the number of processes \(2\)"):
+    with pytest.raises(
+        ValueError, match=r"fit\.batch_size=7 does not divide by the number of processes \(2\)"
+    ):
         work.train_activations(lambda said: None)
 
 
@@ -535,7 +603,9 @@ def test_blocks_come_in_running_order_and_hold_each_activation_quantizer_once():
     found = blocks_of(net, model, model.roles(float_net))
     assert [block.name for block in found] == order
     assert set(order) == names and order[0] == "time_embedding" and order[-1] == "conv_out"
-    held = [(name, id(quantizer)) for block in found for name, quantizer in block.quantizers.items()]
+    held = [
+        (name, id(quantizer)) for block in found for name, quantizer in block.quantizers.items()
+    ]
     assert sorted(held) == sorted((name, id(q)) for name, q in activation_quantizers(net).items())
     assert len({name for name, _ in held}) == len(held) > 40
 
@@ -545,7 +615,9 @@ def test_a_block_without_a_quantized_layer_is_left_out():
     from tdq_exp.quant.plan import Plan
 
     plan = Plan(keep_float=["first", "last", "time_embedding", "time_projection"], attention=False)
-    recipe = Recipe(4, 4, MinMaxWeights, Lsq, INTERVALS["static"](), weight_interval="channel_range", plan=plan)
+    recipe = Recipe(
+        4, 4, MinMaxWeights, Lsq, INTERVALS["static"](), weight_interval="channel_range", plan=plan
+    )
     net = make_net(recipe, calibrated=False)
     start_quickly(net)
     names = [block.name for block in blocks_of(net, model, model.roles(model.build()))]
@@ -557,7 +629,9 @@ def counted(net, names):
     """Calls of each block, in order, while the hooks are there."""
     calls = []
     handles = [
-        net.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: calls.append(name))
+        net.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: calls.append(name)
+        )
         for name in names
     ]
     return calls, handles
@@ -574,7 +648,9 @@ def test_inputs_and_outputs_are_what_hooks_on_a_whole_run_see_and_later_blocks_d
 
             def keep(module, args, kwargs, output, name=name, inputs=inputs, outputs=outputs):
                 values = [*args, *kwargs.values()]
-                inputs[name] = [value.clone() for value in values if isinstance(value, torch.Tensor)]
+                inputs[name] = [
+                    value.clone() for value in values if isinstance(value, torch.Tensor)
+                ]
                 outputs[name] = output.clone()
 
             handles.append(of.get_submodule(name).register_forward_hook(keep, with_kwargs=True))
@@ -586,16 +662,23 @@ def test_inputs_and_outputs_are_what_hooks_on_a_whole_run_see_and_later_blocks_d
         for place, name in enumerate(blocks):
             calls.clear()
             call = inputs_of(of, name, lambda of=of: of(x, t))
-            assert calls in (blocks[:place], blocks[: place + 1])  # it is asked for its input, and then no more
+            assert calls in (
+                blocks[:place],
+                blocks[: place + 1],
+            )  # it is asked for its input, and then no more
             calls.clear()
             output = output_of(of, name, lambda of=of: of(x, t))
             assert calls == blocks[: place + 1]
             assert len(call.tensors) == len(inputs[name]) > 0
-            assert all(torch.equal(a, b) for a, b in zip(call.tensors, inputs[name], strict=True)), name
+            assert all(
+                torch.equal(a, b) for a, b in zip(call.tensors, inputs[name], strict=True)
+            ), name
             assert torch.equal(output, outputs[name]), name
             assert not call.tensors[0].requires_grad and not output.requires_grad
             with torch.no_grad():
-                assert torch.equal(call.again(of.get_submodule(name), call.tensors), outputs[name]), name
+                assert torch.equal(
+                    call.again(of.get_submodule(name), call.tensors), outputs[name]
+                ), name
         for handle in handles:
             handle.remove()
 

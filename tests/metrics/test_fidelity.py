@@ -40,8 +40,12 @@ def slow_frechet(x: np.ndarray, y: np.ndarray) -> float:
 def slow_kid(x: np.ndarray, y: np.ndarray) -> float:
     """Evaluate the unbiased MMD^2 with k(u, v) = (u . v / D + 1)^3, pair by pair."""
     d, m, n = x.shape[1], len(x), len(y)
-    within_x = sum((x[i] @ x[j] / d + 1) ** 3 for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
-    within_y = sum((y[i] @ y[j] / d + 1) ** 3 for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    within_x = sum((x[i] @ x[j] / d + 1) ** 3 for i in range(m) for j in range(m) if i != j) / (
+        m * (m - 1)
+    )
+    within_y = sum((y[i] @ y[j] / d + 1) ** 3 for i in range(n) for j in range(n) if i != j) / (
+        n * (n - 1)
+    )
     across = sum((u @ v / d + 1) ** 3 for u in x for v in y) / (m * n)
     return float(within_x + within_y - 2 * across)
 
@@ -49,7 +53,9 @@ def slow_kid(x: np.ndarray, y: np.ndarray) -> float:
 def slow_share_inside(points: np.ndarray, centres: np.ndarray) -> float:
     """Count the points that lie within the third-neighbour ball of some centre."""
     inside = 0
-    radii = [sorted(np.linalg.norm(centres - c, axis=1))[3] for c in centres]  # place 0 is the centre itself
+    radii = [
+        sorted(np.linalg.norm(centres - c, axis=1))[3] for c in centres
+    ]  # place 0 is the centre itself
     for point in points:
         inside += any(np.linalg.norm(point - c) <= r for c, r in zip(centres, radii, strict=True))
     return inside / len(points)
@@ -70,7 +76,9 @@ def test_frechet_distance_of_known_gaussians():
     a = Statistics(np.zeros(3), eye, 10)
     # A shift alone counts by its square; scales alone by the squared difference of deviations, per dimension.
     assert frechet_distance(a, Statistics(np.array([3.0, 0.0, 4.0]), eye, 10)) == pytest.approx(25)
-    assert frechet_distance(a, Statistics(np.zeros(3), 9 * eye, 10)) == pytest.approx(3 * (3 - 1) ** 2)
+    assert frechet_distance(a, Statistics(np.zeros(3), 9 * eye, 10)) == pytest.approx(
+        3 * (3 - 1) ** 2
+    )
     diagonal = np.diag([1.0, 4.0, 16.0])
     assert frechet_distance(a, Statistics(np.ones(3), diagonal, 10)) == pytest.approx(3 + 0 + 1 + 9)
 
@@ -88,8 +96,12 @@ def test_rank_deficient_covariance_is_legal():
     centred = [(v - v.mean(0)) / math.sqrt(len(v) - 1) for v in (x, y)]
     # The roots of the eigenvalues of S_x S_y are the singular values of A_x A_y^T, where S = A^T A.
     trace_root = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
-    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + sum((c**2).sum() for c in centred) - 2 * trace_root
-    assert frechet_distance(Statistics.of(x), Statistics.of(y)) == pytest.approx(float(expected), rel=1e-6)
+    expected = (
+        ((x.mean(0) - y.mean(0)) ** 2).sum() + sum((c**2).sum() for c in centred) - 2 * trace_root
+    )
+    assert frechet_distance(Statistics.of(x), Statistics.of(y)) == pytest.approx(
+        float(expected), rel=1e-6
+    )
 
 
 def test_statistics_are_float64_and_unbiased():
@@ -116,7 +128,11 @@ def test_statistics_of_other_features_have_no_distance():
 def test_inception_score_of_sure_and_uniform_predictions_is_the_number_of_classes(classes):
     logits = 100 * torch.eye(classes).repeat(30, 1)
     result = inception_score(logits, splits=1)
-    assert result == {"isc_mean": pytest.approx(classes), "isc_std": pytest.approx(0), "isc_splits": 1}
+    assert result == {
+        "isc_mean": pytest.approx(classes),
+        "isc_std": pytest.approx(0),
+        "isc_splits": 1,
+    }
 
 
 def test_inception_score_of_equal_predictions_is_one():
@@ -133,7 +149,9 @@ def test_inception_score_equals_its_definition():
 
 def test_inception_score_of_few_images_takes_fewer_parts():
     result = distances({"logits": gaussian(4, 10, 0)}, {}, LAYERS, ["isc"])
-    assert result["isc_splits"] == 4 and result["isc_mean"] == pytest.approx(1)  # one image per part says nothing
+    assert result["isc_splits"] == 4 and result["isc_mean"] == pytest.approx(
+        1
+    )  # one image per part says nothing
 
 
 # --- KID
@@ -143,15 +161,16 @@ def test_kid_equals_its_definition():
     x, y = gaussian(30, 6, 0), gaussian(30, 6, 1, mean=0.3)
     result = kernel_distance(x, y, subsets=3)
     assert result["kid_subset_size"] == 30  # every subset is the whole set, so this is one value
-    assert result["kid_mean"] == pytest.approx(slow_kid(x.double().numpy(), y.double().numpy()), rel=1e-9)
+    assert result["kid_mean"] == pytest.approx(
+        slow_kid(x.double().numpy(), y.double().numpy()), rel=1e-9
+    )
     assert result["kid_std"] == pytest.approx(0, abs=1e-9)
 
 
 def test_kid_is_unbiased_at_zero():
     """Over many pairs of sets from one distribution the mean is zero within its error: some values are negative."""
     values = [
-        kernel_distance(gaussian(50, 8, s), gaussian(50, 8, 500 + s), subsets=1)
-        for s in range(200)
+        kernel_distance(gaussian(50, 8, s), gaussian(50, 8, 500 + s), subsets=1) for s in range(200)
     ]
     kid = np.array([v["kid_mean"] for v in values])
     error = kid.std() / math.sqrt(len(kid))
@@ -185,9 +204,15 @@ def test_kid_subset_is_no_larger_than_either_set():
 def test_precision_and_recall_equal_their_definition():
     x, y = gaussian(40, 3, 0, scale=0.5), gaussian(60, 3, 1)
     result = distances({"pool": x}, {"pool": y}, LAYERS, ["prc"])
-    assert result["precision"] == pytest.approx(slow_share_inside(x.double().numpy(), y.double().numpy()))
-    assert result["recall"] == pytest.approx(slow_share_inside(y.double().numpy(), x.double().numpy()))
-    assert result["precision"] > result["recall"]  # generated is the first: it lies within, and does not cover
+    assert result["precision"] == pytest.approx(
+        slow_share_inside(x.double().numpy(), y.double().numpy())
+    )
+    assert result["recall"] == pytest.approx(
+        slow_share_inside(y.double().numpy(), x.double().numpy())
+    )
+    assert (
+        result["precision"] > result["recall"]
+    )  # generated is the first: it lies within, and does not cover
 
 
 # --- all of them
@@ -199,7 +224,17 @@ def test_all_metrics_are_reported_under_their_names():
 
     result = distances(features(0), features(1), LAYERS, ("fid", "isc", "kid", "prc"))
     assert set(result) == {
-        *("fid", "isc_mean", "isc_std", "isc_splits", "kid_mean", "kid_std", "kid_subset_size", "precision", "recall")
+        *(
+            "fid",
+            "isc_mean",
+            "isc_std",
+            "isc_splits",
+            "kid_mean",
+            "kid_std",
+            "kid_subset_size",
+            "precision",
+            "recall",
+        )
     }
     assert all(math.isfinite(value) for value in result.values())
     assert set(distances(features(0), features(1), LAYERS)) == set(result) - {"precision", "recall"}
@@ -213,11 +248,15 @@ def test_same_seed_same_numbers_other_seed_other_numbers():
     state = np.random.get_state()[1].copy()
     assert run(0) == run(0)
     assert run(0)["kid_mean"] != run(1)["kid_mean"] and run(0)["isc_mean"] != run(1)["isc_mean"]
-    assert np.array_equal(np.random.get_state()[1], state)  # the global draws of others are left alone
+    assert np.array_equal(
+        np.random.get_state()[1], state
+    )  # the global draws of others are left alone
 
 
 def test_a_worse_set_is_further_away():
-    reference, close, far = ({"pool": gaussian(200, 6, s, mean=m)} for s, m in ((0, 0.0), (1, 0.1), (2, 0.5)))
+    reference, close, far = (
+        {"pool": gaussian(200, 6, s, mean=m)} for s, m in ((0, 0.0), (1, 0.1), (2, 0.5))
+    )
     a, b = (distances(g, reference, LAYERS, ["fid", "kid"]) for g in (close, far))
     assert a["fid"] < b["fid"] and a["kid_mean"] < b["kid_mean"]
 
@@ -239,7 +278,9 @@ def test_features_that_are_not_finite_are_refused(metric, value):
 def test_too_few_images_are_refused(metric, least):
     enough = {"pool": gaussian(least, 4, 0), "logits": gaussian(least, 4, 0)}
     short = {layer: rows[: least - 1] for layer, rows in enough.items()}
-    assert all(math.isfinite(value) for value in distances(enough, enough, LAYERS, [metric]).values())
+    assert all(
+        math.isfinite(value) for value in distances(enough, enough, LAYERS, [metric]).values()
+    )
     with pytest.raises(ValueError, match=f"{metric} needs at least {least} images.*eval.metrics"):
         distances(short, enough, LAYERS, [metric])
 

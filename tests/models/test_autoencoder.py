@@ -63,7 +63,9 @@ def test_batches_are_bounded(attached, monkeypatch):
     for name in ("encode", "decode"):
         whole = getattr(ScaledAutoencoder, name)
         monkeypatch.setattr(
-            ScaledAutoencoder, name, lambda net, x, whole=whole: (sizes.append(len(x)), whole(net, x))[1]
+            ScaledAutoencoder,
+            name,
+            lambda net, x, whole=whole: (sizes.append(len(x)), whole(net, x))[1],
         )
     mean, deviation = attached.encode(randn(7, 3, 8, 8))
     images = attached.decode(mean)
@@ -77,14 +79,18 @@ def test_a_log_variance_is_clamped_as_in_the_original(attached):
     with torch.no_grad():
         net.kl.quant_conv.bias[2:] = torch.tensor([1000.0, -1000.0])
         _, log_variance = net.posterior(randn(1, 3, 8, 8))
-    assert log_variance[0, 0].unique().tolist() == [20.0] and log_variance[0, 1].unique().tolist() == [-30.0]
+    assert log_variance[0, 0].unique().tolist() == [20.0] and log_variance[
+        0, 1
+    ].unique().tolist() == [-30.0]
 
 
 def test_the_loss_is_the_error_and_a_little_of_the_divergence():
     net, images, noise = description().build().eval(), randn(4, 3, 8, 8), randn(4, 2, 4, 4, seed=2)
     posterior = net.kl.encode(images).latent_dist
     error = (images - net.kl.decode(posterior.mean + posterior.std * noise).sample).abs().mean()
-    divergence = posterior.kl().mean() / (2 * 4 * 4)  # diffusers sums over a latent, ours is the mean
+    divergence = posterior.kl().mean() / (
+        2 * 4 * 4
+    )  # diffusers sums over a latent, ours is the mean
     for weight in (0.0, 0.5):
         loss = description(kl_weight=weight).training_loss(net, images, torch.zeros(4), noise)
         torch.testing.assert_close(loss, error + weight * divergence)
@@ -97,7 +103,9 @@ def test_training_ends_with_latents_of_unit_deviation():
     images = Images(pixels, "x", "y")
     made.settle(net, images, torch.device("cpu"))
     with torch.no_grad():
-        mean, deviation = net.encode(images.batch(torch.arange(20), torch.zeros(20, dtype=torch.bool)))
+        mean, deviation = net.encode(
+            images.batch(torch.arange(20), torch.zeros(20, dtype=torch.bool))
+        )
     drawn = mean + deviation * randn(400, *mean.shape)
     assert float(drawn.std()) == pytest.approx(1, abs=0.02)
     description(scale=0.3).settle(net, images, torch.device("cpu"))
@@ -110,37 +118,58 @@ def test_weights_come_from_our_file_and_from_a_diffusers_folder_alike(saved, tmp
     folder = AutoencoderKL(**NETWORK, scaling_factor=0.25, force_upcast=False)
     folder.load_state_dict(ours.kl.state_dict())
     folder.save_pretrained(tmp_path / "pipeline" / "vae")
-    assert load_autoencoder(theirs, str(tmp_path / "pipeline")) == found == state_hash(ours.state_dict())
+    assert (
+        load_autoencoder(theirs, str(tmp_path / "pipeline"))
+        == found
+        == state_hash(ours.state_dict())
+    )
     assert float(theirs.scale) == 0.25
-    assert load_autoencoder(theirs, str(saved), scale=0.5) != found  # the scale is part of the weights
+    assert (
+        load_autoencoder(theirs, str(saved), scale=0.5) != found
+    )  # the scale is part of the weights
     assert float(theirs.scale) == 0.5
 
 
 def test_weights_of_another_autoencoder_are_refused_and_named(saved, tmp_path):
     other = ScaledAutoencoder({**NETWORK, "layers_per_block": 2})
-    with pytest.raises(CheckpointError, match=r"net\.safetensors: its keys are not the network's: .*missing"):
+    with pytest.raises(
+        CheckpointError, match=r"net\.safetensors: its keys are not the network's: .*missing"
+    ):
         load_autoencoder(other, str(saved))
     AutoencoderKL(**{**NETWORK, "norm_num_groups": 2}).save_pretrained(tmp_path / "vae")
     with pytest.raises(CheckpointError, match="norm_num_groups is 2, wanted 4"):
         load_autoencoder(ScaledAutoencoder(NETWORK), str(tmp_path))
     save_weights(ScaledAutoencoder(NETWORK).kl, tmp_path / "kl.safetensors", {})
-    with pytest.raises(CheckpointError, match="names no scale of the latents; set model.definition.autoencoder.scale"):
+    with pytest.raises(
+        CheckpointError,
+        match="names no scale of the latents; set model.definition.autoencoder.scale",
+    ):
         load_autoencoder(ScaledAutoencoder(NETWORK), str(tmp_path / "kl.safetensors"))
     with pytest.raises(CheckpointError, match="missing.safetensors: no such file or folder"):
         load_autoencoder(ScaledAutoencoder(NETWORK), str(tmp_path / "missing.safetensors"))
 
 
 def test_an_autoencoder_without_weights_says_how_to_get_them():
-    with pytest.raises(ValueError, match="model.autoencoder has no value.*fit=pretrain_autoencoder"):
+    with pytest.raises(
+        ValueError, match="model.autoencoder has no value.*fit=pretrain_autoencoder"
+    ):
         description().encode(randn(1, 3, 8, 8))
 
 
 def test_a_model_and_its_autoencoder_must_fit(saved):
-    network = {"in_channels": 2, "sample_size": 4, "out_channels": 2, "block_out_channels": (8,), "norm_num_groups": 4}
+    network = {
+        "in_channels": 2,
+        "sample_size": 4,
+        "out_channels": 2,
+        "block_out_channels": (8,),
+        "norm_num_groups": 4,
+    }
     made = LatentDiffusionModel(network, description(), Schedule())
     assert (made.image_size, made.channels, made.sample_shape) == (8, 3, (2, 4, 4))
     assert made.part("network") is made and made.part("autoencoder") is made.autoencoder
-    with pytest.raises(ValueError, match=r"denoises \(2, 8, 8\), but the autoencoder makes \(2, 4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"denoises \(2, 8, 8\), but the autoencoder makes \(2, 4, 4\)"
+    ):
         LatentDiffusionModel({**network, "sample_size": 8}, description(), Schedule())
     plain = DiffusionModel(network, Schedule())
     with pytest.raises(ValueError, match="fit.part=autoencoder: this model has no such part"):

@@ -68,7 +68,9 @@ def build(name: str, **changes) -> UNet2DModel:
     return UNet2DModel(**{**NETWORKS[name], **changes}).eval()
 
 
-def original_shapes(channels: tuple[int, ...], blocks: int, attention: tuple[bool, ...]) -> dict[str, tuple[int, ...]]:
+def original_shapes(
+    channels: tuple[int, ...], blocks: int, attention: tuple[bool, ...]
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the original network's parameters, from its architecture."""
     shapes: dict[str, tuple[int, ...]] = {}
     width = 4 * channels[0]
@@ -230,14 +232,19 @@ def prefixed(state):
 
 
 def training_state(raw, ema=None):
-    moments = {"state": {0: {"step": 7, "exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 2e-4, "params": [0]}]}
+    moments = {
+        "state": {0: {"step": 7, "exp_avg": torch.ones(3)}},
+        "param_groups": [{"lr": 2e-4, "params": [0]}],
+    }
     return [prefixed(raw), moments, 3, 790000] + ([] if ema is None else [ema])
 
 
 FORMS = {
     "plain": lambda state, path: torch.save(state, path / "net.ckpt"),
     "plain dict": lambda state, path: torch.save(dict(state), path / "net.ckpt"),
-    "legacy": lambda state, path: torch.save(state, path / "net.ckpt", _use_new_zipfile_serialization=False),
+    "legacy": lambda state, path: torch.save(
+        state, path / "net.ckpt", _use_new_zipfile_serialization=False
+    ),
     "data-parallel": lambda state, path: torch.save(prefixed(state), path / "net.ckpt"),
     "parameters": lambda state, path: torch.save(
         {key: torch.nn.Parameter(value) for key, value in state.items()}, path / "net.ckpt"
@@ -250,9 +257,13 @@ FORMS = {
         training_state(original_state("small", "raw"), dict(prefixed(state))), path / "net.ckpt"
     ),
     "training, legacy": lambda state, path: torch.save(
-        training_state(original_state("small", "raw"), state), path / "net.ckpt", _use_new_zipfile_serialization=False
+        training_state(original_state("small", "raw"), state),
+        path / "net.ckpt",
+        _use_new_zipfile_serialization=False,
     ),
-    "unused logvar": lambda state, path: torch.save({**state, "logvar": torch.zeros(1000)}, path / "net.ckpt"),
+    "unused logvar": lambda state, path: torch.save(
+        {**state, "logvar": torch.zeros(1000)}, path / "net.ckpt"
+    ),
 }
 
 
@@ -265,7 +276,12 @@ def test_every_form_of_the_original_gives_the_same_weights(small, raw, expected,
 
 
 def first_diffusers_names(state):
-    names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    names = {
+        ".to_q.": ".query.",
+        ".to_k.": ".key.",
+        ".to_v.": ".value.",
+        ".to_out.0.": ".proj_attn.",
+    }
     renamed = {}
     for key, value in state.items():
         for new, old in names.items():
@@ -299,7 +315,9 @@ DIFFUSERS_FORMS = {
     "folder": lambda net, state, path: folder_of(net, path, state),
     "folder, .bin": lambda net, state, path: folder_of(net, path, state, binary=True),
     "pipeline": lambda net, state, path: folder_of(net, path, state, subfolder="unet"),
-    "first names": lambda net, state, path: folder_of(net, path, first_diffusers_names(state), binary=True),
+    "first names": lambda net, state, path: folder_of(
+        net, path, first_diffusers_names(state), binary=True
+    ),
 }
 
 
@@ -314,7 +332,11 @@ def test_every_form_of_diffusers_gives_the_same_weights(small, expected, tmp_pat
 def test_diffusers_own_folder(small, tmp_path):
     small.save_pretrained(tmp_path)
     net = build("small")
-    assert load_weights(net, str(tmp_path)) == state_hash(small.state_dict()) == state_hash(net.state_dict())
+    assert (
+        load_weights(net, str(tmp_path))
+        == state_hash(small.state_dict())
+        == state_hash(net.state_dict())
+    )
 
 
 def test_raw_weights_on_request(small, raw, tmp_path):
@@ -341,7 +363,10 @@ def test_half_precision_is_cast_to_the_networks_type(small, raw, tmp_path):
 
 def test_views_of_one_storage(tmp_path):
     base = torch.arange(12.0).reshape(3, 4)
-    torch.save({"a": base.t(), "b": base[1], "empty": torch.empty(0), "scalar": torch.tensor(3)}, tmp_path / "views.pt")
+    torch.save(
+        {"a": base.t(), "b": base[1], "empty": torch.empty(0), "scalar": torch.tensor(3)},
+        tmp_path / "views.pt",
+    )
     read = read_tensors(tmp_path / "views.pt", lambda tree: tree)
     assert torch.equal(read["a"], base.t()) and torch.equal(read["b"], base[1])
     assert read["empty"].shape == (0,) and read["scalar"].item() == 3
@@ -365,12 +390,24 @@ def changed(raw, **changes):
         ({"norm_out__weight": None}, ["1 missing", "conv_norm_out.weight"]),
         ({"up__0__block__0__conv1__bias": None}, ["1 missing", "up_blocks.2.resnets.0.conv1.bias"]),
         ({"mid__extra": torch.zeros(2)}, ["1 left over", "mid.extra"]),
-        ({"up__0__block__9__conv1__bias": torch.zeros(2)}, ["1 left over", "up_blocks.2.resnets.9.conv1.bias"]),
+        (
+            {"up__0__block__9__conv1__bias": torch.zeros(2)},
+            ["1 left over", "up_blocks.2.resnets.9.conv1.bias"],
+        ),
         ({"conv_in__bias": torch.zeros(31)}, ["1 misshapen", "conv_in.bias [31], wanted [32]"]),
-        ({"mid__attn_1__q__weight": torch.zeros(96, 96, 3, 3)}, ["1 misshapen", "to_q.weight [96, 96, 3, 3]"]),
-        ({"conv_in__bias": torch.zeros(32, dtype=torch.int64)}, ["1 mistyped", "conv_in.bias torch.int64"]),
+        (
+            {"mid__attn_1__q__weight": torch.zeros(96, 96, 3, 3)},
+            ["1 misshapen", "to_q.weight [96, 96, 3, 3]"],
+        ),
+        (
+            {"conv_in__bias": torch.zeros(32, dtype=torch.int64)},
+            ["1 mistyped", "conv_in.bias torch.int64"],
+        ),
         ({"conv_in__bias": "text"}, ["no tensors", "conv_in.bias"]),
-        ({"conv_in__bias": None, "conv_out__bias": None, "c": torch.ones(1)}, ["2 missing", "1 left over"]),
+        (
+            {"conv_in__bias": None, "conv_out__bias": None, "c": torch.ones(1)},
+            ["2 missing", "1 left over"],
+        ),
     ],
 )
 def test_a_key_that_does_not_fit_is_named(small, raw, tmp_path, change, words):
@@ -382,10 +419,14 @@ def test_a_key_that_does_not_fit_is_named(small, raw, tmp_path, change, words):
 def test_two_names_for_one_weight(small, expected, tmp_path):
     state = {**expected, "mid_block.attentions.0.query.bias": torch.zeros(96)}
     save_weights(state, tmp_path / "net.safetensors", {})
-    assert "two keys for mid_block.attentions.0.to_q.bias" in fails(small, tmp_path / "net.safetensors")
+    assert "two keys for mid_block.attentions.0.to_q.bias" in fails(
+        small, tmp_path / "net.safetensors"
+    )
 
 
-@pytest.mark.parametrize("tree", [3, [1, 2], {"state_dict": 3}, {1: torch.ones(1)}, [{}, {}, 0, 0, torch.ones(1)]])
+@pytest.mark.parametrize(
+    "tree", [3, [1, 2], {"state_dict": 3}, {1: torch.ones(1)}, [{}, {}, 0, 0, torch.ones(1)]]
+)
 def test_a_file_without_a_state_dict(small, tmp_path, tree):
     torch.save(tree, tmp_path / "net.ckpt")
     fails(small, tmp_path / "net.ckpt")
@@ -429,7 +470,13 @@ def test_a_config_may_differ_where_weights_mean_the_same(small, expected, tmp_pa
     folder = folder_of(small, tmp_path, expected)
     config = json.loads((folder / "config.json").read_text())
     blocks = [f"UNetRes{kind}" for kind in config["down_block_types"]]
-    config |= {"dropout": 0.0, "sample_size": None, "decay": 0.9999, "down_block_types": blocks, "future": None}
+    config |= {
+        "dropout": 0.0,
+        "sample_size": None,
+        "decay": 0.9999,
+        "down_block_types": blocks,
+        "future": None,
+    }
     del config["act_fn"]
     (folder / "config.json").write_text(json.dumps(config))
     load_weights(copy.deepcopy(small), str(folder))
@@ -454,7 +501,11 @@ def hub(folder, offline=False):
     def download(repository, name, subfolder=None):
         path = Path(folder, subfolder or "", name)
         if offline or not path.exists():
-            raise LocalEntryNotFoundError("no connection") if offline else checkpoints.EntryNotFoundError("no entry")
+            raise (
+                LocalEntryNotFoundError("no connection")
+                if offline
+                else checkpoints.EntryNotFoundError("no entry")
+            )
         return str(path)
 
     return download
@@ -486,7 +537,9 @@ def test_an_id_without_a_network(small, tmp_path, monkeypatch):
     assert "no diffusers network" in fails(small, "google/ddpm-cifar10-32")
 
 
-@pytest.mark.parametrize("source", ["weights/net.ckpt", "/nowhere/weights", "net.safetensors", "a/b/c"])
+@pytest.mark.parametrize(
+    "source", ["weights/net.ckpt", "/nowhere/weights", "net.safetensors", "a/b/c"]
+)
 def test_a_missing_path_never_asks_the_hub(small, monkeypatch, source):
     monkeypatch.setattr(checkpoints, "hf_hub_download", None)
     assert "no such file" in fails(small, source)
@@ -506,9 +559,13 @@ def payloads(path):
         "stack global": b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93V" + name + b"\n\x85R.",
         "dotted name": b"\x80\x04\x8c\x06shutil\x8c\x08os.mkdir\x93V" + name + b"\n\x85R.",
         "eval": b"c__builtin__\neval\n(V" + make + b"\ntR.",
-        "getattr": b"c__builtin__\ngetattr\n(c__builtin__\n__import__\n(Vos\ntRVmkdir\ntR(V" + name + b"\ntR.",
+        "getattr": b"c__builtin__\ngetattr\n(c__builtin__\n__import__\n(Vos\ntRVmkdir\ntR(V"
+        + name
+        + b"\ntR.",
         "inside a list": b"(lp0\ncos\nmkdir\n(V" + name + b"\ntRa.",
-        "ran at the state": b"cfunctools\npartial\n(cos\nmkdir\ntR(cos\nmkdir\n(V" + name + b"\nt}Ntb(tR.",
+        "ran at the state": b"cfunctools\npartial\n(cos\nmkdir\ntR(cos\nmkdir\n(V"
+        + name
+        + b"\nt}Ntb(tR.",
     }
 
 
@@ -582,13 +639,25 @@ def test_weights_beside_a_strange_object(small, raw, expected, tmp_path, kind, n
 
     items = Items(a=1)
     items.more = torch.ones(2)
-    extras = {"callbacks": {type(strange): strange}, "items": items, "set": {1, strange}, "list": [strange] * 3}
-    content = {**extras, "state_dict": raw, "hyperparameters": torch.float32, "size": torch.Size([3])}
+    extras = {
+        "callbacks": {type(strange): strange},
+        "items": items,
+        "set": {1, strange},
+        "list": [strange] * 3,
+    }
+    content = {
+        **extras,
+        "state_dict": raw,
+        "hyperparameters": torch.float32,
+        "size": torch.Size([3]),
+    }
     torch.save(content, tmp_path / "net.ckpt", _use_new_zipfile_serialization=new_format)
     assert load_weights(copy.deepcopy(small), str(tmp_path / "net.ckpt")) == state_hash(expected)
     assert not sentinel.exists()
 
-    torch.save({**raw, "extra": strange}, tmp_path / "net.ckpt", _use_new_zipfile_serialization=new_format)
+    torch.save(
+        {**raw, "extra": strange}, tmp_path / "net.ckpt", _use_new_zipfile_serialization=new_format
+    )
     assert "extra" in fails(small, tmp_path / "net.ckpt")
     assert not sentinel.exists()
 
@@ -601,7 +670,10 @@ def test_what_a_file_says_becomes_of_what_kind(tmp_path):
         return {}
 
     numbers = {"epoch": 3, "rate": 2e-4, "names": ["a"], "flag": True, "none": None}
-    torch.save({**numbers, "weight": torch.ones(2), "callback": Callback(3), "class": Callback}, tmp_path / "x.ckpt")
+    torch.save(
+        {**numbers, "weight": torch.ones(2), "callback": Callback(3), "class": Callback},
+        tmp_path / "x.ckpt",
+    )
     assert read_tensors(tmp_path / "x.ckpt", pick) == {}
     assert {key: seen[key] for key in numbers} == numbers
     assert isinstance(seen["weight"], StoredTensor) and isinstance(seen["callback"], Placeholder)
@@ -629,7 +701,13 @@ def stored(numel, offset, shape, stride, kind=b"FloatStorage"):
     """The pickle of {"x": tensor} over a storage with key 0."""
     storage = b"(Vstorage\nctorch\n" + kind + b"\nV0\nVhere\nI%d\ntQ" % numel
     sizes = b"".join(b"(" + b"".join(b"I%d\n" % n for n in part) + b"t" for part in (shape, stride))
-    return b"}Vx\nctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"I%d\n" % offset + sizes + b"I00\n}tRs."
+    return (
+        b"}Vx\nctorch._utils\n_rebuild_tensor_v2\n("
+        + storage
+        + b"I%d\n" % offset
+        + sizes
+        + b"I00\n}tRs."
+    )
 
 
 def test_a_tensor_stays_inside_its_storage(tmp_path):
@@ -670,7 +748,15 @@ def test_a_truncated_file(small, raw, expected, tmp_path, form, keep):
 @pytest.mark.parametrize("name", ["net.ckpt", "net.safetensors", "net.bin"])
 @pytest.mark.parametrize(
     "content",
-    [b"<!DOCTYPE html>\n<html>404</html>\n", b"\0" * 64, b"PK\x03\x04", b"\x80\x02K\x01.", b"\x80\x02N.", b"{}", b"."],
+    [
+        b"<!DOCTYPE html>\n<html>404</html>\n",
+        b"\0" * 64,
+        b"PK\x03\x04",
+        b"\x80\x02K\x01.",
+        b"\x80\x02N.",
+        b"{}",
+        b".",
+    ],
 )
 def test_something_else(small, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
@@ -701,7 +787,11 @@ def test_a_compressed_archive_is_not_opened(small, raw, tmp_path):
 
 
 def test_the_hash_is_its_definition():
-    state = {"b": torch.arange(6).reshape(2, 3).t(), "a": torch.tensor(1.5), "c": torch.ones(2, dtype=torch.bfloat16)}
+    state = {
+        "b": torch.arange(6).reshape(2, 3).t(),
+        "a": torch.tensor(1.5),
+        "c": torch.ones(2, dtype=torch.bfloat16),
+    }
     definition = hashlib.sha256()
     definition.update(b"a torch.float32 []\n" + struct.pack("<f", 1.5))
     definition.update(b"b torch.int64 [3, 2]\n" + struct.pack("<6q", 0, 3, 1, 4, 2, 5))
@@ -712,7 +802,13 @@ def test_the_hash_is_its_definition():
 
 @pytest.mark.parametrize(
     "other",
-    [{"b": torch.zeros(6)}, {"a": torch.zeros(2, 3)}, {"a": torch.zeros(6).double()}, {"a": -torch.zeros(6)}, {}],
+    [
+        {"b": torch.zeros(6)},
+        {"a": torch.zeros(2, 3)},
+        {"a": torch.zeros(6).double()},
+        {"a": -torch.zeros(6)},
+        {},
+    ],
 )
 def test_the_hash_sees_name_shape_type_and_bytes(other):
     assert state_hash(other) != state_hash({"a": torch.zeros(6)})
@@ -720,7 +816,11 @@ def test_the_hash_sees_name_shape_type_and_bytes(other):
 
 def test_saved_weights_come_back_with_their_metadata(small, tmp_path):
     path = tmp_path / "new" / "net.safetensors"
-    metadata = {"name": "small", "source": 'naïve "quotes"\n', **{str(index): "x" for index in range(20)}}
+    metadata = {
+        "name": "small",
+        "source": 'naïve "quotes"\n',
+        **{str(index): "x" for index in range(20)},
+    }
     save_weights(small, path, metadata)
     net = build("small")
     assert load_weights(net, str(path)) == state_hash(small.state_dict())

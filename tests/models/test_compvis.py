@@ -148,7 +148,9 @@ def kl_shapes(channels=(32, 64, 128), blocks=1, latent=4) -> Shapes:
 
 
 def weights_of(shapes: Shapes, prefix: str, salt: str = "") -> OrderedDict[str, torch.Tensor]:
-    return OrderedDict((prefix + key, formula(prefix + key + salt, shape)) for key, shape in shapes.items())
+    return OrderedDict(
+        (prefix + key, formula(prefix + key + salt, shape)) for key, shape in shapes.items()
+    )
 
 
 def shadow(key: str) -> str:
@@ -161,7 +163,10 @@ def whole_file() -> OrderedDict[str, torch.Tensor]:
     return OrderedDict(
         {name: torch.zeros(10) for name in BUFFERS}
         | weights_of(unet_shapes(), "model.diffusion_model.", salt="raw")
-        | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(3, dtype=torch.int)}
+        | {
+            "model_ema.decay": torch.tensor(0.9999),
+            "model_ema.num_updates": torch.tensor(3, dtype=torch.int),
+        }
         | {shadow(key): value for key, value in average.items()}
         | weights_of(kl_shapes(), "first_stage_model.")
         | {"first_stage_model.loss.logvar": torch.zeros(()), "scale_factor": torch.tensor(SCALE)}
@@ -184,7 +189,15 @@ def file(tmp_path_factory, state):
     package.Callback, Callback.__module__ = Callback, package.__name__
     sys.modules[package.__name__] = package
     path = tmp_path_factory.mktemp("compvis") / "model.ckpt"
-    torch.save({"state_dict": state, "callbacks": {"best": Callback()}, "global_step": 3, "lr_schedulers": []}, path)
+    torch.save(
+        {
+            "state_dict": state,
+            "callbacks": {"best": Callback()},
+            "global_step": 3,
+            "lr_schedulers": [],
+        },
+        path,
+    )
     del sys.modules[package.__name__]
     return path
 
@@ -232,7 +245,9 @@ def test_encoder_and_decoder_answer_as_the_original(file, recorded):
     made = Autoencoder(KL, batch=2)
     made.attach(str(file))
     net = made.net()
-    assert sum(p.numel() for p in net.parameters()) == 2_702_087 and float(net.scale) == pytest.approx(SCALE)
+    assert sum(p.numel() for p in net.parameters()) == 2_702_087 and float(
+        net.scale
+    ) == pytest.approx(SCALE)
     images = ramp("image", 2 * 3 * 256).float().reshape(2, 3, 16, 16)
     assert (torch.cat(net.posterior(images), 1) - recorded["moments"]).abs().max() < TOLERANCE
     z = ramp("z", 2 * 4 * 16).float().reshape(2, 4, 4, 4)
@@ -249,9 +264,14 @@ def test_an_unpatched_network_fails_the_recording(unet, recorded):
 
 def test_rows_of_qkv_in_another_order_fail_the_recording(unet, recorded):
     net = copy.deepcopy(unet)
-    for attention in [m for m in net.modules() if hasattr(m, "to_q")]:  # as if they were all of q, all of k, all of v
+    for attention in [
+        m for m in net.modules() if hasattr(m, "to_q")
+    ]:  # as if they were all of q, all of k, all of v
         for kind in ("weight", "bias"):
-            parts = [getattr(layer, kind).data for layer in (attention.to_q, attention.to_k, attention.to_v)]
+            parts = [
+                getattr(layer, kind).data
+                for layer in (attention.to_q, attention.to_k, attention.to_v)
+            ]
             rows = torch.stack([p.reshape(HEADS, -1, *p.shape[1:]) for p in parts], 1).flatten(0, 2)
             for part, value in zip(parts, rows.chunk(3), strict=True):
                 part.copy_(value)
@@ -269,7 +289,9 @@ def test_rows_of_qkv_in_another_order_fail_the_recording(unet, recorded):
     ],
 )
 def test_the_recording_catches_each_silent_option(unet, recorded, option, wrong):
-    other = DiffusionModel({**REDUCED, option: wrong}, Schedule(), attention_heads=HEADS).build().eval()
+    other = (
+        DiffusionModel({**REDUCED, option: wrong}, Schedule(), attention_heads=HEADS).build().eval()
+    )
     other.load_state_dict(unet.state_dict())
     assert (answer(other) - recorded["unet"]).abs().max() > 10 * TOLERANCE
 
@@ -286,22 +308,35 @@ def test_raw_weights_on_request(model, state, file, tmp_path):
     assert torch.equal(average.down_blocks[0].resnets[0].conv1.weight, state[shadow(key)])
     only = {name: value for name, value in state.items() if not name.startswith("model_ema.")}
     torch.save(only, tmp_path / "model.ckpt")
-    with pytest.raises(CheckpointError, match=r"without EMA weights; ask for its raw ones \(model.ema=false\)"):
+    with pytest.raises(
+        CheckpointError, match=r"without EMA weights; ask for its raw ones \(model.ema=false\)"
+    ):
         model.load(average, str(tmp_path / "model.ckpt"))
-    assert model.load(average, str(tmp_path / "model.ckpt"), ema=False) == state_hash(raw.state_dict())
+    assert model.load(average, str(tmp_path / "model.ckpt"), ema=False) == state_hash(
+        raw.state_dict()
+    )
 
 
 def test_the_first_stage_comes_from_a_file_of_its_own_too(state, file, tmp_path):
     made = Autoencoder(KL, batch=2)
-    alone = {k.removeprefix("first_stage_model."): v for k, v in state.items() if k.startswith("first_stage_model.")}
+    alone = {
+        k.removeprefix("first_stage_model."): v
+        for k, v in state.items()
+        if k.startswith("first_stage_model.")
+    }
     alone["loss.perceptual_loss.lin0.model.1.weight"] = torch.ones(1)
     torch.save({"state_dict": alone}, tmp_path / "kl.ckpt")
     one, other = made.build(), made.build()
     with pytest.raises(CheckpointError, match="names no scale of the latents"):
         load_autoencoder(one, str(tmp_path / "kl.ckpt"))
     expected = load_autoencoder(other, str(file))
-    assert load_autoencoder(one, str(tmp_path / "kl.ckpt"), float(state["scale_factor"])) == expected
-    for scale in (state["scale_factor"], float(state["scale_factor"])):  # beside it, a tensor or a number
+    assert (
+        load_autoencoder(one, str(tmp_path / "kl.ckpt"), float(state["scale_factor"])) == expected
+    )
+    for scale in (
+        state["scale_factor"],
+        float(state["scale_factor"]),
+    ):  # beside it, a tensor or a number
         torch.save({"state_dict": alone | {"scale_factor": scale}}, tmp_path / "kl.ckpt")
         assert load_autoencoder(one, str(tmp_path / "kl.ckpt")) == expected
 

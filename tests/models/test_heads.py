@@ -38,7 +38,13 @@ def attentions(net: torch.nn.Module) -> dict[str, Attention]:
 def oracle(attention: Attention, x: torch.Tensor, heads: int) -> torch.Tensor:
     """Self-attention with so many heads, one head and one pixel after the other."""
     batch, channels, height, width = x.shape
-    h = F.group_norm(x, attention.group_norm.num_groups, attention.group_norm.weight, attention.group_norm.bias, 1e-5)
+    h = F.group_norm(
+        x,
+        attention.group_norm.num_groups,
+        attention.group_norm.weight,
+        attention.group_norm.bias,
+        1e-5,
+    )
     h = h.reshape(batch, channels, -1).transpose(1, 2)
     q, k, v = attention.to_q(h), attention.to_k(h), attention.to_v(h)
     each, parts = channels // heads, []
@@ -56,17 +62,27 @@ def test_every_attention_has_the_heads_of_the_model_and_an_unpatched_one_fails(p
     unpatched.load_state_dict(net.state_dict())
     assert {attention.inner_dim for attention in attentions(net).values()} == {32, 64}
     wrong = 0
-    for (name, attention), bare in zip(attentions(net).items(), attentions(unpatched).values(), strict=True):
+    for (name, attention), bare in zip(
+        attentions(net).items(), attentions(unpatched).values(), strict=True
+    ):
         assert attention.heads == HEADS, name
         for part in (attention, bare):
             if processor is not None:
                 part.set_processor(processor(None))
-        x = 3 * torch.randn(2, attention.inner_dim, 4, 4, generator=torch.Generator().manual_seed(1))
+        x = 3 * torch.randn(
+            2, attention.inner_dim, 4, 4, generator=torch.Generator().manual_seed(1)
+        )
         with torch.no_grad():
-            torch.testing.assert_close(attention(x), oracle(attention, x, HEADS), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                attention(x), oracle(attention, x, HEADS), atol=1e-5, rtol=1e-5
+            )
             wrong += (bare(x) - attention(x)).abs().max() > 1e-3
     # One width of a head for all of them is right at one width of the network at most.
-    assert wrong == sum(attention.inner_dim != HEADS * 8 for attention in attentions(unpatched).values()) > 0
+    assert (
+        wrong
+        == sum(attention.inner_dim != HEADS * 8 for attention in attentions(unpatched).values())
+        > 0
+    )
 
 
 def test_heads_are_set_again_on_a_network_that_was_saved(tmp_path):
@@ -90,7 +106,10 @@ def test_a_folder_may_name_any_width_of_a_head_if_the_model_names_their_number(t
 
 
 def test_heads_that_do_not_divide_a_width_are_refused():
-    with pytest.raises(ValueError, match="attention_heads=5: does not divide down_blocks.0.attentions.0's 32 channels"):
+    with pytest.raises(
+        ValueError,
+        match="attention_heads=5: does not divide down_blocks.0.attentions.0's 32 channels",
+    ):
         model(5).build()
 
 
@@ -101,8 +120,16 @@ def test_the_churches_network_has_the_known_size():
         first_stage = made.autoencoder.build()
     assert sum(parameter.numel() for parameter in net.parameters()) == 294_966_916
     assert sum(parameter.numel() for parameter in first_stage.parameters()) == 83_653_863
-    assert {attention.inner_dim: attention.heads for attention in attentions(net).values()} == {192: 8, 384: 8, 768: 8}
-    assert {attention.scale for attention in attentions(net).values()} == {24**-0.5, 48**-0.5, 96**-0.5}
+    assert {attention.inner_dim: attention.heads for attention in attentions(net).values()} == {
+        192: 8,
+        384: 8,
+        768: 8,
+    }
+    assert {attention.scale for attention in attentions(net).values()} == {
+        24**-0.5,
+        48**-0.5,
+        96**-0.5,
+    }
     # At 32, 16, 8 and 4 on the way down and up, and in the middle; not at 2.
     names = [name.rsplit(".", 2)[0] for name in attentions(net)]
     assert [names.count(f"down_blocks.{level}") for level in range(5)] == [2, 2, 2, 2, 0]
@@ -117,4 +144,6 @@ def test_every_layer_of_the_churches_network_has_a_role():
     roles = made.roles(net)
     leaves = {n for n, m in net.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)}
     assert roles.keys() == leaves
-    assert roles["down_blocks.0.downsamplers.0.conv1"].after_silu  # resampling is a residual block, after its SiLU
+    assert roles[
+        "down_blocks.0.downsamplers.0.conv1"
+    ].after_silu  # resampling is a residual block, after its SiLU

@@ -12,7 +12,13 @@ def alpha_bar(betas: list[float], t: int) -> float:
 
 
 def step(
-    x: float, eps: float, abar: float, abar_prev: float, eta: float = 0.0, z: float = 0.0, clip: bool = False
+    x: float,
+    eps: float,
+    abar: float,
+    abar_prev: float,
+    eta: float = 0.0,
+    z: float = 0.0,
+    clip: bool = False,
 ) -> float:
     """x_{t_prev} from x_t.
 

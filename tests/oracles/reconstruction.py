@@ -90,13 +90,17 @@ def residual_block(
     h = F.silu(F.group_norm(x, groups, block["norm1.weight"], block["norm1.bias"], epsilon))
     h = F.conv2d(quantize("conv1", h), block["conv1.weight"], block["conv1.bias"], padding=1)
     shift = F.linear(
-        quantize("time_emb_proj", F.silu(temb)), block["time_emb_proj.weight"], block["time_emb_proj.bias"]
+        quantize("time_emb_proj", F.silu(temb)),
+        block["time_emb_proj.weight"],
+        block["time_emb_proj.bias"],
     )
     h = h + shift[:, :, None, None]
     h = F.silu(F.group_norm(h, groups, block["norm2.weight"], block["norm2.bias"], epsilon))
     h = F.conv2d(quantize("conv2", h), block["conv2.weight"], block["conv2.bias"], padding=1)
     if "conv_shortcut.weight" in block:
-        x = F.conv2d(quantize("conv_shortcut", x), block["conv_shortcut.weight"], block["conv_shortcut.bias"])
+        x = F.conv2d(
+            quantize("conv_shortcut", x), block["conv_shortcut.weight"], block["conv_shortcut.bias"]
+        )
     return x + h
 
 

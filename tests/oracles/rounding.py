@@ -65,7 +65,14 @@ def nipq_terms(x: float, s: float, z: int, n: int, p: int, u: float = 0.0) -> Te
 
 
 def over_tensor(
-    terms: Callable[..., Terms], x: Tensor, s: Tensor, z: Tensor, n: int, p: int, g: Tensor, u: Tensor | None = None
+    terms: Callable[..., Terms],
+    x: Tensor,
+    s: Tensor,
+    z: Tensor,
+    n: int,
+    p: int,
+    g: Tensor,
+    u: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x_hat and the gradients of x, s and z for the incoming gradient g, all float64.
 
@@ -76,14 +83,24 @@ def over_tensor(
         g: of x's shape.
         u: noise of x's shape.
     """
-    x_hat, g_x = torch.zeros(x.shape, dtype=torch.float64), torch.zeros(x.shape, dtype=torch.float64)
-    g_s, g_z = torch.zeros(s.numel(), dtype=torch.float64), torch.zeros(z.numel(), dtype=torch.float64)
+    x_hat, g_x = (
+        torch.zeros(x.shape, dtype=torch.float64),
+        torch.zeros(x.shape, dtype=torch.float64),
+    )
+    g_s, g_z = (
+        torch.zeros(s.numel(), dtype=torch.float64),
+        torch.zeros(z.numel(), dtype=torch.float64),
+    )
     steps, zeros = s.detach().reshape(-1), z.detach().reshape(-1)
     samples = range(len(x))
     for b in samples:
         i, j = (b if len(steps) > 1 else 0), (b if len(zeros) > 1 else 0)
         s_b, z_b = float(steps[i]), int(zeros[j])
-        rows = (x[b].detach().reshape(-1), g[b].reshape(-1), None if u is None else u[b].reshape(-1))
+        rows = (
+            x[b].detach().reshape(-1),
+            g[b].reshape(-1),
+            None if u is None else u[b].reshape(-1),
+        )
         for k in range(x[b].numel()):
             noise = 0.0 if rows[2] is None else float(rows[2][k])
             value, by_x, by_s, by_z = terms(float(rows[0][k]), s_b, z_b, n, p, noise)

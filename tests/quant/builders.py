@@ -31,7 +31,11 @@ BITS = (2, 3, 4, 8, 16)
 RULES: dict[str, type[Quantizer]] = {
     "lsq": Lsq, "pact": Pact, "pact_weights": PactWeights, "nipq": Nipq, "nipq_weights": NipqWeights,
 }  # fmt: skip
-GRIDS = ("symmetric", "affine", "lower_bound")  # the last one is affine too, with z(t) = round(-beta / s(t))
+GRIDS = (
+    "symmetric",
+    "affine",
+    "lower_bound",
+)  # the last one is affine too, with z(t) = round(-beta / s(t))
 INTERVALS: dict[str, Callable[[], Any]] = {
     "static": StaticIntervals,
     "per_step": lambda: PerStepIntervals(10),
@@ -69,7 +73,11 @@ def make_quantizer(
     time = TimeContext(STEPS)
     source, bank = make_interval(interval, time)
     codes = Grid(bits, symmetric=grid == "symmetric")
-    zero = {"symmetric": lambda: None, "affine": lambda: ZeroPoint(codes), "lower_bound": lambda: LowerBound(codes)}
+    zero = {
+        "symmetric": lambda: None,
+        "affine": lambda: ZeroPoint(codes),
+        "lower_bound": lambda: LowerBound(codes),
+    }
     quantizer = RULES[rule](codes, source, zero[grid](), **options)
     quantizer.start(s, round(0.4 * codes.p))
     stir(source if bank is None else bank, 0.05)
@@ -80,7 +88,9 @@ def make_quantizer(
 
 @lru_cache
 def _definition(name: str) -> Any:
-    return OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / f"{name}.yaml").model.definition)
+    return OmegaConf.to_container(
+        OmegaConf.load(CONFIGS / "model" / f"{name}.yaml").model.definition
+    )
 
 
 def load_model(name: str) -> DiffusionModel:
@@ -121,7 +131,9 @@ def start_quickly(net: nn.Module) -> None:
         quantizer.start(reach / codes.p, 0 if codes.symmetric else round(0.3 * codes.p))
 
 
-def make_recipe(rule: str = "lsq", interval: str = "static", bits: int = 4, **options: Any) -> Recipe:
+def make_recipe(
+    rule: str = "lsq", interval: str = "static", bits: int = 4, **options: Any
+) -> Recipe:
     """Weights and activations by one method."""
     weight = {"lsq": Lsq, "pact": PactWeights, "nipq": NipqWeights}[rule]
     options.setdefault("weight_interval", "max_abs" if rule == "pact" else "static")

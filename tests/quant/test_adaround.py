@@ -28,7 +28,15 @@ def made(bits=4, grid="affine", beyond=1.0, shape=(5, 3, 2, 2), seed=0):
 def numbers(w, rounding):
     """(w, s, z, V) of every weight, as plain numbers."""
     s, z = (value.expand_as(w).flatten().tolist() for value in (rounding.s, rounding.z))
-    return list(zip(w.flatten().tolist(), s, [int(k) for k in z], rounding.V.detach().flatten().tolist(), strict=True))
+    return list(
+        zip(
+            w.flatten().tolist(),
+            s,
+            [int(k) for k in z],
+            rounding.V.detach().flatten().tolist(),
+            strict=True,
+        )
+    )
 
 
 def stirred(rounding, seed=1):
@@ -47,10 +55,16 @@ def test_soft_rounding_is_the_papers_one_number_at_a_time(bits, grid):
     w, rounding = made(bits, grid, beyond=1.5)
     stirred(rounding)
     w_hat = rounding().detach()
-    expected = [oracle.soft_weight(*row[:3], rounding.n, rounding.p, row[3]) for row in numbers(w, rounding)]
-    assert torch.allclose(w_hat.flatten().double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-6)
+    expected = [
+        oracle.soft_weight(*row[:3], rounding.n, rounding.p, row[3]) for row in numbers(w, rounding)
+    ]
+    assert torch.allclose(
+        w_hat.flatten().double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-6
+    )
     clipped = (rounding.floor + rounding.rounding() + rounding.z).detach()
-    assert ((clipped < rounding.n) | (clipped > rounding.p)).any()  # the data would show a forgotten clip
+    assert (
+        (clipped < rounding.n) | (clipped > rounding.p)
+    ).any()  # the data would show a forgotten clip
 
 
 @pytest.mark.parametrize("beta", [20.0, 5.5, 2.0])
@@ -67,7 +81,9 @@ def test_the_term_is_largest_at_one_half_and_nothing_where_h_is_decided():
         rounding.V.zero_()
     assert float(rounding.regularizer(8.0).detach()) == pytest.approx(rounding.V.numel())
     with torch.no_grad():
-        rounding.V.copy_(torch.where(rounding.floor.remainder(2) == 0, 9.0, -9.0).expand_as(rounding.V))
+        rounding.V.copy_(
+            torch.where(rounding.floor.remainder(2) == 0, 9.0, -9.0).expand_as(rounding.V)
+        )
     assert float(rounding.regularizer(8.0).detach()) == 0.0
 
 
@@ -107,7 +123,9 @@ def test_it_starts_at_the_weight_itself(bits, grid):
 def test_untrained_it_rounds_to_nearest(bits, grid):
     w, rounding = made(bits, grid)
     nearest = ((w / rounding.s).round() + rounding.z).clamp(rounding.n, rounding.p)
-    tie = ((w / rounding.s).frac().abs() - 0.5).abs() < 1e-4  # 2 bits: a channel's ends may lie half way
+    tie = (
+        (w / rounding.s).frac().abs() - 0.5
+    ).abs() < 1e-4  # 2 bits: a channel's ends may lie half way
     assert torch.equal(rounding.codes()[~tie], nearest[~tie])
 
 
@@ -117,7 +135,9 @@ def test_hard_codes_lie_within_one_of_the_floor(bits, grid):
     w, rounding = made(bits, grid, beyond=1.2)
     stirred(rounding)
     codes = rounding.codes()
-    expected = [oracle.hard_code(*row[:3], rounding.n, rounding.p, row[3]) for row in numbers(w, rounding)]
+    expected = [
+        oracle.hard_code(*row[:3], rounding.n, rounding.p, row[3]) for row in numbers(w, rounding)
+    ]
     assert codes.flatten().tolist() == expected
     assert codes.min() >= rounding.n and codes.max() <= rounding.p
     floor = rounding.floor + rounding.z
@@ -137,7 +157,9 @@ def test_only_v_is_trained():
     assert [name for name, _ in rounding.named_parameters()] == ["V"]
 
 
-@pytest.mark.parametrize("updates, warmup", [(100, 0.2), (100, 0.0), (7, 0.3), (1, 0.0), (20000, 0.2)])
+@pytest.mark.parametrize(
+    "updates, warmup", [(100, 0.2), (100, 0.0), (7, 0.3), (1, 0.0), (20000, 0.2)]
+)
 def test_beta_is_the_written_formula(updates, warmup):
     for update in range(0, updates, max(1, updates // 50)):
         expected = oracle.beta(update, updates, 20.0, 2.0, warmup)

@@ -97,7 +97,13 @@ def test_more_bits_have_less_error_and_fall_by_about_a_quarter_each(symmetric):
     for bits in range(2, 11):
         grid = Grid(bits, symmetric)
         s, z = least_error(values, grid, float(values.min()), float(values.max()))
-        errors.append(float((s * ((values / s).round() + z).clamp(grid.n, grid.p).sub(z) - values).square().mean()))
+        errors.append(
+            float(
+                (s * ((values / s).round() + z).clamp(grid.n, grid.p).sub(z) - values)
+                .square()
+                .mean()
+            )
+        )
     assert all(more < 0.5 * less for less, more in zip(errors, errors[1:], strict=False))
 
 
@@ -261,12 +267,18 @@ def test_values_pass_unchanged_and_every_quantizer_is_set_once(rule, small):
         if not isinstance(quantizer, PactWeights):
             s, z = calibration.found[name]
             interval = quantizer.interval
-            rho = interval.bank.biases[-1][interval.row] if isinstance(interval, Temporal) else interval.rho
+            rho = (
+                interval.bank.biases[-1][interval.row]
+                if isinstance(interval, Temporal)
+                else interval.rho
+            )
             assert float(F.softplus(rho.detach())) == pytest.approx(s, rel=1e-5), name
             if isinstance(quantizer.zero_point, ZeroPoint):
                 assert float(quantizer.tables()[1]) == z, name
             if isinstance(quantizer.zero_point, LowerBound):
-                assert float(quantizer.zero_point.beta.detach()) == pytest.approx(-s * z, rel=1e-5), name
+                assert float(quantizer.zero_point.beta.detach()) == pytest.approx(
+                    -s * z, rel=1e-5
+                ), name
     with torch.no_grad():
         assert not torch.allclose(net(x, t)[0], expected, atol=1e-6)
 
@@ -288,7 +300,11 @@ def test_static_start_values_are_those_of_each_tensor(monkeypatch):
 def test_an_error_inside_leaves_everything_as_it_was(small):
     net = fresh()
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(KeyError, match="inside"), torch.no_grad(), calibrating(net, 2) as calibration:
+    with (
+        pytest.raises(KeyError, match="inside"),
+        torch.no_grad(),
+        calibrating(net, 2) as calibration,
+    ):
         net(*inputs())
         raise KeyError("inside")
     assert calibration.found == {}
@@ -314,7 +330,9 @@ class Pair(nn.Module):
         grid = Grid(4, symmetric=False)
         for name, sizes in (("first", (6, 8)), ("second", (8, 3))):
             weight = Lsq(Grid(4, symmetric=True), Static())
-            self.add_module(name, QuantLinear(nn.Linear(*sizes), weight, Lsq(grid, Static(), ZeroPoint(grid))))
+            self.add_module(
+                name, QuantLinear(nn.Linear(*sizes), weight, Lsq(grid, Static(), ZeroPoint(grid)))
+            )
         self.eval()
 
     def forward(self, x):
@@ -364,15 +382,21 @@ def test_every_batch_counts(small):
 def test_kept_start_values_can_be_applied_to_another_copy(small):
     first, second = Pair(), Pair()
     found = run(first, range(4))
-    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
     calibrate.apply(second, found)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra"])
 def test_start_values_of_another_network_are_refused(damage):
     net = fresh("static")
-    found = {name: (0.1, 0) for name, module in net.named_modules() if isinstance(module, Quantizer)}
+    found = {
+        name: (0.1, 0) for name, module in net.named_modules() if isinstance(module, Quantizer)
+    }
     if damage == "missing":
         del found["conv_in.input_quantizer"]
     else:
@@ -384,7 +408,9 @@ def test_start_values_of_another_network_are_refused(damage):
 
 
 def test_the_releases_start_on_a_whole_network(small):
-    habits = ReleaseDetails(reduced_grids=True, symmetric_activations=True, raw_step=True, start="moments")
+    habits = ReleaseDetails(
+        reduced_grids=True, symmetric_activations=True, raw_step=True, start="moments"
+    )
     net = fresh("static", habits=habits)
     x, t = inputs(8)
     with torch.no_grad(), calibrating(net, 1, habits.start) as calibration:
@@ -392,7 +418,9 @@ def test_the_releases_start_on_a_whole_network(small):
     rows = x.flatten(1)
     expected = (float(rows.mean(1).mean()) + 3 * float(rows.std(1).mean())) / 6
     assert calibration.found["conv_in.input_quantizer"] == (pytest.approx(expected, rel=1e-5), 0)
-    assert float(net.conv_in.input_quantizer.interval.rho.detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(net.conv_in.input_quantizer.interval.rho.detach()) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_calibration_lowers_the_error_of_the_network():

@@ -45,7 +45,11 @@ RELEASE = {"keep_float": ["first", "last", "time_embedding", "time_projection"],
 METHODS = ("lsq", "pact", "nipq")
 PARTS = ("input", "q", "k", "v", "probabilities")
 RELEASE_HABITS = ReleaseDetails(
-    reduced_grids=True, symmetric_activations=True, raw_step=True, scale_activation_gradient=False, start="moments"
+    reduced_grids=True,
+    symmetric_activations=True,
+    raw_step=True,
+    scale_activation_gradient=False,
+    start="moments",
 )
 
 
@@ -103,7 +107,9 @@ def test_roles_that_do_not_fit_the_network_are_an_error(damage):
         del roles["mid_block.attentions.0.to_q"]
     else:
         roles["no.such.layer"] = Role("conv", "no.such")
-    with pytest.raises(ValueError, match="mid_block.attentions.0.to_q" if damage == "missing" else "no.such.layer"):
+    with pytest.raises(
+        ValueError, match="mid_block.attentions.0.to_q" if damage == "missing" else "no.such.layer"
+    ):
         quantize(net, roles, make_recipe(), 1000, quantize_attention)
 
 
@@ -134,7 +140,11 @@ def test_quantized_layers_of_the_cifar10_network(plan, count):
     assert len(roles) == 113
     rows = layer_map(net, roles)
     assert sum(row["weight"] not in ("float", "-") for row in rows) == count
-    attention = [row for row in rows if row["role"] == "attention_matrix" and row["layer"].endswith((".q", ".k", ".v"))]
+    attention = [
+        row
+        for row in rows
+        if row["role"] == "attention_matrix" and row["layer"].endswith((".q", ".k", ".v"))
+    ]
     # Two blocks down, three up and the middle one have attention.
     assert len(attention) == 3 * 6
     assert all((row["input"] == "float") == (plan == RELEASE) for row in attention)
@@ -188,7 +198,9 @@ def test_q_k_and_v_share_one_input_quantizer():
             assert module.input_quantizer is None
     calls, seen = [], []
     attention = net.mid_block.attentions[0]
-    attention.processor.input_quantizer.register_forward_hook(lambda q, args, out: calls.append(out))
+    attention.processor.input_quantizer.register_forward_hook(
+        lambda q, args, out: calls.append(out)
+    )
     for layer in (attention.to_q, attention.to_k, attention.to_v):
         layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
@@ -283,7 +295,9 @@ def test_edge_bits_out_of_range_are_errors(bits):
     model = load_model("tiny")
     net = model.build()
     with pytest.raises(ValueError, match=f"bits={bits}"):
-        quantize(net, model.roles(net), make_recipe(plan=Plan(edge_bits=bits)), 1000, quantize_attention)
+        quantize(
+            net, model.roles(net), make_recipe(plan=Plan(edge_bits=bits)), 1000, quantize_attention
+        )
 
 
 @pytest.mark.parametrize("interval", ["temporal", "per_step", "dynamic"])
@@ -323,7 +337,9 @@ def test_offsets_follow_the_recipe(interval, offset):
             bounded = offset == "lower_bound" or (offset == "by_role" and silu_over_time)
             assert isinstance(quantizer.zero_point, LowerBound if bounded else ZeroPoint), name
     probabilities = net.mid_block.attentions[0].processor.probabilities
-    assert isinstance(probabilities.zero_point, LowerBound if offset == "lower_bound" else ZeroPoint)
+    assert isinstance(
+        probabilities.zero_point, LowerBound if offset == "lower_bound" else ZeroPoint
+    )
 
 
 def test_the_releases_habits():
@@ -338,7 +354,9 @@ def test_the_releases_habits():
             continue
         assert not quantizer.gradient_scale
         assert quantizer.interval.raw
-        assert (quantizer.grid.n, quantizer.grid.p) == ((0, 14) if role.after_silu else (-6, 6)), name
+        assert (quantizer.grid.n, quantizer.grid.p) == ((0, 14) if role.after_silu else (-6, 6)), (
+            name
+        )
         if role.after_silu:
             assert not quantizer.zero_point.beta.requires_grad
         else:
@@ -361,7 +379,13 @@ def check_baked(net):
     baked = bake(net)
     x = inputs()[0]
     with torch.no_grad():
-        for t in (torch.tensor(0), torch.tensor(1), torch.tensor(500), torch.tensor(999), inputs()[1]):
+        for t in (
+            torch.tensor(0),
+            torch.tensor(1),
+            torch.tensor(500),
+            torch.tensor(999),
+            inputs()[1],
+        ):
             expected = net(x, t, return_dict=False)[0]
             assert torch.equal(baked(x, t, return_dict=False)[0], expected)
             assert bool(torch.isfinite(expected).all()) and float(expected.std()) > 1e-3
@@ -427,7 +451,8 @@ def test_a_copy_of_coded_weights_takes_no_dequantized_ones_along():
 
 
 @pytest.mark.parametrize(
-    ("bits", "interval"), [(2, "static"), (4, "per_step"), (4, "temporal"), (8, "static"), (16, "temporal")]
+    ("bits", "interval"),
+    [(2, "static"), (4, "per_step"), (4, "temporal"), (8, "static"), (16, "temporal")],
 )
 def test_a_baked_network_holds_codes_and_tables_alone(bits, interval):
     net = started("lsq", interval, bits)
@@ -442,13 +467,19 @@ def test_a_baked_network_holds_codes_and_tables_alone(bits, interval):
         assert int(codes.min()) >= -top and int(codes.max()) <= top
         assert int(codes.abs().max()) >= top // 2
     for quantizer in activation_quantizers(baked).values():
-        assert isinstance(quantizer.interval, LookupTable) and isinstance(quantizer.zero_point, TableZeroPoint)
+        assert isinstance(quantizer.interval, LookupTable) and isinstance(
+            quantizer.zero_point, TableZeroPoint
+        )
         assert len(quantizer.interval.step_sizes) == (1 if interval == "static" else 1000)
         assert len(quantizer.zero_point.zero_points) in (1, len(quantizer.interval.step_sizes))
-        assert torch.equal(quantizer.zero_point.zero_points, quantizer.zero_point.zero_points.round())
+        assert torch.equal(
+            quantizer.zero_point.zero_points, quantizer.zero_point.zero_points.round()
+        )
     assert not any(isinstance(module, GeneratorBank) for module in baked.modules())
     assert not any(parameter.requires_grad for parameter in baked.parameters())
-    assert not any(key.endswith("layer.weight") or key.startswith("generators") for key in baked.state_dict())
+    assert not any(
+        key.endswith("layer.weight") or key.startswith("generators") for key in baked.state_dict()
+    )
     assert not baked.training
 
 
@@ -502,7 +533,9 @@ def test_dorefas_weights_can_be_calibrated():
 @pytest.mark.parametrize("rule", METHODS)
 @pytest.mark.parametrize("interval", INTERVALS)
 def test_sixteen_bits_are_close_to_float(rule, interval, monkeypatch):
-    monkeypatch.setattr(calibrate, "KEPT", 4096)  # as many as there are: at 16 bits a cut-off tail would be the error
+    monkeypatch.setattr(
+        calibrate, "KEPT", 4096
+    )  # as many as there are: at 16 bits a cut-off tail would be the error
     model = load_model("tiny")
     x, t = inputs(2)
     with torch.no_grad():
@@ -630,11 +663,17 @@ def test_every_parameter_of_a_quantized_network_gets_a_gradient():
         x, t = inputs(8)
         net(x, t)[0].mul(randn(8, 1, 8, 8, seed=3)).sum().backward()
         for name, parameter in net.named_parameters():
-            assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all()), (rule, name)
+            assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all()), (
+                rule,
+                name,
+            )
 
 
 def test_state_round_trip_of_a_quantized_network():
-    source, target = started("lsq", "temporal"), make_net(make_recipe("lsq", "temporal"), calibrated=False)
+    source, target = (
+        started("lsq", "temporal"),
+        make_net(make_recipe("lsq", "temporal"), calibrated=False),
+    )
     target.load_state_dict(source.state_dict())
     x, t = inputs()
     with torch.no_grad():
@@ -670,7 +709,13 @@ def test_layer_map_describes_every_leaf():
     model = load_model("tiny")
     net = model.build()
     roles = model.roles(net)
-    quantize(net, roles, make_recipe("lsq", "temporal", plan=Plan(edge_bits=8, keep_float=["shortcut"])), 1000, quantize_attention)
+    quantize(
+        net,
+        roles,
+        make_recipe("lsq", "temporal", plan=Plan(edge_bits=8, keep_float=["shortcut"])),
+        1000,
+        quantize_attention,
+    )
     rows = {row["layer"]: row for row in layer_map(net, roles)}
     assert rows.keys() >= roles.keys()
     assert rows["conv_in"]["weight"] == "Lsq -127..127, Static"

@@ -18,7 +18,9 @@ from tests.quant.builders import inputs, make_net, randn
 
 def by_hand(x: torch.Tensor, bits: int) -> torch.Tensor:
     """One tensor on its own range, by torch's observer and quantizer."""
-    observer = torch.ao.quantization.MinMaxObserver(quant_min=0, quant_max=2**bits - 1, dtype=torch.quint8)
+    observer = torch.ao.quantization.MinMaxObserver(
+        quant_min=0, quant_max=2**bits - 1, dtype=torch.quint8
+    )
     observer(x)
     s, z = observer.calculate_qparams()
     return torch.fake_quantize_per_tensor_affine(x, float(s), int(z), 0, 2**bits - 1)
@@ -46,7 +48,12 @@ def test_gradients_pass_within_the_range_under_every_rule(weight, act):
     assert x.grad is not None
     assert (x.grad[x.detach().abs() < 1] == 1).all()
     recipe = Recipe(
-        4, 4, weight, act, DynamicIntervals(True), weight_interval="max_abs" if weight is PactWeights else "static"
+        4,
+        4,
+        weight,
+        act,
+        DynamicIntervals(True),
+        weight_interval="max_abs" if weight is PactWeights else "static",
     )
     net = make_net(recipe)
     net(*inputs(2)).sample.square().mean().backward()

@@ -25,7 +25,10 @@ def test_the_range_is_what_the_quantizer_passes_at_that_time_step(intervals, for
     net = form(make_net(Recipe(4, 4, Lsq, Lsq, intervals)))
     for t in (0, 500, 999):
         with torch.no_grad(), net.time.at(torch.tensor(t)):
-            passed = [float(net.conv_in.input_quantizer(torch.full((1, 1, 1, 1), end))) for end in (-1e4, 1e4)]
+            passed = [
+                float(net.conv_in.input_quantizer(torch.full((1, 1, 1, 1), end)))
+                for end in (-1e4, 1e4)
+            ]
         assert first_range(net, ROLES, t) == pytest.approx(passed)
         assert passed[0] < -0.1 and passed[1] > 0.1
 
@@ -39,7 +42,9 @@ def test_a_float_first_layer_and_one_that_follows_its_input_have_none():
 @pytest.mark.parametrize(("low", "high"), [(-2.0, 2.0), (-2.48, 2.17), (-1e9, 0.0), (-10.0, 10.0)])
 def test_the_share_is_that_of_drawn_noise(low, high):
     x = torch.randn(10**6, generator=torch.Generator().manual_seed(0))
-    assert noise_beyond(low, high) == pytest.approx(float(((x < low) | (x > high)).float().mean()), abs=1e-3)
+    assert noise_beyond(low, high) == pytest.approx(
+        float(((x < low) | (x > high)).float().mean()), abs=1e-3
+    )
 
 
 def test_a_model_without_such_a_layer_has_none():

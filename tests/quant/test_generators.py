@@ -40,7 +40,9 @@ def test_encoding_by_hand():
     code = encode_time(torch.tensor([3]), 4)[0].tolist()
     frequency = math.exp(-math.log(10000) / 2)  # of i = 1 of 2: a hundredth
     assert frequency == pytest.approx(0.01)
-    assert code == pytest.approx([math.cos(3), math.cos(0.03), math.sin(3), math.sin(0.03)], abs=1e-6)
+    assert code == pytest.approx(
+        [math.cos(3), math.cos(0.03), math.sin(3), math.sin(0.03)], abs=1e-6
+    )
 
 
 def test_every_time_step_has_a_code_of_its_own():
@@ -75,8 +77,12 @@ def test_all_at_once_equals_one_by_one_in_gradient(layers):
         total = sum(generator.step_size(f, t) * float(g[row, b]) for b, t in enumerate(times))
         total.backward()
         for layer, linear in enumerate(part for part in f if isinstance(part, torch.nn.Linear)):
-            assert torch.allclose(bank.weights[layer].grad[row].double(), linear.weight.grad, rtol=1e-4, atol=1e-6)
-            assert torch.allclose(bank.biases[layer].grad[row].double(), linear.bias.grad, rtol=1e-4, atol=1e-6)
+            assert torch.allclose(
+                bank.weights[layer].grad[row].double(), linear.weight.grad, rtol=1e-4, atol=1e-6
+            )
+            assert torch.allclose(
+                bank.biases[layer].grad[row].double(), linear.bias.grad, rtol=1e-4, atol=1e-6
+            )
 
 
 def test_a_generator_is_private_to_its_quantizer():
@@ -275,7 +281,12 @@ def test_he_initialisation_is_of_the_last_layer_alone():
     names = [str(number) for number in range(60)]
     he = GeneratorBank(names, TimeContext(10), he=True)
     default = GeneratorBank(names, TimeContext(10), he=False)
-    assert [tuple(w.shape) for w in he.weights] == [(60, 64, 128), (60, 64, 64), (60, 64, 64), (60, 1, 64)]
+    assert [tuple(w.shape) for w in he.weights] == [
+        (60, 64, 128),
+        (60, 64, 64),
+        (60, 64, 64),
+        (60, 1, 64),
+    ]
     assert float(he.weights[-1].detach().std()) == pytest.approx((2 / 64) ** 0.5, rel=0.05)
     assert float(default.weights[-1].detach().abs().max()) <= 64**-0.5
     for bank in (he, default):
@@ -296,14 +307,23 @@ def test_start_sets_one_generator_and_no_other():
     bank = make_bank()
     before = bank.table().clone()
     Temporal(bank, 1).start(0.7)
-    assert float(bank.biases[-1][1].detach()) == pytest.approx(math.log(math.exp(0.7) - 1), rel=1e-5)
+    assert float(bank.biases[-1][1].detach()) == pytest.approx(
+        math.log(math.exp(0.7) - 1), rel=1e-5
+    )
     assert torch.equal(bank.table()[[0, 2, 3]], before[[0, 2, 3]])
     assert not torch.equal(bank.table()[1], before[1])
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"encoding": 15}, {"encoding": 0}, {"layers": 0}, {"width": 0}, {"dropout": 1.0}, {"dropout": -0.1}],
+    [
+        {"encoding": 15},
+        {"encoding": 0},
+        {"layers": 0},
+        {"width": 0},
+        {"dropout": 1.0},
+        {"dropout": -0.1},
+    ],
 )
 def test_impossible_shapes_are_refused(options):
     with pytest.raises(ValueError, match=r"tdq\.interval"):
@@ -315,7 +335,12 @@ def test_impossible_shapes_are_refused(options):
 
 def test_state_dict_shows_one_generator_per_quantizer():
     state = make_bank(layers=2).state_dict()
-    expected = {f"{name}.{layer}.{kind}" for name in NAMES for layer in (0, 1) for kind in ("weight", "bias")}
+    expected = {
+        f"{name}.{layer}.{kind}"
+        for name in NAMES
+        for layer in (0, 1)
+        for kind in ("weight", "bias")
+    }
     assert state.keys() == expected
     assert state["mid.0.q.0.weight"].shape == (8, 16)
     assert state["mid.0.q.0.bias"].shape == (8,)
@@ -328,14 +353,20 @@ def test_state_dict_of_a_network_names_its_quantizers():
     state = net.state_dict()
     shown = {key for key in state if key.startswith("generators.")}
     assert len(shown) == 8 * len(net.generators.names)
-    for name in ("conv_in.input", "mid_block.attentions.0.input", "mid_block.attentions.0.probabilities"):
+    for name in (
+        "conv_in.input",
+        "mid_block.attentions.0.input",
+        "mid_block.attentions.0.probabilities",
+    ):
         assert f"generators.{name}.3.weight" in shown
 
 
 def test_state_round_trip_is_exact():
     source, target = make_bank(seed=0), make_bank(seed=1)
     target.load_state_dict(source.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True)
+    )
     assert torch.equal(source.table(), target.table())
 
 
@@ -398,7 +429,8 @@ def test_a_subset_holds_copies_of_the_named_generators():
     assert part.names == ["out", "mid.0.q"]
     assert torch.allclose(part.table(), bank.table()[[3, 1]], rtol=1e-5, atol=0)
     assert all(
-        torch.equal(mine, whole[[3, 1]]) for mine, whole in zip(part.parameters(), bank.parameters(), strict=True)
+        torch.equal(mine, whole[[3, 1]])
+        for mine, whole in zip(part.parameters(), bank.parameters(), strict=True)
     )
     assert part.time is bank.time
     assert all(parameter.requires_grad for parameter in part.parameters())
@@ -415,7 +447,8 @@ def test_take_back_brings_the_subset_home_and_touches_nothing_else():
     bank.take_back(part)
     assert torch.allclose(bank.table()[[3, 1]], part.table(), rtol=1e-5, atol=0)
     assert all(
-        torch.equal(mine, whole[[3, 1]]) for mine, whole in zip(part.parameters(), bank.parameters(), strict=True)
+        torch.equal(mine, whole[[3, 1]])
+        for mine, whole in zip(part.parameters(), bank.parameters(), strict=True)
     )
     assert torch.equal(bank.table()[[0, 2]], before[[0, 2]])
 

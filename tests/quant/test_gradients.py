@@ -18,9 +18,23 @@ from tdq_exp.quant.zero_point import LowerBound, ZeroPoint
 from tests.oracles import generator, rounding, straight_through
 from tests.quant.builders import make_net, make_quantizer, make_recipe, randn
 
-CODES = {"affine4": (0, 15), "affine8": (0, 255), "symmetric4": (-7, 7), "affine2": (0, 3), "affine16": (0, 65535)}
-TERMS = {"learned": rounding.lsq_terms, "clipped": rounding.pact_terms, "noise": rounding.nipq_terms}
-AUTOGRAD = {"learned": straight_through.lsq, "clipped": straight_through.pact, "noise": straight_through.nipq}
+CODES = {
+    "affine4": (0, 15),
+    "affine8": (0, 255),
+    "symmetric4": (-7, 7),
+    "affine2": (0, 3),
+    "affine16": (0, 65535),
+}
+TERMS = {
+    "learned": rounding.lsq_terms,
+    "clipped": rounding.pact_terms,
+    "noise": rounding.nipq_terms,
+}
+AUTOGRAD = {
+    "learned": straight_through.lsq,
+    "clipped": straight_through.pact,
+    "noise": straight_through.nipq,
+}
 BATCH, SHAPE = 3, (3, 2, 4, 5)
 
 kinds = pytest.mark.parametrize("kind", TERMS)
@@ -44,7 +58,9 @@ def call(kind, x, s, z, n, p, u):
     """The function under test."""
     if kind == "noise":
         return ops.add_quantization_noise(x, s, z, n, p, u)
-    return {"learned": ops.fake_quantize_learned, "clipped": ops.fake_quantize_clipped}[kind](x, s, z, n, p)
+    return {"learned": ops.fake_quantize_learned, "clipped": ops.fake_quantize_clipped}[kind](
+        x, s, z, n, p
+    )
 
 
 def case(codes, steps, zeros, seed=0):
@@ -52,12 +68,20 @@ def case(codes, steps, zeros, seed=0):
     n, p = CODES[codes]
     generator = torch.Generator().manual_seed(seed)
     many = (BATCH, 1, 1, 1)
-    s = torch.tensor([0.11, 0.07, 0.23]).reshape(many) if steps == "per_sample" else torch.tensor(0.11)
-    share = torch.tensor([0.4, 0.1, 0.8]).reshape(many) if zeros == "per_sample" else torch.tensor(0.4)
+    s = (
+        torch.tensor([0.11, 0.07, 0.23]).reshape(many)
+        if steps == "per_sample"
+        else torch.tensor(0.11)
+    )
+    share = (
+        torch.tensor([0.4, 0.1, 0.8]).reshape(many) if zeros == "per_sample" else torch.tensor(0.4)
+    )
     z = (share * p).round() if n == 0 else torch.zeros_like(share)
     width = p - n
     k = (torch.rand(SHAPE, generator=generator) * 1.6 - 0.3) * width + n - z
-    fraction = (torch.rand(SHAPE, generator=generator) * 0.3 + 0.1) * torch.randn(SHAPE, generator=generator).sign()
+    fraction = (torch.rand(SHAPE, generator=generator) * 0.3 + 0.1) * torch.randn(
+        SHAPE, generator=generator
+    ).sign()
     x = s * (k.round() + fraction)
     u = torch.rand(SHAPE, generator=generator) - 0.5
     g = torch.randn(SHAPE, generator=generator)
@@ -108,7 +132,14 @@ def test_values_and_gradients_equal_plain_autograd(kind, codes, steps, zeros):
 @kinds
 @pytest.mark.parametrize(
     ("n", "p", "z", "learned_z"),
-    [(0, 15, 6, True), (0, 15, 0, True), (0, 15, 15, False), (-7, 7, 0, False), (-7, 7, 3, True), (-7, 7, 3, False)],
+    [
+        (0, 15, 6, True),
+        (0, 15, 0, True),
+        (0, 15, 15, False),
+        (-7, 7, 0, False),
+        (-7, 7, 3, True),
+        (-7, 7, 3, False),
+    ],
 )
 def test_bounds_and_ties_are_as_defined(kind, n, p, z, learned_z):
     # With s = 1/4 everything below is exact in single precision.
@@ -156,9 +187,13 @@ def test_torchs_own_kernels_agree(codes):
     x, s, z, _, g, n, p = case(codes, "one", "one", seed=3)
     v = x / s + z
     at_a_bound = ((v - n).abs() < 0.51) | ((v - p).abs() < 0.51)
-    g = g.masked_fill(at_a_bound, 0.0)  # there torch goes by the rounded value, LSQ by the value itself
+    g = g.masked_fill(
+        at_a_bound, 0.0
+    )  # there torch goes by the rounded value, LSQ by the value itself
     plain = torch.fake_quantize_per_tensor_affine(x, float(s), int(z), n, p)
-    x1, s1, z1 = (v.clone().reshape(shape).requires_grad_() for v, shape in ((x, SHAPE), (s, 1), (z, 1)))
+    x1, s1, z1 = (
+        v.clone().reshape(shape).requires_grad_() for v, shape in ((x, SHAPE), (s, 1), (z, 1))
+    )
     theirs = torch._fake_quantize_learnable_per_tensor_affine(x1, s1, z1, n, p, 0.5)
     theirs.backward(g)
     x2, s2, z2 = (v.clone().requires_grad_() for v in (x, s, z))
@@ -170,7 +205,9 @@ def test_torchs_own_kernels_agree(codes):
     assert torch.equal(x2.grad, x1.grad)
     scale = float(g.abs().sum())
     agree(s2.grad, s1.grad.double().reshape(()), 4 * (p - n) * scale)
-    agree(z2.grad, 2 * z1.grad.double().reshape(()), 4 * scale)  # torch scales the zero point's gradient too
+    agree(
+        z2.grad, 2 * z1.grad.double().reshape(()), 4 * scale
+    )  # torch scales the zero point's gradient too
 
 
 def test_gradient_of_the_step_keeps_its_digits_over_a_large_tensor():
@@ -180,7 +217,9 @@ def test_gradient_of_the_step_keeps_its_digits_over_a_large_tensor():
     v = x.double() / s.double()
     g = 1 + torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     inside = (v > n - z) & (v < p - z)
-    expected = (g.double() * torch.where(inside, v.round() - v, v.round().clamp(n - 128.0, p - 128.0))).sum()
+    expected = (
+        g.double() * torch.where(inside, v.round() - v, v.round().clamp(n - 128.0, p - 128.0))
+    ).sum()
     s.requires_grad_()
     ops.fake_quantize_learned(x, s, z, n, p).backward(g)
     assert float(s.grad) == pytest.approx(float(expected), rel=2e-2)
@@ -227,7 +266,10 @@ def test_two_half_batches_add_up_to_a_whole_one(interval, symmetric):
     quantizer.start(0.2, 6)
     x, g, t = randn(8, 3, 4, 4), randn(8, 3, 4, 4, seed=1), torch.arange(0, 1000, 125)
     whole = gradient_of_step(quantizer, x, net.time, t, g)
-    halves = [gradient_of_step(quantizer, x[part], net.time, t[part], g[part]) for part in (slice(0, 4), slice(4, 8))]
+    halves = [
+        gradient_of_step(quantizer, x[part], net.time, t[part], g[part])
+        for part in (slice(0, 4), slice(4, 8))
+    ]
     assert torch.allclose(whole, halves[0] + halves[1], rtol=1e-4, atol=1e-6)
 
 
@@ -319,14 +361,18 @@ def test_a_static_step_learns_through_softplus():
     interval.start(0.3)
     assert float(interval.step_size().detach()) == pytest.approx(0.3, rel=1e-6)
     interval.step_size().backward()
-    assert float(interval.rho.grad) == pytest.approx(1 - torch.exp(torch.tensor(-0.3)).item(), rel=1e-5)
+    assert float(interval.rho.grad) == pytest.approx(
+        1 - torch.exp(torch.tensor(-0.3)).item(), rel=1e-5
+    )
 
 
 def test_a_raw_static_step_is_the_parameter_itself():
     interval = Static(raw=True)
     interval.start(0.3)
     interval.step_size().backward()
-    assert float(interval.rho.detach()) == float(interval.step_size().detach()) == pytest.approx(0.3)
+    assert (
+        float(interval.rho.detach()) == float(interval.step_size().detach()) == pytest.approx(0.3)
+    )
     assert float(interval.rho.grad) == 1.0
 
 
@@ -378,7 +424,9 @@ def test_dorefas_literal_form():
     expected = [2 * round((v / (2 * top) + 0.5) * 7) / 7 - 1 for v in bounded]
     assert w_hat.detach().reshape(-1).tolist() == pytest.approx(expected, abs=1e-6)
     w_hat.sum().backward()
-    assert w.grad.reshape(-1).tolist() == pytest.approx([(1 - v * v) / top for v in bounded], rel=1e-4)
+    assert w.grad.reshape(-1).tolist() == pytest.approx(
+        [(1 - v * v) / top for v in bounded], rel=1e-4
+    )
 
 
 def test_softplus_and_its_inverse_over_many_sizes():

@@ -14,14 +14,22 @@ from tests.quant.builders import randn
 def cases():
     """(name, x, s, z): every layout and every way in which s and z can belong to rows."""
     x = randn(6, 5, 7, 8, seed=1) * 2
-    one, each = torch.tensor(0.31), torch.rand(6, 1, 1, 1, generator=torch.Generator().manual_seed(2)) + 0.1
+    one, each = (
+        torch.tensor(0.31),
+        torch.rand(6, 1, 1, 1, generator=torch.Generator().manual_seed(2)) + 0.1,
+    )
     zeros = torch.randint(0, 15, (6, 1, 1, 1), generator=torch.Generator().manual_seed(3)).float()
     yield "static", x, one, torch.tensor(4.0)
     yield "static symmetric", x, one, None
     yield "per sample", x, each, zeros
     yield "per sample, one z", x, each, torch.tensor(7.0)
     yield "channels last", x.to(memory_format=torch.channels_last), each, zeros
-    yield "transposed", x.reshape(6, 5, 56).transpose(1, 2), each.reshape(6, 1, 1), zeros.reshape(6, 1, 1)
+    yield (
+        "transposed",
+        x.reshape(6, 5, 56).transpose(1, 2),
+        each.reshape(6, 1, 1),
+        zeros.reshape(6, 1, 1),
+    )
     yield "slice", x[:, 1:4, ::2], each, zeros
     yield "one row", x[:1], each[:1], zeros[:1]
     yield "vectors", x.reshape(-1, 8), one, torch.tensor(4.0)
@@ -38,9 +46,14 @@ def test_values_and_gradients_of_the_input_are_the_same_bits(name):
     g = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
 
     def run():
-        inputs = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_(), s.clone().requires_grad_()]
+        inputs = [
+            x.detach().clone(memory_format=torch.preserve_format).requires_grad_(),
+            s.clone().requires_grad_(),
+        ]
         inputs += [] if z is None else [z.clone().requires_grad_()]
-        x_hat = ops.fake_quantize_learned(inputs[0], inputs[1], inputs[2] if z is not None else None, 0, 15, 0.5)
+        x_hat = ops.fake_quantize_learned(
+            inputs[0], inputs[1], inputs[2] if z is not None else None, 0, 15, 0.5
+        )
         return ops.fake_quantize(x, s, z, 0, 15), x_hat, *torch.autograd.grad(x_hat, inputs, g)
 
     fused = run()
@@ -53,7 +66,9 @@ def test_values_and_gradients_of_the_input_are_the_same_bits(name):
 
 def test_the_layout_stays():
     x = CASES["channels last"][0]
-    assert ops.fake_quantize(x, torch.tensor(0.3), None, -7, 7).is_contiguous(memory_format=torch.channels_last)
+    assert ops.fake_quantize(x, torch.tensor(0.3), None, -7, 7).is_contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 def test_sums_are_the_same_bits_for_any_number_of_threads():
@@ -64,7 +79,9 @@ def test_sums_are_the_same_bits_for_any_number_of_threads():
         torch.set_num_threads(threads)
         found.append(kernels.backward(g, x, s, z, 0, 15, 0.7, "learned", None))
     torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    assert all(
+        torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
+    )
 
 
 def test_a_nan_stays_one():
@@ -73,7 +90,9 @@ def test_a_nan_stays_one():
     assert found[0, 1].isnan() and found[0, [0, 2, 3]].tolist() == [0.5, 6.5, -1.0]
 
 
-@pytest.mark.parametrize("x", [torch.zeros(2, 3, dtype=torch.float64), torch.zeros(()), torch.zeros(0, 3)])
+@pytest.mark.parametrize(
+    "x", [torch.zeros(2, 3, dtype=torch.float64), torch.zeros(()), torch.zeros(0, 3)]
+)
 def test_other_types_and_shapes_are_left_to_tensor_operations(x):
     assert not kernels.fit(x, torch.tensor(0.5), None)
     assert ops.fake_quantize(x, torch.tensor(0.5, dtype=x.dtype), None, -7, 7).shape == x.shape

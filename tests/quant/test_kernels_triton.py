@@ -22,7 +22,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROOT = Path(__file__).resolve().parents[2]
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 CPU = pytest.param(
-    "cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="runs in a process with TRITON_INTERPRET=1")
+    "cpu",
+    marks=pytest.mark.skipif(not INTERPRETED, reason="runs in a process with TRITON_INTERPRET=1"),
 )
 devices = pytest.mark.parametrize("device", [CPU, GPU])
 KINDS = ("learned", "clipped", "noise")
@@ -47,7 +48,9 @@ def test_the_laws_hold_under_the_interpreter():
         pytest.skip("this is that process")
     command = [sys.executable, "-m", "pytest", "-v", "-x", "-m", "not gpu", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert " passed" in done.stdout
 
@@ -126,7 +129,9 @@ def test_values_and_gradients_are_those_of_single_operations(name, kind, device)
             assert torch.equal(found[0], wanted[1].to(dtype)) and found[0].stride() == x.stride()
             for a, b in zip(found[1:], wanted[2:], strict=False):
                 assert a is not None and a.shape == b.shape
-                torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-5 * float(g.float().abs().sum()))
+                torch.testing.assert_close(
+                    a, b, rtol=2e-5, atol=1e-5 * float(g.float().abs().sum())
+                )
 
 
 @devices
@@ -230,11 +235,16 @@ def test_many_numbers_in_many_blocks(kind):
         wanted = by_single_operations(x, s, z, kind, u, g)
         assert torch.equal(triton.forward(x, s, z, N, P, u), wanted[0])
         assert torch.equal(first[0], wanted[1])
-        for found, (total, size) in zip(first[1:], sums_in_double(x, s, z, kind, u, g), strict=False):
+        for found, (total, size) in zip(
+            first[1:], sums_in_double(x, s, z, kind, u, g), strict=False
+        ):
             if found.numel() == 1:
                 total, size = total.sum(), size.sum()
             apart = (found.double().reshape(total.shape) - total).abs()
-            assert bool((apart <= 3e-7 * size + 1e-6 * total.abs()).all()), (kind, float(apart.max()))
+            assert bool((apart <= 3e-7 * size + 1e-6 * total.abs()).all()), (
+                kind,
+                float(apart.max()),
+            )
 
 
 @pytest.mark.gpu

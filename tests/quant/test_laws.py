@@ -49,8 +49,12 @@ def test_output_lies_on_the_grid(rule, bits, grid, interval):
         assert torch.equal(z, z.round())
         assert bool((codes + z >= quantizer.grid.n).all())
         assert bool((codes + z <= quantizer.grid.p).all())
-        inside = (x / s - codes).abs()[(x > s * (quantizer.grid.n - z)) & (x < s * (quantizer.grid.p - z))]
-        assert float(inside.detach().max()) <= 0.51  # the nearest level, half a float's last bit aside
+        inside = (x / s - codes).abs()[
+            (x > s * (quantizer.grid.n - z)) & (x < s * (quantizer.grid.p - z))
+        ]
+        assert (
+            float(inside.detach().max()) <= 0.51
+        )  # the nearest level, half a float's last bit aside
 
 
 @for_every_quantizer
@@ -77,7 +81,9 @@ def test_training_and_inference_agree_where_training_rounds(rule, bits, grid, in
 def test_representable_values_come_back_exactly(rule, bits, grid, interval):
     quantizer, time, _ = make_quantizer(rule, bits, grid, interval)
     n, p = quantizer.grid.n, quantizer.grid.p
-    codes = torch.linspace(n, p, min(p - n + 1, 301)).round()  # all of them where they are few, both ends always
+    codes = torch.linspace(
+        n, p, min(p - n + 1, 301)
+    ).round()  # all of them where they are few, both ends always
     with time.at(TIMES):
         s, z = quantizer.parameters_at(torch.zeros(4, len(codes)))
         x = (s * (codes - z)).detach()

@@ -50,7 +50,11 @@ def weight_quantizer(bits):
 def observed(w, bits):
     """(s, z) of torch's observer, `[out]` each."""
     observer = PerChannelMinMaxObserver(
-        ch_axis=0, dtype=torch.quint8, qscheme=torch.per_channel_affine, quant_min=0, quant_max=2**bits - 1
+        ch_axis=0,
+        dtype=torch.quint8,
+        qscheme=torch.per_channel_affine,
+        quant_min=0,
+        quant_max=2**bits - 1,
     )
     observer(w)
     return observer.calculate_qparams()
@@ -91,7 +95,9 @@ def test_quantized_weights_are_the_definition_one_number_at_a_time(bits):
     for out in range(len(w)):
         step, zero = float(s[out]), int(z[out])
         expected = [oracle.fake_quantize(float(x), step, zero, 0, 2**bits - 1) for x in w[out]]
-        assert torch.allclose(found[out].double(), torch.tensor(expected).double(), rtol=1e-6, atol=0), out
+        assert torch.allclose(
+            found[out].double(), torch.tensor(expected).double(), rtol=1e-6, atol=0
+        ), out
 
 
 @every_shape
@@ -120,7 +126,9 @@ def test_what_is_on_the_grid_stays_where_it_is(bits, shape):
     once = weight_quantizer(bits)(w)
     s, z = weight_quantizer(bits).parameters_at(w)
     assert torch.equal(ops.fake_quantize(once, s, z, grid.n, grid.p), once)
-    twice = weight_quantizer(bits)(once)  # with the range of the quantized weights: the same, but for a last bit
+    twice = weight_quantizer(bits)(
+        once
+    )  # with the range of the quantized weights: the same, but for a last bit
     assert torch.allclose(twice, once, rtol=1e-6, atol=0)
 
 
@@ -181,7 +189,9 @@ def calibrated(grid, tensors):
 def test_activations_have_the_step_and_zero_point_of_torchs_observer(bits, kind):
     x = TENSORS[kind]()
     tensors = [0.5 * x, x, 0.7 * x]  # the range is that of all batches together
-    observer = MinMaxObserver(dtype=torch.quint8, qscheme=torch.per_tensor_affine, quant_min=0, quant_max=2**bits - 1)
+    observer = MinMaxObserver(
+        dtype=torch.quint8, qscheme=torch.per_tensor_affine, quant_min=0, quant_max=2**bits - 1
+    )
     for tensor in tensors:
         observer(tensor)
     s_torch, z_torch = observer.calculate_qparams()
@@ -189,7 +199,9 @@ def test_activations_have_the_step_and_zero_point_of_torchs_observer(bits, kind)
     s, z = quantizer.tables()
     assert float(s) == pytest.approx(float(s_torch), rel=2e-6)  # softplus and back
     assert int(z) == int(z_torch)
-    expected = torch.fake_quantize_per_tensor_affine(x, float(s_torch), int(z_torch), 0, 2**bits - 1)
+    expected = torch.fake_quantize_per_tensor_affine(
+        x, float(s_torch), int(z_torch), 0, 2**bits - 1
+    )
     with torch.no_grad():
         found = quantizer(x)
     tie = ((x / s).frac().abs() - 0.5).abs() < 1e-3
@@ -236,7 +248,9 @@ def test_the_range_is_the_start_only_where_the_step_is_static(interval):
 
 
 def small_net(bits):
-    recipe = Recipe(bits, 4, MinMaxWeights, MinMax, StaticIntervals(), weight_interval="channel_range")
+    recipe = Recipe(
+        bits, 4, MinMaxWeights, MinMax, StaticIntervals(), weight_interval="channel_range"
+    )
     return make_net(recipe)
 
 
@@ -247,7 +261,10 @@ def layers(net):
 @every_bits
 def test_codes_times_step_are_what_every_layer_of_a_network_sees_bit_for_bit(bits):
     net = small_net(bits)
-    seen = {name: layer.weight_quantizer(layer.layer.weight).detach() for name, layer in layers(net).items()}
+    seen = {
+        name: layer.weight_quantizer(layer.layer.weight).detach()
+        for name, layer in layers(net).items()
+    }
     with torch.no_grad():
         before = net(*inputs(3), return_dict=False)[0]
     floats = {name: layer.layer.weight.clone() for name, layer in layers(net).items()}
@@ -258,7 +275,9 @@ def test_codes_times_step_are_what_every_layer_of_a_network_sees_bit_for_bit(bit
         assert isinstance(coded, CodedWeight)
         assert coded.codes.dtype == (torch.uint8 if bits == 8 else torch.int8)
         assert int(coded.codes.min()) >= 0 and int(coded.codes.max()) <= 2**bits - 1
-        assert torch.equal((coded.codes.float() - coded.zero_point) * coded.step_size, seen[name]), name
+        assert torch.equal(
+            (coded.codes.float() - coded.zero_point) * coded.step_size, seen[name]
+        ), name
         assert torch.equal(coded(), seen[name]), name
         s, z = observed(floats[name], bits)
         assert torch.equal(coded.step_size.flatten(), s), name
@@ -307,7 +326,9 @@ def test_a_symmetric_grid_stores_no_zero_point():
 
 @pytest.mark.parametrize("what", ["codes", "step_size", "zero_point"])
 def test_loading_other_numbers_into_a_coded_weight_changes_what_it_gives(what):
-    coded = coded_weight(torch.tensor([[0.0, 15.0]]), torch.full((1, 1), 0.5), torch.full((1, 1), 3.0), 0, 15)
+    coded = coded_weight(
+        torch.tensor([[0.0, 15.0]]), torch.full((1, 1), 0.5), torch.full((1, 1), 3.0), 0, 15
+    )
     before = coded().clone()  # computed, and kept
     state = coded.state_dict()
     coded.load_state_dict({**state, what: state[what] + 1})
@@ -320,9 +341,13 @@ def test_every_activation_of_a_network_starts_at_the_range_that_it_saw_in_float(
     net = make_net(recipe, calibrated=False)
     x, t = inputs(8)
     seen = {}
-    everything = {name: module for name, module in net.named_modules() if isinstance(module, Quantizer)}
+    everything = {
+        name: module for name, module in net.named_modules() if isinstance(module, Quantizer)
+    }
     for name, quantizer in everything.items():
-        quantizer.observer = lambda value, name=name: seen.update({name: (float(value.min()), float(value.max()))})
+        quantizer.observer = lambda value, name=name: seen.update(
+            {name: (float(value.min()), float(value.max()))}
+        )
     with torch.no_grad():
         net(x, t)
         for quantizer in everything.values():

@@ -71,7 +71,9 @@ def test_the_operator_gives_the_kernels_bits(z, channels_last):
     assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(*found, strict=True))
 
 
-def traced(x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float, kind: str) -> Tensor:
+def traced(
+    x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float, kind: str
+) -> Tensor:
     """The operator in the place of the kernel."""
     return operators.traced_fake_quantize(x, s, z, (n, p), scale, kind, None, torch.float32)
 

@@ -113,7 +113,9 @@ def test_at_around_a_whole_forward_is_undone_too():
     assert int(net.time.t) == 3
 
 
-@pytest.mark.parametrize("t", [torch.tensor(0.5), torch.zeros(2, 2, dtype=torch.long), torch.tensor([1.0, 2.0])])
+@pytest.mark.parametrize(
+    "t", [torch.tensor(0.5), torch.zeros(2, 2, dtype=torch.long), torch.tensor([1.0, 2.0])]
+)
 def test_a_time_step_is_an_integer_or_a_vector_of_them(t):
     with pytest.raises(ValueError, match="integer"):
         TimeContext(STEPS).set(t)
@@ -164,7 +166,9 @@ def test_permuting_repeating_and_skipping_steps_changes_no_step_size(interval, t
             for repeat in found:
                 assert repeat == expected[t]
     changing = [name for name in expected[0] if expected[0][name] != expected[999][name]]
-    assert len(changing) >= len(activation_quantizers(net))  # or the comparison above would say nothing
+    assert len(changing) >= len(
+        activation_quantizers(net)
+    )  # or the comparison above would say nothing
 
 
 @pytest.mark.parametrize("interval", TIMED)

@@ -76,7 +76,9 @@ def first_sum(layer: QuantConv2d, x: Tensor, y: Tensor) -> Tensor:
     return y - second * (rest * coded.step_size.reshape(-1)).reshape(-1, 1, 1)
 
 
-def output_ranges(seen: Mapping[str, list[tuple[int, float, float]]], steps: int) -> dict[str, tuple[Tensor, Tensor]]:
+def output_ranges(
+    seen: Mapping[str, list[tuple[int, float, float]]], steps: int
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Range of every convolution's first sum for each t, `[T]`, between and beyond what was seen.
 
     Args:
@@ -125,16 +127,22 @@ def graph_of(net: nn.Module, ranges: Mapping[str, tuple[Tensor, Tensor]], form: 
         if isinstance(module, QuantAttention):
             block = name.rpartition(".")[0]
             if module.input_quantizer is not None:
-                module.input_quantizer = (Codes if form == "integer" else Portable)(module.input_quantizer, clock)  # type: ignore[assignment]
+                module.input_quantizer = (Codes if form == "integer" else Portable)(
+                    module.input_quantizer, clock
+                )  # type: ignore[assignment]
             for part in ("q", "k", "v", "probabilities"):
                 quantizer = getattr(module, part)
                 if quantizer is not None:
                     if too_wide(quantizer):
-                        raise ValueError(f"{block}.{part}: can't be exported, its codes are wider than 8 bits")
+                        raise ValueError(
+                            f"{block}.{part}: can't be exported, its codes are wider than 8 bits"
+                        )
                     setattr(module, part, Simulated(quantizer, clock))
     for name, module in list(net.named_modules()):
         if isinstance(module, QuantLayer):
-            replace_module(net, name, _layer(net, name, module, ranges, form, clock, name == convolutions[-1]))
+            replace_module(
+                net, name, _layer(net, name, module, ranges, form, clock, name == convolutions[-1])
+            )
     return Graph(net, clock).eval()
 
 
@@ -147,7 +155,11 @@ def _layer(
         siblings = net.get_submodule(name.rpartition(".")[0]).children()
         attention = next(module for module in siblings if isinstance(module, QuantAttention))
         reader = attention.input_quantizer
-        return IntegerLinear(layer, reader, shared=True) if isinstance(reader, Codes) else PortableLayer(layer, None)
+        return (
+            IntegerLinear(layer, reader, shared=True)
+            if isinstance(reader, Codes)
+            else PortableLayer(layer, None)
+        )
     if form == "portable" or last:
         return PortableLayer(layer, Portable(quantizer, clock))
     if isinstance(layer, QuantConv2d):
@@ -172,10 +184,17 @@ def write(graph: nn.Module, shape: tuple[int, ...], file: Path) -> int:
     )  # fmt: skip
     assert program is not None
     model = program.model_proto
-    for node in model.graph.node:  # where each came from in our source: twice as long as the weights
+    for (
+        node
+    ) in model.graph.node:  # where each came from in our source: twice as long as the weights
         del node.metadata_props[:]
         node.doc_string = ""
-    for value in [*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer]:
+    for value in [
+        *model.graph.value_info,
+        *model.graph.input,
+        *model.graph.output,
+        *model.graph.initializer,
+    ]:
         del value.metadata_props[:]
     file.write_bytes(model.SerializeToString())
     return file.stat().st_size

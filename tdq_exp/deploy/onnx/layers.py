@@ -21,9 +21,13 @@ from tdq_exp.quant.zero_point import TableZeroPoint
 OPSET = 20
 
 
-def op(kind: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, shape: Any, **attributes: Any) -> Tensor:
+def op(
+    kind: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, shape: Any, **attributes: Any
+) -> Tensor:
     """An operator of ONNX by name, as it will stand in the graph."""
-    return torch.onnx.ops.symbolic(kind, inputs, attributes, dtype=dtype, shape=tuple(shape), version=OPSET)
+    return torch.onnx.ops.symbolic(
+        kind, inputs, attributes, dtype=dtype, shape=tuple(shape), version=OPSET
+    )
 
 
 class Clock:
@@ -153,14 +157,20 @@ class PortableLayer(nn.Module):
         # two into an operator that rounds the other factor to 8 bits. One more axis keeps them apart.
         self.register_buffer("codes", coded.codes if self.conv else coded.codes[..., None])
         self.register_buffer("step", coded.step_size.reshape(-1).expand(out).float().clone())
-        zero = torch.zeros(out) if coded.zero_point is None else coded.zero_point.reshape(-1).expand(out)
+        zero = (
+            torch.zeros(out)
+            if coded.zero_point is None
+            else coded.zero_point.reshape(-1).expand(out)
+        )
         self.register_buffer("zero", zero.to(torch.int8 if signed else torch.uint8).clone())
 
     def forward(self, x: Any) -> Tensor:
         """Float input, or what q, k and v share."""
         v, s = self.reader(x) if self.reader is not None else x
         shape, layer = self.codes.shape, self.layer
-        w_hat = op("DequantizeLinear", (self.codes, self.step, self.zero), torch.float32, shape, axis=0)
+        w_hat = op(
+            "DequantizeLinear", (self.codes, self.step, self.zero), torch.float32, shape, axis=0
+        )
         if self.conv:
             y = F.conv2d(v, w_hat, None, layer.stride, layer.padding, layer.dilation, layer.groups)
             return y * s + layer.bias.reshape(-1, 1, 1) if layer.bias is not None else y * s
@@ -178,7 +188,9 @@ class IntegerConv(nn.Module):
         clock: the graph's.
     """
 
-    def __init__(self, layer: QuantLayer, reader: Codes, low: Tensor, high: Tensor, clock: Clock) -> None:
+    def __init__(
+        self, layer: QuantLayer, reader: Codes, low: Tensor, high: Tensor, clock: Clock
+    ) -> None:
         super().__init__()
         self.reader, self.clock = reader, clock
         self.layer: Any = layer.layer
@@ -224,7 +236,12 @@ class IntegerConv(nn.Module):
         y = op("DequantizeLinear", (made, y_s, y_z), torch.float32, shape)
         if self.affine:
             sums = (codes.float() - z.float()).sum(1, keepdim=True)
-            y = y + F.conv2d(sums, self.ones, None, conv.stride, conv.padding, conv.dilation) * s * self.rest
+            y = (
+                y
+                + F.conv2d(sums, self.ones, None, conv.stride, conv.padding, conv.dilation)
+                * s
+                * self.rest
+            )
         return y if conv.bias is None else y + conv.bias.reshape(-1, 1, 1)
 
 

@@ -31,7 +31,15 @@ SOURCE = Path(__file__).with_name("cpu.c")
 CHUNK = 4096  # of cpu.c
 KINDS = {"learned": 0, "clipped": 1, "noise": 2}
 # The arithmetic of IEEE 754 as it is written: no reciprocal, no contraction, no other order but where a pragma says so.
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+)
 _Pointer, _Long, _Float, _Int = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 
 
@@ -58,10 +66,24 @@ def library() -> ctypes.CDLL | str:
     found.forward.argtypes = [*[_Pointer] * 5, *[_Long] * 4, _Float, _Float, _Int]
     found.backward.argtypes = [*[_Pointer] * 9, *[_Long] * 4, _Float, _Float, _Float, _Int, _Int]
     found.codes.argtypes = [*[_Pointer] * 4, *[_Long] * 3, *[_Float] * 3, _Int]
-    found.norm_codes.argtypes = [*[_Pointer] * 5, *[_Long] * 4, ctypes.c_double, _Int, *[_Float] * 5, _Int]
+    found.norm_codes.argtypes = [
+        *[_Pointer] * 5,
+        *[_Long] * 4,
+        ctypes.c_double,
+        _Int,
+        *[_Float] * 5,
+        _Int,
+    ]
     found.norm.argtypes = [*[_Pointer] * 5, *[_Long] * 4, ctypes.c_double, _Int, _Int]
     found.ranges.argtypes = [*[_Pointer] * 3, _Long, _Long, _Int]
-    for kernel in (found.forward, found.backward, found.codes, found.norm_codes, found.norm, found.ranges):
+    for kernel in (
+        found.forward,
+        found.backward,
+        found.codes,
+        found.norm_codes,
+        found.norm,
+        found.ranges,
+    ):
         kernel.restype = None
     return found
 
@@ -69,7 +91,11 @@ def library() -> ctypes.CDLL | str:
 def _cpu_flags() -> str:
     """What -march=native depends on."""
     try:
-        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+        return next(
+            line
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("flags")
+        )
     except (OSError, StopIteration):
         return platform.processor()
 
@@ -79,7 +105,14 @@ def fit(x: Tensor, *per_row: Tensor | None) -> bool:
 
     They do not where somebody records operations, or replaces memory by fakes: see `switch.traced`.
     """
-    if not enabled() or traced(x) or x.device.type != "cpu" or x.dtype != torch.float32 or not x.dim() or not x.numel():
+    if (
+        not enabled()
+        or traced(x)
+        or x.device.type != "cpu"
+        or x.dtype != torch.float32
+        or not x.dim()
+        or not x.numel()
+    ):
         return False
     rowwise = all(v is None or v.numel() == 1 or v.numel() == len(v) == len(x) for v in per_row)
     return rowwise and not isinstance(library(), str)
@@ -127,13 +160,25 @@ def forward(
 
 
 def backward(
-    g: Tensor, x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, scale: float, kind: str, noise: Tensor | None
+    g: Tensor,
+    x: Tensor,
+    s: Tensor,
+    z: Tensor | None,
+    n: int,
+    p: int,
+    scale: float,
+    kind: str,
+    noise: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(g_x, g_s times scale, g_z), of the shapes of x, s and z; g and noise in the layout of x."""
     kernels = library()
     assert not isinstance(kernels, str)
     s, z = s.contiguous(), None if z is None else z.contiguous()
-    g_x, g_s, g_z = torch.empty_like(x), torch.empty_like(s), None if z is None else torch.empty_like(z)
+    g_x, g_s, g_z = (
+        torch.empty_like(x),
+        torch.empty_like(s),
+        None if z is None else torch.empty_like(z),
+    )
     rows, width = len(x), x.numel() // len(x)
     sums = torch.empty(rows * -(-width // CHUNK) * 2, dtype=torch.float64)
     kernels.backward(
@@ -156,7 +201,9 @@ def codes(x: Tensor, s: Tensor, z: Tensor, n: int, p: int, shift: int = 0) -> Te
     if not fit(x, s, z):
         s, z = (value.reshape(-1, *[1] * (x.dim() - 1)) for value in (s, z))
         v = (x / s).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
-        return (torch.minimum(torch.maximum(v, n - z), p - z).round_() + (z + shift)).to(torch.uint8)
+        return (torch.minimum(torch.maximum(v, n - z), p - z).round_() + (z + shift)).to(
+            torch.uint8
+        )
     kernels = library()
     assert not isinstance(kernels, str)
     x, rows = dense(x), len(x)
@@ -168,7 +215,9 @@ def codes(x: Tensor, s: Tensor, z: Tensor, n: int, p: int, shift: int = 0) -> Te
     return found
 
 
-def norm_codes(x: Tensor, norm: nn.GroupNorm, silu: bool, s: float, z: float, n: int, p: int, shift: int = 0) -> Tensor:
+def norm_codes(
+    x: Tensor, norm: nn.GroupNorm, silu: bool, s: float, z: float, n: int, p: int, shift: int = 0
+) -> Tensor:
     """Codes of a group norm's output, or of SiLU of it, in one go: uint8 in channels-last layout, of x's shape.
 
     Args:
@@ -178,13 +227,17 @@ def norm_codes(x: Tensor, norm: nn.GroupNorm, silu: bool, s: float, z: float, n:
         s, z, n, p, shift: see `codes`; s and z as numbers.
     """
     if not fit(x):
-        return codes(normalised(x, norm, silu), torch.tensor([s]), torch.tensor([float(z)]), n, p, shift)
+        return codes(
+            normalised(x, norm, silu), torch.tensor([s]), torch.tensor([float(z)]), n, p, shift
+        )
     kernels = library()
     assert not isinstance(kernels, str)
     x = x.contiguous(memory_format=torch.channels_last)
     found = torch.empty_like(x, dtype=torch.uint8)
     scratch = torch.empty(2 * x.shape[0] * x.shape[1])
-    kernels.norm_codes(*_norm_arguments(x, found, scratch, norm, silu), s, z, n, p, shift, torch.get_num_threads())
+    kernels.norm_codes(
+        *_norm_arguments(x, found, scratch, norm, silu), s, z, n, p, shift, torch.get_num_threads()
+    )
     return found
 
 
@@ -202,7 +255,9 @@ def normalised(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
     return found
 
 
-def _norm_arguments(x: Tensor, found: Tensor, scratch: Tensor, norm: nn.GroupNorm, silu: bool) -> tuple[object, ...]:
+def _norm_arguments(
+    x: Tensor, found: Tensor, scratch: Tensor, norm: nn.GroupNorm, silu: bool
+) -> tuple[object, ...]:
     batch, channels, height, width = x.shape
     return (
         x.data_ptr(), found.data_ptr(), scratch.data_ptr(), _address(norm.weight), _address(norm.bias), batch,
@@ -223,5 +278,12 @@ def ranges(x: Tensor) -> tuple[Tensor, Tensor]:
     assert not isinstance(kernels, str)
     x = dense(x)
     low, high = torch.empty(len(x)), torch.empty(len(x))
-    kernels.ranges(x.data_ptr(), low.data_ptr(), high.data_ptr(), len(x), x.numel() // len(x), torch.get_num_threads())
+    kernels.ranges(
+        x.data_ptr(),
+        low.data_ptr(),
+        high.data_ptr(),
+        len(x),
+        x.numel() // len(x),
+        torch.get_num_threads(),
+    )
     return low, high
