@@ -136,12 +136,18 @@ class Ddim:
         Returns:
             x_0, `[B, C, H, W]`.
         """
-        for t, values in self.trajectory(denoise, schedule):
+        trajectory = self.trajectory(denoise, schedule)
+        numbers: Sequence[Coefficients | Sequence[Tensor]] = [values for _, values in trajectory]
+        if x.is_cuda:
+            # Numbers and tensors are rounded differently there; a recorded step has only tensors.
+            numbers = [row.unbind() for row in as_table(trajectory, x)]
+
+        for (t, values), row in zip(trajectory, numbers, strict=True):
             if on_step is not None:
                 on_step(t, x)
             eps = denoise(x, torch.tensor(t, device=x.device)).to(x.dtype)
             z = self.noise(x, generators) if values.sigma > 0 else None
-            x = self.update(eps, x, values, z)
+            x = self.update(eps, x, row, z)
         return x
 
     def trajectory(
@@ -201,10 +207,10 @@ class Ddim:
         """
         signal, noise, signal_prev, towards_x_t, sigma = values
 
-        x_0 = _divide(x - noise * eps, signal)
+        x_0 = (x - noise * eps) / signal
         if self.clip:
             x_0 = x_0.clamp(-1, 1)
-            eps = _divide(x - signal * x_0, noise)
+            eps = (x - signal * x_0) / noise
 
         x = signal_prev * x_0 + towards_x_t * eps
         return x if z is None else x + sigma * z
@@ -220,6 +226,7 @@ class Ddim:
         return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
 
 
-def _divide(a: Tensor, b: float | Tensor) -> Tensor:
-    """Return a / b as torch divides by a number: on a GPU, it multiplies by the reciprocal."""
-    return a * b.reciprocal() if isinstance(b, Tensor) and a.is_cuda else a / b
+def as_table(trajectory: Sequence[tuple[int, Coefficients]], x: Tensor) -> Tensor:
+    """Return the numbers of a trajectory, `[S, 5]`, in x's type and on its device."""
+    numbers = [tuple(values) for _, values in trajectory]
+    return torch.tensor(numbers, dtype=torch.float64).to(x.device, x.dtype)

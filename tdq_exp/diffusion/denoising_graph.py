@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tdq_exp.diffusion.ddim import Ddim
+from tdq_exp.diffusion.ddim import Ddim, as_table
 from tdq_exp.diffusion.objective import NoisePredictor
 from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.runtime.graphs import Recorded
@@ -79,14 +79,12 @@ class RecordedSteps:
     def __init__(self, ddim: Ddim, denoise: NoisePredictor, x: Tensor, schedule: Schedule) -> None:
         self.ddim, self.denoise = ddim, denoise
         trajectory = ddim.trajectory(denoise, schedule)
-        numbers = [values for _, values in trajectory]
         self.visited = [t for t, _ in trajectory]
-        self.sigmas = [number.sigma for number in numbers]
+        self.sigmas = [values.sigma for _, values in trajectory]
 
         # Made where x is; from here on nothing is copied from the host but the noise of eta > 0.
         self.t = torch.tensor(self.visited, device=x.device)
-        table = torch.tensor([tuple(number) for number in numbers], dtype=torch.float64)
-        self.table = table.to(x.device, x.dtype)
+        self.table = as_table(trajectory, x)
         self.i = torch.zeros(1, dtype=torch.long, device=x.device)
         self.x = x.clone()
         self.z = torch.zeros_like(x) if any(self.sigmas) else None
