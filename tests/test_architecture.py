@@ -27,7 +27,7 @@ FLOORS = {
     "fit": 2,
     "experiment": 3, "report": 4,
     # The root of the configuration is made of what the components declare.
-    "config.schema": 3, "config.compose": 3, "config.naming": 3,
+    "config.schema": 3, "config.compose": 3, "config.naming": 3, "config.experiments": 3,
     "commands": 5,
     "run": 6, "__init__": 6, "__main__": 6,
 }  # fmt: skip

@@ -14,6 +14,7 @@ needs torch.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Sequence
 from functools import lru_cache
@@ -26,12 +27,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from tdq_exp.config import assets
+from tdq_exp.fit.registry import OPTIONS
 
 # Groups whose labels may follow the method, in the order in which `fit_name` writes them.
 LATER = ("tdq", "weight", "act", "plan", "habits", "data", "fit", "calibration", "debug")
 
 # Labels of single values, which no group has an option for.
-VALUES = {"balanced": "fit.balance=true", "adaround": "fit.rounding=adaround"}
 
 
 def register(overrides: Sequence[str]) -> None:
@@ -111,10 +112,21 @@ def _later_choices(rest: str, groups: Sequence[str]) -> list[str] | None:
                 return [f"{group}={option}", *found]
 
     value, _, after = rest.partition("_")
-    if value in VALUES:
+    if value in _values():
         found = _later_choices(after, ())
-        return None if found is None else [*found, VALUES[value]]
+        return None if found is None else [*found, _values()[value]]
     return None
+
+
+@lru_cache
+def _values() -> dict[str, str]:
+    """Return label -> override of the settings of fits that a run's name tells."""
+    return {
+        label: f"fit.{field.name}={str(value).lower() if isinstance(value, bool) else value}"
+        for options in OPTIONS.values()
+        for field in dataclasses.fields(options)
+        for value, label in field.metadata.get("named", {}).items()
+    }
 
 
 def _prefixes(group: str, name: str) -> list[tuple[str, str]]:

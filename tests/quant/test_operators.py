@@ -131,7 +131,7 @@ def test_make_fx_records_the_operator():
     assert torch.equal(graph(example()), ops.fake_quantize(example(), EACH, Z, 0, 15))
 
 
-@pytest.mark.parametrize("interval", ["static", "temporal"])
+@pytest.mark.parametrize("interval", ["temporal"])  # and a table of one entry for what is static
 def test_export_and_compile_see_a_baked_network(interval):
     net = bake(make_net(make_recipe("lsq", interval)))
     x, t = inputs()
@@ -144,7 +144,7 @@ def test_export_and_compile_see_a_baked_network(interval):
         assert torch.equal(compiled(x, t, return_dict=False)[0], wanted)
 
 
-@pytest.mark.parametrize("interval", ["static", "temporal"])
+@pytest.mark.parametrize("interval", ["temporal"])  # its weights have static step sizes
 def test_a_training_step_compiles_whole(interval):
     net = make_net(make_recipe("lsq", interval)).train()
     x, t = inputs()
