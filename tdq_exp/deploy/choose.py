@@ -1,7 +1,8 @@
 """Which layers run on codes: each kind and shape of layer is timed both ways at load time.
 
-Small layers can be slower on codes, where quantizing the input and calling the kernel cost more than the product saves.
-The choice changes the last bits of an image, so a sampled set keeps the choice that it was begun with.
+Small layers can be slower on codes, where quantizing the input and calling the kernel cost more
+than the product saves. The choice changes the last bits of an image, so a sampled set keeps the
+choice that it was begun with.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Timed:
 
 @torch.no_grad()
 def timed(net: nn.Module, run: Callable[[nn.Module], object]) -> list[Timed]:
-    """Times every candidate on the input that it gets in a run of the network, one layer of each shape.
+    """Time every candidate on the input that it gets in a run of the network, one of each shape.
 
     Args:
         net: baked, in eval mode.
@@ -108,7 +109,7 @@ def chosen(times: list[Timed], min_speedup: float) -> list[str]:
 def choice(
     net: nn.Module, run: Callable[[nn.Module], object], min_speedup: float, file: Path
 ) -> dict[str, Any]:
-    """Which layers run on codes, from the file of an earlier choice, or measured, printed and written there.
+    """Return which layers run on codes: from the file of an earlier choice, or measured anew.
 
     Args:
         net: baked, in eval mode.
@@ -117,7 +118,8 @@ def choice(
         file: beside the images that are made with the choice.
 
     Returns:
-        `layers`: their names; `of`: how many quantized layers there are; `shapes`: what was measured.
+        `layers`: their names; `of`: how many quantized layers there are; `shapes`: what was
+            measured.
     """
     found = files.read_json(file)
     if found is not None:
@@ -146,7 +148,7 @@ def choice(
 
 
 def _units(net: nn.Module, found: dict[str, IntegerLayer]) -> list[tuple[tuple[str, ...], Any]]:
-    """(names, the quantizer that they share, if any): q, k and v of one attention are timed together."""
+    """Return (names, the quantizer they share, if any): q, k and v are timed together."""
     units: list[tuple[tuple[str, ...], Any]] = []
     for name, module in net.named_modules():
         if isinstance(module, QuantLayer) and name in found and module.input_quantizer is not None:

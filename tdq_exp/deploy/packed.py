@@ -1,7 +1,8 @@
-"""Packed networks: weights at their real bit width, step sizes as tables, and nothing else that sampling does not need.
+"""Packed networks: weights at their real bit width, step sizes as tables, nothing else.
 
 A packed file is a safetensors file of a baked network's tensors in which
-    codes of weights    are numbers of b bits, lowest bit first, one after another: two 4-bit codes a byte
+    codes of weights    are numbers of b bits, lowest bit first, one after another: two 4-bit codes
+                        a byte
     zero points         are in the smallest integer type that holds them
 and everything else (step sizes, biases, norms) is as it was. The header says how to undo it.
 """
@@ -135,7 +136,11 @@ def save(
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str, dict[str, str]]:
-    """(state dict of the baked network, configuration, the fit's fingerprint, other parts' hashes) of a packed file.
+    """Read a packed file.
+
+    Returns:
+        The state dict of the baked network, the configuration, the fit's fingerprint, and the
+        hashes of other parts.
 
     Raises:
         ValueError: if the file is damaged, or is not a packed network.

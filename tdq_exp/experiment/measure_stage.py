@@ -15,7 +15,7 @@ from tdq_exp.experiment.fit_stage import FittedModel
 from tdq_exp.experiment.row import Row, RowRecord
 from tdq_exp.experiment.sample_stage import Reconstructions, SampleStage, run_sampling
 from tdq_exp.metrics.features import FeatureNetwork
-from tdq_exp.metrics.measure import measure
+from tdq_exp.metrics.measure import Features, measure
 from tdq_exp.quant import kernels
 from tdq_exp.runtime import environment, files
 from tdq_exp.runtime.processes import Processes
@@ -48,14 +48,11 @@ def run_measures(
         began = time.monotonic()
         options = job.evaluation
         measured = measure(
-            network,
+            Features(network, options.batch, processes, job.data.cache),
             images.pixels,
             data.train,
             data.held_out,
             options.metrics,
-            options.batch,
-            processes,
-            job.data.cache,
             options.reference_images,
             partial(Reconstructions, job.model, processes=processes) if job.model.codec else None,
         )

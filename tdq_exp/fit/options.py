@@ -145,7 +145,9 @@ class PretrainOptions(FitOptions, TrainOptions):
     gives_rows: ClassVar[bool] = False
 
     kind: str = setting("pretrain", choices=("pretrain",))
-    part: str = setting(NETWORK, since=NETWORK, help="network, or autoencoder")  # type: ignore[misc]
+    part: str = setting(  # type: ignore[misc]
+        NETWORK, since=NETWORK, help="network, or autoencoder"
+    )
     export: str | None = setting(None, fingerprint=False, help="also write the weights here")
 
 

@@ -99,7 +99,3 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: damaged ({error}); remove it to do this stage again") from error
-
-
-# The former names, for callers that still have them.
-read, write = read_json, write_json

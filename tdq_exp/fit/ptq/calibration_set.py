@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdq_exp.data.arrays import Column, GroupedArrays
 from tdq_exp.diffusion.ddim import Ddim
@@ -44,7 +44,6 @@ from tdq_exp.diffusion.draws import Stream, fixed_draws, generator, groups, star
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.options import CalibrationSpec
 from tdq_exp.models.denoiser import Denoiser
-from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.runtime import files, stage
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import track
@@ -180,8 +179,7 @@ def check(folder: Path, parts: Mapping[str, Any]) -> None:
 @torch.no_grad()
 def make_set(
     spec: CalibrationSpec,
-    net: nn.Module,
-    model: DiffusionModel,
+    denoiser: Denoiser,
     sampler: Ddim,
     images: Samples | None,
     *,
@@ -194,8 +192,7 @@ def make_set(
 
     Args:
         spec: what it holds.
-        net: the float network, on the processes' device, in eval mode.
-        model: its description.
+        denoiser: the float network, on the processes' device, in eval mode.
         sampler: of the trajectories.
         images: the training set, for `forward`; the others need none.
         parts: see `CalibrationSpec.parts`.
@@ -205,7 +202,7 @@ def make_set(
     """
     folder = path or cache / "calibration_sets" / files.fingerprint(parts)
     batches = list(groups(spec.images, GROUP))
-    found = CalibrationSet(folder, spec.samples, spec.images, model.sample_shape, GROUP)
+    found = CalibrationSet(folder, spec.samples, spec.images, denoiser.model.sample_shape, GROUP)
     if path is not None:
         processes.decide(lambda: check(folder, parts))
     else:
@@ -218,7 +215,7 @@ def make_set(
         for group in missing[processes.rank :: processes.world]:
             indices = range(group * GROUP, min((group + 1) * GROUP, spec.images))
             make = _noised if spec.kind == "forward" else _trajectories
-            x, t, image, x_0 = make(spec, net, model, sampler, images, indices, processes.device)
+            x, t, image, x_0 = make(spec, denoiser, sampler, images, indices, processes.device)
             found.put(group, x, t, image, x_0)
             advance(f"{indices.stop} images")
 
@@ -228,8 +225,7 @@ def make_set(
 
 def _noised(
     spec: CalibrationSpec,
-    net: nn.Module,
-    model: DiffusionModel,
+    denoiser: Denoiser,
     sampler: Ddim,
     images: Samples | None,
     indices: range,
@@ -237,6 +233,7 @@ def _noised(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (x_t, t, image, x_0) of training images, each noised to several t."""
     assert images is not None
+    model = denoiser.model
     each = spec.samples // spec.images
     draws = fixed_draws(
         spec.seed,
@@ -266,8 +263,7 @@ def _noised(
 
 def _trajectories(
     spec: CalibrationSpec,
-    net: nn.Module,
-    model: DiffusionModel,
+    denoiser: Denoiser,
     sampler: Ddim,
     images: Samples | None,
     indices: range,
@@ -277,6 +273,7 @@ def _trajectories(
 
     The last group is padded, so that every trajectory is computed in a whole group.
     """
+    model = denoiser.model
     padded = range(indices.start, indices.start + GROUP)
     visited = [t for t, _ in sampler.pairs(model.schedule)]
     chosen = [chosen_steps(spec, visited, model.schedule.steps, i) for i in indices]
@@ -298,7 +295,7 @@ def _trajectories(
 
     generators = [generator(spec.seed, Stream.TRAJECTORY, i) for i in padded]
     x_t = starting_noise(generators, model.sample_shape).to(device)
-    x_0 = sampler.sample(Denoiser(net, model), x_t, model.schedule, generators, keep)
+    x_0 = sampler.sample(denoiser, x_t, model.schedule, generators, keep)
     t = torch.tensor([[t for _, t in samples] for samples in chosen])
     image = torch.tensor(list(indices)).repeat_interleave(each)
     return x.flatten(0, 1), t.flatten(), image, x_0[: len(indices)].cpu()

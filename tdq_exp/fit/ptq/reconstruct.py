@@ -3,9 +3,9 @@
     L = mean_{B, pixels} sum_channels |y_hat - y|^p,   p = 2.4
     y_hat = block_hat(x_hat),  x_hat from the already quantized network;   y from the float network
 
-First, if asked for, each weight's rounding (AdaRound, p = 2); then step sizes and zero points of the
-activations, or TDQ's generators. Adam, its rate falling to zero along a cosine. A block whose loss
-on held-out samples did not fall keeps its start values.
+First, if asked for, each weight's rounding (AdaRound, p = 2); then step sizes and zero points of
+the activations, or TDQ's generators. Adam, its rate falling to zero along a cosine. A block whose
+loss on held-out samples did not fall keeps its start values.
 
 L counts every sample alike, but a diffusion network's errors differ over t by orders of magnitude:
 the few samples of the smallest t may be nearly all of the sum, while it is at large t that an error

@@ -192,8 +192,8 @@ class GeneratorBank(nn.Module):
         if torch.compiler.is_compiling():
             return self.step_sizes()[row]
         rows = self._rows_cache.get(self._now(), lambda: self.step_sizes().unbind())
-        # A view for each call: gradients of one use are summed before those of another (the penalty's),
-        # in an order that does not depend on which uses there are.
+        # A view for each call: gradients of one use are summed before those of another (the
+        # penalty's), in an order that does not depend on which uses there are.
         return rows[row].view_as(rows[row])
 
     def _matrix_now(self) -> Tensor:
