@@ -43,6 +43,7 @@ REPORTED = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit code."""
     parser = cli.parser(__doc__, "python -m tdq_exp export")
+
     parser.add_argument("run", type=Path, help="folder of a finished run, or a packed network")
     parser.add_argument("--out", type=Path, required=True, help="file to write: *.onnx")
     parser.add_argument(

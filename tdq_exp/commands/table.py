@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, "python -m tdq_exp table")
+
+    # Which table, and its cells.
     parser.add_argument("table", help="a file of configs/table: table1, table2")
     parser.add_argument(
         "overrides", nargs="*", help="of every cell's command, as data.source.path=PATH"
@@ -57,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("results"),
         help="folder of runs and tables (default: results)",
     )
+
     return parser
 
 

@@ -251,6 +251,7 @@ def typed(cfg: DictConfig) -> Config:
         raise ValueError(
             f"fit.kind={cfg.fit.kind!r}: is not the kind of this fit; choose it as fit=OPTION"
         )
+
     for group in dataclasses.fields(Config):
         node = cfg[group.name]
         declared = OmegaConf.get_type(node) if OmegaConf.is_dict(node) else None

@@ -180,10 +180,12 @@ def _write_rows(
     The header comes last, for only then is the number of images known.
     """
     file.write(bytes(_HEADER))
+
     count = 0
     for row in rows:
         file.write(row.tobytes())
         count += 1
+
     if not count:
         raise ValueError(f"data: the {split} split holds no image")
 
@@ -191,6 +193,7 @@ def _write_rows(
     description = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
     np.lib.format.write_array_header_1_0(header, description)
     assert len(header.getvalue()) == _HEADER
+
     file.seek(0)
     file.write(header.getvalue())
 

@@ -59,6 +59,7 @@ def timed(net: nn.Module, run: Callable[[nn.Module], object]) -> list[Timed]:
     units = _units(net, found)
     seen: dict[str, Tensor] = {}
 
+    # The first input of each unit, kept in one run of the network.
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             seen[name] = args[0].detach()
@@ -69,26 +70,33 @@ def timed(net: nn.Module, run: Callable[[nn.Module], object]) -> list[Timed]:
     for names, reader in units:
         source = reader if reader is not None else net.get_submodule(names[0])
         handles.append(source.register_forward_pre_hook(keep(names[0])))
+
     run(net)
     for handle in handles:
         handle.remove()
+
+    # Units of one shape take the same time: the first stands for all.
     shapes: dict[str, list[tuple[str, ...]]] = {}
     readers = dict(units)
     for names, _ in units:
         if names[0] in seen:
             shapes.setdefault(_shape(net, names, seen[names[0]]), []).append(names)
+
     result = []
     for shape, same in shapes.items():
         names = same[0]
         x, reader = seen[names[0]], readers[names]
         layers = [net.get_submodule(name) for name in names]
         coded = [found[name] for name in names]
+
+        # Each form gets the layout that it runs on: channels last for codes.
         last = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
         coder = coder_of(reader) if reader is not None else None
         both = {
             "simulated": partial(_call, layers, reader, x),
             "integer": partial(_call, coded, coder, last),
         }
+
         seconds = _medians(both)
         result.append(
             Timed(
@@ -98,6 +106,7 @@ def timed(net: nn.Module, run: Callable[[nn.Module], object]) -> list[Timed]:
                 seconds["integer"],
             )
         )
+
     return result
 
 
@@ -124,9 +133,12 @@ def choice(
     found = files.read_json(file)
     if found is not None:
         return found
+
+    # Measured here, for there is no file of an earlier choice.
     times = timed(net, run)
     names = chosen(times, min_speedup)
     of = sum(isinstance(module, QuantLayer) for module in net.modules())
+
     print_table(
         f"{len(names)} of {of} quantized layers run on integers",
         ["layer and input", "count", "simulated, ms", "integer, ms", "runs on"],
@@ -141,6 +153,8 @@ def choice(
             for e in times
         ],
     )
+
+    # Kept: the choice changes the last bits of an image.
     shapes = [dataclasses.asdict(entry) for entry in times]
     made = {"layers": names, "of": of, "min_speedup": min_speedup, "shapes": shapes}
     files.write_json(file, made)

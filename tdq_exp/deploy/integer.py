@@ -61,6 +61,7 @@ class IntegerLayer(nn.Module):
         coded = layer.weight_quantizer
         assert isinstance(coded, CodedWeight)
         self.coder, self.conv = coder, isinstance(layer, QuantConv2d)
+
         self.bias: Tensor | None = original.bias
         window: Window | None = None
         if self.conv:
@@ -245,12 +246,17 @@ def integerize(net: nn.Module, chains: Chains, names: Iterable[str] | None = Non
     reason = unavailable(torch.device("cpu"))
     if reason is not None:
         raise RuntimeError(reason)
+
+    # Which layers: refused before anything is replaced.
     net = copy.deepcopy(net)
+
     found = candidates(net)
     chosen = set(found if names is None else names)
     if unknown := sorted(chosen - found.keys()):
         reason = f" here: {INEXACT}" if unknown[0] in codable(net) else ""
         raise ValueError(f"{unknown[0]}: can't run on codes{reason}")
+
+    # q, k and v share one coder, that of their attention.
     for name, module in list(net.named_modules()):
         if isinstance(module, QuantAttention) and module.input_quantizer is not None:
             leaves = set(readers(net, name))
@@ -259,8 +265,10 @@ def integerize(net: nn.Module, chains: Chains, names: Iterable[str] | None = Non
                     raise ValueError(
                         f"{name}: q, k and v read one coded tensor: choose all three or none"
                     )
+
                 coder: Any = coder_of(module.input_quantizer)
                 module.input_quantizer = coder
+
     for name in chosen:
         replace_module(net, name, found[name])
     fuse(net, chains)

@@ -71,8 +71,11 @@ def pack(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]
     for key, value in state.items():
         if key.endswith(".weight_quantizer.codes"):
             low, high = int(value.min()), int(value.max())
+
+            # As few bits as the codes of this layer need.
             bits = max(1, (high - low).bit_length())
             packed[key] = pack_codes(value, low, bits)
+
             how[key] = {
                 "codes": bits,
                 "n": low,
@@ -84,6 +87,7 @@ def pack(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]
             packed[key], how[key] = value.to(small), {"type": _name(value.dtype)}
         else:
             packed[key] = value
+
     return packed, how
 
 
@@ -152,7 +156,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str, dict[str, 
                 raise ValueError(
                     f"{path}: is not a packed network (its header does not say `{FORMAT}`)"
                 )
+
             packed = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
         state = unpack(packed, json.loads(about["packed"]))
         return (
             state,

@@ -114,6 +114,8 @@ class Product:
                 [],
                 "",
             )
+
+        # A convolution: the same, with its window.
         return torch.ops.onednn.qconv2d_pointwise(
             codes,
             s,

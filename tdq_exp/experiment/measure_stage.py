@@ -39,6 +39,8 @@ def run_measures(
     processes.decide(sampling.require_same)
     processes.decide(lambda: job.features().name)  # a download, or a complaint, happens once
     network = job.features()
+
+    # The row is found by what it depends on.
     fingerprint = files.fingerprint(measure_parts(job, data, network, sampling.record.fingerprint))
     record = RowRecord(sampling.folder / "metrics.json", fingerprint)
 
@@ -46,6 +48,8 @@ def run_measures(
         images = run_sampling(job, sampling, processes)
 
         began = time.monotonic()
+
+        # Metrics of the set, and of as many real images.
         options = job.evaluation
         measured = measure(
             Features(network, options.batch, processes, job.data.cache),
@@ -62,11 +66,13 @@ def run_measures(
             "sample": sampling.record.fingerprint,
             "measure": fingerprint,
         }
+
         seconds = {
             "fit": fit.facts["seconds"],
             "sample": round(images.seconds, 1),
             "measure": round(time.monotonic() - began, 1),
         }
+
         return Row(
             name=job.name,
             seed=job.seed,

@@ -190,6 +190,7 @@ class Training:
             nn.utils.clip_grad_norm_(self.net.parameters(), options.grad_clip)
         self.optimizer.step()
         self.ema.update(self.net, update)
+
         return value
 
     def _log(self, loss: float, done: int) -> None:

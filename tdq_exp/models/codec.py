@@ -99,6 +99,7 @@ class Autoencoder(Trainable):
             raise ValueError(
                 f"model.definition.autoencoder.scale={scale}: must be a positive number"
             )
+
         self.network, self.batch, self.scale, self.kl_weight, self.flip = (
             dict(network),
             batch,
@@ -106,6 +107,7 @@ class Autoencoder(Trainable):
             kl_weight,
             flip,
         )
+
         self._source: str | None = None
         self._net: ScaledAutoencoder | None = None
         self._hash = ""

@@ -185,6 +185,8 @@ def find(cell: Cell) -> Cell:
         return dataclasses.replace(cell, row=exact[0])
 
     sampler = _compared(cell.config)["sampler"]
+
+    # Else the longest set of the same run that was sampled the same way.
     shorter = [
         row
         for path in sorted(cell.folder.glob("*/metrics.json"))
@@ -193,6 +195,7 @@ def find(cell: Cell) -> Cell:
         and _compared(row["config"])["sampler"] == sampler
         and row["report"] == cell.config["fit"]["report"]
     ]
+
     return dataclasses.replace(cell, row=max(shorter, key=_images, default=None))
 
 

@@ -53,7 +53,9 @@ def replacing(path: Path, remedy: str = REMEDY, keep_other: bool = False) -> Ite
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
+
         yield part
+
         if not (keep_other and path.exists()):
             os.replace(part, path)
     except OSError as error:

@@ -150,6 +150,7 @@ class PortableLayer(nn.Module):
         super().__init__()
         self.reader = reader
         self.layer: Any = layer.layer
+
         coded = layer.weight_quantizer
         assert isinstance(coded, CodedWeight)
         self.conv = isinstance(layer, QuantConv2d)
@@ -163,6 +164,7 @@ class PortableLayer(nn.Module):
         # bits. One more axis keeps them apart.
         self.register_buffer("codes", coded.codes if self.conv else coded.codes[..., None])
         self.register_buffer("step", coded.step_size.reshape(-1).expand(out).float().clone())
+
         zero = (
             torch.zeros(out)
             if coded.zero_point is None
@@ -280,7 +282,10 @@ class IntegerLinear(nn.Module):
         self.reader, self.layer = None if shared else reader, layer.layer
         coded: Any = layer.weight_quantizer
         codes, rest = signed_codes(coded)
+
+        # Codes in a type whose products are exact on every CPU.
         codes, zero = exact_anywhere(codes, reader.p)
+
         self.affine = bool(rest.any())
         self.codes: Tensor
         self.step: Tensor

@@ -201,13 +201,17 @@ def make_set(
         path: of a finished set that is to be used; it is refused if it is of other parts.
     """
     folder = path or cache / "calibration_sets" / files.fingerprint(parts)
+
     batches = list(groups(spec.images, GROUP))
     found = CalibrationSet(folder, spec.samples, spec.images, denoiser.model.sample_shape, GROUP)
+
+    # A given set is checked; one of ours is begun if need be.
     if path is not None:
         processes.decide(lambda: check(folder, parts))
     else:
         processes.decide(lambda: None if (folder / "about.json").exists() else found.create(parts))
 
+    # Each process makes its share of the groups that are missing.
     missing = processes.decide(found.missing)
     done = len(batches) - len(missing)
     shown = processes.main and bool(missing)
@@ -234,6 +238,7 @@ def _noised(
     """Return (x_t, t, image, x_0) of training images, each noised to several t."""
     assert images is not None
     model = denoiser.model
+
     each = spec.samples // spec.images
     draws = fixed_draws(
         spec.seed,
@@ -249,6 +254,7 @@ def _noised(
     order = torch.randperm(len(images), generator=generator(spec.seed, Stream.FORWARD_IMAGES))
     pick = order[torch.tensor(list(indices)) % len(images)]
 
+    # Latents are drawn from the codec, each with noise of its own key.
     noise = None
     if images.random:
         streams = [generator(spec.seed, Stream.FORWARD_LATENTS, i) for i in indices]
@@ -257,6 +263,7 @@ def _noised(
 
     streams = [generator(spec.seed, Stream.FORWARD_NOISE, i) for i in indices]
     eps = torch.cat([torch.randn(each, *model.sample_shape, generator=g) for g in streams])
+
     image = torch.tensor(list(indices)).repeat_interleave(each)
     return model.schedule.add_noise(x_0.repeat_interleave(each, 0), eps, t), t, image, x_0
 
@@ -279,6 +286,7 @@ def _trajectories(
     chosen = [chosen_steps(spec, visited, model.schedule.steps, i) for i in indices]
     each = spec.samples // spec.images
 
+    # Where each stored x_t comes from: place in the trajectory -> (row, number).
     x = torch.empty(len(indices), each, *model.sample_shape)
     wanted: dict[int, list[tuple[int, int]]] = {}
     for row, samples in enumerate(chosen):
@@ -296,6 +304,7 @@ def _trajectories(
     generators = [generator(spec.seed, Stream.TRAJECTORY, i) for i in padded]
     x_t = starting_noise(generators, model.sample_shape).to(device)
     x_0 = sampler.sample(denoiser, x_t, model.schedule, generators, keep)
+
     t = torch.tensor([[t for _, t in samples] for samples in chosen])
     image = torch.tensor(list(indices)).repeat_interleave(each)
     return x.flatten(0, 1), t.flatten(), image, x_0[: len(indices)].cpu()

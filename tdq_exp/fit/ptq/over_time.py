@@ -103,6 +103,7 @@ def make_over_time(
         began = clock.monotonic()
         values = _observe(net, model, samples, everything.quantizers, context)
         time: TimeContext = net.time  # type: ignore[assignment]
+
         before, after = fit_over_time(
             everything.quantizers,
             values,
@@ -113,11 +114,13 @@ def make_over_time(
             context.processes.device,
             context.processes.main,
         )
+
         report = {"before": before, "after": after, "seconds": clock.monotonic() - began}
         state = state_of(net, everything)
         made = {"fingerprint": context.fingerprint, "report": report, **state}
         context.processes.decide(partial(save_state, file, made))
         found = read_part(file, context)  # what every process goes on with
+
     if found is None:
         raise FileNotFoundError(f"{file}: was written and is gone; run the same command again")
 

@@ -106,6 +106,7 @@ class GeneratorBank(nn.Module):
             raise ValueError(
                 "tdq.interval: encoding must be even, layers and width positive, dropout in [0, 1)"
             )
+
         self.names, self.time = list(names), time
         self.encoding, self.layers, self.dropout = encoding, layers, dropout
 
@@ -117,12 +118,15 @@ class GeneratorBank(nn.Module):
             bias = torch.empty(len(names), fan_out).uniform_(-bound, bound)
             self.register_parameter(f"weight{layer}", nn.Parameter(weight))
             self.register_parameter(f"bias{layer}", nn.Parameter(bias))
+
         if he:
             nn.init.normal_(self.weights[-1], std=(2 / sizes[-2]) ** 0.5)
 
         self.encodings: Tensor
         codes = encode_time(torch.arange(time.steps), encoding)
         self.register_buffer("encodings", codes, persistent=False)
+
+        # What follows from the weights alone is computed once for each state of them.
         self._matrix_cache: Cache[Tensor] = Cache()
         self._rows_cache: Cache[tuple[Tensor, ...]] = Cache()
         self._table_cache: Cache[Tensor] = Cache()
@@ -289,12 +293,15 @@ class GeneratorBank(nn.Module):
             if key not in state_dict:
                 missing_keys.append(key)
                 continue
+
             found, expected = tuple(state_dict[key].shape), tuple(stack.shape[1:])
             if found != expected:
                 error_msgs.append(f"{key}: {found}, expected {expected}")
                 continue
+
             with torch.no_grad():
                 stack[row].copy_(state_dict[key])
+
         unexpected_keys += [
             key for key in state_dict if key.startswith(prefix) and key not in known
         ]
