@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
 
     # What is sampled.
     parser.add_argument("run", type=Path, help="folder of a finished run, or a packed network")
+
     parser.add_argument("--images", type=int, default=64, help="how many (default: 64)")
     parser.add_argument(
         "--steps", type=int, help="sampling steps (default: as the run was measured)"
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--engine", default="fake", help="fake (simulated quantization, the default) or integer"
     )
+
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
 
     return parser

@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides", nargs="*", help="of every cell's command, as data.source.path=PATH"
     )
+
     parser.add_argument("--scale", default="paper", help="paper, small or digits (default: paper)")
     parser.add_argument(
         "--run",

@@ -246,6 +246,7 @@ def typed(cfg: DictConfig) -> Config:
     if missing:
         raise ValueError(f"{missing[0]} has no value: choose an option of its group, or set it")
 
+    # Types that a merge may have replaced, and keys that none of them declares.
     options = options_class(cfg.fit.kind)
     if OmegaConf.get_type(cfg.fit) is not options:
         raise ValueError(
@@ -291,6 +292,7 @@ def _check_method(config: Config) -> None:
     """Refuse a fit that does not go with the method, its calibration set or its quantizers."""
     fit, method = config.fit, config.method
 
+    # Each pair of choices that contradict each other, with what to choose instead.
     if fit.quantizes != method.quantized:
         raise ValueError(f"fit.kind={fit.kind} does not go with method={method.label}")
 

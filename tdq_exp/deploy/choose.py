@@ -92,6 +92,7 @@ def timed(net: nn.Module, run: Callable[[nn.Module], object]) -> list[Timed]:
         # Each form gets the layout that it runs on: channels last for codes.
         last = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
         coder = coder_of(reader) if reader is not None else None
+
         both = {
             "simulated": partial(_call, layers, reader, x),
             "integer": partial(_call, coded, coder, last),
@@ -137,6 +138,7 @@ def choice(
     # Measured here, for there is no file of an earlier choice.
     times = timed(net, run)
     names = chosen(times, min_speedup)
+
     of = sum(isinstance(module, QuantLayer) for module in net.modules())
 
     print_table(

@@ -77,8 +77,10 @@ class IntegerLayer(nn.Module):
         self.register_buffer(
             "w_scale", coded.step_size.reshape(-1).expand(len(codes)).float().clone()
         )
+
         self.product = Product(codes, self.w_scale, window)
 
+        # The second sum: what is left over of affine weights, in signed codes.
         self.affine = bool(rest.any())
         self.rest: Tensor
         if self.affine:
@@ -178,6 +180,7 @@ def codable(net: nn.Module) -> dict[str, Quantizer]:
                 found[name] = module.input_quantizer
             elif name in shared and not too_wide(shared[name]):
                 found[name] = shared[name]
+
     return _whole_attentions(net, found)
 
 

@@ -160,6 +160,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str, dict[str, 
             packed = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
         state = unpack(packed, json.loads(about["packed"]))
+
         return (
             state,
             json.loads(about["config"]),

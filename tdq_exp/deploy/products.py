@@ -58,6 +58,7 @@ def all_are_exact_here() -> bool:
             .contiguous(memory_format=torch.channels_last)
         )
 
+        # The largest sums there are: a cut-off would show in them.
         linear = Product(weight, scale)(codes, 1.0, 0)
         convolution = Product(weight[..., None, None], scale, ([1, 1], [0, 0], [1, 1], 1))(
             image, 1.0, 0

@@ -61,6 +61,7 @@ def run_measures(
             partial(Reconstructions, job.model, processes=processes) if job.model.codec else None,
         )
 
+        # What the row is of, how long it took, and where it was made.
         fingerprints = {
             "fit": fit.fingerprint,
             "sample": sampling.record.fingerprint,

@@ -304,6 +304,7 @@ def distances(
             result |= metric.compute(ours)
             continue
 
+        # A distance: to the same layer of the reference.
         theirs = _layer(reference, layers[name], "reference", name)
         if ours.shape[1] != theirs.shape[1]:
             raise ValueError(

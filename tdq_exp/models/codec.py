@@ -95,6 +95,7 @@ class Autoencoder(Trainable):
             raise ValueError(
                 f"model.definition.autoencoder.batch={batch}: must be an integer of at least 1"
             )
+
         if scale is not None and not (isinstance(scale, int | float) and 0 < scale < math.inf):
             raise ValueError(
                 f"model.definition.autoencoder.scale={scale}: must be a positive number"

@@ -198,6 +198,7 @@ def _activation(recipe: Recipe, wanted: Wanted, interval: Interval) -> Quantizer
     symmetric = habits.symmetric_activations and not wanted.after_silu
     grid = Grid(wanted.bits, symmetric=symmetric, reduced=habits.reduced_grids)
 
+    # The zero point: learned, bounded below, or none.
     bounded = recipe.zero_point == "lower_bound"
     if recipe.zero_point == "by_role":
         bounded = wanted.after_silu and interval.time_dependent
@@ -212,6 +213,7 @@ def _activation(recipe: Recipe, wanted: Wanted, interval: Interval) -> Quantizer
 
     scale = habits.scale_activation_gradient
     quantizer = recipe.act(grid, interval, zero_point, gradient_scale=scale)
+
     if interval.dynamic and quantizer.transforms_step:
         raise ValueError(
             f"act: {type(quantizer).__name__} transforms step sizes, which tdq=dynamic takes from"

@@ -153,6 +153,7 @@ def _cells_of_line(
     tracker = [] if any(_key(override) == "tracker" for override in extra) else ["tracker=none"]
     own = [*(f"{group}={option}" for group, option in choices.items()), *line.overrides]
 
+    # A cell for each seed of the sampler.
     for seed in line.sampler_seeds:
         asked = [*own, *([f"sampler.seed={seed}"] if seed else [])]
         command = (*asked, f"out={_quoted(out)}", *tracker, *extra)

@@ -87,6 +87,7 @@ def curves_over_time(
     if curves:
         relative = {name: curve.numpy() / float(curve.mean()) for name, curve in curves.items()}
         every = np.stack(list(relative.values()))
+
         steps = np.arange(every.shape[1]) if t is None else t.numpy()
 
         # All layers: their median, and how far they spread.

@@ -201,8 +201,11 @@ def write(graph: nn.Module, shape: tuple[int, ...], file: Path) -> int:
         shape: of one sample.
         file: `*.onnx`.
     """
+
+    # Any batch size; t is a number for the whole batch.
     x, t = torch.zeros(2, *shape), torch.tensor(1)
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
+
     program = torch.onnx.export(
         graph,
         (x, t),
@@ -214,6 +217,7 @@ def write(graph: nn.Module, shape: tuple[int, ...], file: Path) -> int:
         optimize=True,
         verbose=False,
     )
+
     assert program is not None
     model = program.model_proto
 

@@ -243,6 +243,7 @@ class IntegerConv(nn.Module):
                 x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True
             )
         ]
+
         shape = (x.shape[0], len(self.codes), *size)
 
         # The first sum, on codes; its output is quantized once more, by the range at this t.
@@ -257,6 +258,7 @@ class IntegerConv(nn.Module):
             dilations=list(conv.dilation),
             group=conv.groups,
         )
+
         y = op("DequantizeLinear", (made, y_s, y_z), torch.float32, shape)
 
         # The second sum, of affine weights: over one channel, in floats.

@@ -69,12 +69,15 @@ def chosen_steps(
         ValueError: if `uniform` asks for more samples of a trajectory than it has steps.
     """
     count, g = spec.samples // spec.images, generator(spec.seed, Stream.CALIBRATION_TIMES, image)
+
+    # Any steps of the trajectory, none twice.
     if spec.kind == "uniform":
         if count > len(visited):
             raise ValueError(
                 f"calibration.samples={spec.samples}: {count} of each trajectory, but the sampler"
                 f" has {len(visited)} steps; take more calibration.images"
             )
+
         places = torch.randperm(len(visited), generator=g)[:count].tolist()
         return [(place, visited[place]) for place in places]
 
@@ -83,6 +86,7 @@ def chosen_steps(
     drawn = (spec.mu * total + spec.sigma * total * normal).clamp(0, total - 1)
     steps = torch.tensor(visited, dtype=torch.float32)
     nearest = (drawn[:, None] - steps).abs().argmin(1).tolist()
+
     if spec.kind == "ndtc":
         return [(place, visited[place]) for place in nearest]
 

@@ -205,6 +205,7 @@ def fit_to_set(
     grids = _grids(net)
     code_weights(net)
 
+    # Block by block, or every step size over t; else what was calibrated stays.
     history = PtqHistory()
     if options.reconstruct:
         blocks = BlockByBlock(net, float_net, model, samples, options, context, grids)
@@ -214,6 +215,7 @@ def fit_to_set(
     elif learns_over_time(net):
         history.over_time = make_over_time(net, model, samples, options, context)
         history.seconds = history.over_time["seconds"]
+
     return history
 
 

@@ -112,6 +112,7 @@ def correct(
     pairs = [
         _predictions(net, float_net, model, samples, first, device) for first in _firsts(samples)
     ]
+
     eps, eps_hat = (torch.cat(values) for values in zip(*pairs, strict=True))
 
     # 2. Slope, bias and variance at each time step of the set.
@@ -128,7 +129,9 @@ def correct(
     # 4. What it is worth on the set.
     k = correction.k.cpu().index_select(0, times)[:, None, None, None]
     bias = correction.bias.cpu().index_select(0, times)[:, :, None, None]
+
     size = float(eps.square().mean())
+
     return {
         "error_before": float((eps_hat - eps).square().mean()) / size,
         "error_after": float((eps_hat / (1 + k) - bias - eps).square().mean()) / size,

@@ -331,11 +331,13 @@ def trainable(quantizers: Mapping[str, Quantizer]) -> Iterator[nn.ModuleList]:
                 quantizers[name].interval = Temporal(parts[key], rows.index(interval.row))
 
     learned = nn.ModuleList([*(q.train() for q in quantizers.values()), *parts.values()])
+
     try:
         yield learned
     finally:
         for q in quantizers.values():
             q.eval()
+
         for key, bank in banks.items():
             bank.take_back(parts[key])
         for name, interval in temporal.items():

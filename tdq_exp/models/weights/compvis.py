@@ -74,6 +74,8 @@ def part_of(path: Path, state: Mapping[str, Any], part: str, ema: bool) -> dict[
         CheckpointError: for keys that belong nowhere, or an average that is not the U-Net's.
     """
     known = (_UNET, _AVERAGE, _FIRST_STAGE)
+
+    # Nothing in the file may be left unexplained.
     left = [
         name
         for name in state
@@ -92,6 +94,7 @@ def part_of(path: Path, state: Mapping[str, Any], part: str, ema: bool) -> dict[
         )
 
     raw = {name: value for name, value in state.items() if name.startswith(_UNET)}
+
     found = _averages(path, state, raw) if ema else raw
     return {name.removeprefix(_UNET): value for name, value in found.items()}
 

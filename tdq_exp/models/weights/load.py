@@ -153,7 +153,6 @@ def load_autoencoder(net: torch.nn.Module, source: str, scale: float | None = No
         load_weights(net, source)
     else:
         load_weights(kl, source, overruled=_NOT_THE_AUTOENCODERS)
-
     net.get_buffer("scale").fill_(used)
     return state_hash(net.state_dict())
 
@@ -217,7 +216,6 @@ def _state_of(path: Path, tree: Any, ema: bool, part: str) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: a training state without EMA weights; ask for its raw ones (ema=False)"
             )
-
         tree = tree[4] if ema else tree[0]
 
     # A checkpoint with the state dict inside, or the state dict itself.
@@ -328,8 +326,6 @@ def _download(repository: str, subfolder: str) -> Path:
     """Return the local folder of a network on the model hub, downloaded if need be."""
     key = "autoencoder" if subfolder == "vae" else "weights"
     advice = f"give a local file or folder with model.{key}=PATH"
-
-    # The network is the repository itself, or a folder in it.
     try:
         try:
             folder = Path(hf_hub_download(repository, "config.json")).parent
@@ -339,14 +335,11 @@ def _download(repository: str, subfolder: str) -> Path:
         except EntryNotFoundError:
             folder = Path(hf_hub_download(repository, "config.json", subfolder=subfolder)).parent
             inside = subfolder
-
-        # Weights: safetensors first, the older format if there are none.
         try:
             hf_hub_download(repository, _WEIGHT_FILES[0], subfolder=inside)
         except EntryNotFoundError:
             # Also when off line: the cache may hold the other file.
             hf_hub_download(repository, _WEIGHT_FILES[1], subfolder=inside)
-
         return folder
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise CheckpointError(
@@ -380,12 +373,10 @@ def _fitted(
 
         if target.ndim == 2 and tensor.shape in ((*target.shape, 1), (*target.shape, 1, 1)):
             tensor = tensor.reshape(target.shape)  # a convolution of size 1 is a linear layer
-
         if tensor.shape != target.shape:
             misshapen.append(f"{name} {list(tensor.shape)}, wanted {list(target.shape)}")
         elif target.is_floating_point() != tensor.is_floating_point():
             mistyped.append(f"{name} {tensor.dtype}, wanted {target.dtype}")
-
         fitted[name] = tensor.to(target)
 
     # All differences at once: they tell together what the file is of.
@@ -399,7 +390,6 @@ def _fitted(
     if any(faults.values()):
         parts = [f"{len(keys)} {fault} ({_first(keys)})" for fault, keys in faults.items() if keys]
         raise CheckpointError(f"{source}: its keys are not the network's: {'; '.join(parts)}")
-
     return fitted
 
 

@@ -50,6 +50,8 @@ def library() -> ctypes.CDLL | str:
     """The compiled kernels, or why there are none."""
     compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
     about = "\n".join([SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _cpu_flags()])
+
+    # Named after all that the machine code depends on.
     folder = Path(os.path.expanduser("~/.cache/tdq_exp/kernels"))
     file = folder / f"{hashlib.sha256(about.encode()).hexdigest()[:20]}.so"
 
@@ -62,6 +64,7 @@ def library() -> ctypes.CDLL | str:
                 command = [compiler, *FLAGS, "-fopenmp", str(SOURCE), "-o", str(built), "-lm"]
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
                 os.replace(built, file)
+
         found = ctypes.CDLL(str(file))
     except subprocess.CalledProcessError as error:
         return f"{compiler} failed: {(error.stderr.strip().splitlines() or ['no message'])[0]}"
@@ -71,6 +74,7 @@ def library() -> ctypes.CDLL | str:
     # The signatures of `cpu.c`.
     found.forward.argtypes = [*[_Pointer] * 5, *[_Long] * 4, _Float, _Float, _Int]
     found.backward.argtypes = [*[_Pointer] * 9, *[_Long] * 4, _Float, _Float, _Float, _Int, _Int]
+
     found.codes.argtypes = [*[_Pointer] * 4, *[_Long] * 3, *[_Float] * 3, _Int]
     found.norm_codes.argtypes = [
         *[_Pointer] * 5,
@@ -80,6 +84,7 @@ def library() -> ctypes.CDLL | str:
         *[_Float] * 5,
         _Int,
     ]
+
     found.norm.argtypes = [*[_Pointer] * 5, *[_Long] * 4, ctypes.c_double, _Int, _Int]
     found.ranges.argtypes = [*[_Pointer] * 3, _Long, _Long, _Int]
 
@@ -87,6 +92,7 @@ def library() -> ctypes.CDLL | str:
     inference = (found.codes, found.norm_codes, found.norm, found.ranges)
     for kernel in (*training, *inference):
         kernel.restype = None
+
     return found
 
 
@@ -217,6 +223,7 @@ def codes(x: Tensor, s: Tensor, z: Tensor, n: int, p: int, shift: int = 0) -> Te
     found = torch.empty_like(x, dtype=torch.uint8)
     tensors = (x.data_ptr(), found.data_ptr(), s.data_ptr(), z.data_ptr())
     sizes = (rows, x.numel() // rows, _step(s))
+
     kernels.codes(*tensors, *sizes, n, p, shift, torch.get_num_threads())
     return found
 
@@ -242,6 +249,7 @@ def norm_codes(
     x = x.contiguous(memory_format=torch.channels_last)
     found = torch.empty_like(x, dtype=torch.uint8)
     scratch = torch.empty(2 * x.shape[0] * x.shape[1])
+
     kernels.norm_codes(
         *_norm_arguments(x, found, scratch, norm, silu), s, z, n, p, shift, torch.get_num_threads()
     )
@@ -286,6 +294,7 @@ def ranges(x: Tensor) -> tuple[Tensor, Tensor]:
     assert not isinstance(kernels, str)
     x = dense(x)
     low, high = torch.empty(len(x)), torch.empty(len(x))
+
     kernels.ranges(
         x.data_ptr(),
         low.data_ptr(),
