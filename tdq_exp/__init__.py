@@ -1,4 +1,4 @@
-"""Quantization of diffusion models with time-dependent step sizes (TDQ), from configuration to a table.
+"""Quantization of diffusion models with time-dependent step sizes (TDQ), from options to tables.
 
 net = tdq_exp.load("results/runs/digits_w4a4_lsq_tdq/seed0")     a baked network, ready to call
 """
@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 
 
 def load(run: str | Path) -> nn.Module:
-    """The baked network of a finished run, in eval mode, on the CPU: `net(x_t, t, return_dict=False)[0]` is eps_hat.
+    """Return the baked network of a finished run, in eval mode, on the CPU.
+
+    `net(x_t, t, return_dict=False)[0]` is eps_hat.
 
     Args:
-        run: the run's folder, `results/runs/<name>/seed<k>`, or a packed network (`python -m tdq_exp pack`).
+        run: the run's folder, `results/runs/<name>/seed<k>`, or a packed network
+            (`python -m tdq_exp pack`).
 
     Raises:
         FileNotFoundError: if there is no finished run.

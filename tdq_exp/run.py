@@ -1,9 +1,9 @@
 """The command: compose a configuration, check it, start its processes, run the pipeline.
 
-    python -m tdq_exp.run                                        the embedded default, digits W4A4 LSQ + TDQ
+    python -m tdq_exp.run                                        the default, digits W4A4 LSQ + TDQ
     python -m tdq_exp.run +experiment=ddim_small_w4a4_lsq_tdq    one experiment
     python -m tdq_exp.run -m +experiment=ddim_small_w4a4_lsq_tdq bits=w8a8,w4a4,w3a3
-    python -m tdq_exp.run ... plan_only=true                     what would be done, its cost, and stop
+    python -m tdq_exp.run ... plan_only=true                     what would be done and its cost
 
 To resume, run the same command again.
 """

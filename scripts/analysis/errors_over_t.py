@@ -24,6 +24,7 @@ from tdq_exp.experiment.load import load
 from tdq_exp.fit.ptq.calibration_set import make_set
 from tdq_exp.fit.ptq.ptq import Ptq
 from tdq_exp.fit.ptq.reconstruct import sample_losses
+from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import print_table
@@ -75,8 +76,7 @@ def measure(options: argparse.Namespace) -> None:
         parts = spec.parts(job.part("model"), weights, dataclasses.asdict(fit.trajectory), "none")
         made = make_set(
             spec,
-            float_net,
-            job.model,
+            Denoiser(float_net, job.model),
             fit.trajectory,
             None,
             parts=parts,

@@ -43,7 +43,9 @@ REPORTED = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit code."""
     parser = cli.parser(__doc__, "python -m tdq_exp export")
+
     parser.add_argument("run", type=Path, help="folder of a finished run, or a packed network")
+
     parser.add_argument("--out", type=Path, required=True, help="file to write: *.onnx")
     parser.add_argument(
         "--form",
@@ -91,10 +93,12 @@ def export(run: Path, out: Path, form: str = "integer", images: int = 16) -> Pat
     written = graph_file(job, net, out, form, images)
     console.print(f"{out}: {written / 1e6:.3f} MB, {form} form", markup=False)
 
+    # What became of the operators.
     counts = optimised_operators(out)
     listed = ", ".join(f"{counts[name]} {name}" for name in REPORTED if counts.get(name))
     console.print(f"as ONNX Runtime optimised it: {listed}", markup=False)
 
+    # And what it computes.
     print_table(
         "prediction, relative root mean square of the difference from simulated quantization",
         ["t", "ONNX Runtime", "control: simulated, another batch size"],
@@ -199,6 +203,7 @@ def compare(job: jobs.Experiment, net: nn.Module, file: Path) -> list[tuple[int,
         feed = {"x_t": x.numpy(), "t": np.array(t, dtype=np.int64)}
         output = torch.from_numpy(run.run(None, feed)[0])
 
+        # The control: how far simulated quantization differs from itself in a larger batch.
         larger = job.model.predict(net, x.repeat(8, 1, 1, 1), now)[:8]
         smaller = job.model.predict(net, x[:3], now)
         control = max(onnx.parity(larger, expected), onnx.parity(smaller, expected[:3]))

@@ -45,6 +45,7 @@ def pack(run: Path, out: Path | None = None) -> Path:
     if job.recipe is None:
         raise ValueError(f"{run}: is a float run; there is nothing to pack")
 
+    # What the file must say of its run.
     record = files.read_json(run / "fit.json")
     assert record is not None
     size = packed.save(

@@ -28,7 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, "python -m tdq_exp sample")
+
+    # What is sampled.
     parser.add_argument("run", type=Path, help="folder of a finished run, or a packed network")
+
     parser.add_argument("--images", type=int, default=64, help="how many (default: 64)")
     parser.add_argument(
         "--steps", type=int, help="sampling steps (default: as the run was measured)"
@@ -39,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         help="of the starting noise (default: 0, the measured images)",
     )
+
+    # How, and where it goes.
     parser.add_argument("--batch", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument(
         "--out",
@@ -49,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--engine", default="fake", help="fake (simulated quantization, the default) or integer"
     )
+
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
+
     return parser
 
 
@@ -63,8 +70,10 @@ def draw(options: argparse.Namespace) -> None:
     for name in ("images", "batch"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name}={getattr(options, name)}: must be at least 1")
+
     if options.out.exists() and any(options.out.iterdir()):
         raise ValueError(f"--out={options.out}: is not empty; name another folder")
+
     if options.engine not in ("fake", "integer"):
         raise ValueError(f"--engine={options.engine}: choose fake or integer")
 
@@ -75,11 +84,13 @@ def draw(options: argparse.Namespace) -> None:
             f"{options.run}: is the model's {job.fit.options.part}; images are drawn from"
             " its network"
         )
+
     sampler = (
         job.sampler
         if options.steps is None
         else dataclasses.replace(job.sampler, steps=options.steps)
     )
+
     size = job.model.image_size
     processes = Processes(cpu=options.cpu)
     net, _ = sample_stage.engine(
@@ -96,13 +107,16 @@ def draw(options: argparse.Namespace) -> None:
     store = ImageStore(
         options.out / "images", options.images, options.batch, (size, size, job.model.channels)
     )
+
     sample_stage.sample_set(
         Denoiser(net, job.model), sampler, store, seed=options.seed, processes=processes
     )
+
     sample_stage.write_pngs(store.read(), options.out)
     figures.sample_grid(
         {f"{job.name}, seed {options.seed}": store.read()}, options.out / "grid.png"
     )
+
     processes.close()
 
     console.print(

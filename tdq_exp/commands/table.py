@@ -35,10 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, "python -m tdq_exp table")
+
+    # Which table, and its cells.
     parser.add_argument("table", help="a file of configs/table: table1, table2")
     parser.add_argument(
         "overrides", nargs="*", help="of every cell's command, as data.source.path=PATH"
     )
+
     parser.add_argument("--scale", default="paper", help="paper, small or digits (default: paper)")
     parser.add_argument(
         "--run",
@@ -57,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("results"),
         help="folder of runs and tables (default: results)",
     )
+
     return parser
 
 

@@ -50,6 +50,7 @@ def run(cells: Sequence[Cell], go: bool = False) -> list[str]:
             " or insist with --go"
         )
 
+    # One process a cell: a failure stops that cell alone, and is told at the end.
     failed = []
     for number, cell in enumerate(missing, 1):
         command = ["-m", "tdq_exp.run", *cell.overrides, *(["go=true"] if go else [])]

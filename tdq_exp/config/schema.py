@@ -246,11 +246,13 @@ def typed(cfg: DictConfig) -> Config:
     if missing:
         raise ValueError(f"{missing[0]} has no value: choose an option of its group, or set it")
 
+    # Types that a merge may have replaced, and keys that none of them declares.
     options = options_class(cfg.fit.kind)
     if OmegaConf.get_type(cfg.fit) is not options:
         raise ValueError(
             f"fit.kind={cfg.fit.kind!r}: is not the kind of this fit; choose it as fit=OPTION"
         )
+
     for group in dataclasses.fields(Config):
         node = cfg[group.name]
         declared = OmegaConf.get_type(node) if OmegaConf.is_dict(node) else None
@@ -290,6 +292,7 @@ def _check_method(config: Config) -> None:
     """Refuse a fit that does not go with the method, its calibration set or its quantizers."""
     fit, method = config.fit, config.method
 
+    # Each pair of choices that contradict each other, with what to choose instead.
     if fit.quantizes != method.quantized:
         raise ValueError(f"fit.kind={fit.kind} does not go with method={method.label}")
 

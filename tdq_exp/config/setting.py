@@ -90,6 +90,7 @@ def _problem(value: Any, about: Mapping[str, Any]) -> str | None:
     if not math.isfinite(value):
         return "must be a finite number"
 
+    # A range has two ends, or one.
     low, high, above = about.get("low"), about.get("high"), about.get("above")
     if low is not None and high is not None:
         what = "a whole number" if isinstance(value, int) else "a number"

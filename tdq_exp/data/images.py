@@ -146,10 +146,12 @@ def load_images(
     protocol = f"{before}centre crop, bicubic to {size}x{size}x{channels}"
     some = f"|{limit}" if limit is not None else ""
 
+    # The cache file is named after all that its content depends on.
     key = hashlib.sha256(f"1|{source.key(split)}|{protocol}{some}".encode()).hexdigest()[:20]
     root = (Path(cache).expanduser() if cache else default_cache()) / "images"
     pixels, meta = root / f"{key}.npy", root / f"{key}.json"
 
+    # The description is written last: where it is, the pixels are whole.
     if not meta.exists():
 
         def decoded() -> Iterator[NDArray[np.uint8]]:
@@ -159,6 +161,7 @@ def load_images(
 
         with files.replacing(pixels, CACHE_REMEDY) as part, part.open("wb") as file:
             _write_rows(file, decoded(), (size, size, channels), split)
+
         array = np.load(pixels, mmap_mode="r")
         about = {
             "source": source.key(split),
@@ -180,10 +183,12 @@ def _write_rows(
     The header comes last, for only then is the number of images known.
     """
     file.write(bytes(_HEADER))
+
     count = 0
     for row in rows:
         file.write(row.tobytes())
         count += 1
+
     if not count:
         raise ValueError(f"data: the {split} split holds no image")
 
@@ -191,6 +196,7 @@ def _write_rows(
     description = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
     np.lib.format.write_array_header_1_0(header, description)
     assert len(header.getvalue()) == _HEADER
+
     file.seek(0)
     file.write(header.getvalue())
 

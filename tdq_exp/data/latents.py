@@ -119,6 +119,7 @@ def encoded(
         "mirror": mirror,
         "shape": list(shape),
     }
+
     content = hashlib.sha256(f"{images.content}|{by}".encode()).hexdigest()[:16]
     folder = cache / "latents" / files.fingerprint(parts)
     found = Latents(folder, len(images), 1 + mirror, shape, content)
@@ -128,6 +129,7 @@ def encoded(
         files.write_json(folder / "about.json", parts)
         return found.arrays.missing()
 
+    # Groups that are not on disk yet; this process takes its share.
     missing = processes.decide(begin)
     done = found.arrays.groups - len(missing)
     with track(
@@ -135,12 +137,15 @@ def encoded(
     ) as advance:
         for group in missing[processes.rank :: processes.world]:
             index = torch.arange(group * GROUP, min((group + 1) * GROUP, len(images)))
+
+            # The image, and its mirror image if it is wanted.
             sides = []
             for side in range(1 + mirror):
                 batch = images.batch(index, torch.full((len(index),), bool(side)))
                 sides.append(
                     torch.stack([value.cpu() for value in encode(batch.to(processes.device))], 1)
                 )
+
             found.arrays.put(group, moments=torch.stack(sides, 1).numpy())
             advance(f"{int(index[-1]) + 1} images")
 

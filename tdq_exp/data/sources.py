@@ -113,8 +113,11 @@ class Hub:
             raise ValueError(
                 f"data.source.path={self.path}: can't be read ({_first_line(error)}){hint}"
             ) from error
+
+        # Bytes are decoded here, so that an error can name the image.
         column = self.column or _image_column(table.features, self.path)
         table = table.cast_column(column, datasets.Image(decode=False))
+
         for i, row in enumerate(table):
             yield _decode(row[column], f"{self.path}[{self._split[split]}][{i}]")
 

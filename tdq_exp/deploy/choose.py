@@ -1,7 +1,8 @@
 """Which layers run on codes: each kind and shape of layer is timed both ways at load time.
 
-Small layers can be slower on codes, where quantizing the input and calling the kernel cost more than the product saves.
-The choice changes the last bits of an image, so a sampled set keeps the choice that it was begun with.
+Small layers can be slower on codes, where quantizing the input and calling the kernel cost more
+than the product saves. The choice changes the last bits of an image, so a sampled set keeps the
+choice that it was begun with.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Timed:
 
 @torch.no_grad()
 def timed(net: nn.Module, run: Callable[[nn.Module], object]) -> list[Timed]:
-    """Times every candidate on the input that it gets in a run of the network, one layer of each shape.
+    """Time every candidate on the input that it gets in a run of the network, one of each shape.
 
     Args:
         net: baked, in eval mode.
@@ -58,6 +59,7 @@ def timed(net: nn.Module, run: Callable[[nn.Module], object]) -> list[Timed]:
     units = _units(net, found)
     seen: dict[str, Tensor] = {}
 
+    # The first input of each unit, kept in one run of the network.
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             seen[name] = args[0].detach()
@@ -68,26 +70,34 @@ def timed(net: nn.Module, run: Callable[[nn.Module], object]) -> list[Timed]:
     for names, reader in units:
         source = reader if reader is not None else net.get_submodule(names[0])
         handles.append(source.register_forward_pre_hook(keep(names[0])))
+
     run(net)
     for handle in handles:
         handle.remove()
+
+    # Units of one shape take the same time: the first stands for all.
     shapes: dict[str, list[tuple[str, ...]]] = {}
     readers = dict(units)
     for names, _ in units:
         if names[0] in seen:
             shapes.setdefault(_shape(net, names, seen[names[0]]), []).append(names)
+
     result = []
     for shape, same in shapes.items():
         names = same[0]
         x, reader = seen[names[0]], readers[names]
         layers = [net.get_submodule(name) for name in names]
         coded = [found[name] for name in names]
+
+        # Each form gets the layout that it runs on: channels last for codes.
         last = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
         coder = coder_of(reader) if reader is not None else None
+
         both = {
             "simulated": partial(_call, layers, reader, x),
             "integer": partial(_call, coded, coder, last),
         }
+
         seconds = _medians(both)
         result.append(
             Timed(
@@ -97,6 +107,7 @@ def timed(net: nn.Module, run: Callable[[nn.Module], object]) -> list[Timed]:
                 seconds["integer"],
             )
         )
+
     return result
 
 
@@ -108,7 +119,7 @@ def chosen(times: list[Timed], min_speedup: float) -> list[str]:
 def choice(
     net: nn.Module, run: Callable[[nn.Module], object], min_speedup: float, file: Path
 ) -> dict[str, Any]:
-    """Which layers run on codes, from the file of an earlier choice, or measured, printed and written there.
+    """Return which layers run on codes: from the file of an earlier choice, or measured anew.
 
     Args:
         net: baked, in eval mode.
@@ -117,14 +128,19 @@ def choice(
         file: beside the images that are made with the choice.
 
     Returns:
-        `layers`: their names; `of`: how many quantized layers there are; `shapes`: what was measured.
+        `layers`: their names; `of`: how many quantized layers there are; `shapes`: what was
+            measured.
     """
     found = files.read_json(file)
     if found is not None:
         return found
+
+    # Measured here, for there is no file of an earlier choice.
     times = timed(net, run)
     names = chosen(times, min_speedup)
+
     of = sum(isinstance(module, QuantLayer) for module in net.modules())
+
     print_table(
         f"{len(names)} of {of} quantized layers run on integers",
         ["layer and input", "count", "simulated, ms", "integer, ms", "runs on"],
@@ -139,6 +155,8 @@ def choice(
             for e in times
         ],
     )
+
+    # Kept: the choice changes the last bits of an image.
     shapes = [dataclasses.asdict(entry) for entry in times]
     made = {"layers": names, "of": of, "min_speedup": min_speedup, "shapes": shapes}
     files.write_json(file, made)
@@ -146,7 +164,7 @@ def choice(
 
 
 def _units(net: nn.Module, found: dict[str, IntegerLayer]) -> list[tuple[tuple[str, ...], Any]]:
-    """(names, the quantizer that they share, if any): q, k and v of one attention are timed together."""
+    """Return (names, the quantizer they share, if any): q, k and v are timed together."""
     units: list[tuple[tuple[str, ...], Any]] = []
     for name, module in net.named_modules():
         if isinstance(module, QuantLayer) and name in found and module.input_quantizer is not None:

@@ -1,7 +1,7 @@
 """From floats to bytes: what integer layers read.
 
-A `Coder` takes s and z from a table of time steps, a `DynamicCoder` from the input itself, which costs a pass over it and
-keeps a norm before it from giving bytes at once.
+A `Coder` takes s and z from a table of time steps, a `DynamicCoder` from the input itself, which
+costs a pass over it and keeps a norm before it from giving bytes at once.
 """
 
 from __future__ import annotations

@@ -61,6 +61,7 @@ class IntegerLayer(nn.Module):
         coded = layer.weight_quantizer
         assert isinstance(coded, CodedWeight)
         self.coder, self.conv = coder, isinstance(layer, QuantConv2d)
+
         self.bias: Tensor | None = original.bias
         window: Window | None = None
         if self.conv:
@@ -76,8 +77,10 @@ class IntegerLayer(nn.Module):
         self.register_buffer(
             "w_scale", coded.step_size.reshape(-1).expand(len(codes)).float().clone()
         )
+
         self.product = Product(codes, self.w_scale, window)
 
+        # The second sum: what is left over of affine weights, in signed codes.
         self.affine = bool(rest.any())
         self.rest: Tensor
         if self.affine:
@@ -177,6 +180,7 @@ def codable(net: nn.Module) -> dict[str, Quantizer]:
                 found[name] = module.input_quantizer
             elif name in shared and not too_wide(shared[name]):
                 found[name] = shared[name]
+
     return _whole_attentions(net, found)
 
 
@@ -245,12 +249,17 @@ def integerize(net: nn.Module, chains: Chains, names: Iterable[str] | None = Non
     reason = unavailable(torch.device("cpu"))
     if reason is not None:
         raise RuntimeError(reason)
+
+    # Which layers: refused before anything is replaced.
     net = copy.deepcopy(net)
+
     found = candidates(net)
     chosen = set(found if names is None else names)
     if unknown := sorted(chosen - found.keys()):
         reason = f" here: {INEXACT}" if unknown[0] in codable(net) else ""
         raise ValueError(f"{unknown[0]}: can't run on codes{reason}")
+
+    # q, k and v share one coder, that of their attention.
     for name, module in list(net.named_modules()):
         if isinstance(module, QuantAttention) and module.input_quantizer is not None:
             leaves = set(readers(net, name))
@@ -259,8 +268,10 @@ def integerize(net: nn.Module, chains: Chains, names: Iterable[str] | None = Non
                     raise ValueError(
                         f"{name}: q, k and v read one coded tensor: choose all three or none"
                     )
+
                 coder: Any = coder_of(module.input_quantizer)
                 module.input_quantizer = coder
+
     for name in chosen:
         replace_module(net, name, found[name])
     fuse(net, chains)

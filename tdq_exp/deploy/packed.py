@@ -1,7 +1,8 @@
-"""Packed networks: weights at their real bit width, step sizes as tables, and nothing else that sampling does not need.
+"""Packed networks: weights at their real bit width, step sizes as tables, nothing else.
 
 A packed file is a safetensors file of a baked network's tensors in which
-    codes of weights    are numbers of b bits, lowest bit first, one after another: two 4-bit codes a byte
+    codes of weights    are numbers of b bits, lowest bit first, one after another: two 4-bit codes
+                        a byte
     zero points         are in the smallest integer type that holds them
 and everything else (step sizes, biases, norms) is as it was. The header says how to undo it.
 """
@@ -70,8 +71,11 @@ def pack(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]
     for key, value in state.items():
         if key.endswith(".weight_quantizer.codes"):
             low, high = int(value.min()), int(value.max())
+
+            # As few bits as the codes of this layer need.
             bits = max(1, (high - low).bit_length())
             packed[key] = pack_codes(value, low, bits)
+
             how[key] = {
                 "codes": bits,
                 "n": low,
@@ -83,6 +87,7 @@ def pack(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]
             packed[key], how[key] = value.to(small), {"type": _name(value.dtype)}
         else:
             packed[key] = value
+
     return packed, how
 
 
@@ -135,7 +140,11 @@ def save(
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str, dict[str, str]]:
-    """(state dict of the baked network, configuration, the fit's fingerprint, other parts' hashes) of a packed file.
+    """Read a packed file.
+
+    Returns:
+        The state dict of the baked network, the configuration, the fit's fingerprint, and the
+        hashes of other parts.
 
     Raises:
         ValueError: if the file is damaged, or is not a packed network.
@@ -147,8 +156,11 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str, dict[str, 
                 raise ValueError(
                     f"{path}: is not a packed network (its header does not say `{FORMAT}`)"
                 )
+
             packed = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
         state = unpack(packed, json.loads(about["packed"]))
+
         return (
             state,
             json.loads(about["config"]),

@@ -1,8 +1,8 @@
-"""Products of 8-bit codes by oneDNN's kernels, as torch ships them, and whether they are exact on this CPU.
+"""Products of 8-bit codes by oneDNN's kernels, as torch ships them, and whether they are exact.
 
-Without VNNI instructions, a kernel multiplies unsigned by signed bytes and adds the products of neighbouring channels in
-pairs (`vpmaddubsw`). Such a sum is cut off at 16 bits, without a word. With VNNI everything is added in 32 bits. So a
-product is exact
+Without VNNI instructions, a kernel multiplies unsigned by signed bytes and adds the products of
+neighbouring channels in pairs (`vpmaddubsw`). Such a sum is cut off at 16 bits, without a word.
+With VNNI everything is added in 32 bits. So a product is exact
 
     on any CPU             if 2 |q_x|max |q_w|max <= 2^15 - 1: no pair reaches the limit
     on a CPU with VNNI     always
@@ -35,7 +35,7 @@ def never_saturates(largest_code: int, weight: Tensor) -> bool:
 
 
 def exact_here(largest_code: int, weight: Tensor) -> bool:
-    """Return whether `Product` is exact on this CPU for such codes. Arguments as `never_saturates`."""
+    """Return whether `Product` is exact on this CPU for such codes; see `never_saturates`."""
     return never_saturates(largest_code, weight) or all_are_exact_here()
 
 
@@ -43,8 +43,8 @@ def exact_here(largest_code: int, weight: Tensor) -> bool:
 def all_are_exact_here() -> bool:
     """Return whether `Product` is exact on this CPU for all codes.
 
-    The largest products are computed and compared, which asks the kernels themselves: not every CPU with VNNI has
-    AVX-512, and `ONEDNN_MAX_CPU_ISA` may forbid both.
+    The largest products are computed and compared, which asks the kernels themselves: not every CPU
+    with VNNI has AVX-512, and `ONEDNN_MAX_CPU_ISA` may forbid both.
     """
     for channels in PROBE_CHANNELS:
         weight, scale = (
@@ -58,6 +58,7 @@ def all_are_exact_here() -> bool:
             .contiguous(memory_format=torch.channels_last)
         )
 
+        # The largest sums there are: a cut-off would show in them.
         linear = Product(weight, scale)(codes, 1.0, 0)
         convolution = Product(weight[..., None, None], scale, ([1, 1], [0, 0], [1, 1], 1))(
             image, 1.0, 0
@@ -114,6 +115,8 @@ class Product:
                 [],
                 "",
             )
+
+        # A convolution: the same, with its window.
         return torch.ops.onednn.qconv2d_pointwise(
             codes,
             s,

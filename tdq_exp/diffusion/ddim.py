@@ -51,10 +51,13 @@ def time_steps(spacing: str, count: int, total: int, offset: int = 0) -> list[in
     """
     if spacing not in SPACINGS:
         raise ValueError(f"sampler.spacing={spacing!r}: choose one of {', '.join(SPACINGS)}")
+
     if not 1 <= count <= total:
         raise ValueError(
             f"sampler.steps={count}: must be between 1 and the model's {total} time steps"
         )
+
+    # Least noisy step first; all spacings but `quad` have S of them.
     i = torch.arange(count, dtype=torch.float64)
     if spacing == "leading":
         steps = (i * (total // count)).long() + offset
@@ -71,6 +74,7 @@ def time_steps(spacing: str, count: int, total: int, offset: int = 0) -> list[in
             .unique()
             + offset
         )
+
     repeats = spacing != "quad" and len(steps.unique()) < count
     if repeats or int(steps.max()) >= total or int(steps.min()) < 0:
         raise ValueError(
@@ -78,6 +82,7 @@ def time_steps(spacing: str, count: int, total: int, offset: int = 0) -> list[in
             f" {total} time steps; "
             "take fewer steps or another spacing"
         )
+
     return [int(t) for t in steps.flip(0)]
 
 

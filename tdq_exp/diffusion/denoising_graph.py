@@ -1,9 +1,9 @@
 """DDIM whose whole denoising step, network and update, is launched as one CUDA graph.
 
-A step reads its number i from the GPU, and with it t and the coefficients of the update from tables;
-its last act is to count i up. So all steps are the same recording, and between two of them the host
-does nothing but launch the next one. Step sizes and zero points that depend on t are gathered by the
-quantizers at that same t, on the GPU.
+A step reads its number i from the GPU, and with it t and the coefficients of the update from
+tables; its last act is to count i up. So all steps are the same recording, and between two of them
+the host does nothing but launch the next one. Step sizes and zero points that depend on t are
+gathered by the quantizers at that same t, on the GPU.
 """
 
 from __future__ import annotations

@@ -198,6 +198,7 @@ def draw_batch(
     mirrored = torch.rand(batch_size, generator=g) < (0.5 if flip else 0.0)
     eps = torch.randn(batch_size, *shape, generator=g)
     noise = torch.randn(batch_size, *shape, generator=g) if random else None
+
     return Draws(index, mirrored, t, eps, noise)
 
 

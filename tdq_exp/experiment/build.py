@@ -166,25 +166,31 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
     config = schema.typed(cfg)
     check_names(config.eval.metrics)
     name, sample, folder = naming.fit_name(cfg), naming.sample_name(cfg), naming.run_folder(cfg)
+
     values = schema.plain(cfg)
     resolved = OmegaConf.create(values)
 
     # 2. The model, and what of it is fitted: refused here if there is no such part.
     model = make(resolved, "model.definition")
+
     fit = _fit(config)
     fit.trained(model)
+
     if fit.options.fits_network:
         model.attach(_shipped(config.model.autoencoder))
+
     if config.model.weights is None and fit.options.needs_weights:
         raise ValueError(
             "model.weights has no value: name a file, or train the model first"
             " (method=fp fit=pretrain)"
         )
+
     weights = _shipped(config.model.weights) if fit.options.needs_weights else None
 
     # 3. The rest.
     cache = Path(config.data.cache).expanduser() if config.data.cache else default_cache()
     images = make(resolved, "data.source") if source else None
+
     return Experiment(
         name=name,
         sample_name=sample,

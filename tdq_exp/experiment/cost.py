@@ -145,11 +145,13 @@ def show(job: Experiment) -> Cost:
     fit_done, sample_done = stages_done(job)
     weights = job.weights.path or "to be trained"
 
+    # The experiment and its network.
     console.print(f"[bold]{job.name}[/bold] seed {job.seed} -> {job.folder / job.sample_name}")
     console.print(f"  model    {cost.parameters:,} parameters, weights {weights}")
     if job.recipe is not None:
         _show_layers(job, job.recipe)
 
+    # The stages, each with what it would take.
     if cost.encode_seconds:
         size = 2 * 2 * 4 * math.prod(job.model.sample_shape)  # mean and deviation, and mirrored
         console.print(

@@ -154,6 +154,7 @@ def _facts(
 def _first_layer(job: Experiment, net: nn.Module, say: bool) -> dict[str, Any]:
     """Return how much of the starting noise the first layer does not see."""
     t = job.model.schedule.steps - 1  # where any sampler starts, or near it: a fit knows of none
+
     with torch.device("meta"):  # names are all that is wanted
         roles = job.model.roles(job.model.build())
 

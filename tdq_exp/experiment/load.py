@@ -20,6 +20,7 @@ def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
     folder = Path(run).expanduser()
     if folder.suffix == ".safetensors":
         return _packed(folder)
+
     found = files.read_json(folder / "fit.json")
     if found is None or not found["done"]:
         state = (
@@ -28,12 +29,16 @@ def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
             else "holds no run (there is no fit.json)"
         )
         raise FileNotFoundError(f"{folder} {state}")
+
+    # Built again from the configuration that was recorded.
     job = jobs.rebuild(found["config"], folder / "fit.json")
     job = dataclasses.replace(job, folder=folder)
     _check_parts(job.trained.parts(), found["parts"], folder)
+
     if not job.fit.options.loads_only:
         return job, job.fit.finished(job.model, job.recipe, folder, torch.device("cpu"))
 
+    # A float model: its weights are those of a file of its own.
     net = job.model.build()
     if job.weights.load(job.model, net) != found["facts"]["weights"]:
         raise ValueError(f"{job.weights.path}: is not the checkpoint of {folder}")

@@ -15,7 +15,7 @@ from tdq_exp.experiment.fit_stage import FittedModel
 from tdq_exp.experiment.row import Row, RowRecord
 from tdq_exp.experiment.sample_stage import Reconstructions, SampleStage, run_sampling
 from tdq_exp.metrics.features import FeatureNetwork
-from tdq_exp.metrics.measure import measure
+from tdq_exp.metrics.measure import Features, measure
 from tdq_exp.quant import kernels
 from tdq_exp.runtime import environment, files
 from tdq_exp.runtime.processes import Processes
@@ -39,6 +39,8 @@ def run_measures(
     processes.decide(sampling.require_same)
     processes.decide(lambda: job.features().name)  # a download, or a complaint, happens once
     network = job.features()
+
+    # The row is found by what it depends on.
     fingerprint = files.fingerprint(measure_parts(job, data, network, sampling.record.fingerprint))
     record = RowRecord(sampling.folder / "metrics.json", fingerprint)
 
@@ -46,30 +48,32 @@ def run_measures(
         images = run_sampling(job, sampling, processes)
 
         began = time.monotonic()
+
+        # Metrics of the set, and of as many real images.
         options = job.evaluation
         measured = measure(
-            network,
+            Features(network, options.batch, processes, job.data.cache),
             images.pixels,
             data.train,
             data.held_out,
             options.metrics,
-            options.batch,
-            processes,
-            job.data.cache,
             options.reference_images,
             partial(Reconstructions, job.model, processes=processes) if job.model.codec else None,
         )
 
+        # What the row is of, how long it took, and where it was made.
         fingerprints = {
             "fit": fit.fingerprint,
             "sample": sampling.record.fingerprint,
             "measure": fingerprint,
         }
+
         seconds = {
             "fit": fit.facts["seconds"],
             "sample": round(images.seconds, 1),
             "measure": round(time.monotonic() - began, 1),
         }
+
         return Row(
             name=job.name,
             seed=job.seed,

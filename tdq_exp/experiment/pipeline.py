@@ -28,6 +28,7 @@ def run(job: Experiment) -> list[dict[str, Any]]:
     launcher, tracking = job.machine.launcher, job.machine.tracker
     if launcher.threads:
         torch.set_num_threads(launcher.threads)
+
     processes = Processes(cpu=launcher.cpu)
     tracker: Tracker | None = None
 
@@ -39,6 +40,8 @@ def run(job: Experiment) -> list[dict[str, Any]]:
         )
 
         fit = run_fit(job, data, processes, tracker)
+
+        # A fit without a row ends here.
         if not job.fit.options.gives_rows:
             return []
         if job.fit.options.chooses_checkpoint:
@@ -72,6 +75,7 @@ def load_data(job: Experiment, processes: Processes) -> Data:
         )
         return Data(read("train"), read("validation"))
 
+    # The main process writes the cache; then all read it.
     processes.decide(lambda: load() and None)
     return load()
 

@@ -207,6 +207,7 @@ def sample_set(
     # 2. Group by group; each is on disk before the next is begun.
     denoiser.net.to(processes.device).eval()
     group_sampler = DenoisingGraph(sampler) if isinstance(sampler, Ddim) else sampler
+
     began = time.monotonic()
     with track("sampling", len(every), done, show=processes.main) as advance:
         for group in mine:
@@ -218,9 +219,11 @@ def sample_set(
                 device=processes.device,
                 truncate=truncate,
             )
+
             store.put(group, pixels)
             if on_group is not None and processes.main:
                 on_group(time.monotonic() - began)
+
             for _ in range(processes.world):  # the others go at the same pace
                 if done < len(every):
                     done += 1
@@ -256,6 +259,7 @@ class Reconstructions:
 
     def __getitem__(self, part: slice) -> NDArray[np.uint8]:
         index = torch.arange(*part.indices(self.count))
+
         made, device = [], self.processes.device
         with (
             track(
@@ -269,9 +273,11 @@ class Reconstructions:
                 images = self.images.batch(some, torch.zeros(len(some), dtype=torch.bool))
                 streams = [generator(0, Stream.RECONSTRUCTION, int(i)) for i in some]
                 noise = [torch.randn(self.model.sample_shape, generator=g) for g in streams]
+
                 back = self.codec.reconstruct(images.to(device), torch.stack(noise).to(device))
                 made.append(to_uint8(back.cpu()).numpy())
                 advance(f"{int(some[-1]) + 1} images")
+
         # Nothing to make: with few images, some processes have no part in a set.
         empty = np.zeros(
             (0, self.model.image_size, self.model.image_size, self.model.channels), np.uint8

@@ -56,6 +56,7 @@ def _draw(job: Experiment, folder: Path, row: dict[str, Any], processes: Process
     title = f"{job.name}, {name} {value:.4g} ({features}, {row['images']} images)"
     rows = {title: images[:batch]}
 
+    # The float model's images of the same noise, where there is one.
     if job.recipe is not None and job.weights.path is not None:
         net = job.model.build()
         job.weights.load(job.model, net)
@@ -88,8 +89,10 @@ def print_row(job: Experiment, rows: list[dict[str, Any]]) -> None:
         [r["name"], r["images"], *(r["metrics"][key] for key in names)]
         for r in [row, *_float_rows(job, row)]
     ]
+
     for kind, real in real_metrics(row).items():
         lines.append([REAL_NAMES[kind], real["images"], *(real[key] for key in names)])
+
     title = f"{features['name']} features ({features['weights']})"
     print_table(title, ["", "images", *names.values()], lines)
 

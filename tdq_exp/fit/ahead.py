@@ -35,6 +35,7 @@ def batches_ahead(
             yield make(update)
         return
 
+    # Copies from pinned memory run beside the computation.
     def pinned(update: int) -> Batch:
         return tuple(tensor.pin_memory() for tensor in make(update))
 
@@ -44,6 +45,7 @@ def batches_ahead(
             for update in range(first, end):
                 while len(waiting) < depth and update + len(waiting) < end:
                     waiting.append(pool.submit(pinned, update + len(waiting)))
+
                 batch = waiting.pop(0).result()
                 yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
         finally:

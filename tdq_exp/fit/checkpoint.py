@@ -1,7 +1,7 @@
 """Training states on disk: written beside the target and renamed, read without executing anything.
 
-`state.pt` holds all that the next update depends on: network, average, optimiser, and the random state of dropout for
-each process. Draws of data need no state (see `diffusion.objective`).
+`state.pt` holds all that the next update depends on: network, average, optimiser, and the random
+state of dropout for each process. Draws of data need no state (see `diffusion.objective`).
 """
 
 from __future__ import annotations

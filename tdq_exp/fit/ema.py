@@ -2,8 +2,8 @@
 
     theta_ema <- d theta_ema + (1 - d) theta
 
-The average is a whole copy of the network, with a time context of its own, so it can be evaluated and sampled while the
-other one trains.
+The average is a whole copy of the network, with a time context of its own, so it can be evaluated
+and sampled while the other one trains.
 """
 
 from __future__ import annotations

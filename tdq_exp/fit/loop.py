@@ -190,6 +190,7 @@ class Training:
             nn.utils.clip_grad_norm_(self.net.parameters(), options.grad_clip)
         self.optimizer.step()
         self.ema.update(self.net, update)
+
         return value
 
     def _log(self, loss: float, done: int) -> None:
@@ -254,6 +255,7 @@ class Training:
         if state is None:
             return 0
 
+        # Refuse what would not go on as it was begun.
         if state.get("fingerprint") != self.context.fingerprint:
             raise ValueError(
                 f"{self.state_file}: the training state of another fit; remove it to start this one"
@@ -265,6 +267,7 @@ class Training:
                 " file to start again"
             )
 
+        # All that the next update depends on, then what is recorded.
         self.net.load_state_dict(state["net"])
         self.ema.net.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -145,7 +145,9 @@ class PretrainOptions(FitOptions, TrainOptions):
     gives_rows: ClassVar[bool] = False
 
     kind: str = setting("pretrain", choices=("pretrain",))
-    part: str = setting(NETWORK, since=NETWORK, help="network, or autoencoder")  # type: ignore[misc]
+    part: str = setting(  # type: ignore[misc]
+        NETWORK, since=NETWORK, help="network, or autoencoder"
+    )
     export: str | None = setting(None, fingerprint=False, help="also write the weights here")
 
 
@@ -196,8 +198,12 @@ class ReconstructOptions(PtqNumbers):
     )
     lr_rounding: float = setting(1.0e-3, low=0, help="AdaRound: rate of V")
     rounding_weight: float = setting(0.01, low=0, help="AdaRound: lambda")
-    beta_start: float = setting(20.0, above=0, since=20.0, help="AdaRound: see `adaround.beta_at`")
-    beta_end: float = setting(2.0, above=0, since=2.0, help="AdaRound: see `adaround.beta_at`")
+    beta_start: float = setting(
+        20.0, above=0, since=20.0, help="AdaRound: see `rules.adaround.beta_at`"
+    )
+    beta_end: float = setting(
+        2.0, above=0, since=2.0, help="AdaRound: see `rules.adaround.beta_at`"
+    )
     rounding_warmup: float = setting(
         0.2,
         low=0,

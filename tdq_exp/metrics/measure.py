@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,29 +75,50 @@ def features_of_known(
     return load_file(file)
 
 
+@dataclass(frozen=True)
+class Features:
+    """How the features of image sets are computed, and where those of real images are kept.
+
+    Args:
+        network: the features.
+        batch: images at a time.
+        processes: who shares the work.
+        cache: folder of the features of real images.
+    """
+
+    network: FeatureNetwork
+    batch: int
+    processes: Processes
+    cache: Path
+
+    def of(self, pixels: Pixels, label: str) -> dict[str, torch.Tensor]:
+        """See `features_of`."""
+        return features_of(self.network, pixels, self.batch, self.processes, label)
+
+    def of_known(self, content: str, pixels: Pixels, label: str) -> dict[str, torch.Tensor]:
+        """See `features_of_known`."""
+        return features_of_known(
+            self.network, content, pixels, self.batch, self.processes, self.cache, label
+        )
+
+
 def measure(
-    network: FeatureNetwork,
+    features: Features,
     pixels: NDArray[np.uint8],
     train: Images,
     held_out: Images,
     metrics: list[str],
-    batch: int,
-    processes: Processes,
-    cache: Path,
     reference_images: int | None = None,
     reconstruct: Callable[[Images, int], Known] | None = None,
 ) -> dict[str, Any]:
     """Measure a generated set, and as many held-out real images, against the training set.
 
     Args:
-        network: the features.
+        features: how they are computed, and where they are kept.
         pixels: the generated set, uint8 `[N, H, W, C]`.
         train: the training set.
         held_out: real images that were not trained on.
         metrics: names, of `fidelity.METRICS`.
-        batch: images at a time.
-        processes: who shares the work.
-        cache: folder of the features of real images.
         reference_images: only the first so many of the training set; None takes all.
         reconstruct: (a set, how many of it) -> these images through the model's codec, if it has
             one.
@@ -107,21 +129,24 @@ def measure(
         reconstructions of these; `reference`: the training set's content and size; `features`: name
         and hash.
     """
-    generated = features_of(network, pixels, batch, processes, "features of generated images")
+    generated = features.of(pixels, "features of generated images")
     size = min(reference_images or len(train), len(train))
+    reference = features.of_known(
+        train.content, train.pixels[:size], "features of the training set"
+    )
 
-    def known(content: str, images: Pixels, label: str) -> dict[str, torch.Tensor]:
-        return features_of_known(
-            network, content, images, batch, processes, cache, f"features of {label}"
-        )
-
-    reference = known(train.content, train.pixels[:size], "the training set")
+    # Real images say what the metrics give at best; their reconstructions, what the codec costs.
     count = min(len(pixels), len(held_out))
-    real = {"held_out": known(held_out.content, held_out.pixels[:count], "held-out images")}
+    real = {
+        "held_out": features.of_known(
+            held_out.content, held_out.pixels[:count], "features of held-out images"
+        )
+    }
     if reconstruct is not None:
         made = reconstruct(held_out, count)
-        real["reconstructed"] = known(made.content, made, "reconstructions")
+        real["reconstructed"] = features.of_known(made.content, made, "features of reconstructions")
 
+    network = features.network
     layers = network.metric_layers
 
     def compute() -> dict[str, Any]:
@@ -135,4 +160,4 @@ def measure(
             "features": {"name": network.name, "weights": network.weights_hash},
         }
 
-    return processes.decide(compute)
+    return features.processes.decide(compute)

@@ -95,10 +95,12 @@ class Autoencoder(Trainable):
             raise ValueError(
                 f"model.definition.autoencoder.batch={batch}: must be an integer of at least 1"
             )
+
         if scale is not None and not (isinstance(scale, int | float) and 0 < scale < math.inf):
             raise ValueError(
                 f"model.definition.autoencoder.scale={scale}: must be a positive number"
             )
+
         self.network, self.batch, self.scale, self.kl_weight, self.flip = (
             dict(network),
             batch,
@@ -106,6 +108,7 @@ class Autoencoder(Trainable):
             kl_weight,
             flip,
         )
+
         self._source: str | None = None
         self._net: ScaledAutoencoder | None = None
         self._hash = ""

@@ -45,6 +45,7 @@ class LatentDiffusionModel(DiffusionModel):
                 f"model.definition.autoencoder={autoencoder}: a latent model needs one, with"
                 " a _target_"
             )
+
         self.codec = self.autoencoder = autoencoder
         if self.sample_shape != autoencoder.sample_shape:
             raise ValueError(

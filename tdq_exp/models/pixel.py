@@ -104,7 +104,7 @@ class DiffusionModel(Trainable):
         return net
 
     def load(self, net: nn.Module, weights: str, ema: bool = True) -> str:
-        """Fill a network with weights and return their content hash. See `weights.load_weights`."""
+        """Fill a network with weights and return their content hash. See `weights.load`."""
         if self.attention_heads is None:
             return load_weights(net, weights, ema=ema)
 

@@ -75,10 +75,12 @@ class _DiffusersSampler:
                 f"sampler.steps={self.steps}: must be between 1 and the model's"
                 f" {schedule.steps} time steps"
             )
+
         if self.steps < self.fewest:
             raise ValueError(
                 f"sampler.steps={self.steps}: this sampler needs at least {self.fewest}"
             )
+
         scheduler = self._scheduler(schedule)  # fresh for each batch: PNDM keeps its history inside
         scheduler.set_timesteps(self.steps, device=x.device)
 
@@ -89,6 +91,7 @@ class _DiffusersSampler:
                 f" leaves the {schedule.steps} time steps; take fewer steps or another offset"
             )
 
+        # Only DDPM draws noise on the way.
         extra = {}
         if isinstance(scheduler, DDPMScheduler):
             if len(generators) != len(x):

@@ -118,12 +118,14 @@ def calibrating(net: nn.Module, batches: int, start: str = "error") -> Iterator[
     for name, quantizer in quantizers.items():
         quantizer.observer = observers[name]
 
+    # The caller shows the network its batches.
     try:
         yield calibration
     finally:
         for quantizer in quantizers.values():
             quantizer.observer = None
 
+    # What all processes saw decides the start values.
     for name, quantizer in quantizers.items():
         observer = observers[name]
         if calibration.gather is not None:
@@ -166,6 +168,7 @@ def start_value(quantizer: Quantizer, observer: Observer, start: str) -> tuple[f
     grid = quantizer.grid
     if quantizer.interval.dynamic:
         return 1.0, 0  # s and z follow the tensor
+
     low, high = observer.extremes()
 
     if quantizer.start_by == "range":
@@ -208,6 +211,8 @@ def least_error(values: Tensor, grid: Grid, low: float, high: float) -> tuple[fl
         grid: of the quantizer.
         low, high: the tensor's extremes.
     """
+
+    # Symmetric: one step size, searched coarsely, then near the best.
     if grid.symmetric:
         top = max(abs(low), abs(high), 1e-8) / grid.p
         zero = torch.zeros(())
@@ -219,6 +224,7 @@ def least_error(values: Tensor, grid: Grid, low: float, high: float) -> tuple[fl
         around = best(torch.linspace(0.01, 1, 100))
         return top * best((around + torch.linspace(-0.01, 0.01, 21)).clamp(min=1e-3)), 0
 
+    # Affine: a range that holds 0.
     low, high = min(low, 0.0), max(high, 0.0)
     if high - low < 1e-8:
         return 1e-8, grid.n
@@ -233,6 +239,7 @@ def least_error(values: Tensor, grid: Grid, low: float, high: float) -> tuple[fl
         steps, zeros = _affine(lows, highs, grid)
         return float(fractions[_errors(values, steps, zeros, grid).argmin()])
 
+    # Either side in turn, the other one fixed; then both once more, finely.
     coarse = torch.linspace(0.02, 1, 50)
     for _ in range(2):
         b = search("high", coarse)

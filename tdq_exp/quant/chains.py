@@ -1,7 +1,7 @@
 """Chains of modules that deployment may fuse: plain data that a model's description hands over.
 
-Everything is a name of the network's `named_modules`, so nobody but the model's description needs to
-know how its blocks are built.
+Everything is a name of the network's `named_modules`, so nobody but the model's description needs
+to know how its blocks are built.
 """
 
 from __future__ import annotations

@@ -130,6 +130,7 @@ def quantize(
     leaves = {n for n, leaf in net.named_modules() if isinstance(leaf, nn.Conv2d | nn.Linear)}
     if leaves != roles.keys():
         raise ValueError(f"roles and layers differ: {sorted(leaves ^ roles.keys())[:3]}")
+
     time = TimeContext(steps)
 
     # Activation quantizers, each with an interval of its own.
@@ -160,8 +161,10 @@ def quantize(
 
     if bank is not None:
         net.generators = bank
+
     time.follow(net)
     net.time = time  # type: ignore[assignment]
+
     _check_rules(net)
     return time
 
@@ -195,6 +198,7 @@ def _activation(recipe: Recipe, wanted: Wanted, interval: Interval) -> Quantizer
     symmetric = habits.symmetric_activations and not wanted.after_silu
     grid = Grid(wanted.bits, symmetric=symmetric, reduced=habits.reduced_grids)
 
+    # The zero point: learned, bounded below, or none.
     bounded = recipe.zero_point == "lower_bound"
     if recipe.zero_point == "by_role":
         bounded = wanted.after_silu and interval.time_dependent
@@ -209,6 +213,7 @@ def _activation(recipe: Recipe, wanted: Wanted, interval: Interval) -> Quantizer
 
     scale = habits.scale_activation_gradient
     quantizer = recipe.act(grid, interval, zero_point, gradient_scale=scale)
+
     if interval.dynamic and quantizer.transforms_step:
         raise ValueError(
             f"act: {type(quantizer).__name__} transforms step sizes, which tdq=dynamic takes from"
@@ -266,11 +271,14 @@ def bake(net: nn.Module, inplace: bool = False) -> nn.Module:
     """
     net = (net if inplace else copy.deepcopy(net)).eval().requires_grad_(False)
     time = net.time
+
+    # Weights become codes.
     for module in net.modules():
         if isinstance(module, QuantLayer):  # one after another: never two forms of all weights
             _code(module)
             module.layer.register_parameter("weight", None)
 
+    # Step sizes and zero points become tables.
     for quantizer in activation_quantizers(net).values():
         tables = quantizer.tables()
         if tables is not None:
@@ -281,6 +289,7 @@ def bake(net: nn.Module, inplace: bool = False) -> nn.Module:
 
     if "generators" in dict(net.named_children()):
         del net.generators
+
     return net
 
 
@@ -325,6 +334,8 @@ def layer_map(net: nn.Module, roles: Mapping[str, Role]) -> list[dict[str, str]]
         `layer`, `role`, `weight` and `input`: codes, rule, interval and zero point, or "float".
     """
     rows = []
+
+    # The leaves.
     for name, role in roles.items():
         layer = net.get_submodule(name)
         row = {"layer": name, "role": role.kind, "weight": "float", "input": "float"}
@@ -334,6 +345,7 @@ def layer_map(net: nn.Module, roles: Mapping[str, Role]) -> list[dict[str, str]]
             row["input"] = f"shared: {role.reads}" if shared else _describe(layer.input_quantizer)
         rows.append(row)
 
+    # The factors of the attention products.
     for name, module in net.named_modules():
         if isinstance(module, QuantAttention):
             block = name.rpartition(".")[0]
@@ -342,6 +354,7 @@ def layer_map(net: nn.Module, roles: Mapping[str, Role]) -> list[dict[str, str]]
                 described = "float" if quantizer is None else _describe(quantizer)
                 row = {"layer": f"{block}.{part}", "role": "attention_matrix", "weight": "-"}
                 rows.append(row | {"input": described})
+
     return rows
 
 

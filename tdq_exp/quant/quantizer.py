@@ -139,6 +139,7 @@ class Quantizer(nn.Module):
         if self.observer is not None:
             self.observer(x)
             return x
+
         n, p = self.grid.n, self.grid.p
         x = kernels.readable(x)  # the arithmetic of quantizers stays in float32 under autocast
 
@@ -191,15 +192,18 @@ def check_rule(quantizer: Quantizer, s: Tensor | None = None, z: Tensor | None =
     """
     if not quantizer.integer:
         return  # such a rule has one formula, for training and eval
+
     n, p = quantizer.grid.n, quantizer.grid.p
     s = torch.tensor(0.3, device="cpu") if s is None else s
     if z is None and n == 0:
         z = torch.tensor(float(p // 2), device=s.device)
 
+    # What inference computes.
     codes = torch.linspace(2 * n - p, 2 * p - n, 401, device=s.device) - (0 if z is None else z)
     x = (codes * s).reshape(1, -1)
     expected = ops.fake_quantize(x, s, z, n, p)
 
+    # What training computes at the end, without a trace of it.
     twin = copy.copy(quantizer)  # shares everything; only its phase and mode are its own
     twin.set_final_phase(True)
     twin.training = True

@@ -153,6 +153,7 @@ def _cells_of_line(
     tracker = [] if any(_key(override) == "tracker" for override in extra) else ["tracker=none"]
     own = [*(f"{group}={option}" for group, option in choices.items()), *line.overrides]
 
+    # A cell for each seed of the sampler.
     for seed in line.sampler_seeds:
         asked = [*own, *([f"sampler.seed={seed}"] if seed else [])]
         command = (*asked, f"out={_quoted(out)}", *tracker, *extra)
@@ -185,6 +186,8 @@ def find(cell: Cell) -> Cell:
         return dataclasses.replace(cell, row=exact[0])
 
     sampler = _compared(cell.config)["sampler"]
+
+    # Else the longest set of the same run that was sampled the same way.
     shorter = [
         row
         for path in sorted(cell.folder.glob("*/metrics.json"))
@@ -193,6 +196,7 @@ def find(cell: Cell) -> Cell:
         and _compared(row["config"])["sampler"] == sampler
         and row["report"] == cell.config["fit"]["report"]
     ]
+
     return dataclasses.replace(cell, row=max(shorter, key=_images, default=None))
 
 

@@ -222,6 +222,7 @@ def _notes(
     """Return the footer: the protocol of each column, and the state of the cells."""
     notes = [column.prefix + note for column in columns for note in _column_notes(column)]
 
+    # How complete and how current the table is.
     cells = [cell for column in columns for cell in column.cells]
     filled = [cell for cell in cells if cell.row]
     stale, short = sum(bool(c.changes) for c in filled), sum(c.short for c in filled)
@@ -236,6 +237,7 @@ def _notes(
     if overrides:
         notes.append(f"Asked for with {' '.join(overrides)}.")
 
+    # Where published numbers are from.
     sources = sorted(
         {line.source for line in (manifest.float_model, *manifest.lines) if line.source}
     )
@@ -255,6 +257,7 @@ def _column_notes(column: FilledColumn) -> list[str]:
         return ", ".join(sorted("unknown" if v is None else str(v) for v in values)) or "-"
 
     quantized = [cell for cell in filled if cell.config["method"]["quantized"]]
+
     sampler = listed("config.sampler.method._target_").rsplit(".", 1)[-1]
     settings = ", ".join(f"{key} {listed(f'config.sampler.{key}')}" for key in SAMPLER)
     autoencoder = listed("autoencoder")

@@ -141,6 +141,7 @@ def read_manifest(name: str) -> Manifest:
         tables = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
         raise ValueError(f"{name}: no such table (there are: {tables})")
 
+    # Texts become the dataclasses that check them.
     content: Any = assets.read_yaml(path)
     try:
         content |= {
@@ -148,6 +149,7 @@ def read_manifest(name: str) -> Manifest:
             "float_model": _line(content["float_model"]),
             "lines": tuple(_line(line) for line in content["lines"]),
         }
+
         return Manifest(name=name, **content)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error

@@ -1,1 +1,1 @@
-"""The machine: processes, progress, tracking, files, environment, pictures. Any floor may use it."""
+"""The machine: processes, progress, tracking, files, environment, pictures; open to any floor."""

@@ -26,6 +26,7 @@ def sample_grid(
     """
     count = min([columns * lines, *(len(images) for images in rows.values())])
     lines = -(-count // columns)
+
     figure = Figure(figsize=(columns * 0.55, len(rows) * (lines * 0.55 + 0.3)), dpi=150)
     axes = np.atleast_1d(figure.subplots(len(rows), 1))
     for axis, (title, images) in zip(axes, rows.items(), strict=True):
@@ -34,6 +35,7 @@ def sample_grid(
         )
         axis.set_title(title, fontsize=8, loc="left", pad=3)
         axis.axis("off")
+
     figure.tight_layout(pad=0.3)
     save_figure(figure, path)
 
@@ -85,22 +87,30 @@ def curves_over_time(
     if curves:
         relative = {name: curve.numpy() / float(curve.mean()) for name, curve in curves.items()}
         every = np.stack(list(relative.values()))
+
         steps = np.arange(every.shape[1]) if t is None else t.numpy()
+
+        # All layers: their median, and how far they spread.
         low, middle, high = np.quantile(every, [0.05, 0.5, 0.95], axis=0)
         axis.fill_between(steps, low, high, color="0.88", label=f"5 to 95 % of {len(every)}")
         axis.plot(steps, middle, color="0.55", lw=1, label="median")
+
+        # Those that change most, by name: the mean over neighbours strong, the curve faint.
         moving = sorted(
             relative, key=lambda name: float(np.ptp(_smooth(relative[name]))), reverse=True
         )[:most]
         for name in moving:
             line = axis.plot(steps, _smooth(relative[name]), lw=1.2, label=name)[0]
             axis.plot(steps, relative[name], lw=0.4, alpha=0.25, color=line.get_color())
+
         axis.set_xlim(steps[0], steps[-1])
     else:
         axis.axhline(1.0, color="0.55", label=rest)
+
     axis.set(xlabel="time step t (noise grows to the right)", ylabel=f"{label} / mean", title=title)
     axis.set_ylim(bottom=0)
     axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
     figure.tight_layout()
     save_figure(figure, path)
     save_figure(figure, path.with_suffix(".svg"))

@@ -53,7 +53,9 @@ def replacing(path: Path, remedy: str = REMEDY, keep_other: bool = False) -> Ite
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
+
         yield part
+
         if not (keep_other and path.exists()):
             os.replace(part, path)
     except OSError as error:
@@ -99,7 +101,3 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: damaged ({error}); remove it to do this stage again") from error
-
-
-# The former names, for callers that still have them.
-read, write = read_json, write_json

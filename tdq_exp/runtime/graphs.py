@@ -11,13 +11,14 @@ from torch import Tensor
 class Recorded:
     """A function without arguments, recorded once and replayed at each call.
 
-    What it reads and writes stays where it was while recording: put new inputs into the same tensors,
-    and read results from the tensors that it returned. It must not wait for the GPU, nor depend on
-    numbers that change on the host. On a CPU there is nothing to record: each call runs the function.
+    What it reads and writes stays where it was while recording: put new inputs into the same
+    tensors, and read results from the tensors that it returned. It must not wait for the GPU, nor
+    depend on numbers that change on the host. On a CPU there is nothing to record: each call runs
+    the function.
 
     Args:
-        function: the step; called `warm_up` times before it is recorded, so that whatever is made at
-            first use (compiled kernels, workspaces, weights from codes) exists by then.
+        function: the step; called `warm_up` times before it is recorded, so that whatever is made
+            at first use (compiled kernels, workspaces, weights from codes) exists by then.
         device: where it computes.
         warm_up: number of those calls.
 
@@ -30,7 +31,8 @@ class Recorded:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: Tensor | None = None
         self._warm_up = warm_up
-        # One stream for warm-up and recording: autograd adds gradients up on the stream that it first saw.
+        # One stream for warm-up and recording: autograd adds gradients up on the stream that it
+        # first saw.
         self._stream = torch.cuda.Stream(device) if self._on_gpu() else None
 
     def prepare(self) -> None:
@@ -52,7 +54,7 @@ class Recorded:
         torch.cuda.synchronize(self._device)
 
     def _run_without_waiting(self) -> None:
-        """Run the function once more, and fail if it waits: while recording, that would break the context.
+        """Run the function once more, and fail if it waits: a recording would break the context.
 
         Raises:
             RuntimeError: if it does.
@@ -69,7 +71,8 @@ class Recorded:
         if self._stream is None:
             return
         graph = torch.cuda.CUDAGraph()
-        # Other threads (copies of batches, a process group's watchdog) may go on calling the driver.
+        # Other threads (copies of batches, a process group's watchdog) may go on calling the
+        # driver.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._result = self._function()
         self._graph = graph

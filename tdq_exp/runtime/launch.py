@@ -35,7 +35,7 @@ def wanted(launcher: LauncherOptions) -> int:
 
 
 def relaunch(count: int, arguments: list[str]) -> NoReturn:
-    """Replaces this process by torch's launcher, which starts `count` processes of the same command."""
+    """Replace this process by torch's launcher, which starts `count` processes of this command."""
     command = [
         "-m",
         "torch.distributed.run",

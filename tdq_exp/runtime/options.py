@@ -1,4 +1,7 @@
-"""Options of the machine: processes, threads, and who follows a run. Free of torch; no result depends on them."""
+"""Options of the machine: processes, threads, and who follows a run.
+
+Free of torch; no result depends on them.
+"""
 
 from __future__ import annotations
 

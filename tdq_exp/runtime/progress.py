@@ -40,6 +40,8 @@ def track(label: str, total: int, start: int = 0, show: bool = True) -> Iterator
     if not show:
         yield lambda remark: None
         return
+
+    # On a terminal: a bar.
     if console.is_terminal:
         columns = (
             TextColumn("{task.description}"),
@@ -47,18 +49,22 @@ def track(label: str, total: int, start: int = 0, show: bool = True) -> Iterator
             MofNCompleteColumn(),
             TimeElapsedColumn(),
         )
+
         with Progress(
             *columns, TimeRemainingColumn(), TextColumn("{task.fields[remark]}"), console=console
         ) as bar:
             task = bar.add_task(label, total=total, completed=start, remark="")
             yield lambda remark: bar.update(task, advance=1, remark=remark)
         return
+
+    # In a log: a line now and then.
     began = said = time.monotonic()
     done = start
 
     def advance(remark: str) -> None:
         nonlocal done, said
         done += 1
+
         now = time.monotonic()
         if now - said >= SECONDS or done == total:
             said = now

@@ -47,16 +47,20 @@ class Tracker:
         """Return the run, begun at the first log: a command without work begins none."""
         if self._start is None or self._run is not None:
             return self._run
+
         import wandb
 
         kind, project, name, folder, config = self._start
         self._wandb = wandb
+
+        # A resumed run goes on under its id.
         folder.mkdir(parents=True, exist_ok=True)
         identity = folder / "wandb-id.json"
         run_id = (
             json.loads(identity.read_text())["id"] if identity.exists() else secrets.token_hex(4)
         )
         identity.write_text(json.dumps({"id": run_id}))
+
         online = kind == "wandb" and bool(wandb.setup().settings.api_key or wandb.api.api_key)
         self._run = wandb.init(
             project=project,
@@ -68,6 +72,7 @@ class Tracker:
             resume="allow" if online else None,
             settings=wandb.Settings(silent=True, console="off"),
         )
+
         return self._run
 
     def log(self, values: Mapping[str, Any], step: int) -> None:

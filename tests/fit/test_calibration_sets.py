@@ -24,6 +24,7 @@ from tdq_exp.fit.ptq.calibration_set import (
     chosen_steps,
     make_set,
 )
+from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.runtime.processes import Processes
 from tests.quant.builders import load_model
 
@@ -82,7 +83,7 @@ def made(
     spec, sampler = CalibrationSpec(kind, samples, images, **options), Ddim(steps)
     parts = parts or spec.parts({"network": "tiny"}, "abc", dataclasses.asdict(sampler), "digits")
     return make_set(
-        spec, net, model, sampler, SomeImages(), parts=parts, cache=cache, processes=processes, path=path
+        spec, Denoiser(net, model), sampler, SomeImages(), parts=parts, cache=cache, processes=processes, path=path
     )  # fmt: skip
 
 
@@ -368,7 +369,7 @@ def pairing(tmp_path_factory, processes, digits):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(calibration_set, "GROUP", 8)
             found = make_set(
-                CalibrationSpec(kind, 96, 8), net, model, Ddim(50), SomeImages(), parts={"kind": kind},
+                CalibrationSpec(kind, 96, 8), Denoiser(net, model), Ddim(50), SomeImages(), parts={"kind": kind},
                 cache=tmp_path_factory.mktemp("pairs"), processes=processes,
             )  # fmt: skip
         _, t = found.batch(slice(None))

@@ -1,17 +1,20 @@
-"""A baked network as one ONNX graph with its tables inside: inputs x_t and t, output what the network predicts.
+"""A baked network as one ONNX graph with its tables inside: x_t and t in, the prediction out.
 
 Two forms of a layer, `s` and `z` gathered from the tables by t:
 
-    integer    QuantizeLinear(x, s_t, z_t) -> QLinearConv -> DequantizeLinear -> + b, and MatMulInteger for linear layers:
-               what ONNX Runtime runs on codes. QLinearConv writes 8-bit codes, so a convolution's output is quantized
-               once more, on a range of its own for each t that was seen in sampling; linear layers are exact. Weights are
-               signed bytes, or unsigned ones where products of signed ones would not be exact on every CPU.
-    portable   clip(round(x / s_t)) + z_t -> Q, DQ with a constant step 1 -> conv -> s_t: nothing in the quantizer depends on t,
-               which is what other runtimes need to recognise it. It gives what simulated quantization gives.
+    integer    QuantizeLinear(x, s_t, z_t) -> QLinearConv -> DequantizeLinear -> + b, and
+               MatMulInteger for linear layers: what ONNX Runtime runs on codes. QLinearConv writes
+               8-bit codes, so a convolution's output is quantized once more, on a range of its own
+               for each t that was seen in sampling; linear layers are exact. Weights are signed
+               bytes, or unsigned ones where products of signed ones would not be exact on every
+               CPU.
+    portable   clip(round(x / s_t)) + z_t -> Q, DQ with a constant step 1 -> conv -> s_t: nothing in
+               the quantizer depends on t, which is what other runtimes need to recognise it. It
+               gives what simulated quantization gives.
 
-The last convolution, whose output is the prediction itself, takes the portable form in both. Affine 8-bit weights need a
-second sum (see `integer`), here one of floats over a single channel. Attention products are simulated, as in the integer
-engine.
+The last convolution, whose output is the prediction itself, takes the portable form in both. Affine
+8-bit weights need a second sum (see `integer`), here one of floats over a single channel. Attention
+products are simulated, as in the integer engine.
 """
 
 from __future__ import annotations
@@ -62,7 +65,7 @@ class Graph(nn.Module):
 
 
 def first_sum(layer: QuantConv2d, x: Tensor, y: Tensor) -> Tensor:
-    """What QLinearConv gives of a layer: its output y without the bias, and without the second sum of affine weights."""
+    """Return what QLinearConv gives: y without the bias and the second sum of affine weights."""
     conv, coded = layer.layer, layer.weight_quantizer
     assert isinstance(coded, CodedWeight) and layer.input_quantizer is not None
     if conv.bias is not None:
@@ -72,7 +75,8 @@ def first_sum(layer: QuantConv2d, x: Tensor, y: Tensor) -> Tensor:
         return y
     ones = torch.ones(1, 1, *conv.kernel_size)
     sums = layer.input_quantizer(x).sum(1, keepdim=True)
-    second = F.conv2d(sums, ones, None, conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]
+    where = (conv.stride, conv.padding, conv.dilation)
+    second = F.conv2d(sums, ones, None, *where)  # type: ignore[arg-type]
     return y - second * (rest * coded.step_size.reshape(-1)).reshape(-1, 1, 1)
 
 
@@ -90,6 +94,8 @@ def output_ranges(
         entries = sorted(seen[name])
         t = [entry[0] for entry in entries]
         every = torch.arange(steps)
+
+        # Linear between two seen t; constant before the first and after the last.
         rows = []
         for column in (1, 2):
             values = torch.tensor([entry[column] for entry in entries])
@@ -97,10 +103,12 @@ def output_ranges(
             if len(t) == 1:
                 rows.append(values.expand(steps).clone())
                 continue
+
             left = right - 1
             start, end = torch.tensor(t)[left], torch.tensor(t)[right]
             share = ((every - start) / (end - start)).clamp(0, 1)
             rows.append(values[left] + share * (values[right] - values[left]))
+
         found[name] = (rows[0], rows[1])
     return found
 
@@ -118,11 +126,15 @@ def graph_of(net: nn.Module, ranges: Mapping[str, tuple[Tensor, Tensor]], form: 
     """
     clock, net = Clock(), copy.deepcopy(net)
     convolutions = [name for name, module in net.named_modules() if isinstance(module, QuantConv2d)]
+
+    # Refuse before anything is replaced.
     for name, module in list(net.named_modules()):
         if isinstance(module, QuantLayer):
             reason = reason_against(module)
             if reason is not None:
                 raise ValueError(f"{name}: can't be exported, {reason}")
+
+    # Attention: one reader for q, k and v, and its products simulated.
     for name, module in list(net.named_modules()):
         if isinstance(module, QuantAttention):
             block = name.rpartition(".")[0]
@@ -130,6 +142,7 @@ def graph_of(net: nn.Module, ranges: Mapping[str, tuple[Tensor, Tensor]], form: 
                 module.input_quantizer = (Codes if form == "integer" else Portable)(
                     module.input_quantizer, clock
                 )  # type: ignore[assignment]
+
             for part in ("q", "k", "v", "probabilities"):
                 quantizer = getattr(module, part)
                 if quantizer is not None:
@@ -138,20 +151,30 @@ def graph_of(net: nn.Module, ranges: Mapping[str, tuple[Tensor, Tensor]], form: 
                             f"{block}.{part}: can't be exported, its codes are wider than 8 bits"
                         )
                     setattr(module, part, Simulated(quantizer, clock))
+
+    # Layers, which read what their attention was given above.
     for name, module in list(net.named_modules()):
         if isinstance(module, QuantLayer):
             replace_module(
                 net, name, _layer(net, name, module, ranges, form, clock, name == convolutions[-1])
             )
+
     return Graph(net, clock).eval()
 
 
 def _layer(
-    net: nn.Module, name: str, layer: QuantLayer, ranges: Mapping[str, tuple[Tensor, Tensor]], form: str, clock: Clock,
+    net: nn.Module,
+    name: str,
+    layer: QuantLayer,
+    ranges: Mapping[str, tuple[Tensor, Tensor]],
+    form: str,
+    clock: Clock,
     last: bool,
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     quantizer = layer.input_quantizer
-    if quantizer is None:  # q, k and v: their input comes in the form that it was given above
+
+    # q, k and v: their input comes in the form that it was given before.
+    if quantizer is None:
         siblings = net.get_submodule(name.rpartition(".")[0]).children()
         attention = next(module for module in siblings if isinstance(module, QuantAttention))
         reader = attention.input_quantizer
@@ -160,8 +183,10 @@ def _layer(
             if isinstance(reader, Codes)
             else PortableLayer(layer, None)
         )
+
     if form == "portable" or last:
         return PortableLayer(layer, Portable(quantizer, clock))
+
     if isinstance(layer, QuantConv2d):
         low, high = ranges[name]
         return IntegerConv(layer, Codes(quantizer, clock), low, high, clock)
@@ -176,19 +201,31 @@ def write(graph: nn.Module, shape: tuple[int, ...], file: Path) -> int:
         shape: of one sample.
         file: `*.onnx`.
     """
+
+    # Any batch size; t is a number for the whole batch.
     x, t = torch.zeros(2, *shape), torch.tensor(1)
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
+
     program = torch.onnx.export(
-        graph, (x, t), dynamo=True, opset_version=OPSET, input_names=["x_t", "t"], output_names=["prediction"],
-        dynamic_shapes={"x": {0: batch}, "t": {}}, optimize=True, verbose=False,
-    )  # fmt: skip
+        graph,
+        (x, t),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["x_t", "t"],
+        output_names=["prediction"],
+        dynamic_shapes={"x": {0: batch}, "t": {}},
+        optimize=True,
+        verbose=False,
+    )
+
     assert program is not None
     model = program.model_proto
-    for (
-        node
-    ) in model.graph.node:  # where each came from in our source: twice as long as the weights
+
+    # Where each node came from in our source is twice as long as the weights.
+    for node in model.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
+
     for value in [
         *model.graph.value_info,
         *model.graph.input,
@@ -196,6 +233,7 @@ def write(graph: nn.Module, shape: tuple[int, ...], file: Path) -> int:
         *model.graph.initializer,
     ]:
         del value.metadata_props[:]
+
     file.write_bytes(model.SerializeToString())
     return file.stat().st_size
 

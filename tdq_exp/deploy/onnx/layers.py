@@ -84,10 +84,11 @@ class Codes(Reader):
 
 
 def exact_anywhere(codes: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-    """Return weights and their zero point as an operator of ONNX takes them, in a type whose products are exact.
+    """Return weights and their zero point for an operator of ONNX, in a type with exact products.
 
-    Without VNNI instructions, ONNX Runtime adds products of unsigned by signed bytes in pairs that are cut off at 16 bits
-    (see `products`); of unsigned by unsigned ones it adds all in 32 bits. The numbers are the same.
+    Without VNNI instructions, ONNX Runtime adds products of unsigned by signed bytes in pairs that
+    are cut off at 16 bits (see `products`); of unsigned by unsigned ones it adds all in 32 bits.
+    The numbers are the same.
 
     Args:
         codes: int8.
@@ -115,7 +116,10 @@ class Simulated(nn.Module):
 
 
 class Portable(Reader):
-    """x -> (x_hat / s, s): a quantizer of constant step 1 between two multiplications. Arguments as `Codes`."""
+    """x -> (x_hat / s, s): a quantizer of constant step 1 between two multiplications.
+
+    Arguments as `Codes`.
+    """
 
     def __init__(self, quantizer: Quantizer, clock: Clock) -> None:
         super().__init__(quantizer, clock, torch.float32)
@@ -127,7 +131,8 @@ class Portable(Reader):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Integers held as floats, and a number."""
         s, z = self.now()
-        # Rounded before z is added, as simulated quantization is: x / s + z has fewer bits left for the fraction.
+        # Rounded before z is added, as simulated quantization is: x / s + z has fewer bits left for
+        # the fraction.
         v = (x / s).round().clamp(self.n - z, self.p - z) + z
         codes = op("QuantizeLinear", (v, self.one, self.none), torch.uint8, x.shape)
         return op("DequantizeLinear", (codes, self.one, self.none), torch.float32, x.shape) - z, s
@@ -145,6 +150,7 @@ class PortableLayer(nn.Module):
         super().__init__()
         self.reader = reader
         self.layer: Any = layer.layer
+
         coded = layer.weight_quantizer
         assert isinstance(coded, CodedWeight)
         self.conv = isinstance(layer, QuantConv2d)
@@ -153,10 +159,12 @@ class PortableLayer(nn.Module):
         self.codes: Tensor
         self.step: Tensor
         self.zero: Tensor
-        # A matrix that goes from DequantizeLinear into MatMul would be taken for a language model's: ONNX Runtime fuses the
-        # two into an operator that rounds the other factor to 8 bits. One more axis keeps them apart.
+        # A matrix that goes from DequantizeLinear into MatMul would be taken for a language
+        # model's: ONNX Runtime fuses the two into an operator that rounds the other factor to 8
+        # bits. One more axis keeps them apart.
         self.register_buffer("codes", coded.codes if self.conv else coded.codes[..., None])
         self.register_buffer("step", coded.step_size.reshape(-1).expand(out).float().clone())
+
         zero = (
             torch.zeros(out)
             if coded.zero_point is None
@@ -194,15 +202,19 @@ class IntegerConv(nn.Module):
         super().__init__()
         self.reader, self.clock = reader, clock
         self.layer: Any = layer.layer
+
+        # Codes in a type whose products are exact, and what is left over for the second sum.
         coded: Any = layer.weight_quantizer
         codes, rest = signed_codes(coded)
         out = len(codes)
         codes, zero = exact_anywhere(codes, reader.p)
+
         self.affine = bool(rest.any())
         self.rest: Tensor
         self.ones: Tensor
         self.register_buffer("rest", (rest * coded.step_size.reshape(-1)).reshape(-1, 1, 1))
         self.register_buffer("ones", torch.ones(1, 1, *codes.shape[2:]))
+
         self.codes: Tensor
         self.step: Tensor
         self.zero: Tensor
@@ -211,6 +223,8 @@ class IntegerConv(nn.Module):
         self.register_buffer("codes", codes)
         self.register_buffer("step", coded.step_size.reshape(-1).expand(out).float().clone())
         self.register_buffer("zero", zero.expand(out).clone())
+
+        # Step size and zero point of the output, from its range at each t, widened to hold 0.
         low, high = low.clamp(max=0), high.clamp(min=0)
         step = ((high - low) / 255).clamp(min=1e-10)
         self.register_buffer("y_step", step)
@@ -220,6 +234,8 @@ class IntegerConv(nn.Module):
         """`[B, C, H, W]` -> `[B, C', H', W']`."""
         codes, s, z = self.reader(x)
         y_s, y_z = self.clock.gather(self.y_step), self.clock.gather(self.y_zero)
+
+        # The graph needs the output's shape written out.
         conv = self.layer
         size = [
             (n + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
@@ -227,21 +243,30 @@ class IntegerConv(nn.Module):
                 x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True
             )
         ]
+
         shape = (x.shape[0], len(self.codes), *size)
+
+        # The first sum, on codes; its output is quantized once more, by the range at this t.
         made = op(
-            "QLinearConv", (codes, s, z, self.codes, self.step, self.zero, y_s, y_z), torch.uint8, shape,
-            kernel_shape=list(conv.kernel_size), strides=list(conv.stride), pads=[*conv.padding, *conv.padding],
-            dilations=list(conv.dilation), group=conv.groups,
-        )  # fmt: skip
+            "QLinearConv",
+            (codes, s, z, self.codes, self.step, self.zero, y_s, y_z),
+            torch.uint8,
+            shape,
+            kernel_shape=list(conv.kernel_size),
+            strides=list(conv.stride),
+            pads=[*conv.padding, *conv.padding],
+            dilations=list(conv.dilation),
+            group=conv.groups,
+        )
+
         y = op("DequantizeLinear", (made, y_s, y_z), torch.float32, shape)
+
+        # The second sum, of affine weights: over one channel, in floats.
         if self.affine:
             sums = (codes.float() - z.float()).sum(1, keepdim=True)
-            y = (
-                y
-                + F.conv2d(sums, self.ones, None, conv.stride, conv.padding, conv.dilation)
-                * s
-                * self.rest
-            )
+            second = F.conv2d(sums, self.ones, None, conv.stride, conv.padding, conv.dilation)
+            y = y + second * s * self.rest
+
         return y if conv.bias is None else y + conv.bias.reshape(-1, 1, 1)
 
 
@@ -259,7 +284,10 @@ class IntegerLinear(nn.Module):
         self.reader, self.layer = None if shared else reader, layer.layer
         coded: Any = layer.weight_quantizer
         codes, rest = signed_codes(coded)
+
+        # Codes in a type whose products are exact on every CPU.
         codes, zero = exact_anywhere(codes, reader.p)
+
         self.affine = bool(rest.any())
         self.codes: Tensor
         self.step: Tensor
@@ -285,6 +313,7 @@ def _tables(quantizer: Quantizer) -> tuple[Tensor, Tensor]:
     interval, zero = quantizer.interval, quantizer.zero_point
     if not isinstance(interval, LookupTable) or not isinstance(zero, TableZeroPoint):
         raise ValueError(
-            "a step size that is read from the input has no table; export needs one (tdq=none or temporal)"
+            "a step size that is read from the input has no table;"
+            " export needs one (tdq=none or temporal)"
         )
     return interval.step_sizes.float().clone(), zero.zero_points.float().clone()

@@ -40,6 +40,8 @@ def blocks_of(net: nn.Module, model: DiffusionModel, roles: Mapping[str, Role]) 
     A block without a quantized layer is left out.
     """
     names = list(dict.fromkeys(role.block for role in roles.values()))
+
+    # One forward pass tells the order.
     order: list[str] = []
     handles = [
         net.get_submodule(name).register_forward_pre_hook(
@@ -47,6 +49,7 @@ def blocks_of(net: nn.Module, model: DiffusionModel, roles: Mapping[str, Role]) 
         )
         for name in names
     ]
+
     device = next(net.parameters()).device
     try:
         model.predict(
@@ -57,12 +60,15 @@ def blocks_of(net: nn.Module, model: DiffusionModel, roles: Mapping[str, Role]) 
     finally:
         for handle in handles:
             handle.remove()
+
+    # Each block with the quantizers inside it; no quantizer may be left out.
     quantizers = activation_quantizers(net)
     found = []
     for name in dict.fromkeys(order):
         own = {q: module for q, module in quantizers.items() if q.startswith(f"{name}.")}
         if own:
             found.append(Block(name, own))
+
     if missing := quantizers.keys() - {q for block in found for q in block.quantizers}:
         raise RuntimeError(f"in no block: {sorted(missing)[:3]}")
     return found

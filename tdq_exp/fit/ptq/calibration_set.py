@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdq_exp.data.arrays import Column, GroupedArrays
 from tdq_exp.diffusion.ddim import Ddim
@@ -44,7 +44,6 @@ from tdq_exp.diffusion.draws import Stream, fixed_draws, generator, groups, star
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.options import CalibrationSpec
 from tdq_exp.models.denoiser import Denoiser
-from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.runtime import files, stage
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import track
@@ -70,12 +69,15 @@ def chosen_steps(
         ValueError: if `uniform` asks for more samples of a trajectory than it has steps.
     """
     count, g = spec.samples // spec.images, generator(spec.seed, Stream.CALIBRATION_TIMES, image)
+
+    # Any steps of the trajectory, none twice.
     if spec.kind == "uniform":
         if count > len(visited):
             raise ValueError(
                 f"calibration.samples={spec.samples}: {count} of each trajectory, but the sampler"
                 f" has {len(visited)} steps; take more calibration.images"
             )
+
         places = torch.randperm(len(visited), generator=g)[:count].tolist()
         return [(place, visited[place]) for place in places]
 
@@ -84,6 +86,7 @@ def chosen_steps(
     drawn = (spec.mu * total + spec.sigma * total * normal).clamp(0, total - 1)
     steps = torch.tensor(visited, dtype=torch.float32)
     nearest = (drawn[:, None] - steps).abs().argmin(1).tolist()
+
     if spec.kind == "ndtc":
         return [(place, visited[place]) for place in nearest]
 
@@ -180,8 +183,7 @@ def check(folder: Path, parts: Mapping[str, Any]) -> None:
 @torch.no_grad()
 def make_set(
     spec: CalibrationSpec,
-    net: nn.Module,
-    model: DiffusionModel,
+    denoiser: Denoiser,
     sampler: Ddim,
     images: Samples | None,
     *,
@@ -194,8 +196,7 @@ def make_set(
 
     Args:
         spec: what it holds.
-        net: the float network, on the processes' device, in eval mode.
-        model: its description.
+        denoiser: the float network, on the processes' device, in eval mode.
         sampler: of the trajectories.
         images: the training set, for `forward`; the others need none.
         parts: see `CalibrationSpec.parts`.
@@ -204,13 +205,17 @@ def make_set(
         path: of a finished set that is to be used; it is refused if it is of other parts.
     """
     folder = path or cache / "calibration_sets" / files.fingerprint(parts)
+
     batches = list(groups(spec.images, GROUP))
-    found = CalibrationSet(folder, spec.samples, spec.images, model.sample_shape, GROUP)
+    found = CalibrationSet(folder, spec.samples, spec.images, denoiser.model.sample_shape, GROUP)
+
+    # A given set is checked; one of ours is begun if need be.
     if path is not None:
         processes.decide(lambda: check(folder, parts))
     else:
         processes.decide(lambda: None if (folder / "about.json").exists() else found.create(parts))
 
+    # Each process makes its share of the groups that are missing.
     missing = processes.decide(found.missing)
     done = len(batches) - len(missing)
     shown = processes.main and bool(missing)
@@ -218,7 +223,7 @@ def make_set(
         for group in missing[processes.rank :: processes.world]:
             indices = range(group * GROUP, min((group + 1) * GROUP, spec.images))
             make = _noised if spec.kind == "forward" else _trajectories
-            x, t, image, x_0 = make(spec, net, model, sampler, images, indices, processes.device)
+            x, t, image, x_0 = make(spec, denoiser, sampler, images, indices, processes.device)
             found.put(group, x, t, image, x_0)
             advance(f"{indices.stop} images")
 
@@ -228,8 +233,7 @@ def make_set(
 
 def _noised(
     spec: CalibrationSpec,
-    net: nn.Module,
-    model: DiffusionModel,
+    denoiser: Denoiser,
     sampler: Ddim,
     images: Samples | None,
     indices: range,
@@ -237,6 +241,8 @@ def _noised(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (x_t, t, image, x_0) of training images, each noised to several t."""
     assert images is not None
+    model = denoiser.model
+
     each = spec.samples // spec.images
     draws = fixed_draws(
         spec.seed,
@@ -252,6 +258,7 @@ def _noised(
     order = torch.randperm(len(images), generator=generator(spec.seed, Stream.FORWARD_IMAGES))
     pick = order[torch.tensor(list(indices)) % len(images)]
 
+    # Latents are drawn from the codec, each with noise of its own key.
     noise = None
     if images.random:
         streams = [generator(spec.seed, Stream.FORWARD_LATENTS, i) for i in indices]
@@ -260,14 +267,14 @@ def _noised(
 
     streams = [generator(spec.seed, Stream.FORWARD_NOISE, i) for i in indices]
     eps = torch.cat([torch.randn(each, *model.sample_shape, generator=g) for g in streams])
+
     image = torch.tensor(list(indices)).repeat_interleave(each)
     return model.schedule.add_noise(x_0.repeat_interleave(each, 0), eps, t), t, image, x_0
 
 
 def _trajectories(
     spec: CalibrationSpec,
-    net: nn.Module,
-    model: DiffusionModel,
+    denoiser: Denoiser,
     sampler: Ddim,
     images: Samples | None,
     indices: range,
@@ -277,11 +284,13 @@ def _trajectories(
 
     The last group is padded, so that every trajectory is computed in a whole group.
     """
+    model = denoiser.model
     padded = range(indices.start, indices.start + GROUP)
     visited = [t for t, _ in sampler.pairs(model.schedule)]
     chosen = [chosen_steps(spec, visited, model.schedule.steps, i) for i in indices]
     each = spec.samples // spec.images
 
+    # Where each stored x_t comes from: place in the trajectory -> (row, number).
     x = torch.empty(len(indices), each, *model.sample_shape)
     wanted: dict[int, list[tuple[int, int]]] = {}
     for row, samples in enumerate(chosen):
@@ -298,7 +307,8 @@ def _trajectories(
 
     generators = [generator(spec.seed, Stream.TRAJECTORY, i) for i in padded]
     x_t = starting_noise(generators, model.sample_shape).to(device)
-    x_0 = sampler.sample(Denoiser(net, model), x_t, model.schedule, generators, keep)
+    x_0 = sampler.sample(denoiser, x_t, model.schedule, generators, keep)
+
     t = torch.tensor([[t for _, t in samples] for samples in chosen])
     image = torch.tensor(list(indices)).repeat_interleave(each)
     return x.flatten(0, 1), t.flatten(), image, x_0[: len(indices)].cpu()

@@ -1,7 +1,7 @@
 """Rows of one tensor, kept in memory or in a file, as a budget says.
 
-A block's inputs at full scale are tens of gigabytes. They are written once and read a batch at a time
-with plain reads: the pages of a memory map would count as this process' own.
+A block's inputs at full scale are tens of gigabytes. They are written once and read a batch at a
+time with plain reads: the pages of a memory map would count as this process' own.
 """
 
 from __future__ import annotations

@@ -103,6 +103,7 @@ def make_over_time(
         began = clock.monotonic()
         values = _observe(net, model, samples, everything.quantizers, context)
         time: TimeContext = net.time  # type: ignore[assignment]
+
         before, after = fit_over_time(
             everything.quantizers,
             values,
@@ -113,11 +114,13 @@ def make_over_time(
             context.processes.device,
             context.processes.main,
         )
+
         report = {"before": before, "after": after, "seconds": clock.monotonic() - began}
         state = state_of(net, everything)
         made = {"fingerprint": context.fingerprint, "report": report, **state}
         context.processes.decide(partial(save_state, file, made))
         found = read_part(file, context)  # what every process goes on with
+
     if found is None:
         raise FileNotFoundError(f"{file}: was written and is gone; run the same command again")
 
@@ -139,6 +142,7 @@ def _observe(
     """Return random values of every tensor in the float network, `[N, VALUES]`, by quantizer."""
     processes, batches = context.processes, set_batches(samples)
 
+    # Each process looks at its share of the batches; then all know all.
     with (
         observed(quantizers) as observers,
         track("looking", len(batches), show=processes.main) as advance,
@@ -180,6 +184,8 @@ def fit_over_time(
         device: of the network.
         show: whether to show progress.
     """
+
+    # Relative errors, so that a tensor of large values does not outweigh the others.
     scale = {name: float(v.square().mean().clamp(min=1e-20)) for name, v in values.items()}
 
     def error(index: Tensor) -> Tensor:
@@ -198,6 +204,7 @@ def fit_over_time(
     seed_global(seed, Stream.OVER_TIME_NOISE)  # dropout of generators: the same in every process
     before, updates = mean_error(), options.updates
 
+    # Adam, its rates falling to zero along a cosine.
     with (
         trainable(quantizers) as learned,
         track("fitting over time", updates, show=show) as advance,

@@ -40,12 +40,14 @@ def state_of(net: nn.Module, block: Block, rounded: bool = False) -> dict[str, A
         for name, q in block.quantizers.items()
     }
 
+    # Generators: the rows of the bank that are trained with this block.
     temporal = _temporal(block)
     generators = {}
     if temporal:
         part = temporal[0].bank.subset([interval.row for interval in temporal])
         generators = {key: value.clone() for key, value in part.state_dict().items()}
 
+    # Codes, where the rounding was learned, too.
     codes = {}
     if rounded:
         for name, layer in quant_layers(net.get_submodule(block.name), block.name).items():

@@ -1,10 +1,10 @@
 """Post-training quantization: calibrate over a calibration set, then fit step sizes to it.
 
-| method          | start of the activations | then |
-|-----------------|--------------------------|------|
-| MinMax          | minimum and maximum      | nothing |
-| MinMax + TDQ    | least squared error      | each tensor's generator fitted to its error (`over_time`) |
-| PTQ4DM (+ TDQ)  | least squared error      | block reconstruction (`block_by_block`) |
+| method          | start of the activations | then                                        |
+|-----------------|--------------------------|---------------------------------------------|
+| MinMax          | minimum and maximum      | nothing                                     |
+| MinMax + TDQ    | least squared error      | a generator for each tensor (`over_time`)   |
+| PTQ4DM (+ TDQ)  | least squared error      | block reconstruction (`block_by_block`)     |
 
 Weights are affine by output channel, rounded to nearest, or with AdaRound.
 """
@@ -33,6 +33,7 @@ from tdq_exp.fit.ptq.calibration_set import CalibrationSet, make_set
 from tdq_exp.fit.ptq.over_time import learns_over_time, make_over_time
 from tdq_exp.fit.ptq.part_file import quant_layers
 from tdq_exp.fit.quantized import QuantizedFit
+from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.convert import Recipe, activation_quantizers, code_weights
 from tdq_exp.quant.grid import Grid
@@ -141,8 +142,7 @@ class Ptq(QuantizedFit[PtqOptions]):
         )
         return make_set(
             spec,
-            net,
-            model,
+            Denoiser(net, model),
             self.trajectory,
             images,
             parts=self.set_parts(subject),
@@ -205,6 +205,7 @@ def fit_to_set(
     grids = _grids(net)
     code_weights(net)
 
+    # Block by block, or every step size over t; else what was calibrated stays.
     history = PtqHistory()
     if options.reconstruct:
         blocks = BlockByBlock(net, float_net, model, samples, options, context, grids)
@@ -214,6 +215,7 @@ def fit_to_set(
     elif learns_over_time(net):
         history.over_time = make_over_time(net, model, samples, options, context)
         history.seconds = history.over_time["seconds"]
+
     return history
 
 

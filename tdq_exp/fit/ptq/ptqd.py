@@ -7,7 +7,7 @@ that goes with eps and a residual, and takes back what is known of both:
     eps_tilde = eps_hat / (1 + k_t) - b_t      b_t = mean(eps_hat / (1 + k_t) - eps), by channel
     v_t = var(eps_tilde - eps)
 
-A sampler that adds noise of variance sigma_t^2 adds as much less of it as the residual brings along:
+A sampler that adds noise of variance sigma_t^2 adds as much less as the residual brings along:
 
     sigma'_t^2 = max(sigma_t^2 - c_t^2 v_t, 0),   c_t = d x_{t-1} / d eps
 
@@ -16,8 +16,8 @@ between them. They are buffers of the network, so that a baked or packed network
 
 Source: He et al., *PTQD: Accurate Post-Training Quantization for Diffusion Models*, NeurIPS 2023,
 arXiv 2305.10657, section 3. As in the published code, a k_t below 0 counts as 0: to divide by less
-than 1 would make the residual larger, and the whole error with it. Unlike there, the share of eps in
-the update keeps the sampler's sigma_t: the noise that is left out is then all that changes.
+than 1 would make the residual larger, and the whole error with it. Unlike there, the share of eps
+in the update keeps the sampler's sigma_t: the noise that is left out is then all that changes.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ def correct(
     pairs = [
         _predictions(net, float_net, model, samples, first, device) for first in _firsts(samples)
     ]
+
     eps, eps_hat = (torch.cat(values) for values in zip(*pairs, strict=True))
 
     # 2. Slope, bias and variance at each time step of the set.
@@ -128,7 +129,9 @@ def correct(
     # 4. What it is worth on the set.
     k = correction.k.cpu().index_select(0, times)[:, None, None, None]
     bias = correction.bias.cpu().index_select(0, times)[:, :, None, None]
+
     size = float(eps.square().mean())
+
     return {
         "error_before": float((eps_hat - eps).square().mean()) / size,
         "error_after": float((eps_hat / (1 + k) - bias - eps).square().mean()) / size,

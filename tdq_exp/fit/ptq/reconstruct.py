@@ -3,9 +3,9 @@
     L = mean_{B, pixels} sum_channels |y_hat - y|^p,   p = 2.4
     y_hat = block_hat(x_hat),  x_hat from the already quantized network;   y from the float network
 
-First, if asked for, each weight's rounding (AdaRound, p = 2); then step sizes and zero points of the
-activations, or TDQ's generators. Adam, its rate falling to zero along a cosine. A block whose loss
-on held-out samples did not fall keeps its start values.
+First, if asked for, each weight's rounding (AdaRound, p = 2); then step sizes and zero points of
+the activations, or TDQ's generators. Adam, its rate falling to zero along a cosine. A block whose
+loss on held-out samples did not fall keeps its start values.
 
 L counts every sample alike, but a diffusion network's errors differ over t by orders of magnitude:
 the few samples of the smallest t may be nearly all of the sum, while it is at large t that an error
@@ -98,13 +98,16 @@ def balancing_weights(t: Tensor, losses: Tensor, at: Tensor, groups: int = 20) -
     order = t.argsort(stable=True)
     edges = t[order][[round(g * (len(t) - 1) / groups) for g in range(1, groups)]].unique()
     group = torch.bucketize(t, edges)  # edges[g - 1] < t <= edges[g]
+
     sums = torch.zeros(len(edges) + 1).index_add_(0, group, losses)
     counts = torch.zeros(len(edges) + 1).index_add_(0, group, torch.ones_like(losses))
     means = sums / counts.clamp(min=1)
     means = torch.where(counts > 0, means, means[counts > 0].mean())
+
     means = means.clamp(
         min=max(1e-4 * float(means.max()), 1e-30)
     )  # what is next to nothing gets no weight without bound
+
     weights = (1 / means)[torch.bucketize(at, edges)]
     return weights * (losses.mean() / (losses * (1 / means)[group]).mean())
 
@@ -220,6 +223,7 @@ class Reconstruction:
             )
             rounding[name] = AdaRound(weight, coded.step_size, zero, grid.n, grid.p)
             layer.weight_quantizer = rounding[name]
+
         for quantizer in self.block.quantizers.values():
             quantizer.observer = _pass_through
 
@@ -228,12 +232,14 @@ class Reconstruction:
             beta = beta_at(update, o.rounding_updates, o.beta_start, o.beta_end, o.rounding_warmup)
             if beta is None:
                 return loss
+
             # Each process adds the whole term and gradients are averaged, so it counts once.
             terms = torch.stack([r.regularizer(beta) for r in rounding.values()])
             return loss + o.rounding_weight * terms.sum()
 
         groups = [{"params": [r.V for r in rounding.values()], "lr": o.lr_rounding}]
         phase = Phase(number=1, updates=o.rounding_updates, power=2.0, falling=False)
+
         try:
             self._descend(groups, phase, total, advance)
         finally:
@@ -325,11 +331,13 @@ def trainable(quantizers: Mapping[str, Quantizer]) -> Iterator[nn.ModuleList]:
                 quantizers[name].interval = Temporal(parts[key], rows.index(interval.row))
 
     learned = nn.ModuleList([*(q.train() for q in quantizers.values()), *parts.values()])
+
     try:
         yield learned
     finally:
         for q in quantizers.values():
             q.eval()
+
         for key, bank in banks.items():
             bank.take_back(parts[key])
         for name, interval in temporal.items():

@@ -74,6 +74,8 @@ def part_of(path: Path, state: Mapping[str, Any], part: str, ema: bool) -> dict[
         CheckpointError: for keys that belong nowhere, or an average that is not the U-Net's.
     """
     known = (_UNET, _AVERAGE, _FIRST_STAGE)
+
+    # Nothing in the file may be left unexplained.
     left = [
         name
         for name in state
@@ -81,6 +83,7 @@ def part_of(path: Path, state: Mapping[str, Any], part: str, ema: bool) -> dict[
     ]
     if left:
         raise CheckpointError(f"{path}: {len(left)} keys of no known part ({'; '.join(left[:3])})")
+
     if part == "vae":
         return without_loss(
             {
@@ -89,7 +92,9 @@ def part_of(path: Path, state: Mapping[str, Any], part: str, ema: bool) -> dict[
                 if n.startswith(_FIRST_STAGE)
             }
         )
+
     raw = {name: value for name, value in state.items() if name.startswith(_UNET)}
+
     found = _averages(path, state, raw) if ema else raw
     return {name.removeprefix(_UNET): value for name, value in found.items()}
 
@@ -112,6 +117,8 @@ def _averages(path: Path, state: Mapping[str, Any], raw: Mapping[str, Any]) -> d
         raise CheckpointError(
             f"{path}: a file without EMA weights; ask for its raw ones (model.ema=false)"
         )
+
+    # From each raw name to its shadow, and no two to one.
     owner: dict[str, str] = {}
     for name in raw:
         shadow = _AVERAGE + name.removeprefix("model.").replace(".", "")
@@ -119,13 +126,17 @@ def _averages(path: Path, state: Mapping[str, Any], raw: Mapping[str, Any]) -> d
             raise CheckpointError(
                 f"{path}: {shadow} is the average of two weights, {owner[shadow]} and {name}"
             )
+
         owner[shadow] = name
+
     if missing := [shadow for shadow in owner if shadow not in shadows]:
         raise CheckpointError(
             f"{path}: {len(missing)} EMA weights are missing ({'; '.join(missing[:3])})"
         )
+
     if left := sorted(shadows - owner.keys()):
         raise CheckpointError(
             f"{path}: {len(left)} EMA weights are of no weight ({'; '.join(left[:3])})"
         )
+
     return {name: state[shadow] for shadow, name in owner.items()}

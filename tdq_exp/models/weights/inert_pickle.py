@@ -221,20 +221,28 @@ class InertUnpickler(pickle.Unpickler):
         kind, *rest = pid
         if kind == "module":
             return rest[0]
+
         if kind != "storage":
             raise pickle.UnpicklingError(f"unknown kind of reference {kind!r}")
+
+        # What torch.save writes of a storage, and nothing else.
         dtype, key, _, numel, *view = rest
         if not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(
                 f"unknown type of storage {getattr(dtype, 'origin', dtype)}"
             )
+
         if any(part is not None for part in view):
             raise pickle.UnpicklingError("a storage that is a view of another one")
+
         if not isinstance(key, str) or not isinstance(numel, int) or numel < 0:
             raise pickle.UnpicklingError("a storage without a key or a length")
+
+        # Tensors may share a storage, if they agree on what it is.
         storage = self.storages.setdefault(key, _Storage(dtype, numel))
         if (storage.dtype, storage.numel) != (dtype, numel):
             raise pickle.UnpicklingError(f"storage {key} has two types or lengths")
+
         return storage
 
 
@@ -253,6 +261,7 @@ def _zip_tree(stream: IO[bytes]) -> Any:
         raise pickle.UnpicklingError(
             f"a zip archive with {len(roots)} records data.pkl, not a PyTorch file"
         )
+
     root = roots[0]
 
     def read(record: str) -> bytes:
@@ -263,14 +272,18 @@ def _zip_tree(stream: IO[bytes]) -> Any:
 
     has_order = f"{root}byteorder" in archive.namelist()
     _require_byte_order(read(f"{root}byteorder").decode() if has_order else "little")
+
+    # The object first, then the place of each storage's bytes.
     with archive.open(f"{root}data.pkl") as pickled:
         unpickler = InertUnpickler(pickled)
         tree = unpickler.load()
+
     for key, storage in unpickler.storages.items():
         record = f"{root}data/{key}"
         if archive.getinfo(record).file_size != storage.nbytes:
             raise EOFError(f"storage {key} should have {storage.nbytes} bytes")
         storage.bind(partial(read, record))
+
     return tree
 
 
@@ -284,11 +297,15 @@ def _legacy_tree(stream: IO[bytes]) -> Any:
     # System information: the bytes are little endian whatever it says.
     InertUnpickler(stream).load()
     _require_byte_order("little")
+
+    # The object, then the keys of its storages, then their bytes.
     unpickler = InertUnpickler(stream)
     tree = unpickler.load()
+
     keys = InertUnpickler(stream).load()
     if not isinstance(keys, list) or sorted(keys) != sorted(unpickler.storages):
         raise pickle.UnpicklingError("its list of storages is not that of its tensors")
+
     end = os.fstat(stream.fileno()).st_size
 
     def read(start: int, nbytes: int) -> bytes:
@@ -303,6 +320,7 @@ def _legacy_tree(stream: IO[bytes]) -> Any:
             raise EOFError(f"storage {key} should have {storage.nbytes} bytes")
         storage.bind(partial(read, start, storage.nbytes))
         stream.seek(start + storage.nbytes)
+
     return tree
 
 
@@ -344,13 +362,17 @@ def read_tensors(
     path = Path(path)
     with _one_line(path):
         stream = path.open("rb")
+
     with stream:
         with _one_line(path):
             signature = stream.read(len(_ZIP_SIGNATURE))
             if not signature:
                 raise CheckpointError(f"{path}: the file is empty")
             stream.seek(0)
+
             tree = _zip_tree(stream) if signature == _ZIP_SIGNATURE else _legacy_tree(stream)
+
+        # Only what is wanted is read, and only if all of it is tensors.
         picked = pick(tree)
         others = [
             str(name) for name, value in picked.items() if not isinstance(value, StoredTensor)
@@ -359,5 +381,6 @@ def read_tensors(
             raise CheckpointError(
                 f"{path}: {len(others)} entries are no tensors: {', '.join(others[:3])}"
             )
+
         with _one_line(path):
             return {name: value.read() for name, value in picked.items()}

@@ -134,6 +134,8 @@ def load_autoencoder(net: torch.nn.Module, source: str, scale: float | None = No
     """
     path, kl = _located(source, "vae"), net.get_submodule("kl")
     ours = _read_file(path, True, "vae").get("scale") if path.suffix == ".safetensors" else None
+
+    # The scale: the caller's, else the one that the source names.
     advice = "set model.definition.autoencoder.scale"
     used = scale
     if used is None:
@@ -142,8 +144,11 @@ def load_autoencoder(net: torch.nn.Module, source: str, scale: float | None = No
         used = _scale_of(kl, path) if ours is None else own
         if used is None:
             raise CheckpointError(f"{source}: names no scale of the latents; {advice}")
+
         if not 0 < used < math.inf:
             raise CheckpointError(f"{source}: the scale of its latents is {used}; {advice}")
+
+    # Our own file holds the scale as well; others hold the autoencoder alone.
     if ours is not None:
         load_weights(net, source)
     else:
@@ -198,21 +203,27 @@ def _read_file(path: Path, ema: bool, part: str) -> dict[str, torch.Tensor]:
 
 def _state_of(path: Path, tree: Any, ema: bool, part: str) -> dict[str, Any]:
     """The state dict in the object of a PyTorch file."""
+
+    # A training state: a list, with the averaged weights last.
     if isinstance(tree, list):
         if len(tree) not in (4, 5):
             raise CheckpointError(
                 f"{path}: a list of {len(tree)}, where a training state has 4 elements,"
                 " or 5 with EMA"
             )
+
         if ema and len(tree) == 4:
             raise CheckpointError(
                 f"{path}: a training state without EMA weights; ask for its raw ones (ema=False)"
             )
         tree = tree[4] if ema else tree[0]
+
+    # A checkpoint with the state dict inside, or the state dict itself.
     if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
         tree = tree["state_dict"]
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise CheckpointError(f"{path}: holds no state dict")
+
     if compvis.is_whole(tree):
         return compvis.part_of(path, tree, part, ema)
     return compvis.without_loss(tree) if compvis.is_autoencoder(tree) else _without_module(tree)
@@ -279,19 +290,25 @@ def _require_same_architecture(
     class_name = type(net).__name__
     if found.get("_class_name", class_name) != class_name:
         raise CheckpointError(f"{path}: _class_name is {found['_class_name']}, wanted {class_name}")
+
     parameters = inspect.signature(type(net).__init__).parameters
     wanted: Mapping[str, Any] = getattr(net, "config", {})
+
     for key in sorted(parameters.keys() & wanted.keys() | found.keys()):
         if key.startswith("_") or key in _NOT_ARCHITECTURE or key in overruled:
             continue
+
+        # A key that the class does not know may be there if it switches nothing on.
         if key not in parameters and found[key] not in (None, False):
             raise CheckpointError(f"{path}: {key} is {found[key]}, wanted no such key")
         if key not in parameters:
             continue
+
         has, wants = (
             _comparable(value)
             for value in (found.get(key, parameters[key].default), wanted.get(key))
         )
+
         # Where one of the two names no size, none is meant: all layers are convolutional or attend
         # to what there is.
         if has != wants and not (key == "sample_size" and None in (has, wants)):
@@ -353,6 +370,7 @@ def _fitted(
     misshapen, mistyped = [], []
     for name in found.keys() & wanted.keys():
         tensor, target = found[name], wanted[name]
+
         if target.ndim == 2 and tensor.shape in ((*target.shape, 1), (*target.shape, 1, 1)):
             tensor = tensor.reshape(target.shape)  # a convolution of size 1 is a linear layer
         if tensor.shape != target.shape:
@@ -360,12 +378,15 @@ def _fitted(
         elif target.is_floating_point() != tensor.is_floating_point():
             mistyped.append(f"{name} {tensor.dtype}, wanted {target.dtype}")
         fitted[name] = tensor.to(target)
+
+    # All differences at once: they tell together what the file is of.
     faults = {
         "missing": [name for name in wanted if name not in found],
         "left over": [name for name in found if name not in wanted],
         "misshapen": sorted(misshapen),
         "mistyped": sorted(mistyped),
     }
+
     if any(faults.values()):
         parts = [f"{len(keys)} {fault} ({_first(keys)})" for fault, keys in faults.items() if keys]
         raise CheckpointError(f"{source}: its keys are not the network's: {'; '.join(parts)}")

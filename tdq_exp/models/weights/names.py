@@ -135,21 +135,27 @@ def _from_compvis(name: str, layers: int) -> str:
     layer, _, parameter = name.rpartition(".")
     if layer in _COMPVIS_TOP:
         return f"{_COMPVIS_TOP[layer]}.{parameter}"
+
     match = re.fullmatch(r"(input|output|middle)_blocks?\.(\d+)\.(?:(\d+)\.)?(.+)", layer)
     if match is None:
         return name
     side, number, inside, last = match.groups()
+
     kind, new = next(
         ((kind, table[last]) for kind, table in _COMPVIS_KINDS.items() if last in table), ("", "")
     )
     if not kind:
         return name
+
     if side == "middle":  # residual block, attention, residual block
         return f"mid_block.{kind}.{int(number) // 2}.{new}.{parameter}"
+
+    # The last of a level changes its size; the first input block is conv_in.
     level, index = divmod(int(number) - (side == "input"), layers + 1)
     way = "down" if side == "input" else "up"
     if index == layers if side == "input" else inside != "0" and kind != "attentions":
         kind, index = f"{way}samplers", 0
+
     return f"{way}_blocks.{level}.{kind}.{index}.{new}.{parameter}"
 
 

@@ -106,6 +106,7 @@ class GeneratorBank(nn.Module):
             raise ValueError(
                 "tdq.interval: encoding must be even, layers and width positive, dropout in [0, 1)"
             )
+
         self.names, self.time = list(names), time
         self.encoding, self.layers, self.dropout = encoding, layers, dropout
 
@@ -117,12 +118,15 @@ class GeneratorBank(nn.Module):
             bias = torch.empty(len(names), fan_out).uniform_(-bound, bound)
             self.register_parameter(f"weight{layer}", nn.Parameter(weight))
             self.register_parameter(f"bias{layer}", nn.Parameter(bias))
+
         if he:
             nn.init.normal_(self.weights[-1], std=(2 / sizes[-2]) ** 0.5)
 
         self.encodings: Tensor
         codes = encode_time(torch.arange(time.steps), encoding)
         self.register_buffer("encodings", codes, persistent=False)
+
+        # What follows from the weights alone is computed once for each state of them.
         self._matrix_cache: Cache[Tensor] = Cache()
         self._rows_cache: Cache[tuple[Tensor, ...]] = Cache()
         self._table_cache: Cache[Tensor] = Cache()
@@ -192,8 +196,8 @@ class GeneratorBank(nn.Module):
         if torch.compiler.is_compiling():
             return self.step_sizes()[row]
         rows = self._rows_cache.get(self._now(), lambda: self.step_sizes().unbind())
-        # A view for each call: gradients of one use are summed before those of another (the penalty's),
-        # in an order that does not depend on which uses there are.
+        # A view for each call: gradients of one use are summed before those of another (the
+        # penalty's), in an order that does not depend on which uses there are.
         return rows[row].view_as(rows[row])
 
     def _matrix_now(self) -> Tensor:
@@ -289,12 +293,15 @@ class GeneratorBank(nn.Module):
             if key not in state_dict:
                 missing_keys.append(key)
                 continue
+
             found, expected = tuple(state_dict[key].shape), tuple(stack.shape[1:])
             if found != expected:
                 error_msgs.append(f"{key}: {found}, expected {expected}")
                 continue
+
             with torch.no_grad():
                 stack[row].copy_(state_dict[key])
+
         unexpected_keys += [
             key for key in state_dict if key.startswith(prefix) and key not in known
         ]

@@ -1,4 +1,4 @@
-"""Fused kernels of fake quantization: in C for a CPU, in Triton for a GPU, and as torch operators."""
+"""Fused kernels of fake quantization: in C for a CPU, in Triton for a GPU, and as operators."""
 
 from tdq_exp.quant.kernels.choice import (
     fused,

@@ -24,15 +24,15 @@ def _triton() -> ModuleType | str:
 
 @torch.compiler.assume_constant_result
 def _available(on_gpu: bool) -> bool:
-    """Return whether there are kernels for this kind of device; a constant where code is compiled."""
+    """Return whether this kind of device has kernels; a constant where code is compiled."""
     return not isinstance(_triton() if on_gpu else cpu.library(), str)
 
 
 def fused(x: Tensor, *per_row: Tensor | None) -> bool:
     """Return whether fused kernels apply.
 
-    They do for float32 on a CPU, float32 and bfloat16 on a GPU, where s and z are float32 and one for
-    all rows of x or one for each.
+    They do for float32 on a CPU, float32 and bfloat16 on a GPU, where s and z are float32 and one
+    for all rows of x or one for each.
     """
     if not enabled() or not x.dim() or not x.numel() or not (x.is_cuda or x.device.type == "cpu"):
         return False
@@ -49,14 +49,14 @@ def fused(x: Tensor, *per_row: Tensor | None) -> bool:
 
 
 def fused_on_gpu(x: Tensor) -> bool:
-    """Return whether Triton kernels can be called for a float32 tensor of any shape, here and now."""
+    """Return whether Triton kernels can be called now, for a float32 tensor of any shape."""
     return (
         x.is_cuda and x.dtype == torch.float32 and enabled() and not traced(x) and _available(True)
     )
 
 
 def kernels_for(x: Tensor) -> ModuleType:
-    """Return the kernels for a tensor to which they apply: a module with `forward` and `backward`."""
+    """Return the kernels that apply to a tensor: a module with `forward` and `backward`."""
     if not x.is_cuda:
         return cpu
     found = _triton()
@@ -84,7 +84,7 @@ def readable(x: Tensor) -> Tensor:
 
 
 def used(device: torch.device) -> str:
-    """Return `fused`, with the kernels' language if it is not C, or why there are none; for the record."""
+    """Return `fused`, with the language if it is not C, or why not; for the record."""
     if device.type == "cpu":
         found = cpu.library()
         return f"unfused: {found}" if isinstance(found, str) else "fused"

@@ -1,12 +1,13 @@
-"""Fused kernels for fake quantization on a CPU: `cpu.c`, compiled once per machine and called through ctypes.
+"""Fused kernels for fake quantization on a CPU: `cpu.c`, compiled once and called by ctypes.
 
-Written out as tensor operations, as `ops` does, a quantizer takes five passes over memory forward and up to ten back,
-and these passes are most of what a quantized training step costs above a float one. Here each direction is one pass.
-x_hat and g_x are the same to the bit either way; sums differ in their order (here it does not depend on the number of
-threads). Without a C compiler, on another device or for another type, `ops` computes as before.
+Written out as tensor operations, as `ops` does, a quantizer takes five passes over memory forward
+and up to ten back, and these passes are most of what a quantized training step costs above a float
+one. Here each direction is one pass. x_hat and g_x are the same to the bit either way; sums differ
+in their order (here it does not depend on the number of threads). Without a C compiler, on another
+device or for another type, `ops` computes as before.
 
-torch.compile would fuse the same passes; but its calls cost more than these kernels take (measured: 0.2 ms against
-0.07 ms), and there are 136 of them in a training step of the small network.
+torch.compile would fuse the same passes; but its calls cost more than these kernels take (measured:
+0.2 ms against 0.07 ms), and there are 136 of them in a training step of the small network.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from tdq_exp.quant.kernels.switch import enabled, traced
 SOURCE = Path(__file__).with_name("cpu.c")
 CHUNK = 4096  # of cpu.c
 KINDS = {"learned": 0, "clipped": 1, "noise": 2}
-# The arithmetic of IEEE 754 as it is written: no reciprocal, no contraction, no other order but where a pragma says so.
+# The arithmetic of IEEE 754 as it is written: no reciprocal, no contraction, no other order but
+# where a pragma says so.
 FLAGS = (
     "-O3",
     "-march=native",
@@ -48,8 +50,12 @@ def library() -> ctypes.CDLL | str:
     """The compiled kernels, or why there are none."""
     compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
     about = "\n".join([SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _cpu_flags()])
+
+    # Named after all that the machine code depends on.
     folder = Path(os.path.expanduser("~/.cache/tdq_exp/kernels"))
     file = folder / f"{hashlib.sha256(about.encode()).hexdigest()[:20]}.so"
+
+    # Built in a folder of its own, then moved: processes that start together may all build it.
     try:
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -57,14 +63,18 @@ def library() -> ctypes.CDLL | str:
                 built = Path(part) / file.name
                 command = [compiler, *FLAGS, "-fopenmp", str(SOURCE), "-o", str(built), "-lm"]
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-                os.replace(built, file)  # processes that start together may all build it
+                os.replace(built, file)
+
         found = ctypes.CDLL(str(file))
     except subprocess.CalledProcessError as error:
         return f"{compiler} failed: {(error.stderr.strip().splitlines() or ['no message'])[0]}"
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
+
+    # The signatures of `cpu.c`.
     found.forward.argtypes = [*[_Pointer] * 5, *[_Long] * 4, _Float, _Float, _Int]
     found.backward.argtypes = [*[_Pointer] * 9, *[_Long] * 4, _Float, _Float, _Float, _Int, _Int]
+
     found.codes.argtypes = [*[_Pointer] * 4, *[_Long] * 3, *[_Float] * 3, _Int]
     found.norm_codes.argtypes = [
         *[_Pointer] * 5,
@@ -74,17 +84,15 @@ def library() -> ctypes.CDLL | str:
         *[_Float] * 5,
         _Int,
     ]
+
     found.norm.argtypes = [*[_Pointer] * 5, *[_Long] * 4, ctypes.c_double, _Int, _Int]
     found.ranges.argtypes = [*[_Pointer] * 3, _Long, _Long, _Int]
-    for kernel in (
-        found.forward,
-        found.backward,
-        found.codes,
-        found.norm_codes,
-        found.norm,
-        found.ranges,
-    ):
+
+    training = (found.forward, found.backward)
+    inference = (found.codes, found.norm_codes, found.norm, found.ranges)
+    for kernel in (*training, *inference):
         kernel.restype = None
+
     return found
 
 
@@ -101,7 +109,7 @@ def _cpu_flags() -> str:
 
 
 def fit(x: Tensor, *per_row: Tensor | None) -> bool:
-    """Do the kernels apply: single precision on a CPU, and values that are one for all rows of x or one for each?
+    """Return whether the kernels apply: float32 on a CPU, s and z one for all rows or one for each.
 
     They do not where somebody records operations, or replaces memory by fakes: see `switch.traced`.
     """
@@ -146,16 +154,19 @@ def forward(
     noise: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """x_hat of a dense x; s and z as `fit` wants them, noise (u) in the layout of x; dtype is float32 on a CPU."""
+    """Return x_hat of a dense x; dtype is float32 on a CPU.
+
+    s and z are as `fit` wants them, noise (u) in the layout of x.
+    """
     assert dtype == torch.float32
     kernels = library()
     assert not isinstance(kernels, str)
     x_hat, rows = torch.empty_like(x), len(x)
     s, z = s.contiguous(), None if z is None else z.contiguous()
-    kernels.forward(
-        x.data_ptr(), _address(noise), x_hat.data_ptr(), s.data_ptr(), _address(z), rows, x.numel() // rows, _step(s),
-        _step(z), n, p, torch.get_num_threads(),
-    )  # fmt: skip
+
+    tensors = (x.data_ptr(), _address(noise), x_hat.data_ptr(), s.data_ptr(), _address(z))
+    sizes = (rows, x.numel() // rows, _step(s), _step(z))
+    kernels.forward(*tensors, *sizes, n, p, torch.get_num_threads())
     return x_hat
 
 
@@ -174,51 +185,53 @@ def backward(
     kernels = library()
     assert not isinstance(kernels, str)
     s, z = s.contiguous(), None if z is None else z.contiguous()
-    g_x, g_s, g_z = (
-        torch.empty_like(x),
-        torch.empty_like(s),
-        None if z is None else torch.empty_like(z),
-    )
+    g_x, g_s = torch.empty_like(x), torch.empty_like(s)
+    g_z = None if z is None else torch.empty_like(z)
+
+    # Partial sums of each chunk: their order does not depend on the number of threads.
     rows, width = len(x), x.numel() // len(x)
     sums = torch.empty(rows * -(-width // CHUNK) * 2, dtype=torch.float64)
-    kernels.backward(
-        g.data_ptr(), x.data_ptr(), _address(noise), g_x.data_ptr(), g_s.data_ptr(), _address(g_z), s.data_ptr(),
-        _address(z), sums.data_ptr(), rows, width, _step(s), _step(z), n, p, scale, KINDS[kind],
-        torch.get_num_threads(),
-    )  # fmt: skip
+
+    inputs = (g.data_ptr(), x.data_ptr(), _address(noise))
+    gradients = (g_x.data_ptr(), g_s.data_ptr(), _address(g_z))
+    steps = (s.data_ptr(), _address(z), sums.data_ptr())
+    sizes = (rows, width, _step(s), _step(z))
+    threads = torch.get_num_threads()
+    kernels.backward(*inputs, *gradients, *steps, *sizes, n, p, scale, KINDS[kind], threads)
     return g_x, g_s, g_z
 
 
 def codes(x: Tensor, s: Tensor, z: Tensor, n: int, p: int, shift: int = 0) -> Tensor:
-    """Codes of a tensor as bytes, plus a shift that makes signed ones fit: uint8, in the layout of a dense x.
+    """Return codes as bytes, plus a shift that makes signed ones fit: uint8, in the layout of x.
 
     Args:
         x: float32.
-        s, z: step size and zero point, float32: of one element for the whole tensor, or `[B]` for each sample its own.
+        s, z: step size and zero point, float32: of one element for the whole tensor, or `[B]` for
+            each sample its own.
         n, p: smallest and largest code, n + shift >= 0 and p + shift <= 255.
         shift: 128 for signed codes.
     """
     if not fit(x, s, z):
         s, z = (value.reshape(-1, *[1] * (x.dim() - 1)) for value in (s, z))
         v = (x / s).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
-        return (torch.minimum(torch.maximum(v, n - z), p - z).round_() + (z + shift)).to(
-            torch.uint8
-        )
+        bounded = torch.minimum(torch.maximum(v, n - z), p - z)
+        return (bounded.round_() + (z + shift)).to(torch.uint8)
+
     kernels = library()
     assert not isinstance(kernels, str)
     x, rows = dense(x), len(x)
     found = torch.empty_like(x, dtype=torch.uint8)
-    kernels.codes(
-        x.data_ptr(), found.data_ptr(), s.data_ptr(), z.data_ptr(), rows, x.numel() // rows, _step(s), n, p, shift,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    tensors = (x.data_ptr(), found.data_ptr(), s.data_ptr(), z.data_ptr())
+    sizes = (rows, x.numel() // rows, _step(s))
+
+    kernels.codes(*tensors, *sizes, n, p, shift, torch.get_num_threads())
     return found
 
 
 def norm_codes(
     x: Tensor, norm: nn.GroupNorm, silu: bool, s: float, z: float, n: int, p: int, shift: int = 0
 ) -> Tensor:
-    """Codes of a group norm's output, or of SiLU of it, in one go: uint8 in channels-last layout, of x's shape.
+    """Return codes of a group norm's output, or of SiLU of it: uint8, channels-last, of x's shape.
 
     Args:
         x: float32 `[B, C, H, W]`.
@@ -230,11 +243,13 @@ def norm_codes(
         return codes(
             normalised(x, norm, silu), torch.tensor([s]), torch.tensor([float(z)]), n, p, shift
         )
+
     kernels = library()
     assert not isinstance(kernels, str)
     x = x.contiguous(memory_format=torch.channels_last)
     found = torch.empty_like(x, dtype=torch.uint8)
     scratch = torch.empty(2 * x.shape[0] * x.shape[1])
+
     kernels.norm_codes(
         *_norm_arguments(x, found, scratch, norm, silu), s, z, n, p, shift, torch.get_num_threads()
     )
@@ -259,10 +274,10 @@ def _norm_arguments(
     x: Tensor, found: Tensor, scratch: Tensor, norm: nn.GroupNorm, silu: bool
 ) -> tuple[object, ...]:
     batch, channels, height, width = x.shape
-    return (
-        x.data_ptr(), found.data_ptr(), scratch.data_ptr(), _address(norm.weight), _address(norm.bias), batch,
-        height * width, channels, norm.num_groups, norm.eps, silu,
-    )  # fmt: skip
+    tensors = (x.data_ptr(), found.data_ptr(), scratch.data_ptr())
+    affine = (_address(norm.weight), _address(norm.bias))
+    sizes = (batch, height * width, channels, norm.num_groups)
+    return (*tensors, *affine, *sizes, norm.eps, silu)
 
 
 def ranges(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,10 +289,12 @@ def ranges(x: Tensor) -> tuple[Tensor, Tensor]:
     if not fit(x):
         low, high = x.flatten(1).aminmax(dim=1)
         return low.clamp(max=0), high.clamp(min=0)
+
     kernels = library()
     assert not isinstance(kernels, str)
     x = dense(x)
     low, high = torch.empty(len(x)), torch.empty(len(x))
+
     kernels.ranges(
         x.data_ptr(),
         low.data_ptr(),

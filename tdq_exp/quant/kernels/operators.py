@@ -2,8 +2,8 @@
 
 torch.compile, torch.export, torch.jit.trace, make_fx and FakeTensorMode see one operator with known
 shapes, types and layouts, whichever kernel computes it in the end; without any, single tensor
-operations do. Plain tensors do not come here: an operator written in Python costs more for each call
-than the kernels themselves take on a small network.
+operations do. Plain tensors do not come here: an operator written in Python costs more for each
+call than the kernels themselves take on a small network.
 """
 
 from __future__ import annotations

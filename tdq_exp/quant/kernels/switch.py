@@ -1,4 +1,4 @@
-"""What decides whether a fused kernel may be called: the switch that turns them off, and tracing."""
+"""Whether a fused kernel may be called: the switch that turns them off, and tracing."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ def traced(x: Tensor) -> bool:
     """Return whether somebody records or replaces the operations on x.
 
     True under torch.compile, torch.export, torch.jit.trace, make_fx and dispatch modes, and for
-    subclasses such as FakeTensor. A kernel that reads x's memory would be missed by whoever records,
-    and a fake tensor has no memory: there, the registered operators are called in its place.
+    subclasses such as FakeTensor. A kernel that reads x's memory would be missed by whoever
+    records, and a fake tensor has no memory: there, the registered operators are called in its
+    place.
     """
     return (
         torch.compiler.is_compiling()

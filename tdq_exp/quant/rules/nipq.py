@@ -68,6 +68,7 @@ class Nipq(Quantizer):
         shares = (histogram.cumsum(0) / histogram.sum().clamp(min=1)).double()
         levels = torch.arange(QUANTILES, device=x.device, dtype=torch.float64)
         levels = (levels + 0.5) / QUANTILES
+
         bins = torch.searchsorted(shares, levels).clamp_(max=BINS - 1)
         before = torch.cat([shares.new_zeros(1), shares])[bins]
         within = ((levels - before) / (shares[bins] - before).clamp(min=1e-9)).clamp(0, 1)
