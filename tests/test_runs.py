@@ -400,3 +400,25 @@ def test_without_integer_kernels_quantization_is_simulated_and_a_line_says_why(
     assert "sampler.engine=integer: this torch has no oneDNN kernels" in capsys.readouterr().out
     pipeline.run(build(tmp_path, tiny_weights))
     assert np.array_equal(images(made), images(build(tmp_path, tiny_weights)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sampler.spacing=foo"], r"sampler\.spacing='foo'"),
+        (["sampler.offset=999"], r"sampler: leading spacing .*offset=999"),
+        (["sampler=pndm", "sampler.steps=3"], r"sampler\.steps=3: this sampler needs at least 4"),
+        (["sampler=pndm", "sampler.clip=true", "sampler.steps=5"], r"sampler\.clip=true"),
+        (["fit.ema_decay=1.5"], r"fit\.ema_decay=1\.5: must be below 1"),
+        (
+            ["method=ptq4dm", "tdq=none", "fit.correction=ptqd", "sampler=ddpm"],
+            r"fit\.correction: .*take sampler=ddim",
+        ),
+    ],
+)
+def test_what_sampling_will_refuse_is_refused_before_a_file_is_written(
+    overrides, message, tmp_path, tiny_weights
+):
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / "out", tiny_weights, *overrides)
+    assert not (tmp_path / "out").exists()

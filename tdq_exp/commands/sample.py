@@ -91,6 +91,8 @@ def draw(options: argparse.Namespace) -> None:
         else dataclasses.replace(job.sampler, steps=options.steps)
     )
 
+    sampler.check(job.model.schedule)
+
     size = job.model.image_size
     processes = Processes(cpu=options.cpu)
     net, _ = sample_stage.engine(

@@ -113,7 +113,7 @@ def _later_choices(rest: str, groups: Sequence[str]) -> list[str] | None:
 
     value, _, after = rest.partition("_")
     if value in _values():
-        found = _later_choices(after, ())
+        found = _later_choices(after, ("debug",))
         return None if found is None else [*found, _values()[value]]
     return None
 

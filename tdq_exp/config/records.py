@@ -114,8 +114,13 @@ def require_known(config: Any, where: str) -> None:
         where: the file it came from, for the message.
 
     Raises:
-        ValueError: naming the target.
+        ValueError: naming the target, or a value that would be computed when it is read.
     """
+    # A record holds plain values. An interpolation could become a target after this check.
+    for text in _texts(config):
+        if "${" in text:
+            raise ValueError(f"{where}: holds {text!r}, and a record has no interpolations")
+
     for target in _targets(config):
         package, _, name = str(target).rpartition(".")
         known = package in {f"tdq_exp.{face}" for face in FACES}
@@ -123,6 +128,18 @@ def require_known(config: Any, where: str) -> None:
             raise ValueError(
                 f"{where}: names {target!r}, which is not a part of tdq_exp; nothing of it was run"
             )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _texts(key)
+            yield from _texts(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _texts(entry)
 
 
 def _targets(value: Any) -> Iterator[Any]:

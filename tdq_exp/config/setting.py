@@ -28,6 +28,7 @@ def setting(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    below: float | None = None,
     choices: Sequence[str] = (),
     fingerprint: bool = True,
     since: Any = _ALWAYS,
@@ -38,14 +39,14 @@ def setting(
     Args:
         default: the value if nothing else is said; without one, a config has to give it.
         low, high: smallest and largest value, both allowed.
-        above: a bound that is not allowed itself.
+        above, below: bounds that are not allowed themselves.
         choices: the values of a name, or of each name in a list.
         fingerprint: whether a result depends on it; False for labels, paths and speed.
         since: for a key that was added later, the value with which every earlier result was made.
             It is part of a fingerprint only where it differs from that.
         words: `help`, one line for a reader; `named`, value -> what the run's name says of it.
     """
-    about = {"low": low, "high": high, "above": above, "choices": tuple(choices)}
+    about = {"low": low, "high": high, "above": above, "below": below, "choices": tuple(choices)}
     about |= {"fingerprint": fingerprint, "since": since, **words}
 
     if isinstance(default, list):
@@ -101,6 +102,9 @@ def _problem(value: Any, about: Mapping[str, Any]) -> str | None:
         return f"must be at most {high:g}"
     if above is not None and value <= above:
         return "must be positive" if above == 0 else f"must be above {above:g}"
+    below = about.get("below")
+    if below is not None and value >= below:
+        return f"must be below {below:g}"
     return None
 
 

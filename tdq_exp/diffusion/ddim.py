@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,6 +116,16 @@ class Ddim:
     offset: int = 0
     final_alpha_one: bool = True
 
+    keeps_variance: ClassVar[bool] = False  # a predictor's own error lessens the noise, if known
+
+    def check(self, schedule: Schedule) -> None:
+        """Refuse time steps that the schedule does not have.
+
+        Raises:
+            ValueError: naming the key.
+        """
+        self.pairs(schedule)
+
     def pairs(self, schedule: Schedule) -> list[tuple[int, int]]:
         """Return (t, t_prev), noisiest first; the last t_prev is -1, "no noise left"."""
         visited = time_steps(self.spacing, self.steps, schedule.steps, self.offset)
@@ -162,6 +172,7 @@ class Ddim:
 
         A predictor may know the variance v_t of its own error, as PTQD's correction does. The error
         reaches x_{t-1} times c, and so sigma'^2 = max(sigma^2 - c^2 v_t, 0) is left to be added.
+        Where `clip` limits x0_hat, c is what it would be without.
         """
         known = getattr(denoise, "residual_variance", None)
         trajectory = []

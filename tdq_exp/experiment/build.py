@@ -187,7 +187,18 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
 
     weights = _shipped(config.model.weights) if fit.options.needs_weights else None
 
-    # 3. The rest.
+    # 3. The sampler: what it can't do is known before a fit of days.
+    sampler = make(resolved, "sampler.method")
+    if fit.options.gives_rows:
+        sampler.check(model.schedule)
+    if fit.options.corrects and sampler.keeps_variance:
+        raise ValueError(
+            "fit.correction: its smaller noise does not go with"
+            f" sampler.label={config.sampler.label}, which has a variance of its own; take"
+            " sampler=ddim, or fit.correction=none"
+        )
+
+    # 4. The rest.
     cache = Path(config.data.cache).expanduser() if config.data.cache else default_cache()
     images = make(resolved, "data.source") if source else None
 
@@ -202,7 +213,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
         data=DataChoice(images, cache, config.data.limit),
         fit=fit,
         recipe=_recipe(resolved) if config.method.quantized else None,
-        sampler=make(resolved, "sampler.method"),
+        sampler=sampler,
         sampling=config.sampler,
         evaluation=config.eval,
         machine=Machine(config.launcher, config.tracker, config.smoke),

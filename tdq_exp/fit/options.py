@@ -65,6 +65,11 @@ class FitOptions:
     def reconstructs(self) -> bool:
         return False
 
+    @property
+    def corrects(self) -> bool:
+        """Whether the prediction is corrected after the fit."""
+        return False
+
     def check(self) -> None:
         """Refuse values that do not go together.
 
@@ -98,7 +103,7 @@ class TrainOptions:
         since="constant",
         help="after warm-up: constant, or cosine to 0 at the last update",
     )
-    ema_decay: float = setting(0.9999, help="of the average of the weights")
+    ema_decay: float = setting(0.9999, low=0, below=1, help="of the average of the weights")
     grad_clip: float = setting(0.0, low=0, help="largest norm of the gradient; 0 does not clip")
     validate_every: int = setting(1000, low=1, help="updates between validations and checkpoints")
     validation_samples: int = setting(1024, low=1, help="(x, t, eps) of the fixed validation set")

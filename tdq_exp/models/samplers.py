@@ -40,6 +40,7 @@ class _DiffusersSampler:
     offset: int = 0
     final_alpha_one: bool = True
     fewest: ClassVar[int] = 1
+    keeps_variance: ClassVar[bool] = False  # whether it adds noise that no correction can lessen
 
     def __post_init__(self) -> None:
         if self.spacing not in ("leading", "trailing", "linspace"):
@@ -70,26 +71,8 @@ class _DiffusersSampler:
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Follow the trajectory from pure noise to a sample; arguments as `Ddim.sample`."""
-        if not 1 <= self.steps <= schedule.steps:
-            raise ValueError(
-                f"sampler.steps={self.steps}: must be between 1 and the model's"
-                f" {schedule.steps} time steps"
-            )
-
-        if self.steps < self.fewest:
-            raise ValueError(
-                f"sampler.steps={self.steps}: this sampler needs at least {self.fewest}"
-            )
-
-        scheduler = self._scheduler(schedule)  # fresh for each batch: PNDM keeps its history inside
+        scheduler = self.check(schedule)  # fresh for each batch: PNDM keeps its history inside
         scheduler.set_timesteps(self.steps, device=x.device)
-
-        visited = scheduler.timesteps
-        if int(visited.max()) >= schedule.steps or int(visited.min()) < 0:
-            raise ValueError(
-                f"sampler: {self.spacing} spacing with steps={self.steps}, offset={self.offset}"
-                f" leaves the {schedule.steps} time steps; take fewer steps or another offset"
-            )
 
         # Only DDPM draws noise on the way.
         extra = {}
@@ -104,9 +87,39 @@ class _DiffusersSampler:
             x = scheduler.step(denoise(x, t).to(x.dtype), t, x, return_dict=False, **extra)[0]
         return x
 
+    def check(self, schedule: Schedule) -> Any:
+        """Refuse time steps that the schedule does not have; return diffusers' scheduler.
+
+        Raises:
+            ValueError: naming the key.
+        """
+        if not 1 <= self.steps <= schedule.steps:
+            raise ValueError(
+                f"sampler.steps={self.steps}: must be between 1 and the model's"
+                f" {schedule.steps} time steps"
+            )
+
+        if self.steps < self.fewest:
+            raise ValueError(
+                f"sampler.steps={self.steps}: this sampler needs at least {self.fewest}"
+            )
+
+        scheduler = self._scheduler(schedule)
+        scheduler.set_timesteps(self.steps)
+
+        visited = scheduler.timesteps
+        if int(visited.max()) >= schedule.steps or int(visited.min()) < 0:
+            raise ValueError(
+                f"sampler: {self.spacing} spacing with steps={self.steps}, offset={self.offset}"
+                f" leaves the {schedule.steps} time steps; take fewer steps or another offset"
+            )
+        return scheduler
+
 
 class Ddpm(_DiffusersSampler):
     """Ancestral sampling with the posterior's variance. Source: Ho et al. 2020, algorithm 2."""
+
+    keeps_variance: ClassVar[bool] = True
 
     def _scheduler(self, schedule: Schedule) -> Any:
         return DDPMScheduler(

@@ -133,9 +133,9 @@ def cells_of(
     for name in columns:
         given = overrides if column in (None, name) else ()
         for line in (manifest.float_model, *manifest.lines):
-            # The float model has no checkpoints to choose from.
+            # The float model is loaded as it is: numbers of a fit are for the quantized lines.
             is_float = line is manifest.float_model
-            extra = [o for o in given if not (is_float and _key(o) == "fit.report")]
+            extra = [o for o in given if not (is_float and _key(o).startswith("fit."))]
             choices = manifest.choices(scale, name, line)
             cells += _cells_of_line(name, line, choices, out, extra)
 

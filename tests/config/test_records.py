@@ -56,3 +56,15 @@ def test_a_strangers_record_calls_nothing(target, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"stranger\.json: names .* not a part of tdq_exp"):
         jobs.rebuild(json.loads(json.dumps(config)), Path("stranger.json"))
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("group", ["habits", "plan", "model"])
+def test_a_value_that_would_be_computed_calls_nothing(group, tmp_path):
+    marker = tmp_path / "copied"
+    hidden = f"${{oc.decode:'{{_target_: shutil.copyfile, src: {RUN}, dst: {marker}}}'}}"
+    config = copy.deepcopy(read_json(RUN)["config"])
+    key = "definition" if group == "model" else group
+    config[group][key] = hidden
+    with pytest.raises(ValueError, match=r"stranger\.json: holds .* no interpolations"):
+        jobs.rebuild(config, Path("stranger.json"))
+    assert not marker.exists()

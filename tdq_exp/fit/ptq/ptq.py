@@ -109,16 +109,17 @@ class Ptq(QuantizedFit[PtqOptions]):
 
         # 3. The fit, and a correction of what the fitted network predicts.
         history = fit_to_set(net, float_net, model, samples, self.options, context)
-        corrected = {}
+        began, corrected = time.monotonic(), {}
         if self.options.corrects:
             corrected["correction"] = ptqd.correct(net, float_net, model, samples, processes.device)
+        correction_seconds = time.monotonic() - began
 
         # 4. What it is worth.
         draws = validation_draws(model, held_out, self.options.validation_samples, context.seed)
         loss = validation_loss(net, model, held_out, draws, BATCH, processes)
 
         return net, {
-            "seconds": round(calibration_seconds + history.seconds, 1),
+            "seconds": round(calibration_seconds + history.seconds + correction_seconds, 1),
             "validation_loss": loss,
             "blocks": history.blocks,
             "blocks_not_kept": [block["block"] for block in history.blocks if not block["kept"]],
@@ -168,6 +169,8 @@ class Ptq(QuantizedFit[PtqOptions]):
             passes = runs + spec.samples * (1 + blocks) + STEP * o.block_updates * o.batch_size
             updates = f"{o.updates} updates a block"
 
+        if o.corrects:
+            passes += 2 * spec.samples
         disk = spec.samples * 4 * math.prod(model.sample_shape)
         text = f"{o.kind}, {spec.samples} {spec.kind} samples, making them included, {updates}"
         return Work(passes, disk, text)
