@@ -111,7 +111,12 @@ def draw(options: argparse.Namespace) -> None:
     )
 
     sample_stage.sample_set(
-        Denoiser(net, job.model), sampler, store, seed=options.seed, processes=processes
+        Denoiser(net, job.model),
+        sampler,
+        store,
+        seed=options.seed,
+        processes=processes,
+        truncate=job.sampling.truncate,
     )
 
     sample_stage.write_pngs(store.read(), options.out)
