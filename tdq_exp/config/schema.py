@@ -15,9 +15,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from tdq_exp.config import setting as settings
-from tdq_exp.config.setting import setting
-from tdq_exp.experiment.options import EvalOptions, SamplerOptions
+from tdq_exp.config.setting import SEED, setting
+from tdq_exp.experiment.options import MOST_BATCH, MOST_IMAGES, EvalOptions, SamplerOptions
 from tdq_exp.fit.options import (
+    MOST_SAMPLES,
     CalibrationSpec,
     FitOptions,
     LoadOptions,
@@ -43,7 +44,7 @@ class Sampling:
 
 @dataclass
 class ModelConfig:
-    label: str = setting(fingerprint=False)
+    label: str = setting(fingerprint=False, is_name=True)
     definition: Any = setting(help="_target_: a class like tdq_exp.models.DiffusionModel")
     weights: str | None = setting(
         None,
@@ -59,7 +60,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    label: str = setting("", fingerprint=False)
+    label: str = setting("", fingerprint=False, is_name=True)
     source: Any = setting(help="_target_: where images come from", fingerprint=False)
     cache: str | None = setting(None, fingerprint=False, help="default: ~/.cache/tdq_exp")
     limit: int | None = setting(
@@ -69,24 +70,28 @@ class DataConfig:
 
 @dataclass
 class PtqProtocol(PtqNumbers):
-    samples: int = setting(0, help="of a calibration set")
-    images: int = setting(0, help="trajectories of a set whose t are steps of each")
-    ndtc_images: int = setting(0, help="the same, where t is drawn from PTQ4DM's distribution")
-    steps: int = setting(0, help="of sampling after post-training quantization")
+    samples: int = setting(0, low=1, most=MOST_SAMPLES, help="of a calibration set")
+    images: int = setting(
+        0, low=1, most=MOST_SAMPLES, help="trajectories of a set whose t are steps of each"
+    )
+    ndtc_images: int = setting(
+        0, low=1, most=MOST_SAMPLES, help="the same, where t is drawn from PTQ4DM's distribution"
+    )
+    steps: int = setting(0, low=1, help="of sampling after post-training quantization")
 
 
 @dataclass
 class SamplingNumbers:
-    images: int = setting()
-    steps: int = setting()
-    batch: int = setting()
+    images: int = setting(low=1, most=MOST_IMAGES)
+    steps: int = setting(low=1)
+    batch: int = setting(low=1, most=MOST_BATCH)
 
 
 @dataclass
 class Protocol:
     """The numbers of an experiment at one scale; the groups `fit` and `sampler` read them."""
 
-    scale: str = setting(help="paper, small, digits, tiny")
+    scale: str = setting(is_name=True, help="paper, small, digits, tiny")
     pretrain: TrainOptions = field(default_factory=TrainOptions)
     autoencoder: TrainOptions = field(default_factory=TrainOptions)
     qat: QatNumbers = field(default_factory=QatNumbers)
@@ -96,7 +101,7 @@ class Protocol:
 
 @dataclass
 class BitsConfig:
-    label: str = setting(fingerprint=False)
+    label: str = setting(fingerprint=False, is_name=True)
     weight: int = setting(low=2, high=16)
     act: int = setting(low=2, high=16)
 
@@ -105,7 +110,7 @@ class BitsConfig:
 class ActConfig:
     """The rule of activations, or null."""
 
-    label: str = setting("", fingerprint=False)
+    label: str = setting("", fingerprint=False, is_name=True)
     quantizer: Any = setting(None)
 
 
@@ -113,33 +118,33 @@ class ActConfig:
 class WeightConfig:
     """The rule of weights, or null, and where their step sizes come from."""
 
-    label: str = setting("", fingerprint=False)
+    label: str = setting("", fingerprint=False, is_name=True)
     quantizer: Any = setting(None)
     interval: str = setting("static", help="static, max_abs or channel_range")
 
 
 @dataclass
 class TdqConfig:
-    label: str = setting("", fingerprint=False)
+    label: str = setting("", fingerprint=False, is_name=True)
     interval: Any = setting(help="_target_: where activations' step sizes come from")
     zero_point: str = setting("by_role", help="static, lower_bound, by_role")
 
 
 @dataclass
 class PlanConfig:
-    label: str = setting("", fingerprint=False)
+    label: str = setting("", fingerprint=False, is_name=True)
     plan: Any = setting()
 
 
 @dataclass
 class HabitsConfig:
-    label: str = setting("", fingerprint=False)
+    label: str = setting("", fingerprint=False, is_name=True)
     habits: Any = setting()
 
 
 @dataclass
 class MethodConfig:
-    label: str = setting(fingerprint=False)
+    label: str = setting(fingerprint=False, is_name=True)
     quantized: bool = setting(True, fingerprint=False)
     calibration: str = setting(
         "", fingerprint=False, help="label of the set that the method's name stands for"
@@ -164,8 +169,10 @@ class Config:
     eval: EvalOptions = field(default_factory=EvalOptions)
     tracker: TrackerOptions = field(default_factory=TrackerOptions)
     launcher: LauncherOptions = field(default_factory=LauncherOptions)
-    seed: int = setting(0, low=0)
-    label: str = setting("", help="appended to the fit's name: set it when you change numbers")
+    seed: int = setting(0, low=0, high=SEED)
+    label: str = setting(
+        "", is_name=True, help="appended to the fit's name: set it when you change numbers"
+    )
     out: str = setting("results")
     smoke: bool = setting(False, help="a rehearsal of two steps: set by debug=smoke")
     plan_only: bool = setting(False, help="print what would be done, its cost, and stop")
@@ -188,7 +195,7 @@ def nodes() -> Iterator[tuple[str | None, str, Any]]:
 
 def _from_protocol(options: type[FitOptions], part: str, numbers: type[Any]) -> FitOptions:
     """Return options whose numbers are those of a part of the protocol."""
-    names = [f.name for f in dataclasses.fields(numbers) if f.metadata["fingerprint"]]
+    names = [f.name for f in dataclasses.fields(numbers)]
     return options(**{name: f"${{protocol.{part}.{name}}}" for name in names})
 
 
@@ -272,20 +279,15 @@ def validate(config: Config) -> None:
     Raises:
         ValueError: one line that names the key.
     """
-    for group in dataclasses.fields(config):
-        value = getattr(config, group.name)
-        if group.name != "protocol" and dataclasses.is_dataclass(value):
-            settings.check(value, group.name)
+    # The protocol first, where most numbers come from; a part that it does not set has no meaning.
+    settings.check(config.protocol, "protocol", defaults=False)
+
+    settings.check(config, "", skip=("protocol",))
 
     config.fit.check()
+    config.launcher.check()
     _check_method(config)
     _check_measures(config)
-
-    nproc = config.launcher.nproc
-    if nproc != "auto" and not (nproc.isdecimal() and int(nproc) > 0):
-        raise ValueError(f"launcher.nproc={nproc}: a positive number, or auto")
-    if config.seed < 0 or config.sampler.seed < 0:
-        raise ValueError("seed and sampler.seed must not be negative")
 
 
 def _check_method(config: Config) -> None:

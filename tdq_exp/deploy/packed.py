@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tdq_exp.models.weights.save import save_weights
 from tdq_exp.quant.layers import smallest_integer_type
+from tdq_exp.runtime import files
 
 FORMAT = "tdq_exp packed 1"
 CHUNK = 1 << 20  # codes at a time; a multiple of 8, so that chunks end at whole bytes
@@ -149,6 +150,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str, dict[str, 
     Raises:
         ValueError: if the file is damaged, or is not a packed network.
     """
+    files.require_regular(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             about = file.metadata() or {}

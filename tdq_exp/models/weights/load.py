@@ -47,6 +47,7 @@ from tdq_exp.models.weights import compvis
 from tdq_exp.models.weights.inert_pickle import CheckpointError, read_tensors
 from tdq_exp.models.weights.names import diffusers_names
 from tdq_exp.models.weights.save import file_hash, save_weights, state_hash
+from tdq_exp.runtime import files
 
 __all__ = [
     "NOT_WEIGHTS",
@@ -54,6 +55,7 @@ __all__ = [
     "file_hash",
     "load_autoencoder",
     "load_weights",
+    "locate",
     "save_weights",
     "state_hash",
 ]
@@ -188,6 +190,7 @@ def _stored_scale(path: Path) -> float | None:
 
 def _read_file(path: Path, ema: bool, part: str) -> dict[str, torch.Tensor]:
     """Return the state dict of a network, `unet` or `vae`, in a file, without prefixes."""
+    _require_file(path)
     if path.suffix != ".safetensors":
         return read_tensors(path, lambda tree: _state_of(path, tree, ema, part))
     try:
@@ -243,14 +246,53 @@ def _subfolder(net: torch.nn.Module) -> str:
     return "vae" if type(net).__name__ == "AutoencoderKL" else "unet"
 
 
-def _located(source: str, subfolder: str) -> Path:
-    """The file or folder that a source means, downloaded if it is a network of the hub."""
-    path = Path(source).expanduser()
+def locate(source: str, subfolder: str, key: str = "", download: bool = True) -> Path | None:
+    """Return the file or folder that a source means, downloaded if it is a network of the hub.
+
+    Args:
+        source: see the module's docstring.
+        subfolder: where a pipeline's folder has such a network: `unet` or `vae`.
+        key: of the configuration, for messages.
+        download: whether a network of the hub is fetched; None is returned if it is not.
+
+    Raises:
+        CheckpointError: if there is no such file or folder, or it can't be read as one.
+    """
+    named = f"{key}={source}" if key else source
+    path = _expanded(source)
+
+    if path.is_dir():
+        _place(path, subfolder)
+        return path
     if path.exists():
+        _require_file(path)
         return path
     if _HUB_ID.fullmatch(source) and not source.endswith(_FILE_SUFFIXES):
-        return _download(source, subfolder)
-    raise CheckpointError(f"{source}: no such file or folder")
+        return _download(source, subfolder) if download else None
+    raise CheckpointError(f"{named}: no such file or folder")
+
+
+def _located(source: str, subfolder: str) -> Path:
+    """Return the file or folder that a source means, downloaded if need be."""
+    path = locate(source, subfolder)
+    assert path is not None
+    return path
+
+
+def _expanded(source: str) -> Path:
+    """Return a source as a path, `~` replaced."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def _require_file(path: Path) -> None:
+    """Refuse a pipe or a device, which would be read for ever."""
+    try:
+        files.require_regular(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _place(folder: Path, subfolder: str) -> Path:
@@ -264,9 +306,10 @@ def _place(folder: Path, subfolder: str) -> Path:
 
 
 def _config(path: Path) -> dict[str, Any]:
+    _require_file(path)
     try:
         return dict(json.loads(path.read_text()))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a JSON config ({error})") from error
 
 
@@ -378,6 +421,7 @@ def _fitted(
         elif target.is_floating_point() != tensor.is_floating_point():
             mistyped.append(f"{name} {tensor.dtype}, wanted {target.dtype}")
         fitted[name] = tensor.to(target)
+    faulty = [name for name, tensor in fitted.items() if not bool(tensor.isfinite().all())]
 
     # All differences at once: they tell together what the file is of.
     faults = {
@@ -390,6 +434,12 @@ def _fitted(
     if any(faults.values()):
         parts = [f"{len(keys)} {fault} ({_first(keys)})" for fault, keys in faults.items() if keys]
         raise CheckpointError(f"{source}: its keys are not the network's: {'; '.join(parts)}")
+
+    if faulty:
+        raise CheckpointError(
+            f"{source}: {len(faulty)} of its weights hold NaN or infinity ({_first(faulty)});"
+            " the training that wrote it failed: take an earlier checkpoint"
+        )
     return fitted
 
 
