@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tdq_exp.config import setting as settings
 from tdq_exp.config.setting import SEED, setting
@@ -249,6 +250,14 @@ def typed(cfg: DictConfig) -> Config:
     Raises:
         ValueError: one line that names the key.
     """
+    try:
+        return _typed(cfg)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def _typed(cfg: DictConfig) -> Config:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ValueError(f"{missing[0]} has no value: choose an option of its group, or set it")
@@ -298,6 +307,13 @@ def _check_method(config: Config) -> None:
     if fit.quantizes != method.quantized:
         raise ValueError(f"fit.kind={fit.kind} does not go with method={method.label}")
 
+    for name, quantizer in (("act", config.act.quantizer), ("weight", config.weight.quantizer)):
+        if method.quantized and quantizer is None:
+            raise ValueError(
+                f"{name}.quantizer=null: method={method.label} quantizes; choose {name}=OPTION, or"
+                " method=fp"
+            )
+
     if fit.reconstructs and config.tdq.interval["_target_"].endswith("DynamicIntervals"):
         raise ValueError(
             f"tdq={config.tdq.label}: ranges that are read from the input can't be reconstructed;"
@@ -320,6 +336,8 @@ def _check_method(config: Config) -> None:
 
 def _check_measures(config: Config) -> None:
     """Refuse sampling or measuring that the fit or the model can't have."""
+    _check_sampler(config.sampler)
+
     if config.fit.chooses_checkpoint and "fid" not in config.eval.metrics:
         raise ValueError("fit.report=best_of_5 chooses by fid: eval.metrics must hold it")
 
@@ -329,9 +347,23 @@ def _check_measures(config: Config) -> None:
             " quantized"
         )
 
-    total = config.model.definition.get("schedule", {}).get("steps")
-    if total is not None and config.sampler.steps > total:
+    definition = config.model.definition
+    schedule = definition.get("schedule") if isinstance(definition, Mapping) else None
+    total = schedule.get("steps") if isinstance(schedule, Mapping) else None
+    if isinstance(total, int) and config.sampler.steps > total:
         raise ValueError(
             f"sampler.steps={config.sampler.steps}: must be between 1 and the model's {total} time"
             " steps"
         )
+
+
+def _check_sampler(sampler: SamplerOptions) -> None:
+    """Refuse a sampler whose own keys contradict those of the group, which name its images."""
+    if not isinstance(sampler.method, Mapping):
+        raise ValueError(f"sampler.method={sampler.method}: must name a sampler by its _target_")
+
+    for option in dataclasses.fields(sampler):
+        name = option.name
+        own = sampler.method.get(name, getattr(sampler, name))
+        if own != getattr(sampler, name):
+            raise ValueError(f"sampler.method.{name}={own}: set sampler.{name} instead")

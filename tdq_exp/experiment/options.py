@@ -54,5 +54,8 @@ class EvalOptions:
         50, low=1, most=MOST_BATCH, help="images that pass the feature network together"
     )
     reference_images: int | None = setting(
-        None, low=1, help="the first so many of the training set; all of them if null"
+        None,
+        low=1,
+        most=MOST_IMAGES,
+        help="the first so many of the training set; all of them if null",
     )

@@ -45,9 +45,10 @@ from safetensors.torch import load_file
 
 from tdq_exp.models.weights import compvis
 from tdq_exp.models.weights.inert_pickle import CheckpointError, read_tensors
+from tdq_exp.models.weights.match import match
 from tdq_exp.models.weights.names import diffusers_names
+from tdq_exp.models.weights.paths import expanded, require_file
 from tdq_exp.models.weights.save import file_hash, save_weights, state_hash
-from tdq_exp.runtime import files
 
 __all__ = [
     "NOT_WEIGHTS",
@@ -116,7 +117,7 @@ def load_weights(
         if path.is_dir()
         else _read_file(path, ema, _subfolder(net))
     )
-    state = _fitted(source, diffusers_names(source, found, net), net.state_dict())
+    state = match(source, diffusers_names(source, found, net), net.state_dict())
     net.load_state_dict(state, strict=True)
     return state_hash(state)
 
@@ -190,7 +191,7 @@ def _stored_scale(path: Path) -> float | None:
 
 def _read_file(path: Path, ema: bool, part: str) -> dict[str, torch.Tensor]:
     """Return the state dict of a network, `unet` or `vae`, in a file, without prefixes."""
-    _require_file(path)
+    require_file(path)
     if path.suffix != ".safetensors":
         return read_tensors(path, lambda tree: _state_of(path, tree, ema, part))
     try:
@@ -259,13 +260,13 @@ def locate(source: str, subfolder: str, key: str = "", download: bool = True) ->
         CheckpointError: if there is no such file or folder, or it can't be read as one.
     """
     named = f"{key}={source}" if key else source
-    path = _expanded(source)
+    path = expanded(source)
 
     if path.is_dir():
         _place(path, subfolder)
         return path
     if path.exists():
-        _require_file(path)
+        require_file(path)
         return path
     if _HUB_ID.fullmatch(source) and not source.endswith(_FILE_SUFFIXES):
         return _download(source, subfolder) if download else None
@@ -279,22 +280,6 @@ def _located(source: str, subfolder: str) -> Path:
     return path
 
 
-def _expanded(source: str) -> Path:
-    """Return a source as a path, `~` replaced."""
-    try:
-        return Path(source).expanduser()
-    except RuntimeError as error:
-        raise CheckpointError(f"{source}: {error}") from error
-
-
-def _require_file(path: Path) -> None:
-    """Refuse a pipe or a device, which would be read for ever."""
-    try:
-        files.require_regular(path)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-
-
 def _place(folder: Path, subfolder: str) -> Path:
     """The folder itself, or the subfolder, whichever has a config."""
     for place in (folder, folder / subfolder):
@@ -306,7 +291,7 @@ def _place(folder: Path, subfolder: str) -> Path:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    _require_file(path)
+    require_file(path)
     try:
         return dict(json.loads(path.read_text()))
     except (TypeError, ValueError, RecursionError) as error:
@@ -399,49 +384,3 @@ def _download(repository: str, subfolder: str) -> Path:
     except (HTTPError, OSError) as error:
         reason = f"the hub can't be reached ({type(error).__name__})"
         raise CheckpointError(f"{repository}: no local path, and {reason}; {advice}") from error
-
-
-def _fitted(
-    source: str, found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Return the found weights in the shapes, type and places of the wanted ones.
-
-    Raises:
-        CheckpointError: listing all differences at once.
-    """
-    fitted: dict[str, torch.Tensor] = {}
-    misshapen, mistyped = [], []
-    for name in found.keys() & wanted.keys():
-        tensor, target = found[name], wanted[name]
-
-        if target.ndim == 2 and tensor.shape in ((*target.shape, 1), (*target.shape, 1, 1)):
-            tensor = tensor.reshape(target.shape)  # a convolution of size 1 is a linear layer
-        if tensor.shape != target.shape:
-            misshapen.append(f"{name} {list(tensor.shape)}, wanted {list(target.shape)}")
-        elif target.is_floating_point() != tensor.is_floating_point():
-            mistyped.append(f"{name} {tensor.dtype}, wanted {target.dtype}")
-        fitted[name] = tensor.to(target)
-    faulty = [name for name, tensor in fitted.items() if not bool(tensor.isfinite().all())]
-
-    # All differences at once: they tell together what the file is of.
-    faults = {
-        "missing": [name for name in wanted if name not in found],
-        "left over": [name for name in found if name not in wanted],
-        "misshapen": sorted(misshapen),
-        "mistyped": sorted(mistyped),
-    }
-
-    if any(faults.values()):
-        parts = [f"{len(keys)} {fault} ({_first(keys)})" for fault, keys in faults.items() if keys]
-        raise CheckpointError(f"{source}: its keys are not the network's: {'; '.join(parts)}")
-
-    if faulty:
-        raise CheckpointError(
-            f"{source}: {len(faulty)} of its weights hold NaN or infinity ({_first(faulty)});"
-            " the training that wrote it failed: take an earlier checkpoint"
-        )
-    return fitted
-
-
-def _first(keys: list[str], count: int = 3) -> str:
-    return "; ".join(keys[:count]) + ("; ..." if len(keys) > count else "")
