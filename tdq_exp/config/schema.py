@@ -187,11 +187,15 @@ def nodes() -> Iterator[tuple[str | None, str, Any]]:
     A fit's node reads the numbers of its protocol by interpolation; `configs/fit` adds the rest.
     """
     yield None, "schema", Config
-    yield "fit/kind", "none", LoadOptions
-    yield "fit/kind", "pretrain", _from_protocol(PretrainOptions, "pretrain", TrainOptions)
-    yield "fit/kind", "autoencoder", _from_protocol(PretrainOptions, "autoencoder", TrainOptions)
-    yield "fit/kind", "qat", _from_protocol(QatOptions, "qat", QatNumbers)
-    yield "fit/kind", "ptq", _from_protocol(PtqOptions, "ptq", PtqNumbers)
+    yield None, "options_of_none", LoadOptions
+    yield None, "options_of_pretrain", _from_protocol(PretrainOptions, "pretrain", TrainOptions)
+    yield (
+        None,
+        "options_of_autoencoder",
+        _from_protocol(PretrainOptions, "autoencoder", TrainOptions),
+    )
+    yield None, "options_of_qat", _from_protocol(QatOptions, "qat", QatNumbers)
+    yield None, "options_of_ptq", _from_protocol(PtqOptions, "ptq", PtqNumbers)
 
 
 def _from_protocol(options: type[FitOptions], part: str, numbers: type[Any]) -> FitOptions:

@@ -25,6 +25,8 @@ from tdq_exp.quant.layers import smallest_integer_type
 from tdq_exp.runtime import files
 
 FORMAT = "tdq_exp packed 1"
+# What a header raises that does not describe the tensors beside it.
+MISFIT = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, RecursionError)
 CHUNK = 1 << 20  # codes at a time; a multiple of 8, so that chunks end at whole bytes
 
 
@@ -97,6 +99,8 @@ def unpack(packed: Mapping[str, Tensor], how: Mapping[str, Any]) -> dict[str, Te
     state = dict(packed)
     for key, rule in how.items():
         value, dtype = packed[key], getattr(torch, rule["type"])
+        if not isinstance(dtype, torch.dtype) or not 1 <= rule.get("codes", 1) <= 16:
+            raise ValueError(f"{key}: codes of no known type")
         state[key] = (
             unpack_codes(value, tuple(rule["shape"]), rule["n"], rule["codes"])
             if "codes" in rule
@@ -155,9 +159,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str, dict[str, 
         with safe_open(str(path), framework="pt") as file:
             about = file.metadata() or {}
             if about.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path}: is not a packed network (its header does not say `{FORMAT}`)"
-                )
+                raise ValueError(f"its header does not say `{FORMAT}`")
 
             packed = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
@@ -169,7 +171,6 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str, dict[str, 
             about["fit"],
             json.loads(about.get("parts", "{}")),
         )
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(
-            f"{path}: damaged or missing packed network ({str(error).splitlines()[0]})"
-        ) from error
+    except (SafetensorError, OSError, *MISFIT) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: damaged or missing packed network ({reason})") from error

@@ -18,7 +18,7 @@ from typing import Any
 from tdq_exp.config.setting import KINDS, is_of, require
 
 # Keys of a node that are Hydra's, not the constructor's.
-OF_HYDRA = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
+OF_HYDRA = ("_target_", "_partial_", "_convert_", "_recursive_")
 
 
 def check_arguments(node: Any, key: str) -> None:
@@ -33,6 +33,9 @@ def check_arguments(node: Any, key: str) -> None:
     """
     if not isinstance(node, Mapping) or not str(node.get("_target_", "")).startswith("tdq_exp."):
         return
+
+    if "_args_" in node:
+        raise ValueError(f"{key}._args_: arguments are given by name")
 
     target = _target(str(node["_target_"]), key)
     known = _parameters(target)

@@ -278,8 +278,21 @@ def rebuild(recorded: dict[str, Any], where: Path) -> Experiment:
         where: the file that holds it, for messages.
 
     Raises:
-        ValueError: if the record names anything that is not ours; nothing of it is called then.
+        ValueError: if the record names anything that is not ours, when nothing of it is called; or
+            if it is not the configuration of a run.
     """
+    try:
+        return _rebuilt(recorded, where)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # whatever a stranger's record may lead to
+        raise ValueError(
+            f"{where}: holds no configuration of a run ({type(error).__name__}:"
+            f" {str(error).strip().partition(chr(10))[0]})"
+        ) from error
+
+
+def _rebuilt(recorded: dict[str, Any], where: Path) -> Experiment:
     current = records.upgrade(recorded)
     records.require_known(current, str(where))
 

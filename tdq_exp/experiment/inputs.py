@@ -13,6 +13,7 @@ import torch
 from tdq_exp.experiment.build import QUANTIZERS, Experiment
 from tdq_exp.models.weights.load import locate
 from tdq_exp.runtime import files
+from tdq_exp.runtime.environment import memory_bytes
 
 # Networks that were found to run, by their configuration: one process may start many runs of one.
 _RUNNABLE: set[str] = set()
@@ -74,7 +75,15 @@ def require_network(job: Experiment) -> None:
         return
 
     job.model.require_runnable()
-    if job.recipe is not None:
-        with torch.device("meta"):
-            job.model.quantize(job.model.build(), job.recipe)
+    with torch.device("meta"):
+        net = job.model.build()
+        if job.recipe is not None:
+            job.model.quantize(net, job.recipe)
+
+    wanted = sum(t.numel() * t.element_size() for t in (*net.parameters(), *net.buffers()))
+    if wanted > memory_bytes():
+        raise ValueError(
+            f"model.definition, tdq.interval: the network takes {wanted / 1e9:.0f} GB, and this"
+            f" machine has {memory_bytes() / 1e9:.0f} GB"
+        )
     _RUNNABLE.add(key)

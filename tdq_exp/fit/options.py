@@ -143,6 +143,13 @@ class TrainOptions:
         return cosine(update - self.warmup, self.updates - self.warmup)
 
 
+def learning_rates(options: TrainOptions) -> dict[str, float]:
+    """Return the rates of a training that are not zero, by key: `fit.lr`, `fit.lr_step_size`."""
+    names = [name for name in vars(options) if name == "lr" or name.startswith("lr_")]
+    rates = {f"fit.{name}": getattr(options, name) for name in names}
+    return {key: rate for key, rate in rates.items() if isinstance(rate, float) and rate}
+
+
 def cosine(update: int, updates: int) -> float:
     """Return `(1 + cos(pi u / updates)) / 2`: from 1 at the first update towards 0."""
     return (1 + math.cos(math.pi * update / updates)) / 2

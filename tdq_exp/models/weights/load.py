@@ -49,6 +49,7 @@ from tdq_exp.models.weights.match import match
 from tdq_exp.models.weights.names import diffusers_names
 from tdq_exp.models.weights.paths import expanded, require_file
 from tdq_exp.models.weights.save import file_hash, save_weights, state_hash
+from tdq_exp.runtime import hub
 
 __all__ = [
     "NOT_WEIGHTS",
@@ -354,6 +355,7 @@ def _download(repository: str, subfolder: str) -> Path:
     """Return the local folder of a network on the model hub, downloaded if need be."""
     key = "autoencoder" if subfolder == "vae" else "weights"
     advice = f"give a local file or folder with model.{key}=PATH"
+    hub.prepare()
     try:
         try:
             folder = Path(hf_hub_download(repository, "config.json")).parent
