@@ -274,16 +274,28 @@ def _typed(cfg: DictConfig) -> Config:
         )
 
     for group in dataclasses.fields(Config):
-        node = cfg[group.name]
-        declared = OmegaConf.get_type(node) if OmegaConf.is_dict(node) else None
-        if group.name != "protocol" and declared is not None:
-            unknown = settings.unknown_keys(declared, node)
-            if unknown:
-                raise ValueError(f"{group.name}.{unknown[0]}: there is no such key")
+        _require_known_keys(cfg[group.name], group.name)
 
     config: Config = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     validate(config)
     return config
+
+
+def _require_known_keys(node: Any, prefix: str) -> None:
+    """Refuse keys that the dataclass of a node does not declare, in the node or below it.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    declared = OmegaConf.get_type(node) if OmegaConf.is_dict(node) else None
+    if declared is None or not dataclasses.is_dataclass(declared):
+        return
+
+    unknown = settings.unknown_keys(declared, node)
+    if unknown:
+        raise ValueError(f"{prefix}.{unknown[0]}: there is no such key")
+    for option in dataclasses.fields(declared):
+        _require_known_keys(node._get_node(option.name), f"{prefix}.{option.name}")
 
 
 def validate(config: Config) -> None:
@@ -354,7 +366,7 @@ def _check_measures(config: Config) -> None:
     definition = config.model.definition
     schedule = definition.get("schedule") if isinstance(definition, Mapping) else None
     total = schedule.get("steps") if isinstance(schedule, Mapping) else None
-    if isinstance(total, int) and config.sampler.steps > total:
+    if isinstance(total, int) and 0 < total < config.sampler.steps:
         raise ValueError(
             f"sampler.steps={config.sampler.steps}: must be between 1 and the model's {total} time"
             " steps"

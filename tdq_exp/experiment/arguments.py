@@ -13,6 +13,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tdq_exp.config.setting import KINDS, is_of, require
@@ -110,7 +111,8 @@ def _check_value(value: Any, wanted: Any, key: str) -> None:
     # One plain type, or null: the message says what it must be.
     plain = [choice for choice in choices if choice in KINDS]
     optional = type(None) in choices
-    if plain and len(plain) == len(choices) - optional:
+    others = [choice for choice in choices if choice not in (*plain, type(None), Path)]
+    if plain and not others:
         if value is None and optional:
             return
         if not any(is_of(value, kind) for kind in plain):

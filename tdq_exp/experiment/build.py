@@ -283,8 +283,10 @@ def rebuild(recorded: dict[str, Any], where: Path) -> Experiment:
     """
     try:
         return _rebuilt(recorded, where)
-    except (ValueError, OSError):
-        raise
+    except (ValueError, OSError) as error:
+        if str(where) in str(error):
+            raise
+        raise ValueError(f"{where}: {error}") from error
     except Exception as error:  # whatever a stranger's record may lead to
         raise ValueError(
             f"{where}: holds no configuration of a run ({type(error).__name__}:"

@@ -68,20 +68,20 @@ def _check_value(value: Any, name: str, key: str) -> None:
             raise ValueError(f"{key}={value}: must have from 1 to {MOST_LEVELS} entries")
         kind = int if name in WIDTHS else str
         for entry in value:
-            require(key, entry, kind, **({"low": 1, "high": MOST} if kind is int else {}))
+            require(key, entry, kind, **({"low": 1, "most": MOST} if kind is int else {}))
         return
 
     # Whole numbers, then all others.
     if name in COUNTS and value is not None:
-        require(key, value, int, low=1, high=MOST)
+        require(key, value, int, low=1, most=MOST)
     elif name == "layers_per_block":
-        require(key, value, int, low=1, high=MOST_LAYERS)
+        require(key, value, int, low=1, most=MOST_LAYERS)
     elif name == "dropout":
         require(key, value, float, low=0, below=1)
     elif name == "norm_eps":
         require(key, value, float, above=0, below=1)
     elif isinstance(value, int) and not isinstance(value, bool):
-        require(key, value, int, low=0, high=MOST)
+        require(key, value, int, low=0, most=MOST)
     elif isinstance(value, float):
         require(key, value, float)
 

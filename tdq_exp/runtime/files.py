@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import stat
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -104,8 +105,13 @@ def require_folder(path: Path, key: str) -> None:
 
     if not there.is_dir():
         raise OSError(f"{key}={path}: {there} is no folder; name another")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise OSError(f"{key}={path}: {there} can't be written to; name another folder")
+    try:
+        tempfile.TemporaryFile(dir=there).close()  # it has no name: nothing is left
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise OSError(
+            f"{key}={path}: {there} can't be written to ({reason}); name another folder"
+        ) from error
 
 
 def write_bytes(path: Path, content: bytes, remedy: str = REMEDY) -> None:
@@ -132,8 +138,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """
     require_regular(path)
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_bytes().decode())
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or brackets without end
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or brackets without end
         raise ValueError(f"{path}: damaged ({error}); remove it to do this stage again") from error
+
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise ValueError(
+            f"{path}: damaged (a {kind} in place of an object); remove it to do this stage again"
+        )
+    return content
