@@ -121,7 +121,8 @@ def _require_tables(run: Path, net: nn.Module) -> None:
     for name, quantizer in activation_quantizers(net).items():
         if quantizer.interval.dynamic:
             raise ValueError(
-                f"{run}: can't be exported, {name} reads its step size from each input (tdq=dynamic)"
+                f"{run}: can't be exported, {name} reads its step size from each input"
+                " (tdq=dynamic)"
             )
 
 

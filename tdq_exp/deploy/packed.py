@@ -158,19 +158,23 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str, dict[str, 
     try:
         with safe_open(str(path), framework="pt") as file:
             about = file.metadata() or {}
-            if about.get("format") != FORMAT:
-                raise ValueError(f"its header does not say `{FORMAT}`")
-
             packed = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
 
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{path}: is not a packed network (its header does not say `{FORMAT}`)")
+
+    # What the header says may be anything.
+    try:
         state = unpack(packed, json.loads(about["packed"]))
+        config, parts = json.loads(about["config"]), json.loads(about.get("parts", "{}"))
+        return state, config, about["fit"], parts
+    except MISFIT as error:
+        raise _damaged(path, error) from error
 
-        return (
-            state,
-            json.loads(about["config"]),
-            about["fit"],
-            json.loads(about.get("parts", "{}")),
-        )
-    except (SafetensorError, OSError, *MISFIT) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: damaged or missing packed network ({reason})") from error
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    """Return the error of a packed file that can't be read."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ValueError(f"{path}: damaged or missing packed network ({reason})")

@@ -110,7 +110,8 @@ def require_memory(network: Mapping[str, Any], kind: type[nn.Module], key: str) 
     Raises:
         ValueError: one line that names the key.
     """
-    wanted = _weight_bytes(kind, json.dumps(dict(network)), key)
+    arguments = json.dumps(dict(network))
+    wanted = _weight_bytes(kind, arguments, key)  # type: ignore[arg-type]  # hash of a class
     if wanted > memory_bytes():
         raise ValueError(
             f"{key}: its weights take {wanted / 1e9:.0f} GB, and this machine has"
@@ -119,7 +120,7 @@ def require_memory(network: Mapping[str, Any], kind: type[nn.Module], key: str) 
 
 
 @lru_cache(maxsize=64)
-def _weight_bytes(kind: type[nn.Module], arguments: str, key: str) -> int:
+def _weight_bytes(kind: Callable[..., nn.Module], arguments: str, key: str) -> int:
     """Return the bytes of a network's weights, without making them; arguments as JSON."""
     with torch.device("meta"):
         net = constructed(lambda: kind(**json.loads(arguments)), key)

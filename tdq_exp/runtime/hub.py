@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 from functools import lru_cache
@@ -24,8 +23,8 @@ def prepare() -> bool:
     Returns:
         Whether the hub can be reached, as far as is known.
     """
-    if os.environ.get("HF_HUB_OFFLINE") or getproxies():
-        return not os.environ.get("HF_HUB_OFFLINE")
+    if constants.HF_HUB_OFFLINE or getproxies():
+        return not constants.HF_HUB_OFFLINE
 
     address = urlsplit(constants.ENDPOINT)
     port = address.port or (80 if address.scheme == "http" else 443)
