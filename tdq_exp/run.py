@@ -56,12 +56,13 @@ def _run(cfg: DictConfig) -> None:
     schema.typed(cfg)
     from tdq_exp.experiment import build as jobs
     from tdq_exp.experiment import cost as costs
-    from tdq_exp.experiment import pipeline, show
+    from tdq_exp.experiment import inputs, pipeline, show
     from tdq_exp.runtime import launch
 
     # 2. The experiment, and what it would cost.
     job = jobs.build(cfg)
     if cfg.plan_only:
+        inputs.require_inputs(job, download=False)
         costs.show(job)
         return
 

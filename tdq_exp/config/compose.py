@@ -16,7 +16,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -109,9 +109,28 @@ def _state_of_files() -> object:
 
 def _one_line(error: BaseException) -> str:
     """Return Hydra's message as one line, without search path and debug hint."""
+    if isinstance(error, OverrideParseException):
+        return _grammar_hint(str(error.override))
+
     said = str(error).split("Config search path")[0].split("Set the environment")[0]
     words = " ".join(said.split())
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and str(cause).splitlines()[0] not in words:
         words += f": {str(cause).splitlines()[0]}"
     return words
+
+
+def _grammar_hint(override: str) -> str:
+    """Return what to do about an override that Hydra's grammar can't read.
+
+    `=`, brackets, commas and quotes mean something to it, and file names have them.
+    """
+    key, equals, value = override.partition("=")
+    if not key or not equals:
+        return f"{override!r}: is no KEY=VALUE or GROUP=OPTION"
+
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return (
+        f"{override}: this value needs quotes of its own, for it has a sign that means something"
+        f" to Hydra: \"{key}='{escaped}'\""
+    )

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from tdq_exp.runtime import hub
+
 
 class Source(Protocol):
     """Where images come from."""
@@ -119,6 +121,8 @@ class Hub:
         import datasets
 
         name = str(self._local) if self._local is not None else self.path
+        if self._local is None:
+            hub.prepare()
         try:
             return datasets.load_dataset(name, split=self._split[split])
         except ValueError as error:

@@ -15,6 +15,7 @@ from tdq_exp.data.images import Data, Images, load_images
 from tdq_exp.experiment import show as pictures
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.fit_stage import FittedModel, finished_net, run_fit
+from tdq_exp.experiment.inputs import require_inputs
 from tdq_exp.experiment.measure_stage import run_measures
 from tdq_exp.experiment.row import write_row
 from tdq_exp.experiment.sample_stage import sample_stage_of
@@ -33,6 +34,7 @@ def run(job: Experiment) -> list[dict[str, Any]]:
     tracker: Tracker | None = None
 
     try:
+        processes.decide(lambda: require_inputs(job))
         data = load_data(job, processes)
         kind = tracking.kind if processes.main else "none"
         tracker = Tracker(
@@ -70,7 +72,7 @@ def load_data(job: Experiment, processes: Processes) -> Data:
             source,
             size=size,
             channels=channels,
-            cache=job.config["data"]["cache"],
+            cache=str(job.data.cache),
             limit=job.data.limit,
         )
         sets = {split: read(split) for split in ("train", "validation")}

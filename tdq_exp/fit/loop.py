@@ -21,7 +21,7 @@ from tdq_exp.diffusion.draws import Draws, Stream, draw_batch, fixed_draws, seed
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.checkpoint import load_state, save_state
 from tdq_exp.fit.ema import Ema
-from tdq_exp.fit.options import TrainOptions
+from tdq_exp.fit.options import TrainOptions, learning_rates
 from tdq_exp.models.trainable import Trainable
 from tdq_exp.models.weights.load import save_weights
 from tdq_exp.runtime.context import RunContext
@@ -181,7 +181,7 @@ class Training:
         penalty = self.penalty()
         total = loss if penalty is None else loss + penalty
         value = float(self.processes.mean(total.detach()))
-        _require_finite(value, "loss", update + 1, self.state_file)
+        self._require_finite(value, "loss", update + 1)
 
         # The step, and the average of the weights.
         self.optimizer.zero_grad(set_to_none=True)
@@ -192,6 +192,27 @@ class Training:
         self.ema.update(self.net, update)
 
         return value
+
+    def _require_finite(self, loss: float, what: str, update: int) -> None:
+        """Refuse a loss that is no number, and say what is known of its cause.
+
+        Raises:
+            FloatingPointError: naming the update, the rates, and the state that is kept.
+        """
+        if math.isfinite(loss):
+            return
+
+        # Before the first step nothing has moved: no rate is at fault.
+        rates = ", ".join(f"{key}={rate:g}" for key, rate in learning_rates(self.options).items())
+        cause = f"one of the rates is too large ({rates})"
+        if update == 1 and what == "loss":
+            cause = "no step was made yet, so no rate is at fault: look at the weights and images"
+
+        state = load_state(self.state_file)
+        kept = "no state was saved yet"
+        if state:
+            kept = f"the state of update {state['update']} is kept in {self.state_file}"
+        raise FloatingPointError(f"the {what} is {loss} at update {update}: {cause}; {kept}")
 
     def _log(self, loss: float, done: int) -> None:
         log = self.context.log
@@ -206,9 +227,7 @@ class Training:
         loss = validation_loss(
             self.ema.net, self.model, self.sets.held_out, draws, batch, self.processes
         )
-        _require_finite(
-            loss, "validation loss", done, self.state_file
-        )  # the good state is still there
+        self._require_finite(loss, "validation loss", done)  # the good state is still there
 
         self.history.validation.append((done, loss))
         if self.context.log is not None:
@@ -338,15 +357,3 @@ def validation_loss(
 def best_file(folder: Path, update: int) -> Path:
     """Return the file of the average after an update, if it was one of the best."""
     return folder / f"best-{update:07d}.safetensors"
-
-
-def _require_finite(loss: float, what: str, update: int, path: Path) -> None:
-    if math.isfinite(loss):
-        return
-    state = load_state(path)
-    kept = (
-        f"the state of update {state['update']} is kept in {path}"
-        if state
-        else "no state was saved yet"
-    )
-    raise FloatingPointError(f"the {what} is {loss} at update {update}: lower fit.lr; {kept}")

@@ -63,6 +63,11 @@ def commit() -> str | None:
         return None
 
 
+def memory_bytes() -> int:
+    """Return the size of this machine's memory, bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def peak_memory_gb() -> float:
     """Return the largest resident size of this process so far, GB."""
     unit = 1 if sys.platform == "darwin" else 1024

@@ -73,12 +73,7 @@ def chosen_steps(
 
     # Any steps of the trajectory, none twice.
     if spec.kind == "uniform":
-        if count > len(visited):
-            raise ValueError(
-                f"calibration.samples={spec.samples}: {count} of each trajectory, but the sampler"
-                f" has {len(visited)} steps; take more calibration.images"
-            )
-
+        require_steps(spec, len(visited))
         places = torch.randperm(len(visited), generator=g)[:count].tolist()
         return [(place, visited[place]) for place in places]
 
@@ -94,6 +89,24 @@ def chosen_steps(
     # The published code stores x of the step that is nearest to T - 1 - t.
     reverse = ((total - 1 - steps[nearest])[:, None] - steps).abs().argmin(1).tolist()
     return [(taken, visited[place]) for taken, place in zip(reverse, nearest, strict=True)]
+
+
+def require_steps(spec: CalibrationSpec, visited: int) -> None:
+    """Refuse a `uniform` set of more samples of each trajectory than it has steps.
+
+    Args:
+        spec: of the set.
+        visited: number of steps of the sampler.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    count = spec.samples // spec.images
+    if spec.kind == "uniform" and count > visited:
+        raise ValueError(
+            f"calibration.samples={spec.samples}: {count} of each trajectory, but the sampler"
+            f" has {visited} steps; take more calibration.images"
+        )
 
 
 class CalibrationSet:
@@ -174,6 +187,20 @@ class CalibrationSet:
         return np.array(self.arrays.read("image"))
 
 
+def require_set(folder: Path) -> None:
+    """Refuse a folder that holds no calibration set.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"calibration.path={folder}: is no folder of a calibration set")
+    if files.read_json(folder / "about.json") is None:
+        raise FileNotFoundError(
+            f"calibration.path={folder}: holds no calibration set (about.json is missing)"
+        )
+
+
 def check(folder: Path, parts: Mapping[str, Any]) -> None:
     """Refuse a set of other parts: another model, schedule, sampler, seed or number.
 
@@ -181,11 +208,9 @@ def check(folder: Path, parts: Mapping[str, Any]) -> None:
         FileNotFoundError: if there is no set.
         ValueError: names up to four differences.
     """
+    require_set(folder)
     about = files.read_json(folder / "about.json")
-    if about is None:
-        raise FileNotFoundError(
-            f"calibration.path={folder}: holds no calibration set (about.json is missing)"
-        )
+    assert about is not None
     if about["fingerprint"] == files.fingerprint(parts):
         return
 
