@@ -6,11 +6,13 @@ Quick: nothing here needs torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -41,6 +43,32 @@ def compose(overrides: Sequence[str]) -> DictConfig:
             return hydra_compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_one_line(error)) from error
+
+
+def sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of every job of a sweep: `key=a,b` gives two, and the last turns first.
+
+    Raises:
+        ValueError: for a mistake in the grammar, or a range without steps; one line.
+    """
+    choices: list[list[str]] = []
+
+    for override in overrides:
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+        except HydraException as error:
+            raise ValueError(_one_line(error)) from error
+
+        if not parsed.is_sweep_override():
+            choices.append([override])
+            continue
+        if not parsed.is_discrete_sweep():
+            raise ValueError(f"{override}: an interval has no steps; list its values")
+
+        key = parsed.get_key_element()
+        choices.append([f"{key}={value}" for value in parsed.sweep_string_iterator()])
+
+    return [list(job) for job in product(*choices)]
 
 
 def _one_line(error: BaseException) -> str:

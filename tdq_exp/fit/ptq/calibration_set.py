@@ -30,6 +30,7 @@ of its loop equals t, and the loop begins with the noisiest step.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from tdq_exp.diffusion.draws import Stream, fixed_draws, generator, groups, star
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.options import CalibrationSpec
 from tdq_exp.models.denoiser import Denoiser
-from tdq_exp.runtime import files, stage
+from tdq_exp.runtime import files, lock, stage
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import track
 
@@ -205,8 +206,6 @@ def make_set(
         path: of a finished set that is to be used; it is refused if it is of other parts.
     """
     folder = path or cache / "calibration_sets" / files.fingerprint(parts)
-
-    batches = list(groups(spec.images, GROUP))
     found = CalibrationSet(folder, spec.samples, spec.images, denoiser.model.sample_shape, GROUP)
 
     # A given set is checked; one of ours is begun if need be.
@@ -215,7 +214,25 @@ def make_set(
     else:
         processes.decide(lambda: None if (folder / "about.json").exists() else found.create(parts))
 
-    # Each process makes its share of the groups that are missing.
+    # Where something is missing, one run makes it, and the others wait for that.
+    with ExitStack() as stack:
+        if path is None and processes.decide(found.missing):
+            making = lock.waited_for(folder, "a calibration set")
+            stack.enter_context(lock.by_main(processes, making))
+        _fill(found, spec, denoiser, sampler, images, processes)
+    return found
+
+
+def _fill(
+    found: CalibrationSet,
+    spec: CalibrationSpec,
+    denoiser: Denoiser,
+    sampler: Ddim,
+    images: Samples | None,
+    processes: Processes,
+) -> None:
+    """Make the groups of a set that are missing, each process its share of them."""
+    batches = list(groups(spec.images, GROUP))
     missing = processes.decide(found.missing)
     done = len(batches) - len(missing)
     shown = processes.main and bool(missing)
@@ -228,7 +245,6 @@ def make_set(
             advance(f"{indices.stop} images")
 
     processes.barrier()
-    return found
 
 
 def _noised(
