@@ -23,7 +23,6 @@ from tdq_exp.runtime import lock
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.tracking import Tracker
 
-
 IN_USE = "wait until it ends, or set label=NAME for a run of its own"
 
 
