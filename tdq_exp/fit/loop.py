@@ -277,21 +277,12 @@ class Training:
         Raises:
             ValueError: if it is of another fit, or of another number of processes.
         """
-        state = load_state(self.state_file)
+        # Refused once, for all processes.
+        read: list[dict[str, Any] | None] = []
+        self.processes.decide(lambda: read.append(self._read_state()))
+        state = read[0] if read else load_state(self.state_file)
         if state is None:
             return 0
-
-        # Refuse what would not go on as it was begun.
-        if state.get("fingerprint") != self.context.fingerprint:
-            raise ValueError(
-                f"{self.state_file}: the training state of another fit; remove it to start this one"
-            )
-        if len(state["random"]) != self.processes.world:
-            raise ValueError(
-                f"{self.state_file}: begun with {len(state['random'])} processes, now"
-                f" {self.processes.world}; use launcher.nproc={len(state['random'])} or remove the"
-                " file to start again"
-            )
 
         # All that the next update depends on, then what is recorded.
         self.net.load_state_dict(state["net"])
@@ -303,6 +294,25 @@ class Training:
         self.history.best = [tuple(b) for b in state["best"]]
         self.history.seconds = state["seconds"]
         return int(state["update"])
+
+    def _read_state(self) -> dict[str, Any] | None:
+        """Return the state of an interrupted run, or None; refuse one that would not go on here."""
+        state = load_state(self.state_file)
+        if state is None:
+            return None
+
+        if state.get("fingerprint") != self.context.fingerprint:
+            raise ValueError(
+                f"{self.state_file}: the training state of another fit; remove it to start this one"
+            )
+        if len(state["random"]) != self.processes.world:
+            raise ValueError(
+                f"{self.state_file}: begun with {len(state['random'])} processes, now"
+                f" {self.processes.world}; use launcher.nproc={len(state['random'])} or remove the"
+                " file to start again"
+            )
+
+        return state
 
 
 def validation_draws(model: Trainable, held_out: Samples, samples: int, seed: int) -> Draws:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -20,6 +21,7 @@ from tdq_exp.runtime import signals
 from tdq_exp.runtime.command import CommandFailed
 from tdq_exp.runtime.options import LauncherOptions
 
+TURN = 5.0  # seconds that the main process has to print an error first
 LOST = 76  # exit code of a process that has lost another one: it is not the one to speak of
 
 # How gloo and NCCL speak of a process that is not there any more.
@@ -70,23 +72,18 @@ def start(count: int, arguments: Sequence[str]) -> None:
     """
     from torch.distributed import run as launcher
 
-    for name in ("torch.distributed", "torch.distributed.run"):  # pages about what ends in a line
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-
     options = ["--standalone", f"--nproc_per_node={count}", "-m", "tdq_exp.run", *arguments]
     parsed = launcher.parse_args(options)
     parsed.signals_to_handle = ",".join(number.name for number in signals.SIGNALS)
     sys.stdout.flush()
 
-    with _own_handlers():
+    with _quiet():
         try:
             launcher.run(parsed)
         except ChildFailedError as error:
             raise _failure(list(error.failures.items()), count) from error
         except SignalException as error:
-            stopped = signals.Stopped(error.sigval)
-            stopped.told = True  # type: ignore[attr-defined]
-            raise stopped from error
+            raise signals.Stopped(error.sigval) from error
 
 
 def _failure(failures: list[tuple[int, ProcessFailure]], count: int) -> CommandFailed:
@@ -113,12 +110,14 @@ def _failure(failures: list[tuple[int, ProcessFailure]], count: int) -> CommandF
 
 
 @contextmanager
-def _own_handlers() -> Iterator[None]:
-    """Put back the handlers of signals that the launcher replaces."""
+def _quiet() -> Iterator[None]:
+    """Silence the launcher's log, and put back the handlers of signals that it replaces."""
     before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
+        logging.disable(logging.NOTSET)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -145,6 +144,14 @@ def watched() -> Iterator[None]:
     except RuntimeError as error:
         if _lost_another(error):
             raise CommandFailed("", LOST) from error
+        raise
+    except (ValueError, OSError, FloatingPointError) as error:
+        # Where all have this error, the main one prints it, and the launcher ends the others.
+        if not hasattr(error, "told") and not _first():
+            with suppress(signals.Stopped):
+                time.sleep(TURN)
+                raise
+            error.told = True  # type: ignore[union-attr]
         raise
 
 
