@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import product
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -105,6 +106,32 @@ def _state_of_files() -> object:
     root = assets.configs()
     stats = ((path, path.stat()) for path in root.rglob("*.yaml"))
     return root, hash(frozenset((path, s.st_mtime_ns, s.st_size) for path, s in stats))
+
+
+def sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of every job of a sweep: `key=a,b` gives two, and the last turns first.
+
+    Raises:
+        ValueError: for a mistake in the grammar, or a range without steps; one line.
+    """
+    choices: list[list[str]] = []
+
+    for override in overrides:
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+        except HydraException as error:
+            raise ValueError(_one_line(error)) from error
+
+        if not parsed.is_sweep_override():
+            choices.append([override])
+            continue
+        if not parsed.is_discrete_sweep():
+            raise ValueError(f"{override}: an interval has no steps; list its values")
+
+        key = parsed.get_key_element()
+        choices.append([f"{key}={value}" for value in parsed.sweep_string_iterator()])
+
+    return [list(job) for job in product(*choices)]
 
 
 def _one_line(error: BaseException) -> str:

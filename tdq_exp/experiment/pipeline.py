@@ -20,27 +20,41 @@ from tdq_exp.experiment.measure_stage import run_measures
 from tdq_exp.experiment.row import write_row
 from tdq_exp.experiment.sample_stage import sample_stage_of
 from tdq_exp.fit.loop import best_file
+from tdq_exp.runtime import lock
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.tracking import Tracker
 
+IN_USE = "wait until it ends, or set label=NAME for a run of its own"
+
 
 def run(job: Experiment) -> list[dict[str, Any]]:
-    """Run every stage that is not done yet; return the row, or nothing for a pre-training."""
-    launcher, tracking = job.machine.launcher, job.machine.tracker
+    """Run every stage that is not done yet; return the row, or nothing for a pre-training.
+
+    Raises:
+        InUse: if another command works in the run's folder.
+    """
+    launcher = job.machine.launcher
     if launcher.threads:
         torch.set_num_threads(launcher.threads)
 
     processes = Processes(cpu=launcher.cpu)
-    tracker: Tracker | None = None
 
     try:
         processes.decide(lambda: require_inputs(job))
-        data = load_data(job, processes)
-        kind = tracking.kind if processes.main else "none"
-        tracker = Tracker(
-            kind, tracking.project, f"{job.name}/seed{job.seed}", job.folder, job.config
-        )
+        with lock.by_main(processes, lock.held(job.folder, IN_USE)):
+            return _run_stages(job, processes)
+    finally:
+        processes.close()
 
+
+def _run_stages(job: Experiment, processes: Processes) -> list[dict[str, Any]]:
+    data = load_data(job, processes)
+
+    tracking = job.machine.tracker
+    kind = tracking.kind if processes.main else "none"
+    tracker = Tracker(kind, tracking.project, f"{job.name}/seed{job.seed}", job.folder, job.config)
+
+    try:
         fit = run_fit(job, data, processes, tracker)
 
         # A fit without a row ends here.
@@ -50,9 +64,7 @@ def run(job: Experiment) -> list[dict[str, Any]]:
             return [best_of_checkpoints(job, data, fit, processes, tracker)]
         return [last_network(job, data, fit, processes, tracker)]
     finally:
-        if tracker is not None:
-            tracker.close()
-        processes.close()
+        tracker.close()
 
 
 def load_data(job: Experiment, processes: Processes) -> Data:

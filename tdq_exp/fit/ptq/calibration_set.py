@@ -31,6 +31,7 @@ of its loop equals t, and the loop begins with the noisiest step.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from tdq_exp.diffusion.draws import Stream, fixed_draws, generator, groups, star
 from tdq_exp.diffusion.objective import NetworkInput, Samples
 from tdq_exp.fit.options import CalibrationSpec
 from tdq_exp.models.denoiser import Denoiser
-from tdq_exp.runtime import files, stage
+from tdq_exp.runtime import files, lock, stage
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import track
 
@@ -264,7 +265,25 @@ def make_set(
     else:
         processes.decide(lambda: None if (folder / "about.json").exists() else found.create(parts))
 
-    # Each process makes its share of the groups that are missing.
+    # Where something is missing, one run makes it, and the others wait for that.
+    with ExitStack() as stack:
+        if path is None and processes.decide(found.missing):
+            making = lock.waited_for(folder, "a calibration set")
+            stack.enter_context(lock.by_main(processes, making))
+        _fill(found, spec, denoiser, sampler, images, processes)
+    return found
+
+
+def _fill(
+    found: CalibrationSet,
+    spec: CalibrationSpec,
+    denoiser: Denoiser,
+    sampler: Ddim,
+    images: Samples | None,
+    processes: Processes,
+) -> None:
+    """Make the groups of a set that are missing, each process its share of them."""
+    batches = list(groups(spec.images, GROUP))
     missing = processes.decide(found.missing)
     done = len(batches) - len(missing)
     shown = processes.main and bool(missing)
@@ -277,7 +296,6 @@ def make_set(
             advance(f"{indices.stop} images")
 
     processes.barrier()
-    return found
 
 
 def _example_condition(
