@@ -248,8 +248,6 @@ def make_set(
         path: of a finished set that is to be used; it is refused if it is of other parts.
     """
     folder = path or cache / "calibration_sets" / files.fingerprint(parts)
-
-    batches = list(groups(spec.images, GROUP))
     found = CalibrationSet(
         folder,
         spec.samples,
