@@ -20,10 +20,12 @@ from tdq_exp.experiment.measure_stage import run_measures
 from tdq_exp.experiment.row import write_row
 from tdq_exp.experiment.sample_stage import sample_stage_of
 from tdq_exp.fit.loop import best_file
+from tdq_exp.runtime.environment import out_of_memory_in_one_line
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.tracking import Tracker
 
 
+@out_of_memory_in_one_line
 def run(job: Experiment) -> list[dict[str, Any]]:
     """Run every stage that is not done yet; return the row, or nothing for a pre-training."""
     launcher, tracking = job.machine.launcher, job.machine.tracker
