@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.commands import cli
+from tdq_exp.config.setting import require
 from tdq_exp.deploy.onnx import graph as onnx
 from tdq_exp.diffusion.draws import Stream
 from tdq_exp.experiment import build as jobs
@@ -132,8 +133,8 @@ def _check_options(out: Path, form: str, images: int) -> None:
     """Refuse what can be refused before a network is loaded."""
     if form not in onnx.FORMS:
         raise ValueError(f"--form={form}: choose {' or '.join(onnx.FORMS)}")
-    if images < 1:
-        raise ValueError(f"--images={images}: must be at least 1")
+    require("--images", images, int, low=1, most=10**6)
+    files.require_folder(out.parent, "--out")
     if out.suffix != ".onnx":
         raise ValueError(f"--out={out}: must end in .onnx")
     if out.exists():

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tdq_exp.commands import cli
+from tdq_exp.config.setting import SEED, require
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.experiment import sample_stage
 from tdq_exp.experiment.load import load
+from tdq_exp.experiment.options import MOST_BATCH, MOST_IMAGES
 from tdq_exp.models.denoiser import Denoiser
-from tdq_exp.runtime import figures
+from tdq_exp.runtime import figures, files
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console
 
@@ -68,6 +70,8 @@ def draw(options: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: for options out of range, or a folder that is in use.
     """
+    _require_ranges(options)
+
     # 1. What can be refused before anything is loaded.
     for name in ("images", "batch"):
         value = getattr(options, name)
@@ -131,3 +135,17 @@ def draw(options: argparse.Namespace) -> None:
     console.print(
         f"{options.images} images in {options.out}, side by side in {options.out / 'grid.png'}"
     )
+
+
+def _require_ranges(options: argparse.Namespace) -> None:
+    """Refuse numbers that are slips of the keyboard, and an output that can't be a folder.
+
+    Raises:
+        ValueError, OSError: naming the option.
+    """
+    for name, most in (("images", MOST_IMAGES), ("batch", MOST_BATCH)):
+        if (value := getattr(options, name)) is not None:
+            require(f"--{name}", value, int, low=1, most=most)
+    if options.seed is not None:
+        require("--seed", options.seed, int, low=0, high=SEED)
+    files.require_folder(options.out.expanduser(), "--out")

@@ -21,12 +21,14 @@ from tdq_exp.experiment.row import write_row
 from tdq_exp.experiment.sample_stage import sample_stage_of
 from tdq_exp.fit.loop import best_file
 from tdq_exp.runtime import lock
+from tdq_exp.runtime.environment import out_of_memory_in_one_line
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.tracking import Tracker
 
 IN_USE = "wait until it ends, or set label=NAME for a run of its own"
 
 
+@out_of_memory_in_one_line
 def run(job: Experiment) -> list[dict[str, Any]]:
     """Run every stage that is not done yet; return the row, or nothing for a pre-training.
 
