@@ -90,7 +90,12 @@ def _run_one(overrides: Sequence[str], run_job: Run) -> SweptJob:
 
     def attempt() -> None:
         composed.append(compose.compose(overrides))
-        run_job(composed[0], overrides)
+        try:
+            run_job(composed[0], overrides)
+        except Exception:
+            if composed[0].traceback:
+                traceback.print_exc()
+            raise
 
     try:
         ending = cli.attempt(attempt)

@@ -51,7 +51,8 @@ class Tracker:
         self._wandb: ModuleType | None = None
         self._start = None if kind == "none" else (kind, project, name, folder, dict(config))
         self._identity = folder / "wandb-id.json"
-        self._id, self._step = "", -1
+        self._id = ""
+        self._first, self._step = 0, -1  # that this process may log; that it has logged
 
     def _guarded(self, call: Callable[[], None]) -> None:
         """Call what uses wandb; after its first error, nothing is tracked any more."""
@@ -85,8 +86,8 @@ class Tracker:
         # A resumed run goes on under its id, after its last step.
         found = files.read_json(self._identity) or {}
         self._id = str(found.get("id") or secrets.token_hex(4))
-        self._step = int(found.get("step", -1))
-        self._remember()
+        self._first = int(found.get("step", -1)) + 1
+        self._remember(self._first - 1)
 
         online = kind == "wandb" and bool(wandb.setup().settings.api_key or wandb.api.api_key)
         self._run = wandb.init(
@@ -103,19 +104,22 @@ class Tracker:
         self._run.define_metric("*", step_metric="update")
         return self._run
 
-    def _remember(self) -> None:
-        files.write_text(self._identity, json.dumps({"id": self._id, "step": self._step}))
+    def _remember(self, step: int) -> None:
+        """Note the last step whose values are complete: a resumed fit goes on after it."""
+        files.write_text(self._identity, json.dumps({"id": self._id, "step": step}))
 
-    def _log(self, values: Mapping[str, Any], step: int) -> None:
-        """Log values at a step, unless an interrupted run has logged it or a later one."""
+    def _log(self, values: Mapping[str, Any], step: int | None = None) -> None:
+        """Log values at a step, unless an interrupted run has; None: now, after all others."""
         run = self._started()
-        if step < self._step:
+        if step is None:
+            step = max(self._step, self._first)
+        if step < self._first:
             return
 
+        if step > self._step >= 0:
+            self._remember(self._step)
         run.log({"update": step, **values}, step=step)
-        if step > self._step:
-            self._step = step
-            self._remember()
+        self._step = step
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Log numbers of an update."""
@@ -135,7 +139,7 @@ class Tracker:
 
             columns = ["quantizer", "t", "step_size"]
             drawn = self._wandb.Table(columns=columns, data=rows)
-            self._log({"intervals": drawn}, max(self._step, 0))
+            self._log({"intervals": drawn})
 
         self._guarded(send)
 
@@ -145,7 +149,7 @@ class Tracker:
         def send() -> None:
             self._started()
             assert self._wandb is not None
-            self._log({name: self._wandb.Image(str(path))}, max(self._step, 0))
+            self._log({name: self._wandb.Image(str(path))})
 
         self._guarded(send)
 
@@ -161,6 +165,11 @@ class Tracker:
 
     def close(self) -> None:
         """End the run, so that the next job of a sweep begins its own."""
+
+        def end() -> None:
+            self._run.finish()
+            self._remember(max(self._step, self._first - 1))
+
         if self._run is not None:
-            self._guarded(self._run.finish)
+            self._guarded(end)
             self._run = None

@@ -52,23 +52,30 @@ def wandb(monkeypatch):
     return fake
 
 
-def follow(folder, updates):
+def follow(folder, updates, killed=False):
     """Track a part of a fit, as a run does."""
     tracker = Tracker("offline", "project", "name", folder, {})
     for update in updates:
         tracker.log({"loss": 1 / update}, update)
+    if killed:
+        return
     tracker.log({"validation_loss": 0.5}, updates[-1])
     tracker.intervals({"q": torch.ones(3)})
     tracker.summary({"fid": 1.0})
     tracker.close()
 
 
-def test_a_fit_in_two_parts_is_one_curve_whose_steps_never_go_backwards(tmp_path, wandb):
-    follow(tmp_path, range(1, 8))
-    follow(tmp_path, range(5, 11))  # from an earlier state, as after a kill
+@pytest.mark.parametrize(("killed", "goes_on"), [(False, 8), (True, 7)])
+def test_a_fit_in_two_parts_is_one_curve_whose_steps_never_go_backwards(
+    tmp_path, wandb, killed, goes_on
+):
+    follow(tmp_path, range(1, 8), killed)
+    follow(tmp_path, range(5, 11))  # from an earlier state
     (first, one), (second, two) = wandb.begun
     assert one["id"] == two["id"] and one["resume"] == two["resume"] == "allow"
 
+    # A step that may be incomplete is logged again, and none before it.
+    assert second.history[0][0] == goes_on
     steps = [step for step, _ in (*first.history, *second.history)]
     assert steps == sorted(steps) and set(steps) == set(range(1, 11))
     assert all(values["update"] == step for step, values in first.history)
