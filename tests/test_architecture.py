@@ -45,6 +45,7 @@ DOORS = {
     "wandb": {"runtime.tracking"},
     "accelerate": {"runtime.processes"},
     "datasets": {"data.sources"},
+    "lmdb": {"data.lsun"},
     "matplotlib": {"runtime.figures", "report.charts"},
     "rich": {"runtime.progress"},
     "onnx": {"deploy.onnx"},

@@ -20,7 +20,10 @@ from tdq_exp.experiment.row import write_row
 from tdq_exp.experiment.sample_stage import sample_stage_of
 from tdq_exp.fit.loop import best_file
 from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime.progress import console
 from tdq_exp.runtime.tracking import Tracker
+
+FEWEST = 2  # images of a distance: one has no covariance
 
 
 def run(job: Experiment) -> list[dict[str, Any]]:
@@ -75,9 +78,38 @@ def load_data(job: Experiment, processes: Processes) -> Data:
         )
         return Data(read("train"), read("validation"))
 
+    def first() -> None:
+        """Decode what is not decoded yet, and refuse sets that no distance can be measured on."""
+        data = load()
+        for line in source.notes:
+            console.print(f"note: {line}", markup=False)
+        if job.fit.options.gives_rows:
+            _check_sizes(data)
+
     # The main process writes the cache; then all read it.
-    processes.decide(lambda: load() and None)
+    processes.decide(first)
     return load()
+
+
+def _check_sizes(data: Data) -> None:
+    """Refuse sets of fewer images than a distance needs, before a fit of days.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    train, held_out = len(data.train), len(data.held_out)
+    if held_out < FEWEST and train + held_out >= 2 * FEWEST:
+        every = min(train + held_out - 1, 5)
+        raise ValueError(
+            f"data.source.holdout: {held_out} of {train + held_out} images is held out, and a"
+            f" distance needs at least {FEWEST}; data.source.holdout={every} holds every"
+            f" {every}th one out"
+        )
+    if min(train, held_out) < FEWEST:
+        raise ValueError(
+            f"data.source: {train} images to train on and {held_out} held out, and a distance needs"
+            f" at least {FEWEST} of each; take more images, or a larger data.limit"
+        )
 
 
 def last_network(
