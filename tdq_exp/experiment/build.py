@@ -27,6 +27,7 @@ from tdq_exp.metrics.features import FeatureNetwork
 from tdq_exp.metrics.fidelity import check_names
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.models.trainable import Trainable
+from tdq_exp.models.weights.load import which_weights
 from tdq_exp.quant.convert import Recipe
 from tdq_exp.runtime.options import LauncherOptions, TrackerOptions
 
@@ -56,6 +57,10 @@ class FloatWeights:
         if self.path is None:
             raise ValueError("model.weights has no value: name a file, or train the model first")
         return model.load(net, self.path, self.ema)
+
+    def which(self) -> str | None:
+        """Return which of its sets of weights the source gives; None if it has only one."""
+        return None if self.path is None else which_weights(self.path, self.ema)
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
 
     # 2. The model, and what of it is fitted: refused here if there is no such part.
     model = make(resolved, "model.definition")
+    _require_unconditional(model)
 
     fit = _fit(config)
     fit.trained(model)
@@ -191,6 +197,12 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
     sampler = make(resolved, "sampler.method")
     if fit.options.gives_rows:
         sampler.check(model.schedule)
+    if fit.options.corrects and model.prediction_type != "epsilon":
+        raise ValueError(
+            "fit.correction: corrects the predicted noise, and this network's"
+            f" model.definition.prediction_type is {model.prediction_type}; take"
+            " fit.correction=none"
+        )
     if fit.options.corrects and sampler.keeps_variance:
         raise ValueError(
             "fit.correction: its smaller noise does not go with"
@@ -218,6 +230,21 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
         evaluation=config.eval,
         machine=Machine(config.launcher, config.tracker, config.smoke),
     )
+
+
+def _require_unconditional(model: DiffusionModel) -> None:
+    """Refuse a network that wants more than (x_t, t): no stage has labels to give.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for key in ("class_embed_type", "num_class_embeds"):
+        value = model.network.get(key)
+        if value is not None:
+            raise ValueError(
+                f"model.definition.network.{key}={value}: class-conditional networks can't be run,"
+                " for no stage gives them labels; take an unconditional network"
+            )
 
 
 def _fit(config: schema.Config) -> Fit[FitOptions]:

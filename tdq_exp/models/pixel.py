@@ -17,13 +17,21 @@ from torch import Tensor, nn
 
 from tdq_exp.data.images import Images
 from tdq_exp.data.latents import encoded
-from tdq_exp.diffusion.objective import LOSSES, Samples, noise_prediction_loss
+from tdq_exp.diffusion.objective import (
+    LOSSES,
+    PREDICTIONS,
+    Samples,
+    noise_of,
+    noise_prediction_loss,
+    target_of,
+)
 from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.models.attention import quantize_attention
 from tdq_exp.models.resnet_blocks import unet_chains
 from tdq_exp.models.roles import unet_roles
 from tdq_exp.models.trainable import Codec, Trainable
 from tdq_exp.models.weights.load import load_weights
+from tdq_exp.models.weights.process import require_same_process
 from tdq_exp.quant.chains import Chains
 from tdq_exp.quant.convert import Recipe, quantize
 from tdq_exp.quant.roles import Role
@@ -41,6 +49,7 @@ class DiffusionModel(Trainable):
         flip: whether training images are mirrored at random.
         attention_heads: number of heads of every attention, whatever its width; None takes the
             network's `attention_head_dim`, one width of a head for all of them.
+        prediction_type: what the network answers: `epsilon`, `sample` (x_0) or `v_prediction`.
 
     Raises:
         ValueError: naming the key.
@@ -55,7 +64,13 @@ class DiffusionModel(Trainable):
         loss: str = "l2",
         flip: bool = True,
         attention_heads: int | None = None,
+        prediction_type: str = "epsilon",
     ) -> None:
+        if prediction_type not in PREDICTIONS:
+            raise ValueError(
+                f"model.definition.prediction_type={prediction_type}: choose one of"
+                f" {', '.join(PREDICTIONS)}"
+            )
         if loss not in LOSSES:
             raise ValueError(f"model.definition.loss={loss}: choose one of {', '.join(LOSSES)}")
         if attention_heads is not None and not (
@@ -66,7 +81,7 @@ class DiffusionModel(Trainable):
                 " least 1"
             )
         self.network, self.schedule, self.loss, self.flip = dict(network), schedule, loss, flip
-        self.attention_heads = attention_heads
+        self.attention_heads, self.prediction_type = attention_heads, prediction_type
 
     @property
     def image_size(self) -> int:
@@ -104,7 +119,12 @@ class DiffusionModel(Trainable):
         return net
 
     def load(self, net: nn.Module, weights: str, ema: bool = True) -> str:
-        """Fill a network with weights and return their content hash. See `weights.load`."""
+        """Fill a network with weights and return their content hash. See `weights.load`.
+
+        Raises:
+            CheckpointError: if they do not fit, or were trained for another schedule or target.
+        """
+        require_same_process(weights, self.schedule, self.prediction_type)
         if self.attention_heads is None:
             return load_weights(net, weights, ema=ema)
 
@@ -115,7 +135,9 @@ class DiffusionModel(Trainable):
     def predict(
         self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Tensor | None = None
     ) -> Tensor:
-        """Predict the noise in x_t. The forward pass sets the time of quantized layers, too.
+        """Predict the noise in x_t, whatever the network itself answers.
+
+        The forward pass sets the time of quantized layers, too.
 
         Args:
             net: the network, float or quantized.
@@ -126,13 +148,24 @@ class DiffusionModel(Trainable):
         Returns:
             eps_hat, `[B, C, H, W]`.
         """
+        answer = self.answer(net, x_t, t, condition)
+        return noise_of(self.prediction_type, answer, x_t, t, self.schedule)
+
+    def answer(
+        self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
+        """Return what the network itself answers: eps, x_0 or v; arguments as `predict`."""
         options = {} if condition is None else {"class_labels": condition}
         return net(x_t, t, return_dict=False, **options)[0]
 
     def training_loss(self, net: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Return the noise-prediction loss of a batch: x_0 and eps `[B, C, H, W]`, t `[B]`."""
-        eps_hat = self.predict(net, self.schedule.add_noise(x_0, eps, t), t)
-        return noise_prediction_loss(eps_hat, eps, self.loss)
+        """Return the loss of a batch against the network's own target.
+
+        x_0 and eps `[B, C, H, W]`, t `[B]`.
+        """
+        answer = self.answer(net, self.schedule.add_noise(x_0, eps, t), t)
+        target = target_of(self.prediction_type, x_0, eps, t, self.schedule)
+        return noise_prediction_loss(answer, target, self.loss)
 
     def roles(self, net: nn.Module) -> dict[str, Role]:
         """Return what each convolution and linear layer is for."""

@@ -3,7 +3,7 @@
 Sources:
 
     PATH/ or PATH/unet/      a diffusers folder: config.json, and weights as .safetensors or .bin;
-                             an autoencoder's lies in vae/
+                             an autoencoder's lies in vae/, averages (EMA) in PATH/unet_ema/
     owner/name               the same on the model hub
     PATH.safetensors         a state dict in diffusers' names: this project's own files
     PATH (.ckpt, .pth, ...)  a PyTorch file: a state dict, one inside {"state_dict": ...}, or the
@@ -81,6 +81,17 @@ _NOT_ARCHITECTURE = frozenset(
 # `load_autoencoder` reads.
 _NOT_THE_AUTOENCODERS = frozenset(["sample_size", "scaling_factor", "force_upcast"])
 
+# Parts of names of quantizers' parameters, in Q-Diffusion, PTQ4DM, PTQD and others of BRECQ's
+# family, in torch.ao and in bitsandbytes.
+_OF_QUANTIZERS = (
+    "weight_quantizer.",
+    "act_quantizer.",
+    "quantizer.delta",
+    ".zero_point",
+    "fake_quant",
+    ".absmax",
+)
+
 _WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
@@ -95,8 +106,9 @@ def load_weights(
         net: the network to fill; for folders and the hub a diffusers model, whose config must agree
             with theirs.
         source: path of a file or folder, or an id on the model hub (see the module's docstring).
-        ema: of a training list take the exponential moving average (element 4), not the raw weights
-            (element 0). Sources with one set of weights have no say in which it is.
+        ema: take the exponential moving average, not the raw weights, of a source that has both: a
+            training list (elements 4 and 0) or a folder (`unet_ema/` and `unet/`). Sources with
+            one set of weights have no say in which it is.
         overruled: keys of a folder's config that the caller sets by other means, so that they need
             not agree.
 
@@ -110,7 +122,7 @@ def load_weights(
     """
     path = _located(source, _subfolder(net))
     found = (
-        _read_folder(net, path, overruled)
+        _read_folder(net, path, overruled, ema)
         if path.is_dir()
         else _read_file(path, ema, _subfolder(net))
     )
@@ -253,14 +265,41 @@ def _located(source: str, subfolder: str) -> Path:
     raise CheckpointError(f"{source}: no such file or folder")
 
 
-def _place(folder: Path, subfolder: str) -> Path:
-    """The folder itself, or the subfolder, whichever has a config."""
-    for place in (folder, folder / subfolder):
+def _place(folder: Path, subfolder: str, ema: bool = False) -> Path:
+    """The folder itself, or the subfolder, whichever has a config; the averages' if asked for."""
+    averages = (folder / f"{subfolder}_ema",) if ema else ()
+    for place in (folder, *averages, folder / subfolder):
         if (place / "config.json").is_file():
             return place
     raise CheckpointError(
         f"{folder}: no diffusers folder, it has neither config.json nor {subfolder}/config.json"
     )
+
+
+def which_weights(source: str, ema: bool) -> str | None:
+    """Return which of its sets of weights a source gives, for the row; None if it has only one.
+
+    Args:
+        source: of a network, as `load_weights` was given it.
+        ema: likewise.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return None if (path / "config.json").is_file() else f"{_place(path, 'unet', ema).name}/"
+    if not path.is_file() or path.suffix == ".safetensors":
+        return None
+
+    kinds: list[str] = []
+
+    def pick(tree: Any) -> dict[str, Any]:
+        """Note which kind of file it is; no tensor is read."""
+        state = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
+        if isinstance(tree, list) or (isinstance(state, dict) and compvis.is_whole(state)):
+            kinds.append("EMA" if ema else "raw")
+        return {}
+
+    read_tensors(path, pick)
+    return kinds[0] if kinds else None
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -271,10 +310,10 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _read_folder(
-    net: torch.nn.Module, folder: Path, overruled: Collection[str]
+    net: torch.nn.Module, folder: Path, overruled: Collection[str], ema: bool
 ) -> dict[str, torch.Tensor]:
     """The state dict of a diffusers folder, whose config agrees with the network's."""
-    place = _place(folder, _subfolder(net))
+    place = _place(folder, _subfolder(net), ema)
     _require_same_architecture(net, place / "config.json", overruled)
     for name in _WEIGHT_FILES:
         if (place / name).is_file():
@@ -389,8 +428,26 @@ def _fitted(
 
     if any(faults.values()):
         parts = [f"{len(keys)} {fault} ({_first(keys)})" for fault, keys in faults.items() if keys]
-        raise CheckpointError(f"{source}: its keys are not the network's: {'; '.join(parts)}")
+        raise CheckpointError(
+            f"{source}: its keys are not the network's: {'; '.join(parts)}{_quantized_hint(found)}"
+        )
     return fitted
+
+
+def _quantized_hint(found: Mapping[str, torch.Tensor]) -> str:
+    """Return what to do about weights that are quantized already, if that is what they are."""
+    codes = [value for key, value in found.items() if key.endswith(".weight_quantizer.codes")]
+    if codes and all(value.dim() == 1 for value in codes):
+        return (
+            "; it is a packed network, which `python -m tdq_exp sample FILE` and"
+            " tdq_exp.load(FILE) take: a run starts from a float one"
+        )
+    if any(part in key for key in found for part in _OF_QUANTIZERS):
+        return (
+            "; it looks like a quantized checkpoint: a run starts from the float network that it"
+            " was made of"
+        )
+    return ""
 
 
 def _first(keys: list[str], count: int = 3) -> str:
