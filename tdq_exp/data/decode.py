@@ -1,4 +1,4 @@
-"""One picture of a file, as a viewer shows it: upright, on white where it is transparent, 8 bits."""
+"""One picture of a file, as a viewer shows it: upright, in 8 bits, on white where transparent."""
 
 from __future__ import annotations
 

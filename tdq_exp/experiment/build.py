@@ -27,7 +27,7 @@ from tdq_exp.metrics.features import FeatureNetwork
 from tdq_exp.metrics.fidelity import check_names
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.models.trainable import Trainable
-from tdq_exp.models.weights.load import which_weights
+from tdq_exp.models.weights.folder import which_weights
 from tdq_exp.quant.convert import Recipe
 from tdq_exp.runtime.options import LauncherOptions, TrackerOptions
 

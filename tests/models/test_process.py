@@ -17,7 +17,8 @@ from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.experiment.build import build
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.samplers import Ddpm
-from tdq_exp.models.weights.load import CheckpointError, load_weights, state_hash, which_weights
+from tdq_exp.models.weights.folder import which_weights
+from tdq_exp.models.weights.load import CheckpointError, load_weights, state_hash
 from tdq_exp.models.weights.process import require_same_process
 from tests.quant.builders import load_model
 

@@ -24,7 +24,6 @@ References:
 """
 
 import inspect
-import json
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -44,6 +43,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tdq_exp.models.weights import compvis
+from tdq_exp.models.weights.folder import config_of, place_of, require_same_architecture
 from tdq_exp.models.weights.inert_pickle import CheckpointError, read_tensors
 from tdq_exp.models.weights.names import diffusers_names
 from tdq_exp.models.weights.save import file_hash, save_weights, state_hash
@@ -61,21 +61,6 @@ __all__ = [
 # Keys that a state dict may hold and no network needs. `logvar`: the original's `bayesian` type
 # registers it, and its forward pass never reads it.
 NOT_WEIGHTS = frozenset({"logvar"})
-
-# Keys of a diffusers config that don't change what a weight means: `dropout` acts in training only;
-# the rest is written by diffusers' EMA beside the architecture.
-_NOT_ARCHITECTURE = frozenset(
-    [
-        "dropout",
-        "decay",
-        "min_decay",
-        "optimization_step",
-        "update_after_step",
-        "use_ema_warmup",
-        "inv_gamma",
-        "power",
-    ]
-)
 
 # Of an autoencoder's config: how large its images were, and how its latents are scaled, which
 # `load_autoencoder` reads.
@@ -176,7 +161,7 @@ def _scale_of(kl: torch.nn.Module, path: Path) -> float | None:
     if not path.is_dir():
         return _stored_scale(path)
     default = inspect.signature(type(kl).__init__).parameters["scaling_factor"].default
-    return float(_config(_place(path, "vae") / "config.json").get("scaling_factor", default))
+    return float(config_of(place_of(path, "vae") / "config.json").get("scaling_factor", default))
 
 
 def _stored_scale(path: Path) -> float | None:
@@ -265,100 +250,16 @@ def _located(source: str, subfolder: str) -> Path:
     raise CheckpointError(f"{source}: no such file or folder")
 
 
-def _place(folder: Path, subfolder: str, ema: bool = False) -> Path:
-    """The folder itself, or the subfolder, whichever has a config; the averages' if asked for."""
-    averages = (folder / f"{subfolder}_ema",) if ema else ()
-    for place in (folder, *averages, folder / subfolder):
-        if (place / "config.json").is_file():
-            return place
-    raise CheckpointError(
-        f"{folder}: no diffusers folder, it has neither config.json nor {subfolder}/config.json"
-    )
-
-
-def which_weights(source: str, ema: bool) -> str | None:
-    """Return which of its sets of weights a source gives, for the row; None if it has only one.
-
-    Args:
-        source: of a network, as `load_weights` was given it.
-        ema: likewise.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return None if (path / "config.json").is_file() else f"{_place(path, 'unet', ema).name}/"
-    if not path.is_file() or path.suffix == ".safetensors":
-        return None
-
-    kinds: list[str] = []
-
-    def pick(tree: Any) -> dict[str, Any]:
-        """Note which kind of file it is; no tensor is read."""
-        state = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
-        if isinstance(tree, list) or (isinstance(state, dict) and compvis.is_whole(state)):
-            kinds.append("EMA" if ema else "raw")
-        return {}
-
-    read_tensors(path, pick)
-    return kinds[0] if kinds else None
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a JSON config ({error})") from error
-
-
 def _read_folder(
     net: torch.nn.Module, folder: Path, overruled: Collection[str], ema: bool
 ) -> dict[str, torch.Tensor]:
     """The state dict of a diffusers folder, whose config agrees with the network's."""
-    place = _place(folder, _subfolder(net), ema)
-    _require_same_architecture(net, place / "config.json", overruled)
+    place = place_of(folder, _subfolder(net), ema)
+    require_same_architecture(net, place / "config.json", overruled)
     for name in _WEIGHT_FILES:
         if (place / name).is_file():
             return _read_file(place / name, True, _subfolder(net))
     raise CheckpointError(f"{place}: has neither {' nor '.join(_WEIGHT_FILES)}")
-
-
-def _require_same_architecture(
-    net: torch.nn.Module, path: Path, overruled: Collection[str]
-) -> None:
-    """Compare a folder's config with the network's; absent keys have the class's defaults."""
-    found = _config(path)
-    class_name = type(net).__name__
-    if found.get("_class_name", class_name) != class_name:
-        raise CheckpointError(f"{path}: _class_name is {found['_class_name']}, wanted {class_name}")
-
-    parameters = inspect.signature(type(net).__init__).parameters
-    wanted: Mapping[str, Any] = getattr(net, "config", {})
-
-    for key in sorted(parameters.keys() & wanted.keys() | found.keys()):
-        if key.startswith("_") or key in _NOT_ARCHITECTURE or key in overruled:
-            continue
-
-        # A key that the class does not know may be there if it switches nothing on.
-        if key not in parameters and found[key] not in (None, False):
-            raise CheckpointError(f"{path}: {key} is {found[key]}, wanted no such key")
-        if key not in parameters:
-            continue
-
-        has, wants = (
-            _comparable(value)
-            for value in (found.get(key, parameters[key].default), wanted.get(key))
-        )
-
-        # Where one of the two names no size, none is meant: all layers are convolutional or attend
-        # to what there is.
-        if has != wants and not (key == "sample_size" and None in (has, wants)):
-            raise CheckpointError(f"{path}: {key} is {has}, wanted {wants}")
-
-
-def _comparable(value: Any) -> Any:
-    """JSON has no tuples, and the first releases of diffusers had a prefix on the blocks' names."""
-    if isinstance(value, (list, tuple)):
-        return [_comparable(item) for item in value]
-    return value.removeprefix("UNetRes") if isinstance(value, str) else value
 
 
 def _download(repository: str, subfolder: str) -> Path:
