@@ -284,7 +284,10 @@ class CalibrationSpec:
     seed: int = setting(0, low=0, help="of noise and time steps")
     label: str = setting("", fingerprint=False, help="of the run's name")
     path: str | None = setting(
-        None, fingerprint=False, help="a finished set to use; made and cached if not given"
+        None,
+        fingerprint=False,
+        help="a finished set to use, a folder, or another project's FILE.pt of (x, t);"
+        " made and cached if not given",
     )
 
     def __post_init__(self) -> None:

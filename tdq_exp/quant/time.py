@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 IN_FLOAT32 = (
     "a quantized network computes in float32; for speed use autocast,"
     " `with torch.autocast(device, torch.bfloat16): net(x_t, t)`"

@@ -30,6 +30,7 @@ from tdq_exp.fit.options import CalibrationSpec, PtqOptions
 from tdq_exp.fit.ptq import ptqd
 from tdq_exp.fit.ptq.block_by_block import BlockByBlock
 from tdq_exp.fit.ptq.calibration_set import CalibrationSet, make_set
+from tdq_exp.fit.ptq.imported_set import ImportedSet, read_set
 from tdq_exp.fit.ptq.over_time import learns_over_time, make_over_time
 from tdq_exp.fit.ptq.part_file import quant_layers
 from tdq_exp.fit.quantized import QuantizedFit
@@ -71,6 +72,7 @@ class Ptq(QuantizedFit[PtqOptions]):
     def __init__(self, options: PtqOptions, calibration: CalibrationSpec, trajectory: Ddim) -> None:
         super().__init__(options)
         self.calibration, self.trajectory = calibration, trajectory
+        self._imported: ImportedSet | None = None
 
     @property
     def encodes_training_images(self) -> bool:
@@ -83,11 +85,26 @@ class Ptq(QuantizedFit[PtqOptions]):
 
     def set_parts(self, subject: Subject) -> dict[str, Any]:
         """Return what the calibration set depends on."""
+        imported = self.imported(subject.model)
+        if imported is not None:
+            return imported.parts()
+
         model = subject.groups["model"] | subject.model.parts()
         sampler = dataclasses.asdict(self.trajectory)
         return self.calibration.parts(
             model, str(subject.weights), sampler, subject.data.train.content
         )
+
+    def imported(self, model: DiffusionModel) -> ImportedSet | None:
+        """Return the set of another project, if `calibration.path` names one: a file.
+
+        Raises:
+            ValueError: if it is not of this model.
+        """
+        path = Path(self.calibration.path).expanduser() if self.calibration.path else None
+        if self._imported is None and path is not None and path.is_file():
+            self._imported = read_set(path, model.sample_shape, model.steps)
+        return self._imported
 
     def run(
         self, context: RunContext, net: nn.Module | None, subject: Subject
@@ -138,6 +155,10 @@ class Ptq(QuantizedFit[PtqOptions]):
         self, net: nn.Module, subject: Subject, context: RunContext
     ) -> CalibrationSet:
         spec, model = self.calibration, subject.model
+        imported = self.imported(model)
+        if imported is not None:
+            return imported.stored(context.cache, context.processes)
+
         images = (
             subject.samples(model, subject.data.train, context) if spec.encodes_images else None
         )
