@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 # Folder -> split -> its files, in order.
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "cifar-10-batches-py": {
         "train": tuple(f"data_batch_{i}" for i in range(1, 6)),
         "test": ("test_batch",),

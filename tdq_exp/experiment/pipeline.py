@@ -36,6 +36,9 @@ def run(job: Experiment) -> list[dict[str, Any]]:
     tracker: Tracker | None = None
 
     try:
+        if processes.main:
+            for line in job.notes:
+                console.print(f"note: {line}", markup=False)
         data = load_data(job, processes)
         kind = tracking.kind if processes.main else "none"
         tracker = Tracker(

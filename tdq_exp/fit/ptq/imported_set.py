@@ -105,7 +105,7 @@ def read_set(path: Path, shape: Sequence[int], steps: int) -> ImportedSet:
 
 
 def _named(tree: Any) -> Mapping[str, Any]:
-    """Return the tensors of a file's object by name: `x`, or `x.0`, `x.1`, ..., and `t` likewise."""
+    """Return the tensors of a file's object by name: `x`, or `x.0`, `x.1`, ..., and so `t`."""
     if isinstance(tree, dict):
         pairs = [(tree[x], tree[t]) for x, t in _NAMES if x in tree and t in tree]
         if not pairs:

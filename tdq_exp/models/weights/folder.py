@@ -1,4 +1,4 @@
-"""A diffusers folder: where in it a network lies, and whether its architecture is the wanted one."""
+"""A diffusers folder: where in it a network lies, and whether it is of the wanted architecture."""
 
 import inspect
 import json
