@@ -6,15 +6,18 @@ Building decides everything that can be wrong before anything is computed: unkno
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tdq_exp.config import assets, naming, records, schema
+from tdq_exp.config.compose import compose
 from tdq_exp.config.schema import parts_of
 from tdq_exp.data.images import Data, default_cache
 from tdq_exp.data.sources import Source
@@ -321,6 +324,28 @@ def _recipe(cfg: DictConfig) -> Recipe:
         plan=make(cfg, "plan.plan"),
         habits=make(cfg, "habits.habits"),
     )
+
+
+def of_network(network: dict[str, Any], overrides: Sequence[str]) -> Experiment:
+    """Return an experiment of somebody's own network, without data: for its quantizers.
+
+    Args:
+        network: arguments of `UNet2DModel`.
+        overrides: as on the command line.
+
+    Raises:
+        ValueError: one line that names the key.
+    """
+    # A caller's own Hydra, if there is one, is as it was afterwards.
+    hydra = GlobalHydra.instance()
+    theirs = hydra.hydra
+    try:
+        cfg = compose(["model=tiny", "model.label=own", "model.weights=own", *overrides])
+    finally:
+        hydra.hydra = theirs
+
+    OmegaConf.update(cfg, "model.definition.network", network, merge=False)
+    return build(cfg, source=False)
 
 
 def rebuild(recorded: dict[str, Any], where: Path) -> Experiment:
