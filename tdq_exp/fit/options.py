@@ -209,6 +209,13 @@ class ReconstructOptions(PtqNumbers):
     beta_end: float = setting(
         2.0, above=0, since=2.0, help="AdaRound: see `rules.adaround.beta_at`"
     )
+    beta_schedule: str = setting(
+        "cosine",
+        choices=("cosine", "linear"),
+        since="cosine",
+        named={"linear": "linearbeta"},
+        help="AdaRound: how beta falls; BRECQ's code has it linear",
+    )
     rounding_warmup: float = setting(
         0.2,
         low=0,
