@@ -97,9 +97,9 @@ def print_row(job: Experiment, rows: list[dict[str, Any]]) -> None:
     print_table(title, ["", "images", *names.values()], lines)
     if "few_for" in row:
         console.print(
-            f"warning: (few) FID of {row['images']} images by {row['few_for']} features is mostly"
-            " bias: compare it with sets of as many images only, and for a result take"
-            f" sampler.images={10 * row['few_for']} or more",
+            f"warning: (few) the Frechet distance of {row['images']} images by {row['few_for']}"
+            " features is mostly bias: compare it with sets of as many images only, and for a"
+            f" result take sampler.images={10 * row['few_for']} or more",
             markup=False,
         )
 

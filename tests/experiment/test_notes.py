@@ -97,4 +97,4 @@ def test_the_summary_warns_of_few_images(capsys, tmp_path, monkeypatch):
     show.print_row(job, [row])
     printed = capsys.readouterr().out
     assert "6 (few)" in printed
-    assert "warning: (few) FID of 6 images by 1280 features" in printed
+    assert "warning: (few) the Frechet distance of 6 images by 1280 features" in printed

@@ -70,7 +70,6 @@ def test_other_methods_give_networks_that_are_saved_and_come_back(method, tmp_pa
 
 def test_every_parameter_is_in_one_group_and_the_rates_are_as_asked():
     net = tdq_exp.quantize(unet())
-    tdq_exp.calibrate(net, [batch()])
     groups = {group["name"]: group for group in tdq_exp.parameter_groups(net, lr=1e-3)}
     assert {name: group["lr"] for name, group in groups.items()} == {
         "weights": 1e-3, "step_sizes": 1e-4, "zero_points": 1e-3, "generators": 1e-3
