@@ -59,6 +59,7 @@ DOORS = {
         "config.naming",
         "config.schema",
         "config.setting",
+        "experiment.adapt",
         "experiment.build",
         "run",
     },

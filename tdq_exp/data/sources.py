@@ -301,10 +301,12 @@ class Folder:
                 file = Path(folder, name)
                 if file.suffix.lower() not in self.suffixes:
                     self._left_out[file.suffix.lower() or "file without a suffix"] += 1
-                elif file.exists() and not file.is_file():
-                    self._left_out["no regular file"] += 1
-                else:
+                elif name.startswith("._"):  # macOS keeps attributes of NAME in ._NAME
+                    self._left_out["file of attributes (._)"] += 1
+                elif file.is_file() or not file.exists():
                     yield file  # a link to nowhere is refused when it is read
+                else:
+                    self._left_out["no regular file"] += 1
 
     @property
     def notes(self) -> list[str]:

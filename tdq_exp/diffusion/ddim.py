@@ -31,7 +31,7 @@ def time_steps(spacing: str, count: int, total: int, offset: int = 0) -> list[in
 
     | spacing  | t_i for i = 0..S-1, before reversal and offset | source |
     |----------|-----------------------------------------------|--------|
-    | leading  | i floor(T / S)                                | DDIM's "uniform" where S divides T |
+    | leading  | i floor(T / S)                                | "uniform" if S divides T |
     | uniform  | the same, for every i with i floor(T / S) < T | DDIM's "uniform" |
     | trailing | round(T - i T / S) - 1, descending            | Lin et al. 2023, table 2 |
     | linspace | round(i (T - 1) / (S - 1))                    | iDDPM |

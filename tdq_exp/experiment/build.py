@@ -22,6 +22,7 @@ from tdq_exp.config.schema import parts_of
 from tdq_exp.data.images import Data, default_cache
 from tdq_exp.data.sources import Source
 from tdq_exp.diffusion.ddim import Ddim
+from tdq_exp.experiment.adapt import adapted
 from tdq_exp.experiment.options import EvalOptions, SamplerOptions
 from tdq_exp.fit.fit import Fit, Subject
 from tdq_exp.fit.options import FitOptions
@@ -32,7 +33,6 @@ from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.models.trainable import Trainable
 from tdq_exp.models.weights.folder import which_weights
 from tdq_exp.quant.convert import Recipe
-from tdq_exp.runtime import environment, launch
 from tdq_exp.runtime.options import LauncherOptions, TrackerOptions
 
 # What only says where things lie on this machine, or how they are run.
@@ -174,7 +174,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
         ValueError: one line that names the key.
     """
     # 1. Values, checked; names; and the same values without interpolations.
-    cfg, notes = _in_a_precision_of_this_machine(cfg)
+    cfg, notes = adapted(cfg)
     config = schema.typed(cfg)
     check_names(config.eval.metrics)
     name, sample, folder = naming.fit_name(cfg), naming.sample_name(cfg), naming.run_folder(cfg)
@@ -238,32 +238,6 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
         machine=Machine(config.launcher, config.tracker, config.smoke),
         notes=notes,
     )
-
-
-def _in_a_precision_of_this_machine(cfg: DictConfig) -> tuple[DictConfig, tuple[str, ...]]:
-    """Return a config that trains in float32 where a protocol's bfloat16 would only be imitated.
-
-    The config that is recorded, and the fingerprint, say float32 then: it is what was computed.
-    A precision that the user sets (`fit.precision=bfloat16`) and that of a record stay.
-
-    Returns:
-        The config, and a line for the reader if it was changed.
-    """
-    by_protocol = "precision" in cfg.fit and OmegaConf.is_interpolation(cfg.fit, "precision")
-    if not by_protocol or cfg.fit.precision != "bfloat16":
-        return cfg, ()
-
-    on_cpu = cfg.launcher.get("cpu") or launch.gpus() == 0
-    if not on_cpu or environment.cpu_multiplies_bfloat16():
-        return cfg, ()
-
-    cfg = cfg.copy()
-    cfg.fit.precision = "float32"
-    note = (
-        "this CPU has no instructions for bfloat16 and would take about ten times as long with it:"
-        " fit.precision is float32, and recorded so (fit.precision=bfloat16 insists)"
-    )
-    return cfg, (note,)
 
 
 def _require_unconditional(model: DiffusionModel) -> None:

@@ -13,19 +13,18 @@ The choices are those of the command line (`configs/`), by the same names.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
 from tdq_exp.deploy import packed
 from tdq_exp.experiment import build as jobs
 from tdq_exp.fit.qat import Rates, optimizer_groups
 from tdq_exp.fit.quantized import required
+from tdq_exp.models.pixel import architecture_of
 from tdq_exp.quant import calibrating
 from tdq_exp.quant import convert as conversion
 from tdq_exp.quant import penalty as penalty_of
@@ -63,30 +62,17 @@ def quantize(
         TypeError: for a network of another class.
         ValueError: for a name or a value that there is not; one line.
     """
-    if not isinstance(net, UNet2DModel):
-        raise TypeError(f"quantize takes a diffusers UNet2DModel, not {type(net).__name__}")
-
     # The configuration that a run of this network would have; a packed file holds it.
     choices = {"bits": bits, "method": method, "tdq": tdq, "plan": plan, "habits": habits}
     named = [f"{group}={option}" for group, option in choices.items()]
-    job = jobs.of_network(_architecture(net), [*named, *overrides])
+    job = jobs.of_network(architecture_of(net), [*named, *overrides])
 
+    device = next(net.parameters()).device
     made: Any = copy.deepcopy(net)
     job.model.quantize(made, required(job.recipe))
-    made.to(net.device)
+    made.to(device)
     made.tdq_config = job.recorded()
     return made.eval()
-
-
-def _architecture(net: nn.Module) -> dict[str, Any]:
-    """Return the arguments of a network's constructor, plain."""
-    known = inspect.signature(UNet2DModel.__init__).parameters
-    values: Any = net.config
-    return {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in values.items()
-        if key in known
-    }
 
 
 @torch.no_grad()

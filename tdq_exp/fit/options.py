@@ -15,6 +15,7 @@ from tdq_exp.config.setting import setting
 
 NETWORK = "network"  # the part of a model that is fitted unless a pre-training names another
 CALIBRATION_KINDS = ("uniform", "ndtc", "ndtc_published", "forward")
+IMPORTED = "imported"  # the kind of another project's set: what it holds is its own affair
 
 
 @dataclass
@@ -283,7 +284,9 @@ class CalibrationSpec:
         ValueError: naming the key.
     """
 
-    kind: str = setting("none", help="none, uniform, ndtc, ndtc_published, forward")
+    kind: str = setting(
+        "none", help="none, uniform, ndtc, ndtc_published, forward; imported if `path` is a file"
+    )
     samples: int = setting(0, help="N, a multiple of `images`")
     images: int = setting(0, help="number of trajectories, or of training images")
     mu: float = setting(0.4, help="mean of t, as a share of T (ndtc)")
@@ -298,7 +301,7 @@ class CalibrationSpec:
     )
 
     def __post_init__(self) -> None:
-        if not self.wanted:
+        if not self.wanted or self.kind == IMPORTED:
             return
         if self.kind not in CALIBRATION_KINDS:
             raise ValueError(

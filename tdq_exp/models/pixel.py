@@ -6,6 +6,7 @@ model. What turns images into x_0 and back is the model's `codec`; a pixel-space
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,24 @@ class DiffusionModel(Trainable):
     def decode(self, x_0: Tensor) -> Tensor:
         """Return images in about [-1, 1], `[B, C, H, W]`, of x_0, `[B, *sample_shape]`."""
         return x_0 if self.codec is None else self.codec.decode(x_0)
+
+
+def architecture_of(net: nn.Module) -> dict[str, Any]:
+    """Return the arguments of a network's constructor, plain.
+
+    Raises:
+        TypeError: if it is no `UNet2DModel`.
+    """
+    if not isinstance(net, UNet2DModel):
+        raise TypeError(f"wanted a diffusers UNet2DModel, not {type(net).__name__}")
+
+    known = inspect.signature(UNet2DModel.__init__).parameters
+    values: Any = net.config
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in values.items()
+        if key in known
+    }
 
 
 def set_heads(net: nn.Module, heads: int) -> None:

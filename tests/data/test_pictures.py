@@ -99,12 +99,13 @@ def test_linked_folders_are_followed_once_and_nothing_is_left_out_silently(tmp_p
     gray(2).save(root / "b.png")
     (root / "README").write_text("")
     os.mkfifo(root / "pipe.png")
+    (root / "._b.png").write_bytes(b"attributes")
 
     source = Folder(str(root))
     assert sorted(file.name for file in source._files) == ["a.png", "b.png"]
     (note,) = source.notes
     assert "2 images" in note
-    for part in ("2 link to a folder", "1 .txt", "1 file without a suffix", "1 no regular file"):
+    for part in ("2 link to a folder", "1 .txt", "1 file without a suffix", "1 no regular", "1 file of attr"):
         assert part in note
 
 

@@ -70,6 +70,9 @@ class Width4:
     name, weights_hash = "four", "abc"
     metric_layers = {"fid": "pool"}
 
+    def engine(self, device):
+        return "torch"
+
     def extract(self, pixels, batch, device, progress=None):
         noise = np.random.default_rng(len(pixels)).normal(size=(len(pixels), 4))
         return {"pool": torch.from_numpy(noise)}

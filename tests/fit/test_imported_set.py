@@ -93,15 +93,33 @@ def test_a_set_is_stored_once_and_streamed_as_ours_are(tmp_path):
     assert again.image().tolist() == list(range(6))
 
 
+def built(path, *more):
+    options = ["model=tiny", "method=ptq4dm", "launcher=cpu", "model.weights=/none", *more]
+    return jobs.build(compose([*options, f"calibration.path={path}"]), source=False)
+
+
 def test_a_fit_depends_on_the_files_content_and_on_nothing_that_makes_sets(tmp_path):
     def parts(path, *more):
-        options = ["model=tiny", "method=ptq4dm", "launcher=cpu", "model.weights=/none", *more]
-        job = jobs.build(compose([*options, f"calibration.path={path}"]), source=False)
         subject = type("Subject", (), {"model": load_model("tiny")})
-        return job.fit.set_parts(subject)
+        return built(path, *more).fit.set_parts(subject)
 
     path = saved((X, TIMES), tmp_path)
     first = parts(path)
     assert set(first) == {"version", "imported"}
     assert parts(path, "calibration.seed=3") == first
     assert parts(saved((X + 1, TIMES), tmp_path)) != first
+
+
+def test_name_and_record_say_that_the_set_is_imported(tmp_path):
+    job = built(saved((X, TIMES), tmp_path))
+    assert job.name.endswith("_imported")
+    assert job.recorded()["calibration"]["kind"] == "imported"
+    again = jobs.rebuild(job.recorded(), tmp_path)  # a finished run needs no set
+    assert again.name == job.name and again.fit.calibration.kind == "imported"
+
+
+def test_a_missing_file_or_a_method_without_a_set_is_refused_at_once(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"calibration\.path=/no\.pt: no such file"):
+        built("/no.pt")
+    with pytest.raises(ValueError, match=r"calibration\.kind=imported: does not go with fit"):
+        built(saved((X, TIMES), tmp_path), "method=lsq")

@@ -26,7 +26,7 @@ from tdq_exp.diffusion.draws import share_of
 from tdq_exp.fit.calibrated import BATCH, set_batches
 from tdq_exp.fit.fit import Subject, Work
 from tdq_exp.fit.loop import validation_draws, validation_loss
-from tdq_exp.fit.options import CalibrationSpec, PtqOptions
+from tdq_exp.fit.options import IMPORTED, CalibrationSpec, PtqOptions
 from tdq_exp.fit.ptq import ptqd
 from tdq_exp.fit.ptq.block_by_block import BlockByBlock
 from tdq_exp.fit.ptq.calibration_set import CalibrationSet, make_set
@@ -96,13 +96,18 @@ class Ptq(QuantizedFit[PtqOptions]):
         )
 
     def imported(self, model: DiffusionModel) -> ImportedSet | None:
-        """Return the set of another project, if `calibration.path` names one: a file.
+        """Return the set of another project, if `calibration.path` names one.
 
         Raises:
             ValueError: if it is not of this model.
         """
-        path = Path(self.calibration.path).expanduser() if self.calibration.path else None
-        if self._imported is None and path is not None and path.is_file():
+        spec = self.calibration
+        if spec.kind != IMPORTED:
+            return None
+        if spec.path is None:
+            raise ValueError("calibration.kind=imported: needs calibration.path=FILE.pt")
+        if self._imported is None:
+            path = Path(spec.path).expanduser()
             self._imported = read_set(path, model.sample_shape, model.steps)
         return self._imported
 
