@@ -314,7 +314,7 @@ def of_network(network: dict[str, Any], overrides: Sequence[str]) -> Experiment:
     hydra = GlobalHydra.instance()
     theirs = hydra.hydra
     try:
-        cfg = compose(["model=tiny", "model.label=own", "model.weights=own", *overrides])
+        cfg = compose(["model=tiny", "model.label=own", "model.weights=own", *overrides]).copy()
     finally:
         hydra.hydra = theirs
 
