@@ -54,7 +54,7 @@ class Pairs:
 
     def check(self, x_t: Tensor, labels: Tensor) -> None:
         """Compare the label of each sample with the one of what it comes from."""
-        if not x_t.any():
+        if x_t.is_meta or not x_t.any():
             return  # an example of an input
 
         distance, nearest = torch.cdist(x_t.flatten(1), self.x).min(1)
@@ -95,7 +95,12 @@ class Model(DiffusionModel):
     """The description of `Net`."""
 
     def __init__(self, pairs: Pairs) -> None:
-        network = {"sample_size": 8, "in_channels": 1, "num_class_embeds": CLASSES}
+        network = {
+            "sample_size": 8,
+            "in_channels": 1,
+            "out_channels": 1,
+            "num_class_embeds": CLASSES,
+        }
         super().__init__(network, Schedule(1000, "linear", 1e-9, 1e-8), flip=False)
         self.pairs = pairs
 

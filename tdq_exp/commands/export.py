@@ -217,14 +217,14 @@ def compare(job: jobs.Experiment, net: nn.Module, file: Path) -> list[tuple[int,
     rows = []
     for t in (0, steps // 4, steps // 2, steps - 1):
         now = torch.tensor(t)
-        expected = job.model.predict(net, x, now)
+        expected = job.model.answer(net, x, now)
 
         feed = {"x_t": x.numpy(), "t": np.array(t, dtype=np.int64)}
         output = torch.from_numpy(run.run(None, feed)[0])
 
         # The control: how far simulated quantization differs from itself in a larger batch.
-        larger = job.model.predict(net, x.repeat(8, 1, 1, 1), now)[:8]
-        smaller = job.model.predict(net, x[:3], now)
+        larger = job.model.answer(net, x.repeat(8, 1, 1, 1), now)[:8]
+        smaller = job.model.answer(net, x[:3], now)
         control = max(onnx.parity(larger, expected), onnx.parity(smaller, expected[:3]))
         rows.append((t, onnx.parity(output, expected), control))
 

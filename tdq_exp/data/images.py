@@ -167,10 +167,16 @@ def load_images(
     protocol = f"{before}centre crop, bicubic to {size}x{size}x{channels}"
     some = f"|{limit}" if limit is not None else ""
 
-    # The cache file is named after all that its content depends on.
-    key = hashlib.sha256(f"1|{source.key(split)}|{protocol}{some}".encode()).hexdigest()[:20]
     root = (Path(cache).expanduser() if cache else default_cache()) / "images"
-    pixels, meta = root / f"{key}.npy", root / f"{key}.json"
+
+    def cache_of(key: str) -> Path:
+        """Return the cache's file without its ending: all that its content depends on."""
+        name = hashlib.sha256(f"1|{key}|{protocol}{some}".encode()).hexdigest()[:20]
+        return root / name
+
+    source.settle(lambda key: cache_of(key).with_suffix(".json").exists())
+    place = cache_of(source.key(split))
+    pixels, meta = place.with_suffix(".npy"), place.with_suffix(".json")
 
     # The description is written last: where it is, the pixels are whole.
     if not meta.exists():

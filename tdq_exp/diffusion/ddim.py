@@ -24,7 +24,7 @@ from tdq_exp.config.setting import require
 from tdq_exp.diffusion.objective import NoisePredictor
 from tdq_exp.diffusion.schedule import Schedule
 
-SPACINGS = ("leading", "trailing", "linspace", "quad")
+SPACINGS = ("leading", "uniform", "trailing", "linspace", "quad")
 
 
 def time_steps(spacing: str, count: int, total: int, offset: int = 0) -> list[int]:
@@ -32,10 +32,14 @@ def time_steps(spacing: str, count: int, total: int, offset: int = 0) -> list[in
 
     | spacing  | t_i for i = 0..S-1, before reversal and offset | source |
     |----------|-----------------------------------------------|--------|
-    | leading  | i floor(T / S)                                | DDIM's "uniform" |
+    | leading  | i floor(T / S)                                | "uniform" if S divides T |
+    | uniform  | the same, for every i with i floor(T / S) < T | DDIM's "uniform" |
     | trailing | round(T - i T / S) - 1, descending            | Lin et al. 2023, table 2 |
     | linspace | round(i (T - 1) / (S - 1))                    | iDDPM |
     | quad     | floor((i sqrt(0.8 T) / (S - 1))^2)            | DDIM's "quad" |
+
+    DDIM's own code visits `range(0, T, T // S)`: where S does not divide T that is more than S
+    steps, up to the noisiest. `uniform` does so too; `leading` stops after S.
 
     `quad` names small steps more than once. From a step to itself the update is the identity, so
     each is visited once: the sequence is shorter than S, the images are the same.
@@ -44,7 +48,7 @@ def time_steps(spacing: str, count: int, total: int, offset: int = 0) -> list[in
         spacing: one of `SPACINGS`.
         count: S, number of sampling steps.
         total: T, number of time steps of the schedule.
-        offset: added to every step (`leading` and `quad`; LDM uses 1).
+        offset: added to every step (`leading`, `uniform` and `quad`; LDM uses 1).
 
     Raises:
         ValueError: for an unknown spacing, S outside 1..T, or a sequence that visits a time step
@@ -62,6 +66,8 @@ def time_steps(spacing: str, count: int, total: int, offset: int = 0) -> list[in
     i = torch.arange(count, dtype=torch.float64)
     if spacing == "leading":
         steps = (i * (total // count)).long() + offset
+    elif spacing == "uniform":
+        steps = torch.arange(0, total, total // count) + offset
     elif spacing == "trailing":
         steps = (total - i * total / count).round().long().flip(0) - 1
     elif spacing == "linspace":

@@ -1,6 +1,17 @@
-"""The noise-prediction objective, and the contracts of what it is evaluated on.
+"""The objective of a denoising network, and the contracts of what it is evaluated on.
 
 L = E_{x_0, t, eps} | eps - eps_theta(x_t, t) |^p,   p = 2 (DDPM) or 1 (LDM as released)
+
+A network may predict x_0 or v in place of eps, by diffusers' names of `PREDICTIONS`:
+
+    epsilon        eps
+    sample         x_0
+    v_prediction   v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
+
+The loss is then that of its own target. Samplers ask for eps, which follows from x_t and each.
+
+Source: Salimans, Ho, *Progressive Distillation for Fast Sampling of Diffusion Models* (2022),
+    appendix D.
 """
 
 from __future__ import annotations
@@ -10,7 +21,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from tdq_exp.diffusion.schedule import Schedule
+
 LOSSES = ("l2", "l1")
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 class NoisePredictor(Protocol):
@@ -84,3 +98,42 @@ def noise_prediction_loss(eps_hat: Tensor, eps: Tensor, kind: str = "l2") -> Ten
     if kind == "l1":
         return difference.abs().mean()
     raise ValueError(f"loss={kind!r}: choose one of {', '.join(LOSSES)}")
+
+
+def target_of(kind: str, x_0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """Return what a network should answer, `[B, C, H, W]`.
+
+    Args:
+        kind: one of `PREDICTIONS`.
+        x_0: clean samples, `[B, C, H, W]`.
+        eps: the noise in x_t.
+        t: time steps, `[B]`, integer.
+        schedule: abar.
+    """
+    if kind == "epsilon":
+        return eps
+    if kind == "sample":
+        return x_0
+    signal, noise = schedule.coefficients(t, x_0)
+    return signal * eps - noise * x_0
+
+
+def noise_of(kind: str, answer: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """Return eps_hat of a network's answer, `[B, C, H, W]`.
+
+        sample         eps_hat = (x_t - sqrt(abar_t) x_0_hat) / sqrt(1 - abar_t)
+        v_prediction   eps_hat = sqrt(abar_t) v_hat + sqrt(1 - abar_t) x_t
+
+    Args:
+        kind: one of `PREDICTIONS`.
+        answer: of the network.
+        x_t: what it was shown.
+        t: `[B]`, or 0-dim for a batch at one time step.
+        schedule: abar.
+    """
+    if kind == "epsilon":
+        return answer
+    signal, noise = schedule.coefficients(t, x_t)
+    if kind == "sample":
+        return (x_t - signal * answer) / noise
+    return signal * answer + noise * x_t

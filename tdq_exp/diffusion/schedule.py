@@ -2,11 +2,13 @@
 
     q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I),   abar_t = prod_{i <= t} (1 - beta_i)
 
-Source: Ho, Jain, Abbeel, *Denoising Diffusion Probabilistic Models* (2020), eq. (4).
+Source: Ho, Jain, Abbeel, *Denoising Diffusion Probabilistic Models* (2020), eq. (4). Cosine betas:
+    Nichol, Dhariwal, *Improved Denoising Diffusion Probabilistic Models* (2021), eq. (17).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +17,9 @@ from torch import Tensor
 
 from tdq_exp.config.setting import require
 
-BETA_SHAPES = ("linear", "scaled_linear")
+BETA_SHAPES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+COSINE_OFFSET = 0.008  # keeps the first betas from vanishing
+LARGEST_BETA = 0.999  # so that abar_{T-1} > 0: a pure noise x_t would not say what eps is
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,10 @@ class Schedule:
 
     Args:
         steps: T, the number of time steps (1000 in the paper).
-        shape: `linear` is linear in beta (DDIM's CIFAR-10), `scaled_linear` in sqrt(beta) (LDM).
-        beta_start: beta at t = 0.
-        beta_end: beta at t = T - 1.
+        shape: `linear` is linear in beta (DDIM's CIFAR-10), `scaled_linear` in sqrt(beta) (LDM);
+            `squaredcos_cap_v2` are improved DDPM's cosine betas, by diffusers' name.
+        beta_start: beta at t = 0; cosine betas do not use it.
+        beta_end: beta at t = T - 1, likewise.
 
     Raises:
         ValueError: for an unknown shape, or betas that are not in (0, 1).
@@ -53,6 +58,13 @@ class Schedule:
         """`[T]`, float64: the products below lose digits at t near T in single precision."""
         if self.shape == "linear":
             return torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64)
+
+        if self.shape == "squaredcos_cap_v2":
+            share = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
+            angle = (share + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2
+            abar = angle.cos().square()
+            return (1 - abar[1:] / abar[:-1]).clamp(max=LARGEST_BETA)
+
         root = torch.linspace(
             self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=torch.float64
         )
@@ -71,8 +83,22 @@ class Schedule:
             eps: standard normal noise of the same shape.
             t: time steps, `[B]`, integer.
         """
-        abar = self._alphas_cumprod_on(x_0.device)[t].reshape(-1, *[1] * (x_0.dim() - 1))
+        abar = self._abar(t, x_0)
         return (abar.sqrt() * x_0 + (1 - abar).sqrt() * eps).to(x_0.dtype)
+
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sqrt(abar_t) and sqrt(1 - abar_t), in the type of a batch that they multiply.
+
+        Args:
+            t: `[B]`, or 0-dim for a batch at one time step.
+            like: the batch, `[B, ...]`.
+        """
+        abar = self._abar(t, like)
+        return abar.sqrt().to(like.dtype), (1 - abar).sqrt().to(like.dtype)
+
+    def _abar(self, t: Tensor, like: Tensor) -> Tensor:
+        """Return abar_t, float64, in a shape that multiplies a batch."""
+        return self._alphas_cumprod_on(like.device)[t].reshape(-1, *[1] * (like.dim() - 1))
 
     def _alphas_cumprod_on(self, device: torch.device) -> Tensor:
         """Return abar on a device, copied once: each copy would wait for the device."""

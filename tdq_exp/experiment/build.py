@@ -6,19 +6,23 @@ Building decides everything that can be wrong before anything is computed: unkno
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tdq_exp.config import assets, naming, records, schema
+from tdq_exp.config.compose import compose
 from tdq_exp.config.schema import parts_of
 from tdq_exp.data.images import Data, default_cache
 from tdq_exp.data.sources import Source
 from tdq_exp.diffusion.ddim import Ddim
+from tdq_exp.experiment.adapt import adapted
 from tdq_exp.experiment.arguments import check_arguments
 from tdq_exp.experiment.options import EvalOptions, SamplerOptions
 from tdq_exp.fit.fit import Fit, Subject
@@ -28,6 +32,7 @@ from tdq_exp.metrics.features import FeatureNetwork
 from tdq_exp.metrics.fidelity import check_names
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.models.trainable import Trainable
+from tdq_exp.models.weights.folder import which_weights
 from tdq_exp.quant.convert import Recipe
 from tdq_exp.runtime.options import LauncherOptions, TrackerOptions
 
@@ -59,6 +64,10 @@ class FloatWeights:
         if self.path is None:
             raise ValueError("model.weights has no value: name a file, or train the model first")
         return model.load(net, self.path, self.ema)
+
+    def which(self) -> str | None:
+        """Return which of its sets of weights the source gives; None if it has only one."""
+        return None if self.path is None else which_weights(self.path, self.ema)
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,7 @@ class Experiment:
         sampling: numbers of the sampled set.
         evaluation: numbers of the measuring.
         machine: how it is executed.
+        notes: lines that a reader should see before it runs.
     """
 
     name: str
@@ -120,6 +130,7 @@ class Experiment:
     sampling: SamplerOptions
     evaluation: EvalOptions
     machine: Machine
+    notes: tuple[str, ...] = ()
 
     @property
     def trained(self) -> Trainable:
@@ -166,6 +177,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
         ValueError: one line that names the key.
     """
     # 1. Values, checked; names; and the same values without interpolations.
+    cfg, notes = adapted(cfg)
     config = schema.typed(cfg)
     check_names(config.eval.metrics)
     name, sample, folder = naming.fit_name(cfg), naming.sample_name(cfg), naming.run_folder(cfg)
@@ -175,6 +187,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
 
     # 2. The model, and what of it is fitted: refused here if there is no such part.
     model = make_of(resolved, "model.definition", DiffusionModel)
+    _require_classes_only(model)
 
     fit = _fit(config)
     fit.trained(model)
@@ -196,6 +209,12 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
         raise ValueError(f"sampler.method={config.sampler.method}: is no sampler")
     if fit.options.gives_rows:
         sampler.check(model.schedule)
+    if fit.options.corrects and model.prediction_type != "epsilon":
+        raise ValueError(
+            "fit.correction: corrects the predicted noise, and this network's"
+            f" model.definition.prediction_type is {model.prediction_type}; take"
+            " fit.correction=none"
+        )
     if fit.options.corrects and sampler.keeps_variance:
         raise ValueError(
             "fit.correction: its smaller noise does not go with"
@@ -222,7 +241,22 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
         sampling=config.sampler,
         evaluation=config.eval,
         machine=Machine(config.launcher, config.tracker, config.smoke),
+        notes=notes,
     )
+
+
+def _require_classes_only(model: DiffusionModel) -> None:
+    """Refuse a network that wants a condition which no stage has: classes are all there is.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    kind = model.network.get("class_embed_type")
+    if kind is not None:
+        raise ValueError(
+            f"model.definition.network.class_embed_type={kind}: no stage gives a network such a"
+            " condition; num_class_embeds=N takes the images' classes"
+        )
 
 
 def _fit(config: schema.Config) -> Fit[FitOptions]:
@@ -268,6 +302,28 @@ def _recipe(cfg: DictConfig) -> Recipe:
         plan=make(cfg, "plan.plan"),
         habits=make(cfg, "habits.habits"),
     )
+
+
+def of_network(network: dict[str, Any], overrides: Sequence[str]) -> Experiment:
+    """Return an experiment of somebody's own network, without data: for its quantizers.
+
+    Args:
+        network: arguments of `UNet2DModel`.
+        overrides: as on the command line.
+
+    Raises:
+        ValueError: one line that names the key.
+    """
+    # A caller's own Hydra, if there is one, is as it was afterwards.
+    hydra = GlobalHydra.instance()
+    theirs = hydra.hydra
+    try:
+        cfg = compose(["model=tiny", "model.label=own", "model.weights=own", *overrides]).copy()
+    finally:
+        hydra.hydra = theirs
+
+    OmegaConf.update(cfg, "model.definition.network", network, merge=False)
+    return build(cfg, source=False)
 
 
 def rebuild(recorded: dict[str, Any], where: Path) -> Experiment:

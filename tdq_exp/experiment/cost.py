@@ -180,6 +180,8 @@ def show(job: Experiment) -> Cost:
         console.print(f"  measure  {metrics} on {job.evaluation.label} features")
 
     console.print(f"  disk     {cost.disk_bytes / 1e9:.2f} GB")
+    for line in job.notes:
+        console.print(f"note: {line}", markup=False)
     return cost
 
 

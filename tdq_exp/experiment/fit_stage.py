@@ -75,6 +75,9 @@ def run_fit(job: Experiment, data: Data, processes: Processes, tracker: Tracker)
             fitted, first_layer = _bake(job, fitted, context, tracker)
             facts |= first_layer
 
+        which = processes.decide(job.weights.which)
+        facts |= {"which_weights": which} if which is not None else {}
+
         made.append(fitted)
         return {"done": True, "facts": _facts(job, weights, facts, processes)}
 

@@ -83,6 +83,7 @@ def run_measures(
             fingerprints=fingerprints,
             images=job.sampling.images,
             weights=fit.facts["weights"],
+            which_weights=fit.facts.get("which_weights"),
             model_parts=job.model.parts(),
             validation_loss=fit.facts["validation_loss"],
             seconds=seconds,

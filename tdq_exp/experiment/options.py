@@ -23,7 +23,9 @@ class SamplerOptions:
     label: str = setting(fingerprint=False, is_name=True)
     method: Any = setting(help="_target_: the sampler's class")
     steps: int = setting(low=1, fingerprint=False, help="S")
-    spacing: str = setting("leading", fingerprint=False, help="leading, trailing, linspace, quad")
+    spacing: str = setting(
+        "leading", fingerprint=False, help="leading, uniform, trailing, linspace, quad"
+    )
     eta: float = setting(
         0.0, low=0, high=1, fingerprint=False, help="0 is deterministic, 1 has DDPM's variance"
     )

@@ -23,9 +23,11 @@ from tdq_exp.fit.loop import best_file
 from tdq_exp.runtime import lock
 from tdq_exp.runtime.environment import out_of_memory_in_one_line
 from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime.progress import console
 from tdq_exp.runtime.tracking import Tracker
 
 IN_USE = "wait until it ends, or set label=NAME for a run of its own"
+FEWEST = 2  # images of a distance: one has no covariance
 
 
 @out_of_memory_in_one_line
@@ -43,6 +45,9 @@ def run(job: Experiment) -> list[dict[str, Any]]:
 
     try:
         processes.decide(lambda: require_inputs(job))
+        if processes.main:
+            for line in job.notes:
+                console.print(f"note: {line}", markup=False)
         with lock.by_main(processes, lock.held(job.folder, IN_USE)):
             return _run_stages(job, processes)
     finally:
@@ -99,8 +104,16 @@ def load_data(job: Experiment, processes: Processes) -> Data:
 
         return Data(sets["train"], sets["validation"])
 
+    def first() -> None:
+        """Decode what is not decoded yet, and refuse sets that no distance can be measured on."""
+        data = load()
+        for line in source.notes:
+            console.print(f"note: {line}", markup=False)
+        if job.fit.options.gives_rows:
+            _check_sizes(data)
+
     # The main process writes the cache; then all read it.
-    processes.decide(lambda: load() and None)
+    processes.decide(first)
     return load()
 
 
@@ -116,6 +129,27 @@ def require_classes(images: Images, classes: int) -> None:
         raise ValueError(
             f"model.definition.network.num_class_embeds={classes}: the images have classes up to"
             f" {largest}; set it to at least {largest + 1}"
+        )
+
+
+def _check_sizes(data: Data) -> None:
+    """Refuse sets of fewer images than a distance needs, before a fit of days.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    train, held_out = len(data.train), len(data.held_out)
+    if held_out < FEWEST and train + held_out >= 2 * FEWEST:
+        every = min(train + held_out - 1, 5)
+        raise ValueError(
+            f"data.source.holdout: {held_out} of {train + held_out} images is held out, and a"
+            f" distance needs at least {FEWEST}; data.source.holdout={every} holds every"
+            f" {every}th one out"
+        )
+    if min(train, held_out) < FEWEST:
+        raise ValueError(
+            f"data.source: {train} images to train on and {held_out} held out, and a distance needs"
+            f" at least {FEWEST} of each; take more images, or a larger data.limit"
         )
 
 

@@ -46,6 +46,9 @@ class Row:
             were made before there was a choice lack it; theirs was torch.
         reference: `content`, number of `images` and `protocol` of the training images.
         held_out: the same metrics of real images that no model was trained on, and their number.
+        which_weights: of a source that has both, `unet_ema/` or `unet/`, `EMA` or `raw`; None where
+            there is one set, and then not a key in JSON.
+        few_for: number of features, if FID is of no more images than that; else None, and no key.
         reconstructed: the same, of these images as the model's autoencoder gives them back; None
             where there is no autoencoder, and then not a key in JSON.
         candidates: of `best_of_5`, every checkpoint's update and metrics; else None, and no key.
@@ -75,6 +78,8 @@ class Row:
     feature_engine: str
     reference: dict[str, Any]
     held_out: dict[str, Any]
+    which_weights: str | None = None
+    few_for: int | None = None
     reconstructed: dict[str, Any] | None = None
     candidates: list[dict[str, Any]] | None = None
 
@@ -83,7 +88,8 @@ class Row:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         parts = values.pop("model_parts")
 
-        absent = [key for key in ("reconstructed", "candidates") if values[key] is None]
+        optional = ("which_weights", "few_for", "reconstructed", "candidates")
+        absent = [key for key in optional if values[key] is None]
         return {**{key: value for key, value in values.items() if key not in absent}, **parts}
 
 

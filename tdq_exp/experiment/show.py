@@ -86,7 +86,7 @@ def print_row(job: Experiment, rows: list[dict[str, Any]]) -> None:
     features = row["features"]
     names = {key: value.label for key, value in VALUES.items() if key in row["metrics"]}
     lines = [
-        [r["name"], r["images"], *(r["metrics"][key] for key in names)]
+        [r["name"], _count(r), *(r["metrics"][key] for key in names)]
         for r in [row, *_float_rows(job, row)]
     ]
 
@@ -95,6 +95,13 @@ def print_row(job: Experiment, rows: list[dict[str, Any]]) -> None:
 
     title = f"{features['name']} features ({features['weights']})"
     print_table(title, ["", "images", *names.values()], lines)
+    if "few_for" in row:
+        console.print(
+            f"warning: (few) the Frechet distance of {row['images']} images by {row['few_for']}"
+            " features is mostly bias: compare it with sets of as many images only, and for a"
+            f" result take sampler.images={10 * row['few_for']} or more",
+            markup=False,
+        )
 
     # 2. Where it lies.
     file = rows_file(job)
@@ -103,6 +110,11 @@ def print_row(job: Experiment, rows: list[dict[str, Any]]) -> None:
         console.print(f"samples  {path}")
     if (job.folder / "intervals.png").exists():
         console.print(f"steps    {job.folder / 'intervals.png'}")
+
+
+def _count(row: dict[str, Any]) -> str:
+    """Return the number of images, with a mark if they are few for FID."""
+    return f"{row['images']} (few)" if "few_for" in row else str(row["images"])
 
 
 def _float_rows(job: Experiment, row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from tdq_exp.config.setting import SEED, setting
 
 NETWORK = "network"  # the part of a model that is fitted unless a pre-training names another
 CALIBRATION_KINDS = ("uniform", "ndtc", "ndtc_published", "forward")
+IMPORTED = "imported"  # the kind of another project's set: what it holds is its own affair
 
 # Beyond these a number is a slip of the keyboard.
 MOST_RATE = 1000.0
@@ -250,6 +251,13 @@ class ReconstructOptions(PtqNumbers):
     beta_end: float = setting(
         2.0, above=0, most=1000, since=2.0, help="AdaRound: see `rules.adaround.beta_at`"
     )
+    beta_schedule: str = setting(
+        "cosine",
+        choices=("cosine", "linear"),
+        since="cosine",
+        named={"linear": "linearbeta"},
+        help="AdaRound: how beta falls; BRECQ's code has it linear",
+    )
     rounding_warmup: float = setting(
         0.2,
         low=0,
@@ -319,7 +327,9 @@ class CalibrationSpec:
         ValueError: naming the key.
     """
 
-    kind: str = setting("none", help="none, uniform, ndtc, ndtc_published, forward")
+    kind: str = setting(
+        "none", help="none, uniform, ndtc, ndtc_published, forward; imported if `path` is a file"
+    )
     samples: int = setting(0, low=0, most=MOST_SAMPLES, help="N, a multiple of `images`")
     images: int = setting(
         0, low=0, most=MOST_SAMPLES, help="number of trajectories, or of training images"
@@ -331,11 +341,14 @@ class CalibrationSpec:
     seed: int = setting(0, low=0, high=SEED, help="of noise and time steps")
     label: str = setting("", fingerprint=False, is_name=True, help="of the run's name")
     path: str | None = setting(
-        None, fingerprint=False, help="a finished set to use; made and cached if not given"
+        None,
+        fingerprint=False,
+        help="a finished set to use, a folder, or another project's FILE.pt of (x, t);"
+        " made and cached if not given",
     )
 
     def __post_init__(self) -> None:
-        if not self.wanted:
+        if not self.wanted or self.kind == IMPORTED:
             return
         if self.kind not in CALIBRATION_KINDS:
             raise ValueError(

@@ -129,6 +129,7 @@ def measure(
             one.
 
     Returns:
+        `few_for`: the number of features, if the generated set has no more images than that;
         `metrics` of the generated set; `held_out`: the same of real images, with their number
         `images`, which is smaller than asked if there are no more; `reconstructed`: of the
         reconstructions of these; `reference`: the training set's content and size; `features`: name
@@ -154,8 +155,13 @@ def measure(
     network = features.network
     layers = network.metric_layers
 
+    # With N <= D images the covariance of D features is singular, and FID's bias large.
+    width = generated[layers["fid"]].shape[1] if "fid" in metrics else 0
+    few = {"few_for": width} if len(pixels) <= width else {}
+
     def compute() -> dict[str, Any]:
         return {
+            **few,
             "metrics": distances(generated, reference, layers, metrics),
             **{
                 name: {"images": count, **distances(found, reference, layers, metrics)}

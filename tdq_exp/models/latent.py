@@ -25,6 +25,7 @@ class LatentDiffusionModel(DiffusionModel):
         loss: `l1` as released, or `l2`.
         flip: mirror training images?
         attention_heads: of every attention of the U-Net; see `DiffusionModel`.
+        prediction_type: what the U-Net answers; see `DiffusionModel`.
 
     Raises:
         ValueError: if the U-Net does not denoise what the autoencoder makes.
@@ -38,8 +39,9 @@ class LatentDiffusionModel(DiffusionModel):
         loss: str = "l1",
         flip: bool = True,
         attention_heads: int | None = None,
+        prediction_type: str = "epsilon",
     ) -> None:
-        super().__init__(network, schedule, loss, flip, attention_heads)
+        super().__init__(network, schedule, loss, flip, attention_heads, prediction_type)
         if not isinstance(autoencoder, Autoencoder):
             raise ValueError(
                 f"model.definition.autoencoder={autoencoder}: a latent model needs one, with"

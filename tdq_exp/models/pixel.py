@@ -6,6 +6,7 @@ model. What turns images into x_0 and back is the model's `codec`; a pixel-space
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ from torch import Tensor, nn
 from tdq_exp.data.images import Images
 from tdq_exp.data.latents import encoded
 from tdq_exp.diffusion.draws import Stream, generator
-from tdq_exp.diffusion.objective import LOSSES, Samples, noise_prediction_loss
+from tdq_exp.diffusion.objective import (
+    LOSSES,
+    PREDICTIONS,
+    Samples,
+    noise_of,
+    noise_prediction_loss,
+    target_of,
+)
 from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.models.attention import quantize_attention
 from tdq_exp.models.network import check_network, constructed, require_memory
@@ -26,6 +34,7 @@ from tdq_exp.models.resnet_blocks import unet_chains
 from tdq_exp.models.roles import unet_roles
 from tdq_exp.models.trainable import Codec, Trainable
 from tdq_exp.models.weights.load import load_weights
+from tdq_exp.models.weights.process import require_same_process
 from tdq_exp.quant.chains import Chains
 from tdq_exp.quant.convert import Recipe, quantize
 from tdq_exp.quant.roles import Role
@@ -45,6 +54,7 @@ class DiffusionModel(Trainable):
         flip: whether training images are mirrored at random.
         attention_heads: number of heads of every attention, whatever its width; None takes the
             network's `attention_head_dim`, one width of a head for all of them.
+        prediction_type: what the network answers: `epsilon`, `sample` (x_0) or `v_prediction`.
 
     Raises:
         ValueError: naming the key.
@@ -59,7 +69,13 @@ class DiffusionModel(Trainable):
         loss: str = "l2",
         flip: bool = True,
         attention_heads: int | None = None,
+        prediction_type: str = "epsilon",
     ) -> None:
+        if prediction_type not in PREDICTIONS:
+            raise ValueError(
+                f"model.definition.prediction_type={prediction_type}: choose one of"
+                f" {', '.join(PREDICTIONS)}"
+            )
         if loss not in LOSSES:
             raise ValueError(f"model.definition.loss={loss}: choose one of {', '.join(LOSSES)}")
         if attention_heads is not None and not (
@@ -79,7 +95,7 @@ class DiffusionModel(Trainable):
                 f" the {network['in_channels']} channels of in_channels"
             )
         self.network, self.schedule, self.loss, self.flip = dict(network), schedule, loss, flip
-        self.attention_heads = attention_heads
+        self.attention_heads, self.prediction_type = attention_heads, prediction_type
 
     @property
     def image_size(self) -> int:
@@ -131,12 +147,17 @@ class DiffusionModel(Trainable):
         Raises:
             ValueError: one line that names the key.
         """
+        condition = self.draw_condition(0, Stream.IMAGE, range(1))
+        if condition is not None:
+            condition = condition.to("meta")
+
         with torch.device("meta"), torch.no_grad():
             net = self.build()
             x = torch.empty(1, *self.sample_shape)
             t = torch.zeros(1, dtype=torch.long)
             eps_hat = constructed(
-                lambda: self.predict(net, x, t), f"{DEFINITION}.network, at {list(x.shape)}"
+                lambda: self.predict(net, x, t, condition),
+                f"{DEFINITION}.network, at {list(x.shape)}",
             )
 
         if eps_hat.shape != x.shape:
@@ -146,7 +167,12 @@ class DiffusionModel(Trainable):
             )
 
     def load(self, net: nn.Module, weights: str, ema: bool = True) -> str:
-        """Fill a network with weights and return their content hash. See `weights.load`."""
+        """Fill a network with weights and return their content hash. See `weights.load`.
+
+        Raises:
+            CheckpointError: if they do not fit, or were trained for another schedule or target.
+        """
+        require_same_process(weights, self.schedule, self.prediction_type)
         if self.attention_heads is None:
             return load_weights(net, weights, ema=ema)
 
@@ -157,7 +183,9 @@ class DiffusionModel(Trainable):
     def predict(
         self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Tensor | None = None
     ) -> Tensor:
-        """Predict the noise in x_t. The forward pass sets the time of quantized layers, too.
+        """Predict the noise in x_t, whatever the network itself answers.
+
+        The forward pass sets the time of quantized layers, too.
 
         Args:
             net: the network, float or quantized.
@@ -168,6 +196,13 @@ class DiffusionModel(Trainable):
         Returns:
             eps_hat, `[B, C, H, W]`.
         """
+        answer = self.answer(net, x_t, t, condition)
+        return noise_of(self.prediction_type, answer, x_t, t, self.schedule)
+
+    def answer(
+        self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
+        """Return what the network itself answers: eps, x_0 or v; arguments as `predict`."""
         options = {} if condition is None else {"class_labels": condition}
         return net(x_t, t, return_dict=False, **options)[0]
 
@@ -179,10 +214,11 @@ class DiffusionModel(Trainable):
         eps: Tensor,
         condition: Tensor | None = None,
     ) -> Tensor:
-        """Return the noise-prediction loss of a batch. Arguments as `Trainable.training_loss`."""
+        """Return the loss of a batch against the network's own target; see `Trainable`."""
         x_t = self.schedule.add_noise(x_0, eps, t)
-        eps_hat = self.predict(net, x_t, t, condition)
-        return noise_prediction_loss(eps_hat, eps, self.loss)
+        answer = self.answer(net, x_t, t, condition)
+        target = target_of(self.prediction_type, x_0, eps, t, self.schedule)
+        return noise_prediction_loss(answer, target, self.loss)
 
     def draw_condition(self, seed: int, stream: Stream, indices: range) -> Tensor | None:
         """Return a class for each image, uniform, `[B]`; see `Trainable.draw_condition`."""
@@ -258,6 +294,24 @@ class DiffusionModel(Trainable):
     def decode(self, x_0: Tensor) -> Tensor:
         """Return images in about [-1, 1], `[B, C, H, W]`, of x_0, `[B, *sample_shape]`."""
         return x_0 if self.codec is None else self.codec.decode(x_0)
+
+
+def architecture_of(net: nn.Module) -> dict[str, Any]:
+    """Return the arguments of a network's constructor, plain.
+
+    Raises:
+        TypeError: if it is no `UNet2DModel`.
+    """
+    if not isinstance(net, UNet2DModel):
+        raise TypeError(f"wanted a diffusers UNet2DModel, not {type(net).__name__}")
+
+    known = inspect.signature(UNet2DModel.__init__).parameters
+    values: Any = net.config
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in values.items()
+        if key in known
+    }
 
 
 def set_heads(net: nn.Module, heads: int) -> None:

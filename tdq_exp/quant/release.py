@@ -1,4 +1,4 @@
-"""Details on which the paper's text and the authors' published code differ.
+r"""Details on which the paper's text and the authors' published code differ.
 
 Which layers are quantized differs too: see `plan`.
 
@@ -8,11 +8,24 @@ Which layers are quantized differs too: see `plan`.
 | activations | affine, learned integer zero point | symmetric; SiLU outputs from -0.2785, fixed |
 | static step | softplus(rho) | the raw number |
 | LSQ's gradient scale | everywhere | weights only |
-| start of s | least squared error | (mean + 3 std) / p; SiLU (mean + 16 std) / p; weights max / p |
+| start of s | least squared error | (mean + 3 std) / p; SiLU (mean + 16 std) / p; weights: below |
 | last layer of f | He | torch's default; dropout 0.2 before it while training |
 
+Differences that no choice here follows, for a reader who compares numbers:
+
+| | here, also with habits=release | release |
+|---|---|---|
+| start of a weight's s | max \|w\| / p | max w / p, whatever the negative weights are |
+| lower bound of SiLU outputs | -0.2785 | behind dropout p, while training: -0.2785 / (1 - p) |
+| gradient scale of a weight's s | 1 / sqrt(N p) | 1 / sqrt(N n_lv), n_lv its number of levels |
+
+Elsewhere, each with a switch: AdaRound's beta falls along a cosine, in BRECQ's published code
+linearly (`fit.beta_schedule=linear`); DDIM's own "uniform" time steps are
+`sampler.spacing=uniform`, which `leading` equals where S divides T; the release's pixels are
+truncated (`sampler.truncate=true`).
+
 The release adds the real number -0.2785 back after rounding; here the zero point is the integer
-nearest to 0.2785 / s, so that a padded zero is exact. Its truncated pixels are `sampler.truncate`.
+nearest to 0.2785 / s, so that a padded zero is exact.
 """
 
 from __future__ import annotations

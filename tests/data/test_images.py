@@ -12,7 +12,8 @@ from datasets import Image as ImageColumn
 from PIL import Image
 
 from tdq_exp.data.images import Images, load_images, resize_center, to_uint8
-from tdq_exp.data.sources import Digits, Folder, Hub
+from tdq_exp.data.sources import Digits, Folder
+from tdq_exp.data.tables import Hub
 
 
 def picture(seed, size=(12, 9)):

@@ -64,6 +64,13 @@ def test_quad_is_what_ddim_does(count):
     assert time_steps("quad", count, 1000) == sorted(set(original), reverse=True)
 
 
+@pytest.mark.parametrize("count", [1, 7, 50, 100, 300, 999, 1000])
+def test_uniform_is_what_ddim_does(count):
+    original = list(range(0, 1000, 1000 // count))
+    assert time_steps("uniform", count, 1000) == original[::-1]
+    assert (time_steps("leading", count, 1000) == original[::-1]) == (1000 % count == 0)
+
+
 def one_step(sampler, eps, t, t_prev, x, generators):
     """x_{t_prev} of one update."""
     values = sampler.coefficients(t, t_prev, SCHEDULE)
@@ -95,6 +102,7 @@ def test_time_steps_equal_diffusers(spacing, count):
     [
         (s, n)
         for s in SPACINGS
+        if s != "uniform"  # may have more steps than asked for
         for n in (1, 2, 3, 7, 16, 26, 48, 61, 100, 999)
         if s != "quad" or n < 30
     ],
@@ -136,7 +144,7 @@ def test_an_unknown_spacing_is_an_error_that_names_the_key():
         time_steps("cosine", 10, 1000)
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", [s for s in SPACINGS if s != "uniform"])
 def test_the_next_step_starts_where_the_last_one_ended(spacing):
     pairs = Ddim(27, spacing).pairs(SCHEDULE)
     assert len(pairs) == 27

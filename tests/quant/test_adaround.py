@@ -177,5 +177,13 @@ def test_beta_is_off_during_warm_up_and_falls_from_its_start_to_its_end():
     assert rest[400] == pytest.approx(11.0)  # half way
 
 
+def test_beta_falls_linearly_on_request_as_in_brecq():
+    values = [beta_at(update, 1000, 20.0, 2.0, 0.2, "linear") for update in range(1000)]
+    assert values[:200] == [None] * 200
+    steps = [a - b for a, b in zip(values[200:], values[201:], strict=False)]
+    assert values[200] == 20.0 and values[600] == pytest.approx(11.0)
+    assert steps == pytest.approx([18 / 800] * 799)
+
+
 def test_a_warm_up_of_all_updates_leaves_the_term_off():
     assert [beta_at(update, 10, 20.0, 2.0, 1.0) for update in range(10)] == [None] * 10

@@ -114,11 +114,29 @@ def test_at_around_a_whole_forward_is_undone_too():
 
 
 @pytest.mark.parametrize(
-    "t", [torch.tensor(0.5), torch.zeros(2, 2, dtype=torch.long), torch.tensor([1.0, 2.0])]
+    ("t", "words"),
+    [
+        (torch.tensor(0.5), r"t must be whole, not \[0\.5\].*DDIM"),
+        (torch.tensor([1.0, 2.25]), r"t must be whole"),
+        (torch.tensor(float("nan")), "t must be"),
+        (torch.zeros(2, 2, dtype=torch.long), "integer"),
+        (torch.tensor(True), "integer"),
+        (torch.tensor(float(STEPS)), f"t must be from 0 to {STEPS - 1}"),
+        (-1, f"t must be from 0 to {STEPS - 1}, not -1"),
+        (STEPS, "t must be from 0"),
+    ],
 )
-def test_a_time_step_is_an_integer_or_a_vector_of_them(t):
-    with pytest.raises(ValueError, match="integer"):
+def test_a_time_step_is_a_whole_number_or_a_vector_of_them(t, words):
+    with pytest.raises(ValueError, match=words):
         TimeContext(STEPS).set(t)
+
+
+@pytest.mark.parametrize("t", [5.0, torch.tensor(5.0), torch.tensor([5.0, 3.0]).double()])
+def test_whole_numbers_held_as_floats_are_time_steps(t):
+    time = TimeContext(STEPS)
+    time.set(t)
+    assert time.t.dtype == torch.int64
+    assert time.t.tolist() == torch.as_tensor(t).long().tolist()
 
 
 def test_a_refused_time_step_leaves_the_earlier_one():

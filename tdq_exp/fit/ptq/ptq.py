@@ -26,7 +26,7 @@ from tdq_exp.diffusion.draws import share_of
 from tdq_exp.fit.calibrated import BATCH, set_batches
 from tdq_exp.fit.fit import Subject, Work
 from tdq_exp.fit.loop import validation_draws, validation_loss
-from tdq_exp.fit.options import CalibrationSpec, PtqOptions
+from tdq_exp.fit.options import IMPORTED, CalibrationSpec, PtqOptions
 from tdq_exp.fit.ptq import ptqd
 from tdq_exp.fit.ptq.block_by_block import BlockByBlock
 from tdq_exp.fit.ptq.calibration_set import (
@@ -36,6 +36,7 @@ from tdq_exp.fit.ptq.calibration_set import (
     require_set,
     require_steps,
 )
+from tdq_exp.fit.ptq.imported_set import ImportedSet, read_set
 from tdq_exp.fit.ptq.over_time import learns_over_time, make_over_time
 from tdq_exp.fit.ptq.part_file import quant_layers
 from tdq_exp.fit.quantized import QuantizedFit
@@ -77,6 +78,7 @@ class Ptq(QuantizedFit[PtqOptions]):
     def __init__(self, options: PtqOptions, calibration: CalibrationSpec, trajectory: Ddim) -> None:
         super().__init__(options)
         self.calibration, self.trajectory = calibration, trajectory
+        self._imported: ImportedSet | None = None
 
     @property
     def encodes_training_images(self) -> bool:
@@ -89,6 +91,10 @@ class Ptq(QuantizedFit[PtqOptions]):
 
     def set_parts(self, subject: Subject) -> dict[str, Any]:
         """Return what the calibration set depends on."""
+        imported = self.imported(subject.model)
+        if imported is not None:
+            return imported.parts()
+
         model = subject.groups["model"] | subject.model.parts()
         sampler = dataclasses.asdict(self.trajectory)
         return self.calibration.parts(
@@ -96,15 +102,39 @@ class Ptq(QuantizedFit[PtqOptions]):
         )
 
     def require_files(self) -> None:
-        if self.calibration.path is not None:
+        if self.calibration.path is not None and self.calibration.kind != IMPORTED:
             require_set(Path(self.calibration.path).expanduser())
 
     def require_startable(self, subject: Subject, world: int) -> None:
         if self.options.reconstruct:
             share_of(self.options.batch_size, 0, world)
+        if self.imported(subject.model) is not None:
+            return
+
         require_steps(self.calibration, len(self.trajectory.pairs(subject.model.schedule)))
         if self.calibration.path is not None:
             check(Path(self.calibration.path).expanduser(), self.set_parts(subject))
+
+    def imported(self, model: DiffusionModel) -> ImportedSet | None:
+        """Return the set of another project, if `calibration.path` names one.
+
+        Raises:
+            ValueError: if it is not of this model.
+        """
+        spec = self.calibration
+        if spec.kind != IMPORTED:
+            return None
+        if spec.path is None:
+            raise ValueError("calibration.kind=imported: needs calibration.path=FILE.pt")
+        if model.classes is not None:
+            raise ValueError(
+                f"calibration.path={spec.path}: holds no classes, and the network asks for them;"
+                " take a set of ours"
+            )
+        if self._imported is None:
+            path = Path(spec.path).expanduser()
+            self._imported = read_set(path, model.sample_shape, model.steps)
+        return self._imported
 
     def run(
         self, context: RunContext, net: nn.Module | None, subject: Subject
@@ -155,6 +185,10 @@ class Ptq(QuantizedFit[PtqOptions]):
         self, net: nn.Module, subject: Subject, context: RunContext
     ) -> CalibrationSet:
         spec, model = self.calibration, subject.model
+        imported = self.imported(model)
+        if imported is not None:
+            return imported.stored(context.cache, context.processes)
+
         images = (
             subject.samples(model, subject.data.train, context) if spec.encodes_images else None
         )

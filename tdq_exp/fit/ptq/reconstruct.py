@@ -229,7 +229,8 @@ class Reconstruction:
 
         # 2. V, with a regularizer that drives it to 0 or 1.
         def total(update: int, loss: Tensor) -> Tensor:
-            beta = beta_at(update, o.rounding_updates, o.beta_start, o.beta_end, o.rounding_warmup)
+            ends = o.beta_start, o.beta_end
+            beta = beta_at(update, o.rounding_updates, *ends, o.rounding_warmup, o.beta_schedule)
             if beta is None:
                 return loss
 

@@ -3,7 +3,7 @@
 Sources:
 
     PATH/ or PATH/unet/      a diffusers folder: config.json, and weights as .safetensors or .bin;
-                             an autoencoder's lies in vae/
+                             an autoencoder's lies in vae/, averages (EMA) in PATH/unet_ema/
     owner/name               the same on the model hub
     PATH.safetensors         a state dict in diffusers' names: this project's own files
     PATH (.ckpt, .pth, ...)  a PyTorch file: a state dict, one inside {"state_dict": ...}, or the
@@ -24,7 +24,6 @@ References:
 """
 
 import inspect
-import json
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -44,6 +43,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tdq_exp.models.weights import compvis
+from tdq_exp.models.weights.folder import config_of, place_of, require_same_architecture
 from tdq_exp.models.weights.inert_pickle import CheckpointError, read_tensors
 from tdq_exp.models.weights.match import match
 from tdq_exp.models.weights.names import diffusers_names
@@ -66,21 +66,6 @@ __all__ = [
 # registers it, and its forward pass never reads it.
 NOT_WEIGHTS = frozenset({"logvar"})
 
-# Keys of a diffusers config that don't change what a weight means: `dropout` acts in training only;
-# the rest is written by diffusers' EMA beside the architecture.
-_NOT_ARCHITECTURE = frozenset(
-    [
-        "dropout",
-        "decay",
-        "min_decay",
-        "optimization_step",
-        "update_after_step",
-        "use_ema_warmup",
-        "inv_gamma",
-        "power",
-    ]
-)
-
 # Of an autoencoder's config: how large its images were, and how its latents are scaled, which
 # `load_autoencoder` reads.
 _NOT_THE_AUTOENCODERS = frozenset(["sample_size", "scaling_factor", "force_upcast"])
@@ -99,8 +84,9 @@ def load_weights(
         net: the network to fill; for folders and the hub a diffusers model, whose config must agree
             with theirs.
         source: path of a file or folder, or an id on the model hub (see the module's docstring).
-        ema: of a training list take the exponential moving average (element 4), not the raw weights
-            (element 0). Sources with one set of weights have no say in which it is.
+        ema: take the exponential moving average, not the raw weights, of a source that has both: a
+            training list (elements 4 and 0) or a folder (`unet_ema/` and `unet/`). Sources with
+            one set of weights have no say in which it is.
         overruled: keys of a folder's config that the caller sets by other means, so that they need
             not agree.
 
@@ -114,7 +100,7 @@ def load_weights(
     """
     path = _located(source, _subfolder(net))
     found = (
-        _read_folder(net, path, overruled)
+        _read_folder(net, path, overruled, ema)
         if path.is_dir()
         else _read_file(path, ema, _subfolder(net))
     )
@@ -168,7 +154,7 @@ def _scale_of(kl: torch.nn.Module, path: Path) -> float | None:
     if not path.is_dir():
         return _stored_scale(path)
     default = inspect.signature(type(kl).__init__).parameters["scaling_factor"].default
-    return float(_config(_place(path, "vae") / "config.json").get("scaling_factor", default))
+    return float(config_of(place_of(path, "vae") / "config.json").get("scaling_factor", default))
 
 
 def _stored_scale(path: Path) -> float | None:
@@ -264,7 +250,7 @@ def locate(source: str, subfolder: str, key: str = "", download: bool = True) ->
     path = expanded(source)
 
     if path.is_dir():
-        _place(path, subfolder)
+        place_of(path, subfolder)
         return path
     if path.exists():
         require_file(path)
@@ -281,74 +267,16 @@ def _located(source: str, subfolder: str) -> Path:
     return path
 
 
-def _place(folder: Path, subfolder: str) -> Path:
-    """The folder itself, or the subfolder, whichever has a config."""
-    for place in (folder, folder / subfolder):
-        if (place / "config.json").is_file():
-            return place
-    raise CheckpointError(
-        f"{folder}: no diffusers folder, it has neither config.json nor {subfolder}/config.json"
-    )
-
-
-def _config(path: Path) -> dict[str, Any]:
-    require_file(path)
-    try:
-        return dict(json.loads(path.read_text()))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a JSON config ({error})") from error
-
-
 def _read_folder(
-    net: torch.nn.Module, folder: Path, overruled: Collection[str]
+    net: torch.nn.Module, folder: Path, overruled: Collection[str], ema: bool
 ) -> dict[str, torch.Tensor]:
     """The state dict of a diffusers folder, whose config agrees with the network's."""
-    place = _place(folder, _subfolder(net))
-    _require_same_architecture(net, place / "config.json", overruled)
+    place = place_of(folder, _subfolder(net), ema)
+    require_same_architecture(net, place / "config.json", overruled)
     for name in _WEIGHT_FILES:
         if (place / name).is_file():
             return _read_file(place / name, True, _subfolder(net))
     raise CheckpointError(f"{place}: has neither {' nor '.join(_WEIGHT_FILES)}")
-
-
-def _require_same_architecture(
-    net: torch.nn.Module, path: Path, overruled: Collection[str]
-) -> None:
-    """Compare a folder's config with the network's; absent keys have the class's defaults."""
-    found = _config(path)
-    class_name = type(net).__name__
-    if found.get("_class_name", class_name) != class_name:
-        raise CheckpointError(f"{path}: _class_name is {found['_class_name']}, wanted {class_name}")
-
-    parameters = inspect.signature(type(net).__init__).parameters
-    wanted: Mapping[str, Any] = getattr(net, "config", {})
-
-    for key in sorted(parameters.keys() & wanted.keys() | found.keys()):
-        if key.startswith("_") or key in _NOT_ARCHITECTURE or key in overruled:
-            continue
-
-        # A key that the class does not know may be there if it switches nothing on.
-        if key not in parameters and found[key] not in (None, False):
-            raise CheckpointError(f"{path}: {key} is {found[key]}, wanted no such key")
-        if key not in parameters:
-            continue
-
-        has, wants = (
-            _comparable(value)
-            for value in (found.get(key, parameters[key].default), wanted.get(key))
-        )
-
-        # Where one of the two names no size, none is meant: all layers are convolutional or attend
-        # to what there is.
-        if has != wants and not (key == "sample_size" and None in (has, wants)):
-            raise CheckpointError(f"{path}: {key} is {has}, wanted {wants}")
-
-
-def _comparable(value: Any) -> Any:
-    """JSON has no tuples, and the first releases of diffusers had a prefix on the blocks' names."""
-    if isinstance(value, (list, tuple)):
-        return [_comparable(item) for item in value]
-    return value.removeprefix("UNetRes") if isinstance(value, str) else value
 
 
 def _download(repository: str, subfolder: str) -> Path:

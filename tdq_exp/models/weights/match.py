@@ -8,6 +8,17 @@ import torch
 
 from tdq_exp.models.weights.inert_pickle import CheckpointError
 
+# Parts of names of quantizers' parameters, in Q-Diffusion, PTQ4DM, PTQD and others of BRECQ's
+# family, in torch.ao and in bitsandbytes.
+_OF_QUANTIZERS = (
+    "weight_quantizer.",
+    "act_quantizer.",
+    "quantizer.delta",
+    ".zero_point",
+    "fake_quant",
+    ".absmax",
+)
+
 
 def match(
     source: str, found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
@@ -41,7 +52,9 @@ def match(
 
     if any(faults.values()):
         parts = [f"{len(keys)} {fault} ({_first(keys)})" for fault, keys in faults.items() if keys]
-        raise CheckpointError(f"{source}: its keys are not the network's: {'; '.join(parts)}")
+        raise CheckpointError(
+            f"{source}: its keys are not the network's: {'; '.join(parts)}{_quantized_hint(found)}"
+        )
 
     if faulty:
         raise CheckpointError(
@@ -49,6 +62,22 @@ def match(
             " the training that wrote it failed: take an earlier checkpoint"
         )
     return fitted
+
+
+def _quantized_hint(found: Mapping[str, torch.Tensor]) -> str:
+    """Return what to do about weights that are quantized already, if that is what they are."""
+    codes = [value for key, value in found.items() if key.endswith(".weight_quantizer.codes")]
+    if codes and all(value.dim() == 1 for value in codes):
+        return (
+            "; it is a packed network, which `python -m tdq_exp sample FILE` and"
+            " tdq_exp.load(FILE) take: a run starts from a float one"
+        )
+    if any(part in key for key in found for part in _OF_QUANTIZERS):
+        return (
+            "; it looks like a quantized checkpoint: a run starts from the float network that it"
+            " was made of"
+        )
+    return ""
 
 
 def _first(keys: list[str], count: int = 3) -> str:

@@ -5,7 +5,7 @@
     L = reconstruction + lambda sum (1 - |2 h(V) - 1|^beta),   zeta = 1.1, gamma = -0.1
 
 h starts at the fraction of w / s, so that w_hat = w; beta falls over the updates and drives h to 0
-or 1.
+or 1, along a cosine. BRECQ's published code lets it fall linearly: `fit.beta_schedule=linear`.
 
 Source: Nagel et al., *Up or Down? Adaptive Rounding for Post-Training Quantization*, arXiv
     2004.10568, eq. (21)-(24).
@@ -58,10 +58,13 @@ class AdaRound(nn.Module):
         return (self.floor + (self.rounding() >= 0.5) + self.z).clamp(self.n, self.p)
 
 
-def beta_at(update: int, updates: int, start: float, end: float, warmup: float) -> float | None:
+def beta_at(
+    update: int, updates: int, start: float, end: float, warmup: float, schedule: str = "cosine"
+) -> float | None:
     """Return beta of an update, or None while the term is off.
 
-        end + (start - end) (1 + cos(pi r)) / 2
+        end + (start - end) (1 + cos(pi r)) / 2      cosine
+        end + (start - end) (1 - r)                  linear, as BRECQ's published code has it
         r = (u - warmup updates) / (updates - warmup updates)
 
     Args:
@@ -69,8 +72,12 @@ def beta_at(update: int, updates: int, start: float, end: float, warmup: float) 
         updates: how many there are.
         start, end: of beta.
         warmup: share of the updates before the term acts.
+        schedule: one of `BETA_SCHEDULES`.
     """
     first = warmup * updates
     if update < first:
         return None
+
+    if schedule == "linear":
+        return end + (start - end) * (1 - (update - first) / (updates - first))
     return end + (start - end) * (1 + math.cos(math.pi * (update - first) / (updates - first))) / 2

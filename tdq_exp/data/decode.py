@@ -1,0 +1,81 @@
+"""One picture of a file, as a viewer shows it: upright, in 8 bits, on white where transparent."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+_BROKEN = (
+    OSError,
+    UnidentifiedImageError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    Image.DecompressionBombError,
+)
+
+
+def decode(raw: bytes, name: str) -> Image.Image:
+    """Return a picture, whole and as a viewer shows it.
+
+    The orientation that a camera wrote (EXIF) is applied. Transparent pixels are composited on
+    white: what colour lies behind them is an accident. 16-bit gray is divided by 257. Of several
+    frames or pages the first one is taken.
+
+    Args:
+        raw: content of the file.
+        name: of the file, for messages.
+
+    Raises:
+        ValueError: if it is damaged, no image, or of numbers that have no black and white.
+    """
+    if not raw:
+        raise ValueError(f"{name}: not a whole image (the file is empty); replace or remove it")
+
+    try:
+        image: Any = Image.open(io.BytesIO(raw))
+        image.load()  # a truncated file is found here, not at opening
+        image = ImageOps.exif_transpose(image)
+    except _BROKEN as error:
+        raise ValueError(
+            f"{name}: not a whole image ({first_line(error)}); replace or remove it"
+        ) from error
+
+    if image.mode.startswith("I;16"):
+        levels = np.asarray(image).astype(np.float64) / 257
+        return Image.fromarray(np.round(levels).astype(np.uint8))
+
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"{name}: holds {'32-bit integers' if image.mode == 'I' else 'real numbers'}, whose"
+            " black and white nobody knows; convert it to 8 bits"
+        )
+
+    transparent = "A" in image.getbands() or "transparency" in image.info
+    return _on_white(image) if transparent else image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    layer = image.convert("RGBA")
+    white = Image.new("RGBA", layer.size, "white")
+    return Image.alpha_composite(white, layer).convert("RGB")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def decode_cell(cell: dict[str, Any], name: str) -> Image.Image:
+    """Return the image of a cell of a table: its bytes, or its file."""
+    try:
+        raw = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"{name}: can't be read ({error.strerror}); replace or remove it"
+        ) from error
+    return decode(raw, name)

@@ -1,0 +1,169 @@
+"""Quantization for people with a network and a training loop of their own.
+
+    net = tdq_exp.quantize(unet, bits="w4a4", method="lsq", tdq="temporal")
+    tdq_exp.calibrate(net, batches)                              # (x_t, t) over all of time
+    optimizer = torch.optim.AdamW(tdq_exp.parameter_groups(net, lr=1e-4))
+    ...                                                          # loss + tdq_exp.penalty(net)
+    tdq_exp.save(tdq_exp.bake(net), "net.safetensors")
+    net = tdq_exp.load("net.safetensors")
+
+The choices are those of the command line (`configs/`), by the same names.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdq_exp.deploy import packed
+from tdq_exp.experiment import build as jobs
+from tdq_exp.fit.qat import Rates, optimizer_groups
+from tdq_exp.fit.quantized import required
+from tdq_exp.models.pixel import architecture_of
+from tdq_exp.quant import calibrating
+from tdq_exp.quant import convert as conversion
+from tdq_exp.quant import penalty as penalty_of
+from tdq_exp.runtime import files
+
+Batch = tuple[Tensor, Tensor]  # (x_t, t)
+RELEASED_SHARE = 0.1  # of the weights' rate: that of step sizes, as released
+
+
+def quantize(
+    net: nn.Module,
+    bits: str = "w4a4",
+    method: str = "lsq",
+    tdq: str = "temporal",
+    plan: str = "all",
+    habits: str = "text",
+    overrides: Sequence[str] = (),
+) -> nn.Module:
+    """Return a quantized copy of a float network, before calibration, in eval mode.
+
+    It is called as the float network is, `net(x_t, t).sample`; each call sets its time step. Its
+    generators start from torch's global generator, so seed that.
+
+    Args:
+        net: a diffusers `UNet2DModel`; it is left as it is.
+        bits: of weights and activations, such as `w4a4`.
+        method: `lsq`, `pact`, `nipq`, or for calibration alone `minmax`, `ptq4dm`.
+        tdq: where activations' step sizes come from: `temporal` (TDQ), `none` (static), `s10`, ...
+        plan: which layers: `all`, `edge8`, `float_attention`, `release`.
+        habits: `text` or `release`.
+        overrides: anything else, as on the command line: `tdq.interval.width=32`. The schedule
+            (`model.definition.schedule.beta_end=0.03`, `.steps=4000`) belongs to the network.
+
+    Raises:
+        TypeError: for a network of another class.
+        ValueError: for a name or a value that there is not; one line.
+    """
+    # The configuration that a run of this network would have; a packed file holds it.
+    choices = {"bits": bits, "method": method, "tdq": tdq, "plan": plan, "habits": habits}
+    named = [f"{group}={option}" for group, option in choices.items()]
+    job = jobs.of_network(architecture_of(net), [*named, *overrides])
+
+    device = next(net.parameters()).device
+    made: Any = copy.deepcopy(net)
+    job.model.quantize(made, required(job.recipe))
+    made.to(device)
+    made.tdq_config = job.recorded()
+    return made.eval()
+
+
+@torch.no_grad()
+def calibrate(net: nn.Module, batches: Iterable[Batch]) -> None:
+    """Set the start value of every step size, in place, from what the float network computes.
+
+    Args:
+        net: of `quantize`.
+        batches: (x_t, t) over all of time, at least 1,000 samples for a real fit; t is `[B]`.
+
+    Raises:
+        ValueError: if there is no batch.
+    """
+    shown = list(batches)
+    if not shown:
+        raise ValueError("calibrate: there is no batch of (x_t, t)")
+
+    training = net.training
+    net.eval()
+    start = _config(net)["habits"]["habits"].get("start", "error")
+    with calibrating(net, len(shown), start) as calibration:
+        for number, (x_t, t) in enumerate(shown):
+            calibration.batch = number
+            net(x_t, t)
+    net.train(training)
+
+
+def parameter_groups(
+    net: nn.Module,
+    lr: float,
+    lr_step_size: float | None = None,
+    lr_zero_point: float = 1e-3,
+    lr_generator: float | None = None,
+    decay: float = 0.01,
+) -> list[dict[str, Any]]:
+    """Return the groups of an optimiser, each with a rate and a weight decay of its own.
+
+    Args:
+        net: of `quantize`, calibrated.
+        lr: of weights, biases and norms.
+        lr_step_size: of static step sizes and lower bounds; a tenth of `lr` if not given.
+        lr_zero_point: of zero points, in shares of the grid.
+        lr_generator: of TDQ's generators; `lr` if not given.
+        decay: of weights and generators; step sizes and zero points have none.
+    """
+    rates = Rates(
+        weights=lr,
+        decay=decay,
+        step_size=RELEASED_SHARE * lr if lr_step_size is None else lr_step_size,
+        zero_point=lr_zero_point,
+        generator=lr if lr_generator is None else lr_generator,
+        generator_decay=decay,
+    )
+    return optimizer_groups(net, rates)
+
+
+def penalty(net: nn.Module) -> Tensor:
+    """Return what the method adds to the loss after a forward pass, 0-dim; 0 for most methods."""
+    found = penalty_of(net)
+    return next(net.parameters()).new_zeros(()) if found is None else found
+
+
+def bake(net: nn.Module) -> nn.Module:
+    """Return a copy for inference: weights as codes, step sizes and zero points as tables over t.
+
+    It answers as the network does in eval mode, bit for bit.
+    """
+    _config(net)
+    return conversion.bake(net)
+
+
+def save(net: nn.Module, path: str | Path) -> int:
+    """Write a packed file, which `tdq_exp.load` reads; return its size in bytes.
+
+    Args:
+        net: baked, or in training form, of which a baked copy is saved then.
+        path: `*.safetensors`.
+    """
+    config, path = _config(net), Path(path).expanduser()
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: must end in .safetensors")
+    baked = net if _is_baked(net) else bake(net)
+    return packed.save(baked.state_dict(), path, config, files.fingerprint(config))
+
+
+def _is_baked(net: nn.Module) -> bool:
+    return any(name.endswith("weight_quantizer.codes") for name in net.state_dict())
+
+
+def _config(net: nn.Module) -> dict[str, Any]:
+    config = getattr(net, "tdq_config", None)
+    if config is None:
+        raise ValueError("the network was not made by tdq_exp.quantize")
+    return config
