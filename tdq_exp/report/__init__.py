@@ -3,6 +3,7 @@
 manifest   what a table asks for, read from `configs/table`
 cells      one run of a table: its command, its row, what changed since
 protocol   which rows may stand in one column
+spread     which differences between two lines count
 columns    cells -> the texts of a table
 render     texts -> Markdown and LaTeX
 charts     distance over bits

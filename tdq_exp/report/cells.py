@@ -172,22 +172,23 @@ def _cells_of_line(
     tracker = [] if any(_key(override) == "tracker" for override in extra) else ["tracker=none"]
     own = [*(f"{group}={option}" for group, option in choices.items()), *line.overrides]
 
+    # Composed once: a seed changes nothing else.
+    where = (f"out={_quoted(out)}", *tracker, *extra)
+    composed = compose((*own, *where))
+    bare = compose(own) if in_footer(extra) else composed
+
     for training, sampling in seeds:
-        asked = [
-            *own,
-            *([f"seed={training}"] if training else []),
-            *([f"sampler.seed={sampling}"] if sampling else []),
-        ]
-        command = (*asked, f"out={_quoted(out)}", *tracker, *extra)
-        cfg = compose(command)
-        bare = compose(asked) if in_footer(extra) else cfg
+        named = [f"seed={training}"] if training else []
+        named += [f"sampler.seed={sampling}"] if sampling else []
+        cfg = composed.copy()
+        cfg.seed, cfg.sampler.seed = training, sampling
 
         yield Cell(
             column=place.column,
             line=line,
             scale=place.scale,
             run=naming.fit_name(cfg),
-            overrides=command,
+            overrides=(*own, *named, *where),
             config=schema.plain(cfg),
             folder=naming.run_folder(cfg),
             sample=naming.sample_name(cfg),

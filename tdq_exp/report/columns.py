@@ -1,14 +1,16 @@
-"""Cells become the texts of a table: distance, score, gap to float and published number."""
+"""Cells become the texts of a table: distance, second metrics, gap to float, published number."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tdq_exp.report.cells import Cell
 from tdq_exp.report.manifest import Line, Manifest
 from tdq_exp.report.protocol import SAMPLER, check_protocol, select
-from tdq_exp.report.render import SHORT, STALE, TextTable
+from tdq_exp.report.render import SHORT, STALE, TIE, TextTable
+from tdq_exp.report.spread import is_tie, mean, metric_of, used, values
 
 
 def text_table(
@@ -52,10 +54,10 @@ def over_bits(
     """
 
     def mean_of(line: Line) -> float | None:
-        values = _values(
+        values = values(
             [c for c in cells if c.line == line and not c.changes and not c.short], "fid"
         )
-        return _mean(values) if values else None
+        return mean(values) if values else None
 
     methods: dict[str, dict[int, float]] = {}
     for line in manifest.lines:
@@ -83,19 +85,34 @@ def _features(cells: Sequence[Cell]) -> str:
     return next(recorded, str(cells[0].config["eval"]["label"]))
 
 
-def _used(cells: Sequence[Cell]) -> list[Cell]:
-    """Return the cells that a line's numbers come from: short ones only if there are no others."""
-    filled = [cell for cell in cells if cell.row]
-    return [cell for cell in filled if not cell.short] or filled
+@dataclass(frozen=True)
+class Shown:
+    """A metric beside the Frechet distance.
+
+    Args:
+        keys: in a row; the numbers of several share one column.
+        name: for readers.
+        inception_name: the name that Inception's features have a right to.
+        digits: after the point.
+    """
+
+    keys: tuple[str, ...]
+    name: str
+    inception_name: str
+    digits: int = 2
+
+    def text(self, numbers: Sequence[float | None]) -> str:
+        """Return the numbers of the keys as one text."""
+        texts = ["-" if number is None else f"{number:.{self.digits}f}" for number in numbers]
+        return " / ".join(texts)
 
 
-def _values(cells: Sequence[Cell], metric: str) -> list[float]:
-    values = [cell.row["metrics"].get(metric) for cell in _used(cells) if cell.row]
-    return [] if None in values else values
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+# In the order of the columns.
+SECOND = (
+    Shown(("isc_mean",), "inception-style score", "IS"),
+    Shown(("kid_mean",), "kernel distance", "KID", digits=4),
+    Shown(("precision", "recall"), "precision / recall", "precision / recall"),
+)
 
 
 class FilledColumn:
@@ -118,7 +135,8 @@ class FilledColumn:
 
         self.prefix = f"{model_label(self.cells)}: " if several else ""
         self.reference = self.of(manifest.float_model)
-        self.has_score = "isc" in self.cells[0].config["eval"]["metrics"]
+        self.lines = manifest.lines
+        self.second = [shown for shown in SECOND if self._has(shown)]
         self.headers = self._headers(manifest.columns[name].published)
 
     def _headers(self, published: str) -> list[tuple[str, str]]:
@@ -128,65 +146,109 @@ class FilledColumn:
         detail = "" if inception else f"{features} features"
 
         headers = [(self.prefix + ("FID" if inception else "Frechet distance"), detail)]
-        if self.has_score:
-            headers.append((self.prefix + ("IS" if inception else "inception-style score"), detail))
+        for shown in self.second:
+            headers.append(
+                (self.prefix + (shown.inception_name if inception else shown.name), detail)
+            )
         return [*headers, (f"{self.prefix}gap to float", ""), ("published", published)]
+
+    def _has(self, shown: Shown) -> bool:
+        """Return whether a metric is asked for, or stated by some row."""
+        asked = {f"{name}_mean" for name in self.cells[0].config["eval"]["metrics"]}
+        stated = any(metric_of(cell, key) is not None for cell in self.cells for key in shown.keys)
+        return stated or bool(asked & set(shown.keys))
 
     def of(self, line: Line) -> list[Cell]:
         """Return the cells of a line."""
         return [cell for cell in self.cells if cell.line == line]
 
     def seeds(self, line: Line) -> str:
-        """Return what a line's label says of the sampling seeds; empty if there is one."""
-        cells, used = self.of(line), _used(self.of(line))
-        if len(cells) == 1 or not used:
+        """Return what a line's label says of its seeds; empty if there is one."""
+        cells, filled = self.of(line), used(self.of(line))
+        if len(cells) == 1 or not filled:
             return ""
 
-        text = "1 sampling seed" if len(used) == 1 else f"{len(used)} sampling seeds"
-        return text + (f" out of {len(cells)}" if len(used) < len(cells) else "")
+        kind = "sampling" if len(line.sampler_seeds) > 1 else "training"
+        text = f"{len(filled)} {kind} seed" + ("" if len(filled) == 1 else "s")
+        return text + (f" out of {len(cells)}" if len(filled) < len(cells) else "")
 
     def numbers(self, line: Line) -> list[str]:
-        """Return distance, score, gap and published number of a line."""
+        """Return distance, second metrics, gap and published number of a line."""
         cells = self.of(line)
-        score = [_metric_text(cells, "isc_mean")] if self.has_score else []
+        distance = _metric_text(cells, "fid") + (TIE if self.ties_with_the_best(line) else "")
+        second = [self._second_text(cells, shown) for shown in self.second]
+
         published = line.fid.get(self.name)
         published_text = "-" if published is None else f"{published:.2f}"
-        return [_metric_text(cells, "fid"), *score, self._gap(cells), published_text]
+        return [distance, *second, self._gap(cells), published_text]
+
+    def ties_with_the_best(self, line: Line) -> bool:
+        """Return whether a line is not the best of its bit widths, but no worse than its spread."""
+        rivals = [other for other in self.lines if other.bits == line.bits]
+        ranked = sorted(
+            (mean(distances), number)
+            for number, other in enumerate(rivals)
+            if (distances := values(self.of(other), "fid"))
+        )
+        if line not in rivals or not ranked:
+            return False
+
+        best = rivals[ranked[0][1]]
+        return best != line and is_tie(self.of(line), self.of(best), self.reference) is True
+
+    def _second_text(self, cells: Sequence[Cell], shown: Shown) -> str:
+        """Return the means of a second metric; `-` where rows lack it."""
+        if not used(cells):
+            return "missing"
+
+        found = [values(cells, key) for key in shown.keys]
+        if not any(found):
+            return "-"
+        return shown.text([mean(numbers) if numbers else None for numbers in found]) + marks(cells)
 
     def _gap(self, cells: Sequence[Cell]) -> str:
         """Return the distance beyond the float model's mean; `-` for it and for short rows."""
-        ours, theirs = _values(cells, "fid"), _values(self.reference, "fid")
-        any_short = any(cell.short for cell in (*_used(cells), *_used(self.reference)))
+        ours, theirs = values(cells, "fid"), values(self.reference, "fid")
+        any_short = any(cell.short for cell in (*used(cells), *used(self.reference)))
 
         if cells == self.reference or not ours or not theirs or any_short:
             return "-"
-        return f"{_mean(ours) - _mean(theirs):+.2f}"
+        return f"{mean(ours) - mean(theirs):+.2f}"
 
     def real(self, kind: str) -> dict[str, Any] | None:
         """Return the metrics of real images of a kind, from the float model's row."""
-        return next((cell.row.get(kind) for cell in _used(self.reference) if cell.row), None)
+        return next((cell.row.get(kind) for cell in used(self.reference) if cell.row), None)
 
     def real_numbers(self, kind: str) -> list[str]:
         """As `numbers`, of real images."""
         metrics = self.real(kind)
-        keys = ("fid", "isc_mean") if self.has_score else ("fid",)
-
         if metrics is None:
-            return ["missing" if kind == "held_out" else "-" for _ in keys] + ["-", "-"]
-        texts = ["-" if metrics.get(key) is None else f"{metrics[key]:.2f}" for key in keys]
-        return [*texts, "-", "-"]
+            absent = "missing" if kind == "held_out" else "-"
+            return [absent, *(absent for _ in self.second), "-", "-"]
+
+        distance = "-" if metrics.get("fid") is None else f"{metrics['fid']:.2f}"
+        texts = []
+        for shown in self.second:
+            numbers = [metrics.get(key) for key in shown.keys]
+            texts.append("-" if numbers == [None] * len(numbers) else shown.text(numbers))
+        return [distance, *texts, "-", "-"]
 
 
 def _metric_text(cells: Sequence[Cell], metric: str) -> str:
     """Return the mean of a metric, its spread over seeds and its marks."""
-    used, values = _used(cells), _values(cells, metric)
-    if not values:
-        return "-" if used else "missing"
+    numbers = values(cells, metric)
+    if not numbers:
+        return "-" if used(cells) else "missing"
 
-    spread = f" ({min(values):.2f}..{max(values):.2f})" if len(values) > 1 else ""
-    stale = STALE if any(cell.changes for cell in used) else ""
-    short = SHORT if any(cell.short for cell in used) else ""
-    return f"{_mean(values):.2f}{spread}{stale}{short}"
+    spread = f" ({min(numbers):.2f}..{max(numbers):.2f})" if len(numbers) > 1 else ""
+    return f"{mean(numbers):.2f}{spread}{marks(cells)}"
+
+
+def marks(cells: Sequence[Cell]) -> str:
+    """Return the marks of stale and of short rows."""
+    stale = STALE if any(cell.changes for cell in used(cells)) else ""
+    short = SHORT if any(cell.short for cell in used(cells)) else ""
+    return stale + short
 
 
 def _line_texts(line: Line, columns: Sequence[FilledColumn]) -> list[str]:
@@ -220,7 +282,8 @@ def _notes(
     manifest: Manifest, columns: Sequence[FilledColumn], overrides: Sequence[str]
 ) -> list[str]:
     """Return the footer: the protocol of each column, and the state of the cells."""
-    notes = [column.prefix + note for column in columns for note in _column_notes(column)]
+    notes = [manifest.caption] if manifest.caption else []
+    notes += [column.prefix + note for column in columns for note in _column_notes(column)]
 
     # How complete and how current the table is.
     cells = [cell for column in columns for cell in column.cells]
@@ -234,6 +297,12 @@ def _notes(
 
     if filled:
         notes.append("Gaps are to the float model's mean in our own column.")
+    if any(column.ties_with_the_best(line) for column in columns for line in manifest.lines):
+        notes.append(
+            f"{TIE}: a tie with the best of its bit widths; the difference is no larger than the"
+            " spread over seeds (max - min, of either line or of the float model's sampling) or"
+            " four deviations of half-sampling."
+        )
     if overrides:
         notes.append(f"Asked for with {' '.join(overrides)}.")
 
@@ -271,5 +340,17 @@ def _column_notes(column: FilledColumn) -> list[str]:
         f"Float weights: {listed('weights')}{autoencoder_text}."
         f" Checkpoint of the quantized lines: {listed('report', quantized)}."
         f" Seeds of their training: {listed('seed', quantized)}.",
+        f"Plan of the quantized lines: {_options(column, 'plan') or 'all'}."
+        + (f" Calibration: {sets}." if (sets := _options(column, "calibration")) else ""),
         f"Commits: {listed('environment.commit')}. Machines: {listed('environment.machine')}.",
     ]
+
+
+def _options(column: FilledColumn, group: str) -> str:
+    """Return the options of a group that the quantized lines of a column choose."""
+    chosen = [
+        str(cell.config[group]["label"]) or "all"
+        for cell in column.cells
+        if cell.config["method"]["quantized"] and (group == "plan" or cell.config[group]["label"])
+    ]
+    return ", ".join(dict.fromkeys(chosen))
