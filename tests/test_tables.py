@@ -17,6 +17,7 @@ from tdq_exp.report import cells as report_cells
 from tdq_exp.report import columns, protocol
 from tdq_exp.report import manifest as manifests
 from tdq_exp.report import render as rendering
+from tdq_exp.report.costs import read_costs
 from tdq_exp.runtime import command, launch
 
 BITS = ("8/8", "4/8", "8/4", "4/4", "3/3")
@@ -74,8 +75,8 @@ def row_of(cell: report_cells.Cell, fid: float, **changes) -> dict:
             "protocol": "centre crop, bicubic to 8x8x1",
         },
         "weights": cell.nets.get("weights") or "7476fec3b9973589",
-        "metrics": {"fid": fid, "isc_mean": 8.0},
-        "held_out": {"fid": 1.5, "isc_mean": 9.25, "images": 360},
+        "metrics": {"fid": fid, "isc_mean": 8.0, "kid_mean": fid / 100},
+        "held_out": {"fid": 1.5, "isc_mean": 9.25, "kid_mean": 0.01, "images": 360},
         "environment": {"commit": "0123456789ab", "machine": "Linux, 2 cores"},
     }
     for key, value in changes.items():
@@ -222,7 +223,8 @@ def test_committed_tables_are_rendered_again_to_the_byte(name, scale):
     results = Path(__file__).resolve().parents[1] / "results"
     manifest = manifests.read_manifest(name)
     cells = [report_cells.find(cell) for cell in report_cells.cells_of(manifest, scale, results)]
-    table = columns.text_table(manifest, scale, cells)
+    costs = read_costs(results / manifest.measured if manifest.measured else None)
+    table = columns.text_table(manifest, scale, cells, costs=costs)
     for suffix, text in ((".md", rendering.markdown(table)), (".tex", rendering.latex(table))):
         assert (results / "tables" / f"{name}-{scale}{suffix}").read_text() == text
 
@@ -286,13 +288,15 @@ def test_numbers_spread_and_gaps(short_manifest, cells):
         "32/32",
         "11.00 (10.00..12.00)",
         "8.00 (8.00..8.00)",
+        "0.1100 (0.1000..0.1200)",
         "-",
         "-",
     ]
     assert line_of(text, "real images")[0] == "real images, held out (360 images)"
-    assert line_of(text, "real images")[2:] == ["1.50", "9.25", "-", "-"]
-    assert line_of(text, "LSQ |") == ["LSQ", "4/4", "20.00", "8.00", "+9.00", "7.30"]
-    assert line_of(text, "LSQ + TDQ") == ["LSQ + TDQ", "4/4", "10.50", "8.00", "-0.50", "4.48"]
+    assert line_of(text, "real images")[2:] == ["1.50", "9.25", "0.0100", "-", "-"]
+    assert line_of(text, "LSQ |") == ["LSQ", "4/4", "20.00", "8.00", "0.2000", "+9.00", "7.30"]
+    tdq = ["LSQ + TDQ", "4/4", "10.50", "8.00", "0.1050", "-0.50", "4.48"]
+    assert line_of(text, "LSQ + TDQ") == tdq
     assert "Frechet distance (digits features)" in text and "FID |" not in text
     assert "published (CIFAR-10 32x32, Inception)" in text
     for fact in (
@@ -311,12 +315,12 @@ def test_only_inception_is_called_fid_and_is(short_manifest, cells):
     for cell in cells:
         save(cell, row_of(cell, 5.0, features__name="inception_v3_compat"))
     header = render(short_manifest, cells).splitlines()[2]
-    assert header.startswith("| method | bits W/A | FID | IS | gap to float |")
+    assert header.startswith("| method | bits W/A | FID | IS | KID | gap to float |")
 
 
 def test_nothing_to_render_is_a_table_of_missing_cells(short_manifest, cells):
     text = render(short_manifest, cells)
-    assert line_of(text, "LSQ |") == ["LSQ", "4/4", "missing", "missing", "-", "7.30"]
+    assert line_of(text, "LSQ |") == ["LSQ", "4/4", "missing", "missing", "missing", "-", "7.30"]
     assert line_of(text, "float")[2] == line_of(text, "real images")[2] == "missing"
     assert "5 missing" in text and "No rows yet." in text
 
@@ -329,7 +333,44 @@ def test_a_missing_seed_of_the_float_model_shows(short_manifest, cells):
         line_of(text, "float, mean (min..max) of 2 sampling seeds out of 3")[2]
         == "10.50 (10.00..11.00)"
     )
-    assert line_of(text, "LSQ + TDQ")[4] == "+0.00"
+    assert line_of(text, "LSQ + TDQ")[5] == "+0.00"
+
+
+def test_a_line_within_the_spread_of_the_best_is_a_tie(short_manifest, cells):
+    """The float model's seeds differ by 2: LSQ at 12.4 ties with LSQ + TDQ at 10.5, at 12.6 not."""
+    fill(cells)
+    for fid, mark in ((12.4, "12.40≈"), (12.6, "12.60")):
+        save(cells[3], row_of(cells[3], fid))
+        text = render(short_manifest, cells)
+        assert line_of(text, "LSQ |")[2] == mark and ("a tie with the best" in text) == ("≈" in mark)
+        assert line_of(text, "LSQ + TDQ")[2] == "10.50"
+
+    # Half-sampling widens it: four deviations of 0.6.
+    save(cells[3], row_of(cells[3], 12.6) | {"half_sampling": {"fid": 0.6, "draws": 20}})
+    assert line_of(render(short_manifest, cells), "LSQ |")[2] == "12.60≈"
+
+
+def test_precision_and_recall_of_a_row_are_a_second_metric(short_manifest, cells):
+    fill(cells)
+    assert "precision" not in render(short_manifest, cells)
+    stated = {"precision_recall": {"precision": 0.5, "recall": 0.25}}
+    save(cells[3], row_of(cells[3], 20.0) | stated)
+    text = render(short_manifest, cells)
+    assert line_of(text, "LSQ |")[5] == "0.50 / 0.25" and line_of(text, "LSQ + TDQ")[5] == "-"
+
+
+def test_each_seed_of_training_is_a_cell(short_manifest, tmp_path):
+    line = dataclasses.replace(short_manifest.lines[0], seeds={"digits": (0, 1, 2)})
+    several = dataclasses.replace(short_manifest, lines=(line,))
+    cells = report_cells.cells_of(several, "digits", tmp_path)[3:]
+    assert [cell.folder.name for cell in cells] == ["seed0", "seed1", "seed2"]
+    assert [cell.name.rpartition(" ")[2] for cell in cells[1:]] == ["seed=1", "seed=2"]
+    assert "seed=2" in cells[2].overrides and cells[2].config["seed"] == 2
+    for cell, fid in zip(cells[:2], (20.0, 22.0), strict=True):
+        save(cell, row_of(cell, fid))
+    text = render(several, report_cells.cells_of(several, "digits", tmp_path))
+    label = "LSQ, mean (min..max) of 2 training seeds out of 3"
+    assert line_of(text, label)[2] == "21.00 (20.00..22.00)"
 
 
 @pytest.fixture
@@ -366,19 +407,22 @@ def test_a_table_has_a_column_for_each_model(short_manifest, both):
     names = [name.split(" (")[0] for name in line_of(text, "method")]
     assert names == [
         "method", "bits W/A", "ddim_small: Frechet distance", "ddim_small: inception-style score",
-        "ddim_small: gap to float", "published", "ldm_small: Frechet distance", "ldm_small: gap to float", "published",
+        "ddim_small: kernel distance", "ddim_small: gap to float", "published",
+        "ldm_small: Frechet distance", "ldm_small: gap to float", "published",
     ]  # fmt: skip
     assert line_of(text, "LSQ |")[2:] == [
         "20.00",
         "8.00",
+        "0.2000",
         "+10.00",
         "7.30",
         "50.00",
         "+20.00",
         "5.06",
     ]
-    assert line_of(text, "real images")[2:] == ["1.50", "9.25", "-", "-", "1.25", "-", "-"]
+    assert line_of(text, "real images")[2:] == ["1.50", "9.25", "0.0100", "-", "-", "1.25", "-", "-"]
     assert line_of(text, "the same, reconstructed (360 images)")[2:] == [
+        "-",
         "-",
         "-",
         "-",
@@ -475,7 +519,7 @@ def test_a_short_row_is_marked_and_has_no_gap(short_manifest, cells):
     )
     save(cells[3], other, "ddim10_n900")  # another sampler is no stand-in
     text = render(short_manifest, cells)
-    assert line_of(text, "LSQ |")[2:5] == ["30.00‡", "8.00‡", "-"]
+    assert line_of(text, "LSQ |")[2:6] == ["30.00‡", "8.00‡", "0.3000‡", "-"]
     assert "1 short" in text and not report_cells.find(cells[3]).done
 
 

@@ -19,6 +19,7 @@ from tdq_exp.report import cells as cells_module
 from tdq_exp.report import charts, columns, render
 from tdq_exp.report import manifest as manifests
 from tdq_exp.report.cells import Cell
+from tdq_exp.report.costs import read_costs
 from tdq_exp.report.manifest import Manifest
 from tdq_exp.runtime.progress import console, print_table
 
@@ -91,7 +92,8 @@ def make(options: argparse.Namespace) -> int:
             console.print(f"stale {cell.name}: {'; '.join(cell.changes)}", markup=False)
 
     footer = cells_module.in_footer(options.overrides)
-    table = columns.text_table(manifest, options.scale, cells, footer)
+    costs = read_costs(out / manifest.measured if manifest.measured else None)
+    table = columns.text_table(manifest, options.scale, cells, footer, costs)
     tables = render.write(table, out / "tables" / f"{manifest.name}-{options.scale}")
     figures = draw(manifest, options.scale, cells, out / "figures")
 

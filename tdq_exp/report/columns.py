@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tdq_exp.report.cells import Cell
+from tdq_exp.report.costs import COST_HEADERS, Costs
 from tdq_exp.report.manifest import Line, Manifest
 from tdq_exp.report.protocol import SAMPLER, check_protocol, select
 from tdq_exp.report.render import SHORT, STALE, TIE, TextTable
@@ -14,7 +15,11 @@ from tdq_exp.report.spread import is_tie, mean, metric_of, used, values
 
 
 def text_table(
-    manifest: Manifest, scale: str, cells: Sequence[Cell], overrides: Sequence[str] = ()
+    manifest: Manifest,
+    scale: str,
+    cells: Sequence[Cell],
+    overrides: Sequence[str] = (),
+    costs: Costs | None = None,
 ) -> TextTable:
     """Return a table, filled from the rows of its cells.
 
@@ -23,12 +28,13 @@ def text_table(
         scale: for the title.
         cells: of every line and column, with their rows.
         overrides: what the cells were asked for with, for the footer.
+        costs: what each run costs, for a table that shows it.
 
     Raises:
         ValueError: if the rows of a column are of more than one protocol.
     """
     names = manifest.at(scale)
-    columns = [FilledColumn(manifest, name, cells, several=len(names) > 1) for name in names]
+    columns = [FilledColumn(manifest, name, cells, len(names) > 1, costs) for name in names]
     headers = [("method", ""), ("bits W/A", ""), *(h for column in columns for h in column.headers)]
 
     # The float model and real images come first, then a group of lines for each pair of widths.
@@ -54,10 +60,9 @@ def over_bits(
     """
 
     def mean_of(line: Line) -> float | None:
-        values = values(
-            [c for c in cells if c.line == line and not c.changes and not c.short], "fid"
-        )
-        return mean(values) if values else None
+        current = [c for c in cells if c.line == line and not c.changes and not c.short]
+        distances = values(current, "fid")
+        return mean(distances) if distances else None
 
     methods: dict[str, dict[int, float]] = {}
     for line in manifest.lines:
@@ -123,13 +128,21 @@ class FilledColumn:
         name: of the column.
         cells: of the whole table.
         several: whether the table has other columns, so that this one's headers name the model.
+        costs: what each run costs, if the table shows it.
 
     Raises:
         ValueError: if its rows are of more than one protocol.
     """
 
-    def __init__(self, manifest: Manifest, name: str, cells: Sequence[Cell], several: bool) -> None:
-        self.name = name
+    def __init__(
+        self,
+        manifest: Manifest,
+        name: str,
+        cells: Sequence[Cell],
+        several: bool,
+        costs: Costs | None = None,
+    ) -> None:
+        self.name, self.costs = name, costs
         self.cells = [cell for cell in cells if cell.column == name]
         check_protocol(self.cells)
 
@@ -150,7 +163,10 @@ class FilledColumn:
             headers.append(
                 (self.prefix + (shown.inception_name if inception else shown.name), detail)
             )
-        return [*headers, (f"{self.prefix}gap to float", ""), ("published", published)]
+        headers.append((f"{self.prefix}gap to float", ""))
+        if self.costs is not None:
+            return [*headers, *((self.prefix + header, unit) for header, unit in COST_HEADERS)]
+        return [*headers, ("published", published)]
 
     def _has(self, shown: Shown) -> bool:
         """Return whether a metric is asked for, or stated by some row."""
@@ -178,9 +194,12 @@ class FilledColumn:
         distance = _metric_text(cells, "fid") + (TIE if self.ties_with_the_best(line) else "")
         second = [self._second_text(cells, shown) for shown in self.second]
 
+        first = [distance, *second, self._gap(cells)]
+        if self.costs is not None:
+            return [*first, *self.costs.texts(cells[0].run)]
+
         published = line.fid.get(self.name)
-        published_text = "-" if published is None else f"{published:.2f}"
-        return [distance, *second, self._gap(cells), published_text]
+        return [*first, "-" if published is None else f"{published:.2f}"]
 
     def ties_with_the_best(self, line: Line) -> bool:
         """Return whether a line is not the best of its bit widths, but no worse than its spread."""
@@ -204,6 +223,8 @@ class FilledColumn:
         found = [values(cells, key) for key in shown.keys]
         if not any(found):
             return "-"
+        if len(found) == 1:
+            return _metric_text(cells, shown.keys[0], shown.digits)
         return shown.text([mean(numbers) if numbers else None for numbers in found]) + marks(cells)
 
     def _gap(self, cells: Sequence[Cell]) -> str:
@@ -224,24 +245,29 @@ class FilledColumn:
         metrics = self.real(kind)
         if metrics is None:
             absent = "missing" if kind == "held_out" else "-"
-            return [absent, *(absent for _ in self.second), "-", "-"]
+            return [absent, *(absent for _ in self.second), *self._no_numbers()]
 
         distance = "-" if metrics.get("fid") is None else f"{metrics['fid']:.2f}"
         texts = []
         for shown in self.second:
             numbers = [metrics.get(key) for key in shown.keys]
             texts.append("-" if numbers == [None] * len(numbers) else shown.text(numbers))
-        return [distance, *texts, "-", "-"]
+        return [distance, *texts, *self._no_numbers()]
+
+    def _no_numbers(self) -> list[str]:
+        """Return the texts of real images where models have a gap, and a cost or publication."""
+        return ["-"] * (1 + (1 if self.costs is None else len(COST_HEADERS)))
 
 
-def _metric_text(cells: Sequence[Cell], metric: str) -> str:
+def _metric_text(cells: Sequence[Cell], metric: str, digits: int = 2) -> str:
     """Return the mean of a metric, its spread over seeds and its marks."""
     numbers = values(cells, metric)
     if not numbers:
         return "-" if used(cells) else "missing"
 
-    spread = f" ({min(numbers):.2f}..{max(numbers):.2f})" if len(numbers) > 1 else ""
-    return f"{mean(numbers):.2f}{spread}{marks(cells)}"
+    ends = (f"{end(numbers):.{digits}f}" for end in (min, max))
+    spread = f" ({'..'.join(ends)})" if len(numbers) > 1 else ""
+    return f"{mean(numbers):.{digits}f}{spread}{marks(cells)}"
 
 
 def marks(cells: Sequence[Cell]) -> str:
@@ -303,6 +329,7 @@ def _notes(
             " spread over seeds (max - min, of either line or of the float model's sampling) or"
             " four deviations of half-sampling."
         )
+    notes += [columns[0].costs.note] if columns[0].costs else []
     if overrides:
         notes.append(f"Asked for with {' '.join(overrides)}.")
 
