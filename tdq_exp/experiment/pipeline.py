@@ -19,12 +19,21 @@ from tdq_exp.experiment.measure_stage import run_measures
 from tdq_exp.experiment.row import write_row
 from tdq_exp.experiment.sample_stage import sample_stage_of
 from tdq_exp.fit.loop import best_file
+from tdq_exp.runtime import failures
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.tracking import Tracker
 
 
 def run(job: Experiment) -> list[dict[str, Any]]:
-    """Run every stage that is not done yet; return the row, or nothing for a pre-training."""
+    """Run every stage that is not done yet; return the row, or nothing for a pre-training.
+
+    An error is noted in the folder of the run, for `python -m tdq_exp status`.
+    """
+    with failures.noted(job.folder):
+        return _run(job)
+
+
+def _run(job: Experiment) -> list[dict[str, Any]]:
     launcher, tracking = job.machine.launcher, job.machine.tracker
     if launcher.threads:
         torch.set_num_threads(launcher.threads)

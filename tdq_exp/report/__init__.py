@@ -4,6 +4,8 @@ manifest   what a table asks for, read from `configs/table`
 cells      one run of a table: its command, its row, what changed since
 protocol   which rows may stand in one column
 spread     which differences between two lines count
+costs      what runs cost, from the figures of a script
+claims     the paper's claims: holds, does not hold, can't tell
 columns    cells -> the texts of a table
 render     texts -> Markdown and LaTeX
 charts     distance over bits

@@ -86,6 +86,11 @@ class Cell:
         return name + (f" sampler.seed={sampling}" if sampling else "")
 
     @property
+    def key(self) -> str:
+        """The name, and that of the sampled set: two cells of one key are the same run."""
+        return f"{self.name} {self.sample}"
+
+    @property
     def done(self) -> bool:
         """Whether the row is the one that the command makes, not one of fewer images."""
         return self.row is not None and self.row["images"] == self.config["sampler"]["images"]
@@ -151,19 +156,30 @@ def cells_of(
             extra = [o for o in given if not (is_float and _key(o).startswith("fit."))]
             choices = manifest.choices(scale, name, line)
             seeds = list(product(line.seeds_at(scale), line.sampler_seeds))
-            cells += _cells_of_line(Place(name, line, scale), choices, seeds, out, extra)
+            cells += cells_of_line(Place(name, line, scale), choices, seeds, out, extra)
 
     return cells
 
 
-def _cells_of_line(
+def cells_of_line(
     place: Place,
     choices: Mapping[str, str],
     seeds: Sequence[tuple[int, int]],
     out: Path,
-    extra: Sequence[str],
+    extra: Sequence[str] = (),
 ) -> Iterator[Cell]:
-    """Yield a cell for each pair of a training seed and a sampler's seed of a line."""
+    """Yield a cell for each pair of a training seed and a sampler's seed of a line.
+
+    Args:
+        place: where they stand.
+        choices: group -> option, of the command.
+        seeds: pairs.
+        out: folder of results.
+        extra: a user's overrides.
+
+    Raises:
+        ValueError: if an override is of something that the table chooses.
+    """
     line = place.line
     for override in extra:
         if _key(override) in choices:
@@ -174,8 +190,8 @@ def _cells_of_line(
 
     # Composed once: a seed changes nothing else.
     where = (f"out={_quoted(out)}", *tracker, *extra)
-    composed = compose((*own, *where))
-    bare = compose(own) if in_footer(extra) else composed
+    composed = _composed((*own, *where))
+    bare = _composed(tuple(own)) if in_footer(extra) else composed
 
     for training, sampling in seeds:
         named = [f"seed={training}"] if training else []
@@ -195,6 +211,12 @@ def _cells_of_line(
             images=bare.sampler.images,
             nets=_shipped_nets(cfg),
         )
+
+
+@lru_cache(maxsize=1024)
+def _composed(overrides: tuple[str, ...]) -> Any:
+    """Return a composed config, which is not to be changed: a run stands in several tables."""
+    return compose(overrides)
 
 
 def find(cell: Cell) -> Cell:

@@ -161,8 +161,8 @@ def read_manifest(name: str) -> Manifest:
         shared = content.pop("choices", {})
         content |= {
             "columns": {key: _column(column) for key, column in content["columns"].items()},
-            "float_model": _line(content["float_model"]),
-            "lines": tuple(_line({**shared, **line}) for line in content["lines"]),
+            "float_model": line_of(content["float_model"]),
+            "lines": tuple(line_of({**shared, **line}) for line in content["lines"]),
         }
 
         return Manifest(name=name, **content)
@@ -170,7 +170,12 @@ def read_manifest(name: str) -> Manifest:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _line(content: Mapping[str, Any]) -> Line:
+def line_of(content: Mapping[str, Any]) -> Line:
+    """Return a line from its keys in a file.
+
+    Raises:
+        ValueError: for a key that is neither a line's nor a group.
+    """
     choices = {key: option for key, option in content.items() if key not in NOT_CHOICES}
     _require_groups(choices)
 
