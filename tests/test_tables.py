@@ -342,7 +342,9 @@ def test_a_line_within_the_spread_of_the_best_is_a_tie(short_manifest, cells):
     for fid, mark in ((12.4, "12.40≈"), (12.6, "12.60")):
         save(cells[3], row_of(cells[3], fid))
         text = render(short_manifest, cells)
-        assert line_of(text, "LSQ |")[2] == mark and ("a tie with the best" in text) == ("≈" in mark)
+        assert line_of(text, "LSQ |")[2] == mark and ("a tie with the best" in text) == (
+            "≈" in mark
+        )
         assert line_of(text, "LSQ + TDQ")[2] == "10.50"
 
     # Half-sampling widens it: four deviations of 0.6.
@@ -420,7 +422,16 @@ def test_a_table_has_a_column_for_each_model(short_manifest, both):
         "+20.00",
         "5.06",
     ]
-    assert line_of(text, "real images")[2:] == ["1.50", "9.25", "0.0100", "-", "-", "1.25", "-", "-"]
+    assert line_of(text, "real images")[2:] == [
+        "1.50",
+        "9.25",
+        "0.0100",
+        "-",
+        "-",
+        "1.25",
+        "-",
+        "-",
+    ]
     assert line_of(text, "the same, reconstructed (360 images)")[2:] == [
         "-",
         "-",
@@ -619,7 +630,16 @@ def test_run_starts_what_is_missing_and_goes_on_after_a_failure(
     assert [command[1:] for command in commands] == [
         [*start, "method=fp", "sampler.seed=1", out, "tracker=none", net],
         [*start, "plan=release", "bits=w4a4", "method=lsq", "tdq=none", out, "tracker=none", net],
-        [*start, "plan=release", "bits=w4a4", "method=lsq", "tdq=temporal", out, "tracker=none", net],
+        [
+            *start,
+            "plan=release",
+            "bits=w4a4",
+            "method=lsq",
+            "tdq=temporal",
+            out,
+            "tracker=none",
+            net,
+        ],
     ]
     said = capsys.readouterr().out
     assert "1 of 3 cells failed: digits_w4a4_lsq_release" in said

@@ -104,7 +104,9 @@ def show(options: argparse.Namespace) -> None:
         },
     }
 
-    _print(measured, about, _rows_beside(options.out.expanduser(), job.config["model"]["label"], about))
+    _print(
+        measured, about, _rows_beside(options.out.expanduser(), job.config["model"]["label"], about)
+    )
     for one in sets:
         if isinstance(one, GivenImages) and one.size != (size, size):
             console.print(

@@ -30,9 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("results"), help="folder of results (default: results)"
     )
     options = parser.parse_args(arguments)
-    return cli.exit_code(
-        show, options.tables, options.scale, options.out.expanduser(), options.all
-    )
+    return cli.exit_code(show, options.tables, options.scale, options.out.expanduser(), options.all)
 
 
 def show(tables: Sequence[str], scale: str, out: Path, every: bool = False) -> None:

@@ -141,9 +141,7 @@ def _statistics(path: Path, mu: NDArray, sigma: NDArray) -> GivenStatistics:
 
 def _array(path: Path, pixels: NDArray, size: int, channels: int) -> GivenImages:
     if pixels.dtype != np.uint8:
-        raise ValueError(
-            f"{path}: is of type {pixels.dtype}; expected uint8 pixels from 0 to 255"
-        )
+        raise ValueError(f"{path}: is of type {pixels.dtype}; expected uint8 pixels from 0 to 255")
     if pixels.ndim == 3:
         pixels = pixels[..., None]
     if pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or not pixels.size:

@@ -23,7 +23,9 @@ from tdq_exp.quant.roles import Role
 FLOAT_BITS = 32
 
 
-def products(net: nn.Module, forward: Callable[[], object]) -> dict[str, tuple[int, tuple[int, ...]]]:
+def products(
+    net: nn.Module, forward: Callable[[], object]
+) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Return the multiplications of every leaf in one forward pass, and the shape of its output.
 
     Args:

@@ -141,9 +141,7 @@ def judge(claims: Iterable[Claim], scale: str, out: Path) -> list[Judged]:
     return judged
 
 
-def _comparisons(
-    claim: Claim, scale: str, column: str, at: Choices, out: Path
-) -> list[Comparison]:
+def _comparisons(claim: Claim, scale: str, column: str, at: Choices, out: Path) -> list[Comparison]:
     """Return a claim's comparisons in one column at one setting."""
     models = read_manifest("table1").columns[column].scales
     if scale not in models:
