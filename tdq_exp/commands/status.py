@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tdq_exp.commands import cli
-from tdq_exp.config import assets
+from tdq_exp.commands.table import names
 from tdq_exp.experiment.cost import duration
 from tdq_exp.report import cells as report_cells
 from tdq_exp.report.manifest import read_manifest
@@ -78,11 +78,6 @@ def show(tables: Sequence[str], scale: str, out: Path, every: bool = False) -> N
         f"time left: about {duration(sum(known))} one after the other"
         + (f"; {unknown} cells without a measured run of their model" if unknown else "")
     )
-
-
-def names() -> list[str]:
-    """Return the names of the tables of the paper and ours."""
-    return sorted(path.stem for path in (assets.configs() / "table").glob("table*.yaml"))
 
 
 def _left_text(state: CellState, left: dict[str, float | None]) -> str:

@@ -108,7 +108,7 @@ class Shown:
 
     def text(self, numbers: Sequence[float | None]) -> str:
         """Return the numbers of the keys as one text."""
-        texts = ["-" if number is None else f"{number:.{self.digits}f}" for number in numbers]
+        texts = ["-" if number is None else _fixed(number, self.digits) for number in numbers]
         return " / ".join(texts)
 
 
@@ -149,6 +149,7 @@ class FilledColumn:
         self.prefix = f"{model_label(self.cells)}: " if several else ""
         self.reference = self.of(manifest.float_model)
         self.lines = manifest.lines
+        self.publishes = any(name in line.fid for line in manifest.lines)
         self.second = [shown for shown in SECOND if self._has(shown)]
         self.headers = self._headers(manifest.columns[name].published)
 
@@ -166,7 +167,7 @@ class FilledColumn:
         headers.append((f"{self.prefix}gap to float", ""))
         if self.costs is not None:
             return [*headers, *((self.prefix + header, unit) for header, unit in COST_HEADERS)]
-        return [*headers, ("published", published)]
+        return [*headers, ("published", published)] if self.publishes else headers
 
     def _has(self, shown: Shown) -> bool:
         """Return whether a metric is asked for, or stated by some row."""
@@ -197,6 +198,9 @@ class FilledColumn:
         first = [distance, *second, self._gap(cells)]
         if self.costs is not None:
             return [*first, *self.costs.texts(cells[0].run)]
+
+        if not self.publishes:
+            return first
 
         published = line.fid.get(self.name)
         return [*first, "-" if published is None else f"{published:.2f}"]
@@ -256,7 +260,8 @@ class FilledColumn:
 
     def _no_numbers(self) -> list[str]:
         """Return the texts of real images where models have a gap, and a cost or publication."""
-        return ["-"] * (1 + (1 if self.costs is None else len(COST_HEADERS)))
+        after = int(self.publishes) if self.costs is None else len(COST_HEADERS)
+        return ["-"] * (1 + after)
 
 
 def _metric_text(cells: Sequence[Cell], metric: str, digits: int = 2) -> str:
@@ -265,9 +270,14 @@ def _metric_text(cells: Sequence[Cell], metric: str, digits: int = 2) -> str:
     if not numbers:
         return "-" if used(cells) else "missing"
 
-    ends = (f"{end(numbers):.{digits}f}" for end in (min, max))
+    ends = (_fixed(end(numbers), digits) for end in (min, max))
     spread = f" ({'..'.join(ends)})" if len(numbers) > 1 else ""
-    return f"{mean(numbers):.{digits}f}{spread}{marks(cells)}"
+    return f"{_fixed(mean(numbers), digits)}{spread}{marks(cells)}"
+
+
+def _fixed(number: float, digits: int) -> str:
+    """Return a number with so many digits after the point; zero has no sign."""
+    return f"{round(number, digits) + 0.0:.{digits}f}"
 
 
 def marks(cells: Sequence[Cell]) -> str:

@@ -35,9 +35,7 @@ INSIDE = 2 * 4 * 4 * 3  # q k^T and its product with v
 
 def counted(recipe):
     net = Net()
-    return bit_operations(
-        products(net, lambda: net(torch.zeros(1, 2, 4, 4))), ROLES, recipe
-    )
+    return bit_operations(products(net, lambda: net(torch.zeros(1, 2, 4, 4))), ROLES, recipe)
 
 
 def test_every_product_counts_with_the_bits_of_both_factors():

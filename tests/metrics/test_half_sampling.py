@@ -29,9 +29,7 @@ def test_one_half_is_the_distance_of_that_half():
     generated, reference = vectors(40, 0, 0.5), vectors(50, 1)
     stream = torch.Generator().manual_seed(7)
     halves = [generated[torch.randperm(40, generator=stream)[:20]] for _ in range(3)]
-    distances = [
-        frechet_distance(Statistics.of(half), Statistics.of(reference)) for half in halves
-    ]
+    distances = [frechet_distance(Statistics.of(half), Statistics.of(reference)) for half in halves]
     expected = float(torch.tensor(distances, dtype=torch.float64).std())
     assert deviation_of_frechet(generated, reference, 3, 7)["fid"] == pytest.approx(expected, 1e-6)
 
