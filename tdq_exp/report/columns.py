@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tdq_exp.report.cells import Cell
@@ -11,6 +10,7 @@ from tdq_exp.report.costs import COST_HEADERS, Costs
 from tdq_exp.report.manifest import Line, Manifest
 from tdq_exp.report.protocol import SAMPLER, check_protocol, select
 from tdq_exp.report.render import SHORT, STALE, TIE, TextTable
+from tdq_exp.report.second import SECOND, Shown, fixed
 from tdq_exp.report.spread import is_tie, mean, metric_of, used, values
 
 
@@ -88,36 +88,6 @@ def model_label(cells: Sequence[Cell]) -> str:
 def _features(cells: Sequence[Cell]) -> str:
     recorded = (str(cell.row["features"]["name"]) for cell in cells if cell.row)
     return next(recorded, str(cells[0].config["eval"]["label"]))
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A metric beside the Frechet distance.
-
-    Args:
-        keys: in a row; the numbers of several share one column.
-        name: for readers.
-        inception_name: the name that Inception's features have a right to.
-        digits: after the point.
-    """
-
-    keys: tuple[str, ...]
-    name: str
-    inception_name: str
-    digits: int = 2
-
-    def text(self, numbers: Sequence[float | None]) -> str:
-        """Return the numbers of the keys as one text."""
-        texts = ["-" if number is None else _fixed(number, self.digits) for number in numbers]
-        return " / ".join(texts)
-
-
-# In the order of the columns.
-SECOND = (
-    Shown(("isc_mean",), "inception-style score", "IS"),
-    Shown(("kid_mean",), "kernel distance", "KID", digits=4),
-    Shown(("precision", "recall"), "precision / recall", "precision / recall"),
-)
 
 
 class FilledColumn:
@@ -270,14 +240,9 @@ def _metric_text(cells: Sequence[Cell], metric: str, digits: int = 2) -> str:
     if not numbers:
         return "-" if used(cells) else "missing"
 
-    ends = (_fixed(end(numbers), digits) for end in (min, max))
+    ends = (fixed(end(numbers), digits) for end in (min, max))
     spread = f" ({'..'.join(ends)})" if len(numbers) > 1 else ""
-    return f"{_fixed(mean(numbers), digits)}{spread}{marks(cells)}"
-
-
-def _fixed(number: float, digits: int) -> str:
-    """Return a number with so many digits after the point; zero has no sign."""
-    return f"{round(number, digits) + 0.0:.{digits}f}"
+    return f"{fixed(mean(numbers), digits)}{spread}{marks(cells)}"
 
 
 def marks(cells: Sequence[Cell]) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tdq_exp.config import assets
-from tdq_exp.report import claims
 from tdq_exp.report import cells as report_cells
+from tdq_exp.report import claims
 from tdq_exp.report.manifest import read_manifest
 
 
