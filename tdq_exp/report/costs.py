@@ -30,7 +30,7 @@ class Costs:
     note: str
 
     def texts(self, run: str) -> list[str]:
-        """Return the numbers of a run, one for each of `COST_HEADERS`; `missing` if not measured."""
+        """Return the numbers of a run as `COST_HEADERS` name them; `missing` if not measured."""
         cost = self.runs.get(run)
         if cost is None:
             return ["missing"] * len(COST_HEADERS)

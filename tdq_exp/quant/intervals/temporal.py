@@ -333,7 +333,7 @@ class Temporal(Interval):
         return self._bank[0]
 
     def start(self, s: float) -> None:
-        """Let s(t) spread around s; an interval that is not calibrated stays at its random start."""
+        """Let s(t) spread around s, unless the interval keeps its random start."""
         if self.calibrated:
             self.bank.start(self.row, inverse_softplus(s))
 
