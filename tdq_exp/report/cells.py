@@ -190,8 +190,8 @@ def cells_of_line(
 
     # Composed once: a seed changes nothing else.
     where = (f"out={_quoted(out)}", *tracker, *extra)
-    composed = _composed((*own, *where))
-    bare = _composed(tuple(own)) if in_footer(extra) else composed
+    composed = compose((*own, *where))
+    bare = compose(own) if in_footer(extra) else composed
 
     for training, sampling in seeds:
         named = [f"seed={training}"] if training else []
@@ -211,12 +211,6 @@ def cells_of_line(
             images=bare.sampler.images,
             nets=_shipped_nets(cfg),
         )
-
-
-@lru_cache(maxsize=1024)
-def _composed(overrides: tuple[str, ...]) -> Any:
-    """Return a composed config, which is not to be changed: a run stands in several tables."""
-    return compose(overrides)
 
 
 def find(cell: Cell) -> Cell:

@@ -17,41 +17,18 @@ Source: So et al., *Temporal Dynamic Quantization for Diffusion Models*, NeurIPS
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tdq_exp.config.setting import require
 from tdq_exp.quant.intervals.base import Interval, inverse_softplus
+from tdq_exp.quant.intervals.cache import Cache
 from tdq_exp.quant.intervals.encoding import encode_time, scaled_time
 from tdq_exp.quant.time import TimeContext
-
-T = TypeVar("T")
-
-
-class Cache(Generic[T]):
-    """The last value that was computed, for as long as its key stays the same.
-
-    Copies and pickles of it are empty: a cached tensor may belong to the graph of one network.
-    """
-
-    def __init__(self) -> None:
-        self._held: tuple[Any, T] | None = None
-
-    def get(self, key: Any, compute: Callable[[], T]) -> T:
-        """Return the value of a key, computed if the last call had another key."""
-        if self._held is None or self._held[0] != key:
-            self._held = (key, compute())
-        return self._held[1]
-
-    def clear(self) -> None:
-        """Drop the value."""
-        self._held = None
-
-    def __reduce__(self) -> tuple[type[Cache], tuple[()]]:
-        return Cache, ()
 
 
 class GeneratorBank(nn.Module):
@@ -348,6 +325,9 @@ class Temporal(Interval):
         return self.bank.table()[self.row]
 
 
+MOST_WIDTH, MOST_LAYERS = 1 << 14, 64  # beyond these a number is a slip of the keyboard
+
+
 class TemporalIntervals:
     """Give every activation quantizer a network f of its own: TDQ.
 
@@ -372,6 +352,14 @@ class TemporalIntervals:
         raw_time: bool = False,
         calibrated: bool = True,
     ) -> None:
+        require("tdq.interval.encoding", encoding, int, low=2, most=MOST_WIDTH)
+        if encoding % 2:
+            raise ValueError(f"tdq.interval.encoding={encoding}: must be even")
+        require("tdq.interval.width", width, int, low=1, most=MOST_WIDTH)
+        require("tdq.interval.layers", layers, int, low=1, most=MOST_LAYERS)
+        require("tdq.interval.dropout", dropout, float, low=0, below=1)
+        require("tdq.interval.he", he, bool)
+
         self.encoding, self.width, self.layers = encoding, width, layers
         self.dropout, self.he = dropout, he
         self.raw_time, self.calibrated = raw_time, calibrated
