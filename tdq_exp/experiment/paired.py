@@ -67,7 +67,7 @@ def paired_distance(
 
 def distances(pixels: NDArray[np.uint8], expected: NDArray[np.uint8]) -> dict[str, float | None]:
     """Return `relative_l2` and `psnr` of images, uint8 `[N, H, W, C]`, from others."""
-    ours, theirs = (torch.from_numpy(np.asarray(p)).double() for p in (pixels, expected))
+    ours, theirs = (torch.from_numpy(p.astype(np.float64)) for p in (pixels, expected))
     error = float((ours - theirs).square().mean())
 
     psnr = 10 * math.log10(255**2 / error) if error else None
