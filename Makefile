@@ -4,15 +4,22 @@ VENV ?= .venv
 SCALE ?= paper
 RUN = $(VENV)/bin/python -m tdq_exp.run
 
-.PHONY: help demo test lint table1 table2 bench bench-integer bench-gpu house clean
+TABLES = table1 table2 table3 table4 table5 table6 table7 table8
+
+.PHONY: help demo test lint $(TABLES) claims render status paper bench bench-cost bench-integer bench-gpu house clean
 
 help:
 	@echo "make demo                    set up, then digits W4A4 LSQ+TDQ from float model to picture (minutes, CPU)"
 	@echo "make test                    set up, then the fast test suite"
 	@echo "make lint                    ruff and mypy"
 	@echo "make table1 SCALE=digits     Table 1: run the cells that have no row, render (SCALE: paper, small, digits)"
-	@echo "make table2 SCALE=digits     Table 2, post-training quantization, likewise"
-	@echo "                             one column of either: TABLE_ARGS='--column ldm' (or ddim)"
+	@echo "make table2 SCALE=digits     Table 2, post-training quantization, likewise; and so table3 ... table8"
+	@echo "                             one column of any: TABLE_ARGS='--column ldm' (or ddim)"
+	@echo "make status SCALE=small      every cell: done, running, failed, stale, missing, and the time left"
+	@echo "make claims SCALE=small      what the paper's claims come to, from the rows that are there"
+	@echo "make render SCALE=small      all tables and claims again, from the rows that are there (a minute)"
+	@echo "make paper SCALE=small       everything: runs what has no row, in the order of the tables, then renders"
+	@echo "make bench-cost              what the lines of Table 7 cost -> results/bench/cost.json"
 	@echo "make bench                   speed of training and denoising steps -> results/bench/"
 	@echo "make bench-integer           a denoising step on integers, simulated, in float and in ONNX Runtime (half an hour)"
 	@echo "make bench-gpu               tests and speed that need a GPU -> results/bench/ (eight minutes)"
@@ -36,12 +43,28 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-table1 table2: $(VENV)/installed
+$(TABLES): $(VENV)/installed
 	$(VENV)/bin/python -m tdq_exp table $@ --scale $(SCALE) --run $(TABLE_ARGS)
+
+claims status: $(VENV)/installed
+	$(VENV)/bin/python -m tdq_exp $@ --scale $(SCALE)
+
+render: $(VENV)/installed
+	$(VENV)/bin/python -m tdq_exp table all --scale $(SCALE)
+	$(VENV)/bin/python -m tdq_exp claims --scale $(SCALE)
+
+# One table after the other, then the figures, then what they say.
+paper: $(VENV)/installed
+	$(VENV)/bin/python -m tdq_exp table all --scale $(SCALE) --run $(TABLE_ARGS)
+	$(foreach figure,$(FIGURES),$(MAKE) $(figure) SCALE=$(SCALE) &&) true
+	$(VENV)/bin/python -m tdq_exp claims --scale $(SCALE)
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python scripts/bench/qat.py
 	$(VENV)/bin/python scripts/bench/ptq.py
+
+bench-cost: $(VENV)/installed
+	$(VENV)/bin/python scripts/bench/cost.py
 
 bench-integer: $(VENV)/installed
 	$(VENV)/bin/python scripts/bench/integer.py

@@ -17,6 +17,7 @@ from tdq_exp.report import cells as report_cells
 from tdq_exp.report import columns, protocol
 from tdq_exp.report import manifest as manifests
 from tdq_exp.report import render as rendering
+from tdq_exp.report.costs import read_costs
 from tdq_exp.runtime import command, launch
 
 BITS = ("8/8", "4/8", "8/4", "4/4", "3/3")
@@ -38,7 +39,11 @@ def manifest():
 @pytest.fixture(scope="module")
 def short_manifest(manifest):
     """The float model, LSQ and LSQ + TDQ at four bits: enough for arithmetic, and quick to compose."""
-    lines = [line for line in manifest.lines if line.bits == "4/4" and line.label.startswith("LSQ")]
+    lines = [
+        dataclasses.replace(line, seeds={})
+        for line in manifest.lines
+        if line.bits == "4/4" and line.label.startswith("LSQ")
+    ]
     return dataclasses.replace(manifest, lines=tuple(lines))
 
 
@@ -70,8 +75,8 @@ def row_of(cell: report_cells.Cell, fid: float, **changes) -> dict:
             "protocol": "centre crop, bicubic to 8x8x1",
         },
         "weights": cell.nets.get("weights") or "7476fec3b9973589",
-        "metrics": {"fid": fid, "isc_mean": 8.0},
-        "held_out": {"fid": 1.5, "isc_mean": 9.25, "images": 360},
+        "metrics": {"fid": fid, "isc_mean": 8.0, "kid_mean": fid / 100},
+        "held_out": {"fid": 1.5, "isc_mean": 9.25, "kid_mean": 0.01, "images": 360},
         "environment": {"commit": "0123456789ab", "machine": "Linux, 2 cores"},
     }
     for key, value in changes.items():
@@ -139,7 +144,7 @@ def test_published_numbers_are_the_known_ones_and_have_a_source(name):
 @pytest.fixture
 def write_table1(tmp_path, monkeypatch):
     """Write another table1.yaml, into a folder of configs that has the groups which it names."""
-    for group in ("bits", "method", "tdq", "model", "experiment", "table"):
+    for group in ("bits", "method", "tdq", "plan", "model", "experiment", "table"):
         (tmp_path / group).mkdir()
 
     def write(text: str) -> None:
@@ -207,14 +212,19 @@ def test_a_wrong_line_of_a_manifest_is_refused(line, message, write_table1):
         manifests.read_manifest("table1")
 
 
-@pytest.mark.parametrize(
-    "name, scale", [(n, s) for n in ("table1", "table2") for s in ("digits", "small")]
-)
+COMMITTED = [
+    *((name, scale) for name in ("table1", "table2") for scale in ("digits", "small")),
+    ("table7", "digits"),
+]
+
+
+@pytest.mark.parametrize("name, scale", COMMITTED)
 def test_committed_tables_are_rendered_again_to_the_byte(name, scale):
     results = Path(__file__).resolve().parents[1] / "results"
     manifest = manifests.read_manifest(name)
     cells = [report_cells.find(cell) for cell in report_cells.cells_of(manifest, scale, results)]
-    table = columns.text_table(manifest, scale, cells)
+    costs = read_costs(results / manifest.measured if manifest.measured else None)
+    table = columns.text_table(manifest, scale, cells, costs=costs)
     for suffix, text in ((".md", rendering.markdown(table)), (".tex", rendering.latex(table))):
         assert (results / "tables" / f"{name}-{scale}{suffix}").read_text() == text
 
@@ -247,7 +257,7 @@ def test_table_2_asks_for_post_training_quantization_at_one_number_of_steps(scal
 def test_rows_are_found_where_a_run_writes_them(short_manifest, tmp_path):
     only = dataclasses.replace(short_manifest, lines=short_manifest.lines[:1])
     cells = report_cells.cells_of(only, "digits", tmp_path / "a b")
-    assert cells[-1].folder == tmp_path / "a b" / "runs" / "digits_w4a4_lsq" / "seed0"
+    assert cells[-1].folder == tmp_path / "a b" / "runs" / "digits_w4a4_lsq_release" / "seed0"
     assert [cell.sample for cell in cells] == [
         f"ddim50_n1000{seed}" for seed in ("", "_seed1", "_seed2", "")
     ]
@@ -278,13 +288,15 @@ def test_numbers_spread_and_gaps(short_manifest, cells):
         "32/32",
         "11.00 (10.00..12.00)",
         "8.00 (8.00..8.00)",
+        "0.1100 (0.1000..0.1200)",
         "-",
         "-",
     ]
     assert line_of(text, "real images")[0] == "real images, held out (360 images)"
-    assert line_of(text, "real images")[2:] == ["1.50", "9.25", "-", "-"]
-    assert line_of(text, "LSQ |") == ["LSQ", "4/4", "20.00", "8.00", "+9.00", "7.30"]
-    assert line_of(text, "LSQ + TDQ") == ["LSQ + TDQ", "4/4", "10.50", "8.00", "-0.50", "4.48"]
+    assert line_of(text, "real images")[2:] == ["1.50", "9.25", "0.0100", "-", "-"]
+    assert line_of(text, "LSQ |") == ["LSQ", "4/4", "20.00", "8.00", "0.2000", "+9.00", "7.30"]
+    tdq = ["LSQ + TDQ", "4/4", "10.50", "8.00", "0.1050", "-0.50", "4.48"]
+    assert line_of(text, "LSQ + TDQ") == tdq
     assert "Frechet distance (digits features)" in text and "FID |" not in text
     assert "published (CIFAR-10 32x32, Inception)" in text
     for fact in (
@@ -303,12 +315,12 @@ def test_only_inception_is_called_fid_and_is(short_manifest, cells):
     for cell in cells:
         save(cell, row_of(cell, 5.0, features__name="inception_v3_compat"))
     header = render(short_manifest, cells).splitlines()[2]
-    assert header.startswith("| method | bits W/A | FID | IS | gap to float |")
+    assert header.startswith("| method | bits W/A | FID | IS | KID | gap to float |")
 
 
 def test_nothing_to_render_is_a_table_of_missing_cells(short_manifest, cells):
     text = render(short_manifest, cells)
-    assert line_of(text, "LSQ |") == ["LSQ", "4/4", "missing", "missing", "-", "7.30"]
+    assert line_of(text, "LSQ |") == ["LSQ", "4/4", "missing", "missing", "missing", "-", "7.30"]
     assert line_of(text, "float")[2] == line_of(text, "real images")[2] == "missing"
     assert "5 missing" in text and "No rows yet." in text
 
@@ -321,7 +333,46 @@ def test_a_missing_seed_of_the_float_model_shows(short_manifest, cells):
         line_of(text, "float, mean (min..max) of 2 sampling seeds out of 3")[2]
         == "10.50 (10.00..11.00)"
     )
-    assert line_of(text, "LSQ + TDQ")[4] == "+0.00"
+    assert line_of(text, "LSQ + TDQ")[5] == "+0.00"
+
+
+def test_a_line_within_the_spread_of_the_best_is_a_tie(short_manifest, cells):
+    """The float model's seeds differ by 2: LSQ at 12.4 ties with LSQ + TDQ at 10.5, at 12.6 not."""
+    fill(cells)
+    for fid, mark in ((12.4, "12.40≈"), (12.6, "12.60")):
+        save(cells[3], row_of(cells[3], fid))
+        text = render(short_manifest, cells)
+        assert line_of(text, "LSQ |")[2] == mark and ("a tie with the best" in text) == (
+            "≈" in mark
+        )
+        assert line_of(text, "LSQ + TDQ")[2] == "10.50"
+
+    # Half-sampling widens it: four deviations of 0.6.
+    save(cells[3], row_of(cells[3], 12.6) | {"half_sampling": {"fid": 0.6, "draws": 20}})
+    assert line_of(render(short_manifest, cells), "LSQ |")[2] == "12.60≈"
+
+
+def test_precision_and_recall_of_a_row_are_a_second_metric(short_manifest, cells):
+    fill(cells)
+    assert "precision" not in render(short_manifest, cells)
+    stated = {"precision_recall": {"precision": 0.5, "recall": 0.25}}
+    save(cells[3], row_of(cells[3], 20.0) | stated)
+    text = render(short_manifest, cells)
+    assert line_of(text, "LSQ |")[5] == "0.50 / 0.25" and line_of(text, "LSQ + TDQ")[5] == "-"
+
+
+def test_each_seed_of_training_is_a_cell(short_manifest, tmp_path):
+    line = dataclasses.replace(short_manifest.lines[0], seeds={"digits": (0, 1, 2)})
+    several = dataclasses.replace(short_manifest, lines=(line,))
+    cells = report_cells.cells_of(several, "digits", tmp_path)[3:]
+    assert [cell.folder.name for cell in cells] == ["seed0", "seed1", "seed2"]
+    assert [cell.name.rpartition(" ")[2] for cell in cells[1:]] == ["seed=1", "seed=2"]
+    assert "seed=2" in cells[2].overrides and cells[2].config["seed"] == 2
+    for cell, fid in zip(cells[:2], (20.0, 22.0), strict=True):
+        save(cell, row_of(cell, fid))
+    text = render(several, report_cells.cells_of(several, "digits", tmp_path))
+    label = "LSQ, mean (min..max) of 2 training seeds out of 3"
+    assert line_of(text, label)[2] == "21.00 (20.00..22.00)"
 
 
 @pytest.fixture
@@ -358,19 +409,31 @@ def test_a_table_has_a_column_for_each_model(short_manifest, both):
     names = [name.split(" (")[0] for name in line_of(text, "method")]
     assert names == [
         "method", "bits W/A", "ddim_small: Frechet distance", "ddim_small: inception-style score",
-        "ddim_small: gap to float", "published", "ldm_small: Frechet distance", "ldm_small: gap to float", "published",
+        "ddim_small: kernel distance", "ddim_small: gap to float", "published",
+        "ldm_small: Frechet distance", "ldm_small: gap to float", "published",
     ]  # fmt: skip
     assert line_of(text, "LSQ |")[2:] == [
         "20.00",
         "8.00",
+        "0.2000",
         "+10.00",
         "7.30",
         "50.00",
         "+20.00",
         "5.06",
     ]
-    assert line_of(text, "real images")[2:] == ["1.50", "9.25", "-", "-", "1.25", "-", "-"]
+    assert line_of(text, "real images")[2:] == [
+        "1.50",
+        "9.25",
+        "0.0100",
+        "-",
+        "-",
+        "1.25",
+        "-",
+        "-",
+    ]
     assert line_of(text, "the same, reconstructed (360 images)")[2:] == [
+        "-",
         "-",
         "-",
         "-",
@@ -467,7 +530,7 @@ def test_a_short_row_is_marked_and_has_no_gap(short_manifest, cells):
     )
     save(cells[3], other, "ddim10_n900")  # another sampler is no stand-in
     text = render(short_manifest, cells)
-    assert line_of(text, "LSQ |")[2:5] == ["30.00‡", "8.00‡", "-"]
+    assert line_of(text, "LSQ |")[2:6] == ["30.00‡", "8.00‡", "0.3000‡", "-"]
     assert "1 short" in text and not report_cells.find(cells[3]).done
 
 
@@ -482,7 +545,7 @@ def test_rows_of_two_protocols_are_refused(short_manifest, cells, field):
         render(short_manifest, cells)
     message = str(error.value)
     assert (
-        f"{field} is {was} in digits_fp and {now} in digits_w4a4_lsq_tdq" in message
+        f"{field} is {was} in digits_fp and {now} in digits_w4a4_lsq_tdq_release" in message
         and "\n" not in message
     )
 
@@ -494,7 +557,7 @@ def test_best_of_five_and_last_are_refused_among_the_quantized(short_manifest, c
     render(short_manifest, cells)  # the float model has no choice of checkpoints
     save(cells[3], row_of(cells[3], 10.5))
     with pytest.raises(
-        ValueError, match="report is last in digits_w4a4_lsq and best_of_5 in digits_w4a4_lsq_tdq"
+        ValueError, match="report is last in digits_w4a4_lsq_release and best_of_5 in"
     ):
         render(short_manifest, cells)
 
@@ -566,11 +629,20 @@ def test_run_starts_what_is_missing_and_goes_on_after_a_failure(
     out, start = f"out={tmp_path}", ["-m", "tdq_exp.run", "model=digits"]
     assert [command[1:] for command in commands] == [
         [*start, "method=fp", "sampler.seed=1", out, "tracker=none", net],
-        [*start, "bits=w4a4", "method=lsq", "tdq=none", out, "tracker=none", net],
-        [*start, "bits=w4a4", "method=lsq", "tdq=temporal", out, "tracker=none", net],
+        [*start, "plan=release", "bits=w4a4", "method=lsq", "tdq=none", out, "tracker=none", net],
+        [
+            *start,
+            "plan=release",
+            "bits=w4a4",
+            "method=lsq",
+            "tdq=temporal",
+            out,
+            "tracker=none",
+            net,
+        ],
     ]
     said = capsys.readouterr().out
-    assert "1 of 3 cells failed: digits_w4a4_lsq" in said
+    assert "1 of 3 cells failed: digits_w4a4_lsq_release" in said
     assert "stale, not run again: digits_fp sampler.seed=2" in said
     assert "9.0 h" in said and "3.00 GB" in said and said.index("9.0 h") < said.index("cell 1 of 3")
     assert len(free_plan) == 2, "cells of one shape are estimated once"

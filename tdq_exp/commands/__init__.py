@@ -17,6 +17,9 @@ VERBS = {
         "tdq_exp.commands.pack",
         "write a quantized run as one file, weights at their real bit width",
     ),
+    "status": ("tdq_exp.commands.status", "say what is done, running, failed, stale or missing"),
+    "claims": ("tdq_exp.commands.claims", "judge the paper's claims from the rows"),
+    "measure": ("tdq_exp.commands.measure", "measure anybody's images as rows are measured"),
     "export": ("tdq_exp.commands.export", "write a quantized run as an ONNX graph"),
 }
 

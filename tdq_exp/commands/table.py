@@ -5,6 +5,7 @@ examples:
   python -m tdq_exp table table1 --scale digits --run    first run every cell that has no row
   python -m tdq_exp table table1 --scale small --run data.source.path=~/cifar10
   python -m tdq_exp table table1 --scale small --run --column ldm    only the cells of one column
+  python -m tdq_exp table all --scale small              render every table of the scale
 To go on after an interruption, run the same command again.
 """
 
@@ -15,12 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tdq_exp.commands import cli, table_runs
+from tdq_exp.config import assets
 from tdq_exp.report import cells as cells_module
 from tdq_exp.report import charts, columns, render
 from tdq_exp.report import manifest as manifests
 from tdq_exp.report.cells import Cell
+from tdq_exp.report.costs import read_costs
 from tdq_exp.report.manifest import Manifest
 from tdq_exp.runtime.progress import console, print_table
+
+ALL = "all"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,14 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 1 if a cell failed, 2 for a user's mistake or rows that do not compare.
     """
     options = _parser().parse_intermixed_args(arguments)
-    return cli.exit_code(make, options)
+    return cli.exit_code(make_all if options.table == ALL else make, options)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, "python -m tdq_exp table")
 
     # Which table, and its cells.
-    parser.add_argument("table", help="a file of configs/table: table1, table2")
+    parser.add_argument("table", help="a file of configs/table: table1 to table8, or all")
     parser.add_argument(
         "overrides", nargs="*", help="of every cell's command, as data.source.path=PATH"
     )
@@ -62,6 +67,21 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     return parser
+
+
+def make_all(options: argparse.Namespace) -> int:
+    """Make every table of a scale, in order; see `make`.
+
+    Returns:
+        The exit code: 1 if a cell failed.
+    """
+    codes = [make(argparse.Namespace(**{**vars(options), "table": name})) for name in names()]
+    return max(codes)
+
+
+def names() -> list[str]:
+    """Return the names of all tables."""
+    return sorted(path.stem for path in (assets.configs() / "table").glob("table*.yaml"))
 
 
 def make(options: argparse.Namespace) -> int:
@@ -91,7 +111,8 @@ def make(options: argparse.Namespace) -> int:
             console.print(f"stale {cell.name}: {'; '.join(cell.changes)}", markup=False)
 
     footer = cells_module.in_footer(options.overrides)
-    table = columns.text_table(manifest, options.scale, cells, footer)
+    costs = read_costs(out / manifest.measured if manifest.measured else None)
+    table = columns.text_table(manifest, options.scale, cells, footer, costs)
     tables = render.write(table, out / "tables" / f"{manifest.name}-{options.scale}")
     figures = draw(manifest, options.scale, cells, out / "figures")
 

@@ -12,6 +12,7 @@ import torch
 from tdq_exp.data.images import Data
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.fit_stage import FittedModel
+from tdq_exp.experiment.paired import paired_distance
 from tdq_exp.experiment.row import Row, RowRecord
 from tdq_exp.experiment.sample_stage import Reconstructions, SampleStage, run_sampling
 from tdq_exp.metrics.features import FeatureNetwork
@@ -61,6 +62,12 @@ def run_measures(
             partial(Reconstructions, job.model, processes=processes) if job.model.codec else None,
         )
 
+        # The same noise through the float network.
+        def compare() -> dict[str, Any] | None:
+            return paired_distance(job, sampling.net, images, processes.device)
+
+        paired = processes.decide(compare)
+
         # What the row is of, how long it took, and where it was made.
         fingerprints = {
             "fit": fit.fingerprint,
@@ -95,6 +102,7 @@ def run_measures(
             engine=images.engine,
             environment=environment.environment(),
             config=job.recorded(),
+            paired=paired,
             **measured,
         ).as_json()
 

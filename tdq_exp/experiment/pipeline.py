@@ -20,7 +20,7 @@ from tdq_exp.experiment.measure_stage import run_measures
 from tdq_exp.experiment.row import write_row
 from tdq_exp.experiment.sample_stage import sample_stage_of
 from tdq_exp.fit.loop import best_file
-from tdq_exp.runtime import lock
+from tdq_exp.runtime import failures, lock
 from tdq_exp.runtime.environment import out_of_memory_in_one_line
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console
@@ -34,9 +34,16 @@ FEWEST = 2  # images of a distance: one has no covariance
 def run(job: Experiment) -> list[dict[str, Any]]:
     """Run every stage that is not done yet; return the row, or nothing for a pre-training.
 
+    An error is noted in the folder of the run, for `python -m tdq_exp status`.
+
     Raises:
         InUse: if another command works in the run's folder.
     """
+    with failures.noted(job.folder):
+        return _run(job)
+
+
+def _run(job: Experiment) -> list[dict[str, Any]]:
     launcher = job.machine.launcher
     if launcher.threads:
         torch.set_num_threads(launcher.threads)

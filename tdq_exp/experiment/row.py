@@ -15,6 +15,18 @@ from tdq_exp.runtime import files
 REAL = ("held_out", "reconstructed")  # sets of real images that are measured beside the sampled one
 
 
+# Keys that a row lacks where there is nothing to say, or nothing was said when it was made.
+OPTIONAL = (
+    "which_weights",
+    "few_for",
+    "reconstructed",
+    "half_sampling",
+    "precision_recall",
+    "paired",
+    "candidates",
+)
+
+
 @dataclass(frozen=True)
 class Row:
     """One measured set of images.
@@ -51,6 +63,10 @@ class Row:
         few_for: number of features, if FID is of no more images than that; else None, and no key.
         reconstructed: the same, of these images as the model's autoencoder gives them back; None
             where there is no autoencoder, and then not a key in JSON.
+        half_sampling: deviation of the Frechet distance over halves of the images, `fid`; older
+            rows lack this key and the two below.
+        precision_recall: `precision` and `recall`, where they are not among `metrics`.
+        paired: distance to the float model's images from the same noise; not of the float model.
         candidates: of `best_of_5`, every checkpoint's update and metrics; else None, and no key.
     """
 
@@ -81,6 +97,9 @@ class Row:
     which_weights: str | None = None
     few_for: int | None = None
     reconstructed: dict[str, Any] | None = None
+    half_sampling: dict[str, float] | None = None
+    precision_recall: dict[str, float] | None = None
+    paired: dict[str, Any] | None = None
     candidates: list[dict[str, Any]] | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -88,8 +107,7 @@ class Row:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         parts = values.pop("model_parts")
 
-        optional = ("which_weights", "few_for", "reconstructed", "candidates")
-        absent = [key for key in optional if values[key] is None]
+        absent = [key for key in OPTIONAL if values[key] is None]
         return {**{key: value for key, value in values.items() if key not in absent}, **parts}
 
 

@@ -57,7 +57,7 @@ from torch_fidelity.metric_prc import (
 SEED = 2020
 # The third-nearest neighbour is the one that torch-fidelity and the paper of precision and recall
 # take.
-_NEIGHBOUR = 3
+NEIGHBOUR = 3
 # Distances are computed this many rows at a time, so that 50,000 images need 2 GB and not 10.
 _PRC_ROWS = 10_000
 
@@ -199,13 +199,13 @@ def kernel_distance(
 
 def precision_recall(generated: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
     """Compute precision and recall; every vector needs a third neighbour besides itself."""
-    _check(generated, _NEIGHBOUR + 1, "prc")
-    _check(reference, _NEIGHBOUR + 1, "prc")
+    _check(generated, NEIGHBOUR + 1, "prc")
+    _check(reference, NEIGHBOUR + 1, "prc")
 
     shares = prc_features_to_metric(
         generated,
         reference,
-        prc_neighborhood=_NEIGHBOUR,
+        prc_neighborhood=NEIGHBOUR,
         prc_batch_size=_PRC_ROWS,
         save_cpu_ram=True,
         verbose=False,

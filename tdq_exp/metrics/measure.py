@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save
 
 from tdq_exp.data.images import Images
 from tdq_exp.metrics.features import FeatureNetwork
-from tdq_exp.metrics.fidelity import distances
+from tdq_exp.metrics.fidelity import NEIGHBOUR, distances, precision_recall
+from tdq_exp.metrics.half_sampling import deviation_of_frechet
 from tdq_exp.runtime import files
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import track
@@ -133,7 +134,8 @@ def measure(
         `metrics` of the generated set; `held_out`: the same of real images, with their number
         `images`, which is smaller than asked if there are no more; `reconstructed`: of the
         reconstructions of these; `reference`: the training set's content and size; `features`: name
-        and hash; `feature_engine`: what computed them.
+        and hash; `feature_engine`: what computed them; `half_sampling` and `precision_recall` of
+        the generated set, see `beside`.
     """
     generated = features.of(pixels, "features of generated images")
     size = min(reference_images or len(train), len(train))
@@ -170,6 +172,45 @@ def measure(
             "reference": {"content": train.content, "images": size, "protocol": train.protocol},
             "features": {"name": network.name, "weights": network.weights_hash},
             "feature_engine": network.engine(features.processes.device),
+            **beside(generated, reference, layers, metrics),
         }
 
     return features.processes.decide(compute)
+
+
+def beside(
+    generated: Mapping[str, torch.Tensor],
+    reference: Mapping[str, torch.Tensor],
+    layers: Mapping[str, str],
+    metrics: Sequence[str],
+) -> dict[str, Any]:
+    """Return what a row states beside the metrics that it was asked for.
+
+    Nothing of it is part of a fingerprint: rows of before it was measured stay valid.
+
+    Args:
+        generated, reference: layer -> features `[N, D]` and `[M, D]`.
+        layers: metric -> the layer that it reads.
+        metrics: that were asked for.
+
+    Returns:
+        `half_sampling`: the deviation of the Frechet distance; `precision_recall`: a second metric,
+        unless it is among `metrics`. A key is absent where a set is too small for it.
+    """
+    stated: dict[str, Any] = {}
+
+    def pair(metric: str, least: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return both sets' features for a metric; None where there are too few, or none."""
+        sets = [vectors.get(layers[metric]) for vectors in (generated, reference)]
+        ours, theirs = (None if found is None else found.cpu() for found in sets)
+        if ours is None or theirs is None or min(len(ours), len(theirs)) < least:
+            return None
+        return ours, theirs
+
+    if "fid" in metrics and (vectors := pair("fid", 4)):
+        stated["half_sampling"] = deviation_of_frechet(*vectors)
+
+    if "prc" not in metrics and (vectors := pair("prc", NEIGHBOUR + 1)):
+        stated["precision_recall"] = precision_recall(*vectors)
+
+    return stated

@@ -3,6 +3,11 @@
 manifest   what a table asks for, read from `configs/table`
 cells      one run of a table: its command, its row, what changed since
 protocol   which rows may stand in one column
+spread     which differences between two lines count
+costs      what runs cost, from the figures of a script
+progress   how far a cell is, told by the files of its run
+claims     the paper's claims: holds, does not hold, can't tell
+second     metrics beside the Frechet distance
 columns    cells -> the texts of a table
 render     texts -> Markdown and LaTeX
 charts     distance over bits

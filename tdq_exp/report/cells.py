@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ SET_BY_TABLE = {
     "out": "use --out",
     "go": "use --go",
     "experiment": "the table names its runs",
+    "seed": "the table names its training seeds",
     "sampler.seed": "the table names its sampler seeds",
     "plan_only": "--run prints the plan before it starts",
 }
@@ -39,11 +41,20 @@ MACHINE_KEYS = {"cache", "weights", "path", "export", "stop_after", "png"}
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where cells stand in a table: the name of a column, a line, and the scale."""
+
+    column: str
+    line: Line
+    scale: str
+
+
+@dataclass(frozen=True)
 class Cell:
     """One run at one sampler seed.
 
     Args:
-        column, line: where it stands.
+        column, line, scale: where it stands.
         run: name of the run.
         overrides: of the command that makes it.
         config: what these compose to, as plain values.
@@ -63,14 +74,21 @@ class Cell:
     folder: Path
     sample: str
     images: int
+    scale: str = "paper"
     nets: Mapping[str, str] = field(default_factory=dict)
     row: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
-        """The run's name, with the sampler's seed if it is not the first."""
-        seed = self.config["sampler"]["seed"]
-        return self.run + (f" sampler.seed={seed}" if seed else "")
+        """The run's name, with the seeds that are not the first."""
+        training, sampling = self.config["seed"], self.config["sampler"]["seed"]
+        name = self.run + (f" seed={training}" if training else "")
+        return name + (f" sampler.seed={sampling}" if sampling else "")
+
+    @property
+    def key(self) -> str:
+        """The name, and that of the sampled set: two cells of one key are the same run."""
+        return f"{self.name} {self.sample}"
 
     @property
     def done(self) -> bool:
@@ -137,15 +155,32 @@ def cells_of(
             is_float = line is manifest.float_model
             extra = [o for o in given if not (is_float and _key(o).startswith("fit."))]
             choices = manifest.choices(scale, name, line)
-            cells += _cells_of_line(name, line, choices, out, extra)
+            seeds = list(product(line.seeds_at(scale), line.sampler_seeds))
+            cells += cells_of_line(Place(name, line, scale), choices, seeds, out, extra)
 
     return cells
 
 
-def _cells_of_line(
-    column: str, line: Line, choices: Mapping[str, str], out: Path, extra: Sequence[str]
+def cells_of_line(
+    place: Place,
+    choices: Mapping[str, str],
+    seeds: Sequence[tuple[int, int]],
+    out: Path,
+    extra: Sequence[str] = (),
 ) -> Iterator[Cell]:
-    """Yield a cell for each sampler seed of a line."""
+    """Yield a cell for each pair of a training seed and a sampler's seed of a line.
+
+    Args:
+        place: where they stand.
+        choices: group -> option, of the command.
+        seeds: pairs.
+        out: folder of results.
+        extra: a user's overrides.
+
+    Raises:
+        ValueError: if an override is of something that the table chooses.
+    """
+    line = place.line
     for override in extra:
         if _key(override) in choices:
             raise ValueError(f"{override}: the table chooses {_key(override)} for {line}")
@@ -153,18 +188,23 @@ def _cells_of_line(
     tracker = [] if any(_key(override) == "tracker" for override in extra) else ["tracker=none"]
     own = [*(f"{group}={option}" for group, option in choices.items()), *line.overrides]
 
-    # A cell for each seed of the sampler.
-    for seed in line.sampler_seeds:
-        asked = [*own, *([f"sampler.seed={seed}"] if seed else [])]
-        command = (*asked, f"out={_quoted(out)}", *tracker, *extra)
-        cfg = compose(command)
-        bare = compose(asked) if in_footer(extra) else cfg
+    # Composed once: a seed changes nothing else.
+    where = (f"out={_quoted(out)}", *tracker, *extra)
+    composed = compose((*own, *where))
+    bare = compose(own) if in_footer(extra) else composed
+
+    for training, sampling in seeds:
+        named = [f"seed={training}"] if training else []
+        named += [f"sampler.seed={sampling}"] if sampling else []
+        cfg = composed.copy()
+        cfg.seed, cfg.sampler.seed = training, sampling
 
         yield Cell(
-            column=column,
+            column=place.column,
             line=line,
+            scale=place.scale,
             run=naming.fit_name(cfg),
-            overrides=command,
+            overrides=(*own, *named, *where),
             config=schema.plain(cfg),
             folder=naming.run_folder(cfg),
             sample=naming.sample_name(cfg),

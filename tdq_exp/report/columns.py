@@ -1,4 +1,4 @@
-"""Cells become the texts of a table: distance, score, gap to float and published number."""
+"""Cells become the texts of a table: distance, second metrics, gap to float, published number."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from tdq_exp.report.cells import Cell
+from tdq_exp.report.costs import COST_HEADERS, Costs
 from tdq_exp.report.manifest import Line, Manifest
 from tdq_exp.report.protocol import SAMPLER, check_protocol, select
-from tdq_exp.report.render import SHORT, STALE, TextTable
+from tdq_exp.report.render import SHORT, STALE, TIE, TextTable
+from tdq_exp.report.second import SECOND, Shown, fixed
+from tdq_exp.report.spread import is_tie, mean, metric_of, used, values
 
 
 def text_table(
-    manifest: Manifest, scale: str, cells: Sequence[Cell], overrides: Sequence[str] = ()
+    manifest: Manifest,
+    scale: str,
+    cells: Sequence[Cell],
+    overrides: Sequence[str] = (),
+    costs: Costs | None = None,
 ) -> TextTable:
     """Return a table, filled from the rows of its cells.
 
@@ -21,12 +28,13 @@ def text_table(
         scale: for the title.
         cells: of every line and column, with their rows.
         overrides: what the cells were asked for with, for the footer.
+        costs: what each run costs, for a table that shows it.
 
     Raises:
         ValueError: if the rows of a column are of more than one protocol.
     """
     names = manifest.at(scale)
-    columns = [FilledColumn(manifest, name, cells, several=len(names) > 1) for name in names]
+    columns = [FilledColumn(manifest, name, cells, len(names) > 1, costs) for name in names]
     headers = [("method", ""), ("bits W/A", ""), *(h for column in columns for h in column.headers)]
 
     # The float model and real images come first, then a group of lines for each pair of widths.
@@ -52,10 +60,9 @@ def over_bits(
     """
 
     def mean_of(line: Line) -> float | None:
-        values = _values(
-            [c for c in cells if c.line == line and not c.changes and not c.short], "fid"
-        )
-        return _mean(values) if values else None
+        current = [c for c in cells if c.line == line and not c.changes and not c.short]
+        distances = values(current, "fid")
+        return mean(distances) if distances else None
 
     methods: dict[str, dict[int, float]] = {}
     for line in manifest.lines:
@@ -83,21 +90,6 @@ def _features(cells: Sequence[Cell]) -> str:
     return next(recorded, str(cells[0].config["eval"]["label"]))
 
 
-def _used(cells: Sequence[Cell]) -> list[Cell]:
-    """Return the cells that a line's numbers come from: short ones only if there are no others."""
-    filled = [cell for cell in cells if cell.row]
-    return [cell for cell in filled if not cell.short] or filled
-
-
-def _values(cells: Sequence[Cell], metric: str) -> list[float]:
-    values = [cell.row["metrics"].get(metric) for cell in _used(cells) if cell.row]
-    return [] if None in values else values
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 class FilledColumn:
     """A column with its cells: what it says in each line.
 
@@ -106,19 +98,29 @@ class FilledColumn:
         name: of the column.
         cells: of the whole table.
         several: whether the table has other columns, so that this one's headers name the model.
+        costs: what each run costs, if the table shows it.
 
     Raises:
         ValueError: if its rows are of more than one protocol.
     """
 
-    def __init__(self, manifest: Manifest, name: str, cells: Sequence[Cell], several: bool) -> None:
-        self.name = name
+    def __init__(
+        self,
+        manifest: Manifest,
+        name: str,
+        cells: Sequence[Cell],
+        several: bool,
+        costs: Costs | None = None,
+    ) -> None:
+        self.name, self.costs = name, costs
         self.cells = [cell for cell in cells if cell.column == name]
         check_protocol(self.cells)
 
         self.prefix = f"{model_label(self.cells)}: " if several else ""
         self.reference = self.of(manifest.float_model)
-        self.has_score = "isc" in self.cells[0].config["eval"]["metrics"]
+        self.lines = manifest.lines
+        self.publishes = any(name in line.fid for line in manifest.lines)
+        self.second = [shown for shown in SECOND if self._has(shown)]
         self.headers = self._headers(manifest.columns[name].published)
 
     def _headers(self, published: str) -> list[tuple[str, str]]:
@@ -128,65 +130,126 @@ class FilledColumn:
         detail = "" if inception else f"{features} features"
 
         headers = [(self.prefix + ("FID" if inception else "Frechet distance"), detail)]
-        if self.has_score:
-            headers.append((self.prefix + ("IS" if inception else "inception-style score"), detail))
-        return [*headers, (f"{self.prefix}gap to float", ""), ("published", published)]
+        for shown in self.second:
+            headers.append(
+                (self.prefix + (shown.inception_name if inception else shown.name), detail)
+            )
+        headers.append((f"{self.prefix}gap to float", ""))
+        if self.costs is not None:
+            return [*headers, *((self.prefix + header, unit) for header, unit in COST_HEADERS)]
+        return [*headers, ("published", published)] if self.publishes else headers
+
+    def _has(self, shown: Shown) -> bool:
+        """Return whether a metric is asked for, or stated by some row."""
+        asked = {f"{name}_mean" for name in self.cells[0].config["eval"]["metrics"]}
+        stated = any(metric_of(cell, key) is not None for cell in self.cells for key in shown.keys)
+        return stated or bool(asked & set(shown.keys))
 
     def of(self, line: Line) -> list[Cell]:
         """Return the cells of a line."""
         return [cell for cell in self.cells if cell.line == line]
 
     def seeds(self, line: Line) -> str:
-        """Return what a line's label says of the sampling seeds; empty if there is one."""
-        cells, used = self.of(line), _used(self.of(line))
-        if len(cells) == 1 or not used:
+        """Return what a line's label says of its seeds; empty if there is one."""
+        cells, filled = self.of(line), used(self.of(line))
+        if len(cells) == 1 or not filled:
             return ""
 
-        text = "1 sampling seed" if len(used) == 1 else f"{len(used)} sampling seeds"
-        return text + (f" out of {len(cells)}" if len(used) < len(cells) else "")
+        kind = "sampling" if len(line.sampler_seeds) > 1 else "training"
+        text = f"{len(filled)} {kind} seed" + ("" if len(filled) == 1 else "s")
+        return text + (f" out of {len(cells)}" if len(filled) < len(cells) else "")
 
     def numbers(self, line: Line) -> list[str]:
-        """Return distance, score, gap and published number of a line."""
+        """Return distance, second metrics, gap and published number of a line."""
         cells = self.of(line)
-        score = [_metric_text(cells, "isc_mean")] if self.has_score else []
+        distance = _metric_text(cells, "fid") + (TIE if self.ties_with_the_best(line) else "")
+        second = [self._second_text(cells, shown) for shown in self.second]
+
+        first = [distance, *second, self._gap(cells)]
+        if self.costs is not None:
+            return [*first, *self.costs.texts(cells[0].run)]
+
+        if not self.publishes:
+            return first
+
         published = line.fid.get(self.name)
-        published_text = "-" if published is None else f"{published:.2f}"
-        return [_metric_text(cells, "fid"), *score, self._gap(cells), published_text]
+        return [*first, "-" if published is None else f"{published:.2f}"]
+
+    def ties_with_the_best(self, line: Line) -> bool:
+        """Return whether a line is not the best of its bit widths, but no worse than its spread."""
+        rivals = [other for other in self.lines if other.bits == line.bits]
+        ranked = sorted(
+            (mean(distances), number)
+            for number, other in enumerate(rivals)
+            if (distances := values(self.of(other), "fid"))
+        )
+        if line not in rivals or not ranked:
+            return False
+
+        best = rivals[ranked[0][1]]
+        return best != line and is_tie(self.of(line), self.of(best), self.reference) is True
+
+    def _second_text(self, cells: Sequence[Cell], shown: Shown) -> str:
+        """Return the means of a second metric; `-` where rows lack it."""
+        if not used(cells):
+            return "missing"
+
+        found = [values(cells, key) for key in shown.keys]
+        if not any(found):
+            return "-"
+        if len(found) == 1:
+            return _metric_text(cells, shown.keys[0], shown.digits)
+        return shown.text([mean(numbers) if numbers else None for numbers in found]) + marks(cells)
 
     def _gap(self, cells: Sequence[Cell]) -> str:
         """Return the distance beyond the float model's mean; `-` for it and for short rows."""
-        ours, theirs = _values(cells, "fid"), _values(self.reference, "fid")
-        any_short = any(cell.short for cell in (*_used(cells), *_used(self.reference)))
+        ours, theirs = values(cells, "fid"), values(self.reference, "fid")
+        any_short = any(cell.short for cell in (*used(cells), *used(self.reference)))
 
         if cells == self.reference or not ours or not theirs or any_short:
             return "-"
-        return f"{_mean(ours) - _mean(theirs):+.2f}"
+        return f"{mean(ours) - mean(theirs):+.2f}"
 
     def real(self, kind: str) -> dict[str, Any] | None:
         """Return the metrics of real images of a kind, from the float model's row."""
-        return next((cell.row.get(kind) for cell in _used(self.reference) if cell.row), None)
+        return next((cell.row.get(kind) for cell in used(self.reference) if cell.row), None)
 
     def real_numbers(self, kind: str) -> list[str]:
         """As `numbers`, of real images."""
         metrics = self.real(kind)
-        keys = ("fid", "isc_mean") if self.has_score else ("fid",)
-
         if metrics is None:
-            return ["missing" if kind == "held_out" else "-" for _ in keys] + ["-", "-"]
-        texts = ["-" if metrics.get(key) is None else f"{metrics[key]:.2f}" for key in keys]
-        return [*texts, "-", "-"]
+            absent = "missing" if kind == "held_out" else "-"
+            return [absent, *(absent for _ in self.second), *self._no_numbers()]
+
+        distance = "-" if metrics.get("fid") is None else f"{metrics['fid']:.2f}"
+        texts = []
+        for shown in self.second:
+            numbers = [metrics.get(key) for key in shown.keys]
+            texts.append("-" if numbers == [None] * len(numbers) else shown.text(numbers))
+        return [distance, *texts, *self._no_numbers()]
+
+    def _no_numbers(self) -> list[str]:
+        """Return the texts of real images where models have a gap, and a cost or publication."""
+        after = int(self.publishes) if self.costs is None else len(COST_HEADERS)
+        return ["-"] * (1 + after)
 
 
-def _metric_text(cells: Sequence[Cell], metric: str) -> str:
+def _metric_text(cells: Sequence[Cell], metric: str, digits: int = 2) -> str:
     """Return the mean of a metric, its spread over seeds and its marks."""
-    used, values = _used(cells), _values(cells, metric)
-    if not values:
-        return "-" if used else "missing"
+    numbers = values(cells, metric)
+    if not numbers:
+        return "-" if used(cells) else "missing"
 
-    spread = f" ({min(values):.2f}..{max(values):.2f})" if len(values) > 1 else ""
-    stale = STALE if any(cell.changes for cell in used) else ""
-    short = SHORT if any(cell.short for cell in used) else ""
-    return f"{_mean(values):.2f}{spread}{stale}{short}"
+    ends = (fixed(end(numbers), digits) for end in (min, max))
+    spread = f" ({'..'.join(ends)})" if len(numbers) > 1 else ""
+    return f"{fixed(mean(numbers), digits)}{spread}{marks(cells)}"
+
+
+def marks(cells: Sequence[Cell]) -> str:
+    """Return the marks of stale and of short rows."""
+    stale = STALE if any(cell.changes for cell in used(cells)) else ""
+    short = SHORT if any(cell.short for cell in used(cells)) else ""
+    return stale + short
 
 
 def _line_texts(line: Line, columns: Sequence[FilledColumn]) -> list[str]:
@@ -220,7 +283,8 @@ def _notes(
     manifest: Manifest, columns: Sequence[FilledColumn], overrides: Sequence[str]
 ) -> list[str]:
     """Return the footer: the protocol of each column, and the state of the cells."""
-    notes = [column.prefix + note for column in columns for note in _column_notes(column)]
+    notes = [manifest.caption] if manifest.caption else []
+    notes += [column.prefix + note for column in columns for note in _column_notes(column)]
 
     # How complete and how current the table is.
     cells = [cell for column in columns for cell in column.cells]
@@ -234,6 +298,13 @@ def _notes(
 
     if filled:
         notes.append("Gaps are to the float model's mean in our own column.")
+    if any(column.ties_with_the_best(line) for column in columns for line in manifest.lines):
+        notes.append(
+            f"{TIE}: a tie with the best of its bit widths; the difference is no larger than the"
+            " spread over seeds (max - min, of either line or of the float model's sampling) or"
+            " four deviations of half-sampling."
+        )
+    notes += [columns[0].costs.note] if columns[0].costs else []
     if overrides:
         notes.append(f"Asked for with {' '.join(overrides)}.")
 
@@ -271,5 +342,17 @@ def _column_notes(column: FilledColumn) -> list[str]:
         f"Float weights: {listed('weights')}{autoencoder_text}."
         f" Checkpoint of the quantized lines: {listed('report', quantized)}."
         f" Seeds of their training: {listed('seed', quantized)}.",
+        f"Plan of the quantized lines: {_options(column, 'plan') or 'all'}."
+        + (f" Calibration: {sets}." if (sets := _options(column, "calibration")) else ""),
         f"Commits: {listed('environment.commit')}. Machines: {listed('environment.machine')}.",
     ]
+
+
+def _options(column: FilledColumn, group: str) -> str:
+    """Return the options of a group that the quantized lines of a column choose."""
+    chosen = [
+        str(cell.config[group]["label"]) or "all"
+        for cell in column.cells
+        if cell.config["method"]["quantized"] and (group == "plan" or cell.config[group]["label"])
+    ]
+    return ", ".join(dict.fromkeys(chosen))

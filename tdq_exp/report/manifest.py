@@ -8,7 +8,10 @@ option of some groups each; a column adds its model, and whatever else it is abo
 
 Together they are the command of a cell, `model=ldm_small bits=w4a4 method=lsq tdq=temporal
 plan=float_attention`. Any group may be chosen (`calibration`, `plan`, `habits`, ...), and a line
-may hold `overrides` of single values besides.
+may hold `overrides` of single values besides. What all quantized lines share is written once, and
+a line that names the same group wins:
+
+    choices:  {plan: release}
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Any
 from tdq_exp.config import assets
 
 FLOAT_BITS = "32/32"
-NOT_CHOICES = ("label", "sampler_seeds", "overrides", "fid", "source")
+NOT_CHOICES = ("label", "seeds", "sampler_seeds", "overrides", "fid", "source")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Line:
     Args:
         label: the method, as it is printed.
         choices: group -> option, of its command.
-        sampler_seeds: one cell for each.
+        seeds: scale -> seeds of training, one cell for each; seed 0 at a scale that is not named.
+        sampler_seeds: one cell for each, too.
         overrides: of single values, of its command.
         fid: column -> what was published.
         source: where it was published.
@@ -43,6 +47,7 @@ class Line:
 
     label: str
     choices: Mapping[str, str]
+    seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     sampler_seeds: tuple[int, ...] = (0,)
     overrides: tuple[str, ...] = ()
     fid: Mapping[str, float] = field(default_factory=dict)
@@ -54,6 +59,10 @@ class Line:
 
     def __str__(self) -> str:
         return f"{self.label} {self.bits}"
+
+    def seeds_at(self, scale: str) -> tuple[int, ...]:
+        """Return the seeds of training at a scale."""
+        return self.seeds.get(scale, (0,))
 
     @property
     def bits(self) -> str:
@@ -90,6 +99,9 @@ class Manifest:
         columns: by name.
         float_model: the first line.
         lines: those below it.
+        caption: what it shows and how to read it, for the footer.
+        measured: measurement beside `runs` whose figures of each line are columns, as
+            `bench/cost.json`.
         plot_weight_bits: also draw the distance over the activations' bits at this width of the
             weights.
 
@@ -102,6 +114,8 @@ class Manifest:
     columns: Mapping[str, Column]
     float_model: Line
     lines: tuple[Line, ...]
+    caption: str = ""
+    measured: str | None = None
     plot_weight_bits: int | None = None
 
     def __post_init__(self) -> None:
@@ -144,10 +158,11 @@ def read_manifest(name: str) -> Manifest:
     # Texts become the dataclasses that check them.
     content: Any = assets.read_yaml(path)
     try:
+        shared = content.pop("choices", {})
         content |= {
             "columns": {key: _column(column) for key, column in content["columns"].items()},
-            "float_model": _line(content["float_model"]),
-            "lines": tuple(_line(line) for line in content["lines"]),
+            "float_model": line_of(content["float_model"]),
+            "lines": tuple(line_of({**shared, **line}) for line in content["lines"]),
         }
 
         return Manifest(name=name, **content)
@@ -155,7 +170,12 @@ def read_manifest(name: str) -> Manifest:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _line(content: Mapping[str, Any]) -> Line:
+def line_of(content: Mapping[str, Any]) -> Line:
+    """Return a line from its keys in a file.
+
+    Raises:
+        ValueError: for a key that is neither a line's nor a group.
+    """
     choices = {key: option for key, option in content.items() if key not in NOT_CHOICES}
     _require_groups(choices)
 
@@ -163,6 +183,8 @@ def _line(content: Mapping[str, Any]) -> Line:
     for key in ("sampler_seeds", "overrides"):
         if key in rest:
             rest[key] = tuple(rest[key])
+    if "seeds" in rest:
+        rest["seeds"] = {scale: tuple(seeds) for scale, seeds in rest["seeds"].items()}
     return Line(choices=choices, **rest)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tdq_exp.runtime import files
 
-STALE, SHORT = "†", "‡"
+STALE, SHORT, TIE = "†", "‡", "≈"
 
 LATEX = {
     **{character: rf"\{character}" for character in "&%$#_{}"},
@@ -20,6 +20,7 @@ LATEX = {
     "|": r"\textbar{}",
     STALE: r"\textsuperscript{\dag}",
     SHORT: r"\textsuperscript{\ddag}",
+    TIE: r"\ensuremath{\approx}",
 }
 
 

@@ -467,3 +467,23 @@ def test_a_subset_can_be_trained():
         part.step_sizes().sum().backward()
     assert float(part.weights[0].grad.abs().max()) > 0
     assert all(parameter.grad is None for parameter in bank.parameters())
+
+
+def test_raw_time_is_read_without_an_encoding():
+    time = TimeContext(1000)
+    (interval,), bank = TemporalIntervals(encoding=16, width=8, raw_time=True).make(["a"], time)
+    assert torch.equal(bank.encodings[:, 0], torch.arange(1000) / 1000)
+    assert bank.weights[0].shape[2] == 1 and interval.table().shape == (1000,)
+
+    # A copy of a part reads the same.
+    part = bank.subset([0])
+    assert part.raw_time and torch.equal(part.table(), bank.table())
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_plain_start_leaves_the_networks_as_they_are(calibrated):
+    options = {"encoding": 16, "width": 8, "calibrated": calibrated}
+    (interval,), bank = TemporalIntervals(**options).make(["a"], TimeContext(100))
+    before = interval.table().clone()
+    interval.start(0.01)
+    assert torch.equal(interval.table(), before) is not calibrated

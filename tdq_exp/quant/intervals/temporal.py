@@ -1,26 +1,24 @@
 """TDQ: a step size that is a learned function of the time step. The method of the paper.
 
-    I(t) = enc(t):  cos and sin of t 10000^(-2i/d), i < d/2 (cos first, as released)
+    I(t) = enc(t):  cos and sin of t 10000^(-2i/d), i < d/2 (cos first, as released);
+                    or t / T alone, for an ablation
     s(t) = softplus(f(I(t))),  f: linear layers with ReLU between, one small network per quantizer
 
-Here are the encoding, the networks f of all quantizers (`GeneratorBank`), the interval that a
+Here are the networks f of all quantizers (`GeneratorBank`), the interval that a
 quantizer holds (`Temporal`) and what configurations name (`TemporalIntervals`).
 
 All networks f have the same shape, so their weights are stacked, `[Q, out, in]`, and one batched
 product per layer gives the whole `[Q, B]` matrix of step sizes; each quantizer reads its row. In
-eval the matrix is read
-from a table over all T, made by the same function that baking calls: two ways of computing it would
-    differ
-in the last bit, and rounding would amplify that.
+eval the matrix is read from a table over all T, made by the same function that baking calls: two
+ways of computing it would differ in the last bit, and rounding would amplify that.
 
 Source: So et al., *Temporal Dynamic Quantization for Diffusion Models*, NeurIPS 2023, section 4.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,49 +26,9 @@ from torch import Tensor, nn
 
 from tdq_exp.config.setting import require
 from tdq_exp.quant.intervals.base import Interval, inverse_softplus
+from tdq_exp.quant.intervals.cache import Cache
+from tdq_exp.quant.intervals.encoding import encode_time, scaled_time
 from tdq_exp.quant.time import TimeContext
-
-T_MAX = 10000.0
-T = TypeVar("T")
-
-
-def encode_time(t: Tensor, width: int) -> Tensor:
-    """Return the geometric Fourier encoding of the raw integer time step.
-
-    Args:
-        t: `[B]`, integer.
-        width: d, even.
-
-    Returns:
-        `[B, d]`, float32: cos of the d/2 frequencies, then sin.
-    """
-    half = width // 2
-    exponents = torch.arange(half, dtype=torch.float64) * (-math.log(T_MAX) / half)
-    angle = t.double()[:, None] * torch.exp(exponents).to(t.device)
-    return torch.cat([angle.cos(), angle.sin()], dim=1).float()
-
-
-class Cache(Generic[T]):
-    """The last value that was computed, for as long as its key stays the same.
-
-    Copies and pickles of it are empty: a cached tensor may belong to the graph of one network.
-    """
-
-    def __init__(self) -> None:
-        self._held: tuple[Any, T] | None = None
-
-    def get(self, key: Any, compute: Callable[[], T]) -> T:
-        """Return the value of a key, computed if the last call had another key."""
-        if self._held is None or self._held[0] != key:
-            self._held = (key, compute())
-        return self._held[1]
-
-    def clear(self) -> None:
-        """Drop the value."""
-        self._held = None
-
-    def __reduce__(self) -> tuple[type[Cache], tuple[()]]:
-        return Cache, ()
 
 
 class GeneratorBank(nn.Module):
@@ -88,6 +46,7 @@ class GeneratorBank(nn.Module):
         dropout: before the last layer, while training.
         he: He initialisation of the last layer; with it on all layers s(t) / s0 would spread over
             0.2..5.6.
+        raw_time: f reads t / T in place of enc(t).
     """
 
     parameter_group = "generators"
@@ -101,6 +60,7 @@ class GeneratorBank(nn.Module):
         layers: int = 4,
         dropout: float = 0.0,
         he: bool = True,
+        raw_time: bool = False,
     ) -> None:
         super().__init__()
         if encoding < 2 or encoding % 2 or layers < 1 or width < 1 or not 0 <= dropout < 1:
@@ -110,9 +70,14 @@ class GeneratorBank(nn.Module):
 
         self.names, self.time = list(names), time
         self.encoding, self.layers, self.dropout = encoding, layers, dropout
+        self.raw_time = raw_time
+
+        codes = scaled_time(time.steps)
+        if not raw_time:
+            codes = encode_time(torch.arange(time.steps), encoding)
 
         # torch's default for nn.Linear, U(-1/sqrt(fan_in), 1/sqrt(fan_in)); He for the last layer.
-        sizes = [encoding, *[width] * (layers - 1), 1]
+        sizes = [codes.shape[1], *[width] * (layers - 1), 1]
         for layer, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
             bound = fan_in**-0.5
             weight = torch.empty(len(names), fan_out, fan_in).uniform_(-bound, bound)
@@ -124,7 +89,6 @@ class GeneratorBank(nn.Module):
             nn.init.normal_(self.weights[-1], std=(2 / sizes[-2]) ** 0.5)
 
         self.encodings: Tensor
-        codes = encode_time(torch.arange(time.steps), encoding)
         self.register_buffer("encodings", codes, persistent=False)
 
         # What follows from the weights alone is computed once for each state of them.
@@ -191,8 +155,7 @@ class GeneratorBank(nn.Module):
         """Return one quantizer's row of `step_sizes`: 0-dim, or `[B]`.
 
         All rows are taken at once: on the way back their gradients are then stacked, where hundreds
-            of
-        single rows would each be padded to a whole matrix and added.
+        of single rows would each be padded to a whole matrix and added.
         """
         if torch.compiler.is_compiling():
             return self.step_sizes()[row]
@@ -249,7 +212,15 @@ class GeneratorBank(nn.Module):
         """
         names = [self.names[row] for row in rows]
         width = self.weights[0].shape[1]
-        part = GeneratorBank(names, self.time, self.encoding, width, self.layers, self.dropout)
+        part = GeneratorBank(
+            names,
+            self.time,
+            self.encoding,
+            width,
+            self.layers,
+            self.dropout,
+            raw_time=self.raw_time,
+        )
         part.to(self.encodings.device)
 
         with torch.no_grad():
@@ -322,12 +293,14 @@ class Temporal(Interval):
     Args:
         bank: the networks f of all quantizers.
         row: which one is this quantizer's.
+        calibrated: whether calibration sets the start value.
     """
 
     time_dependent = True
 
-    def __init__(self, bank: GeneratorBank, row: int) -> None:
+    def __init__(self, bank: GeneratorBank, row: int, calibrated: bool = True) -> None:
         super().__init__()
+        self.calibrated = calibrated
         self._bank = (bank,)  # in a tuple: the network's root owns the bank, not this module
         self.row = row
 
@@ -337,8 +310,9 @@ class Temporal(Interval):
         return self._bank[0]
 
     def start(self, s: float) -> None:
-        """Let s(t) spread around s."""
-        self.bank.start(self.row, inverse_softplus(s))
+        """Let s(t) spread around s, unless the interval keeps its random start."""
+        if self.calibrated:
+            self.bank.start(self.row, inverse_softplus(s))
 
     def step_size(self) -> Tensor:
         """Return s at the current time step, 0-dim or `[B]`."""
@@ -364,10 +338,19 @@ class TemporalIntervals:
         dropout: before the last layer, while training (release: 0.2).
         he: He initialisation of the last layer (the paper), or torch's default everywhere
             (release).
+        raw_time: f reads t / T in place of enc(t).
+        calibrated: whether s(t) starts around what calibration found, or at random.
     """
 
     def __init__(
-        self, encoding: int, width: int = 64, layers: int = 4, dropout: float = 0.0, he: bool = True
+        self,
+        encoding: int,
+        width: int = 64,
+        layers: int = 4,
+        dropout: float = 0.0,
+        he: bool = True,
+        raw_time: bool = False,
+        calibrated: bool = True,
     ) -> None:
         require("tdq.interval.encoding", encoding, int, low=2, most=MOST_WIDTH)
         if encoding % 2:
@@ -379,12 +362,20 @@ class TemporalIntervals:
 
         self.encoding, self.width, self.layers = encoding, width, layers
         self.dropout, self.he = dropout, he
+        self.raw_time, self.calibrated = raw_time, calibrated
 
     def make(
         self, names: Sequence[str], time: TimeContext, raw: bool = False
     ) -> tuple[list[Interval], GeneratorBank]:
         """Return one interval for each name, and the bank that they read."""
         bank = GeneratorBank(
-            names, time, self.encoding, self.width, self.layers, self.dropout, self.he
+            names,
+            time,
+            self.encoding,
+            self.width,
+            self.layers,
+            self.dropout,
+            self.he,
+            self.raw_time,
         )
-        return [Temporal(bank, row) for row in range(len(names))], bank
+        return [Temporal(bank, row, self.calibrated) for row in range(len(names))], bank

@@ -1,0 +1,224 @@
+"""Measure anybody's images as the rows of a model are measured, and show both side by side.
+
+python -m tdq_exp measure samples/ --model ddim_cifar10           a folder of pictures
+python -m tdq_exp measure a.npy b.npz --model digits              arrays, uint8 [N, H, W, C]
+python -m tdq_exp measure statistics.npz --model ddim_cifar10     mu and sigma: the distance alone
+The reference, its features and their weights are the model's; overrides as of a run, such as
+data.source.path=PATH or eval.features.weights=PATH. Images are cropped and resized as the
+reference was. A distance is comparable to a row of the same number of images only.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tdq_exp.commands import cli
+from tdq_exp.config.compose import compose
+from tdq_exp.data import given
+from tdq_exp.data.given import GivenImages, GivenStatistics
+from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment import pipeline
+from tdq_exp.experiment.row import read_rows
+from tdq_exp.metrics.fidelity import VALUES, Statistics, distances, frechet_distance
+from tdq_exp.metrics.half_sampling import deviation_of_frechet
+from tdq_exp.metrics.measure import Features
+from tdq_exp.runtime import files
+from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime.progress import console, print_table, track
+
+PIECE = 512  # images that are decoded together, rounded down to whole batches
+DEVIATION = "deviation"  # of the distance, by half-sampling
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command, and return its exit code."""
+    return cli.exit_code(show, _parser().parse_intermixed_args(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.parser(__doc__, "python -m tdq_exp measure")
+
+    # What is measured, and against what.
+    parser.add_argument("sets", nargs="+", help="folders, .npy or .npz files; and overrides")
+    parser.add_argument("--model", required=True, help="whose reference and features: ddim_small")
+    parser.add_argument("--images", type=int, help="only the first so many of each set")
+
+    # Where it goes.
+    parser.add_argument("--json", type=Path, help="also write the numbers into this file")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results"),
+        help="folder of results, whose rows are shown beside (default: results)",
+    )
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
+
+    return parser
+
+
+def show(options: argparse.Namespace) -> None:
+    """Measure the sets and print them beside the rows of the model.
+
+    Raises:
+        ValueError, OSError: for options out of range, or a set that can't be read.
+    """
+    # 1. What can be refused before anything is computed.
+    if options.images is not None and options.images < 1:
+        raise ValueError(f"--images={options.images}: must be at least 1")
+
+    overrides = [text for text in options.sets if "=" in text and not Path(text).exists()]
+    job = jobs.build(
+        compose([f"model={options.model}", "method=fp", "model.weights=none", *overrides])
+    )
+    size, channels = job.model.image_size, job.model.channels
+    paths = [Path(text).expanduser() for text in options.sets if text not in overrides]
+    if not paths:
+        raise ValueError("measure: name a folder of pictures, a .npy or a .npz file")
+    sets = [given.read(path, size, channels) for path in paths]
+
+    # 2. The reference.
+    processes = Processes(cpu=options.cpu)
+    data = pipeline.load_data(job, processes)
+    features = Features(job.features(), job.evaluation.batch, processes, job.data.cache)
+    count = min(job.evaluation.reference_images or len(data.train), len(data.train))
+    reference = features.of_known(
+        data.train.content, data.train.pixels[:count], "features of the training set"
+    )
+
+    # 3. The sets.
+    measured = {
+        str(one.path): _measure(one, features, reference, job.evaluation.metrics, options.images)
+        for one in sets
+    }
+    about = {
+        "features": {"name": features.network.name, "weights": features.network.weights_hash},
+        "reference": {
+            "content": data.train.content,
+            "images": count,
+            "protocol": data.train.protocol,
+        },
+    }
+
+    _print(
+        measured, about, _rows_beside(options.out.expanduser(), job.config["model"]["label"], about)
+    )
+    for one in sets:
+        if isinstance(one, GivenImages) and one.size != (size, size):
+            console.print(
+                f"note: {one.path} holds images of {one.size[0]}x{one.size[1]}; they were cropped"
+                f" and resized to {size}x{size}, as the reference was",
+                markup=False,
+            )
+    if options.json is not None:
+        files.write_json(options.json, {"sets": measured, **about})
+        console.print(f"numbers  {options.json}", markup=False)
+
+
+def _measure(
+    one: GivenImages | GivenStatistics,
+    features: Features,
+    reference: dict[str, torch.Tensor],
+    metrics: list[str],
+    images: int | None,
+) -> dict[str, Any]:
+    """Return the numbers of one set.
+
+    Args:
+        one: the set.
+        features: how they are computed.
+        reference: layer -> features of the reference.
+        metrics: names, of `fidelity.METRICS`.
+        images: only the first so many.
+
+    Raises:
+        ValueError: naming the set, if a metric is undefined on it.
+    """
+    layers = features.network.metric_layers
+
+    try:
+        if isinstance(one, GivenStatistics):
+            theirs = Statistics.of(reference[layers["fid"]])
+            return {"fid": frechet_distance(Statistics(one.mu, one.sigma, 0), theirs)}
+
+        count = min(images or one.count, one.count)
+        found = _features(one, count, features)
+        deviation = deviation_of_frechet(found[layers["fid"]], reference[layers["fid"]])
+        return {
+            "images": count,
+            **distances(found, reference, layers, metrics),
+            DEVIATION: deviation["fid"],
+        }
+    except ValueError as error:
+        if str(error).startswith(str(one.path)):  # a picture of a folder is named already
+            raise
+        raise ValueError(f"{one.path}: {error}") from error
+
+
+def _features(one: GivenImages, count: int, features: Features) -> dict[str, torch.Tensor]:
+    """Return the features of a set's first images, decoded a piece at a time."""
+    batch, network = features.batch, features.network
+    piece = max(1, PIECE // batch) * batch
+    found = []
+
+    with track(f"features of {one.path.name}", -(-count // piece)) as advance:
+        for start in range(0, count, piece):
+            stop = min(start + piece, count)
+            pixels = one.piece(start, stop)
+            found.append(
+                network.extract(pixels, batch, features.processes.device, lambda images: None)
+            )
+            advance(f"{stop} of {count} images")
+
+    return {layer: torch.cat([part[layer] for part in found]) for layer in network.layers}
+
+
+def _rows_beside(out: Path, model: str, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a model that were measured against the same reference, best first."""
+    rows = [
+        row
+        for file in sorted((out / "runs").glob("*/seed*/*/metrics.json"))
+        for row in read_rows(file)
+        if row["config"]["model"]["label"] == model
+        and row["features"]["weights"] == about["features"]["weights"]
+        and row["reference"] == about["reference"]
+    ]
+    return sorted(rows, key=_distance)
+
+
+def _distance(row: dict[str, Any]) -> float:
+    return float(row["metrics"].get("fid", float("inf")))
+
+
+def _print(
+    measured: dict[str, dict[str, Any]], about: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
+    """Print the sets, then the rows, in one table."""
+    every = [*measured.values(), *(row["metrics"] for row in rows)]
+    keys = [key for key in VALUES if any(key in numbers for numbers in every)]
+
+    lines = [
+        [path, numbers.get("images"), *(numbers.get(key) for key in keys), numbers.get(DEVIATION)]
+        for path, numbers in measured.items()
+    ]
+    lines += [
+        [
+            f"{row['name']} {row['sample']}",
+            row["images"],
+            *(row["metrics"].get(key) for key in keys),
+            row.get("half_sampling", {}).get("fid"),
+        ]
+        for row in rows
+    ]
+
+    features, reference = about["features"], about["reference"]
+    title = (
+        f"{features['name']} features ({features['weights']}), {reference['images']} reference"
+        f" images ({reference['content']})"
+    )
+    headers = ["", "images", *(VALUES[key].label for key in keys), "its deviation"]
+    print_table(title, headers, lines)

@@ -1,0 +1,159 @@
+"""Images and statistics that somebody else made: a folder, an array, mean and covariance.
+
+| what                | read as |
+|---------------------|---------|
+| folder              | every picture in it, nested or not, in sorted order |
+| `.npy`              | uint8 `[N, H, W, C]` or `[N, H, W]` |
+| `.npz`              | the same, of its only array of pixels; or `mu` `[D]` and `sigma` `[D, D]` |
+
+Pictures are decoded when they are asked for; arrays in `.npy` are mapped, not loaded.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from tdq_exp.data.images import resize_center
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class GivenImages:
+    """Images of a known number, decoded piece by piece.
+
+    Args:
+        path: where they are from.
+        count: N.
+        size: (H, W) of the first, before it is resized.
+        piece: (start, stop) -> uint8 `[stop - start, H, W, C]`, at the size of the reference.
+    """
+
+    path: Path
+    count: int
+    size: tuple[int, int]
+    piece: Callable[[int, int], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class GivenStatistics:
+    """Mean `[D]` and covariance `[D, D]` of features that nobody knows the name of."""
+
+    path: Path
+    mu: NDArray[np.float64]
+    sigma: NDArray[np.float64]
+
+
+def read(path: Path, size: int, channels: int) -> GivenImages | GivenStatistics:
+    """Return what a path holds.
+
+    Args:
+        path: a folder of pictures, or a `.npy` or `.npz` file.
+        size: side in pixels that images are cropped and resized to, as the reference was.
+        channels: 1 (gray) or 3.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+        FileNotFoundError: if there is nothing.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.is_dir():
+        return _folder(path, size, channels)
+    if path.suffix not in (".npy", ".npz"):
+        raise ValueError(f"{path}: is no folder of pictures, .npy or .npz file")
+
+    try:
+        loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None)
+        if path.suffix == ".npy":
+            return _array(path, loaded, size, channels)
+        with loaded:
+            return _archive(path, {key: loaded[key] for key in loaded.files}, size, channels)
+    except (OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: damaged ({error}); make it again") from error
+    except ValueError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: is no array of numbers ({error})") from error
+
+
+def _folder(path: Path, size: int, channels: int) -> GivenImages:
+    pictures = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    if not pictures:
+        raise ValueError(f"{path}: holds no {', '.join(SUFFIXES)} file")
+
+    def piece(start: int, stop: int) -> NDArray[np.uint8]:
+        return np.stack([_resized(_open(f), size, channels) for f in pictures[start:stop]])
+
+    first = _open(pictures[0])
+    return GivenImages(path, len(pictures), (first.height, first.width), piece)
+
+
+def _open(file: Path) -> Image.Image:
+    try:
+        image = Image.open(file)
+        image.load()  # a truncated file is found here, not at opening
+    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{file}: not a whole image ({reason}); replace or remove it") from error
+    return image
+
+
+def _resized(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
+    """Return a picture as the reference's images were made: cropped, resized, gray or coloured."""
+    square = resize_center(image.convert("L" if channels == 1 else "RGB"), size)
+    return np.asarray(square, dtype=np.uint8).reshape(size, size, channels)
+
+
+def _archive(
+    path: Path, arrays: dict[str, NDArray], size: int, channels: int
+) -> GivenImages | GivenStatistics:
+    if {"mu", "sigma"} <= arrays.keys():
+        return _statistics(path, arrays["mu"], arrays["sigma"])
+
+    pixels = [array for array in arrays.values() if array.dtype == np.uint8 and array.ndim >= 3]
+    if len(pixels) != 1:
+        raise ValueError(
+            f"{path}: holds {', '.join(arrays) or 'nothing'}; expected one uint8 array of images,"
+            " or mu and sigma"
+        )
+    return _array(path, pixels[0], size, channels)
+
+
+def _statistics(path: Path, mu: NDArray, sigma: NDArray) -> GivenStatistics:
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(
+            f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)} are no mean [D] and"
+            " covariance [D, D]"
+        )
+    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"{path}: mu or sigma holds numbers that are not finite")
+    return GivenStatistics(path, mu, sigma)
+
+
+def _array(path: Path, pixels: NDArray, size: int, channels: int) -> GivenImages:
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"{path}: is of type {pixels.dtype}; expected uint8 pixels from 0 to 255")
+    if pixels.ndim == 3:
+        pixels = pixels[..., None]
+    if pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or not pixels.size:
+        raise ValueError(
+            f"{path}: has shape {list(pixels.shape)}; expected [N, H, W, C] with C = 1 or 3"
+        )
+
+    def piece(start: int, stop: int) -> NDArray[np.uint8]:
+        part = np.asarray(pixels[start:stop])
+        if part.shape[1:] == (size, size, channels):
+            return part
+        squeezed = part[..., 0] if part.shape[3] == 1 else part
+        return np.stack([_resized(Image.fromarray(one), size, channels) for one in squeezed])
+
+    return GivenImages(path, len(pixels), (pixels.shape[1], pixels.shape[2]), piece)

@@ -1,0 +1,87 @@
+"""Which differences between two lines of a table count.
+
+A line's *spread* is the range of its distances over seeds, or the interval of half-sampling (twice
+the deviation to either side), whichever is wider. The rule is one for all tables and claims:
+
+    two lines differ   <=>   |mean_a - mean_b| > max(spread_a, spread_b, spread of the column)
+
+The spread of the column stands in for lines of a single seed: it is that of the float model's
+sampling seeds. Lines that do not differ are ties. Where no spread is known at all, nothing can be
+told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tdq_exp.report.cells import Cell
+
+DEVIATIONS = 4.0  # width of the half-sampling interval, in standard deviations
+
+
+def used(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells that a line's numbers come from: short ones only if there are no others."""
+    filled = [cell for cell in cells if cell.row]
+    return [cell for cell in filled if not cell.short] or filled
+
+
+def values(cells: Sequence[Cell], metric: str) -> list[float]:
+    """Return a metric of a line's cells; nothing if one of them lacks it."""
+    found = [metric_of(cell, metric) for cell in used(cells)]
+    return [value for value in found if value is not None] if None not in found else []
+
+
+def metric_of(cell: Cell, metric: str) -> float | None:
+    """Return a metric of a cell's row: one that was asked for, or one that is stated beside."""
+    if cell.row is None:
+        return None
+    beside = cell.row.get("precision_recall") or {}
+    return cell.row["metrics"].get(metric, beside.get(metric))
+
+
+def mean(numbers: Sequence[float]) -> float:
+    """Return the mean of at least one number."""
+    return sum(numbers) / len(numbers)
+
+
+def spread(cells: Sequence[Cell]) -> float | None:
+    """Return the spread of a line's distances; None if there is one seed and no half-sampling."""
+    distances = values(cells, "fid")
+    widths = [max(distances) - min(distances)] if len(distances) > 1 else []
+
+    for cell in used(cells):
+        halves = (cell.row or {}).get("half_sampling")
+        if halves:
+            widths.append(DEVIATIONS * halves["fid"])
+
+    return max(widths, default=None)
+
+
+def difference(
+    ours: Sequence[Cell], theirs: Sequence[Cell], float_model: Sequence[Cell]
+) -> tuple[float, float] | None:
+    """Return how much larger one line's distance is than another's, and what it must exceed.
+
+    Args:
+        ours, theirs: cells of both lines.
+        float_model: cells of the column's float model.
+
+    Returns:
+        (mean_a - mean_b, largest of the spreads); None if a line has no distance, a short row, or
+        no spread is known.
+    """
+    a, b = values(ours, "fid"), values(theirs, "fid")
+    any_short = any(cell.short for cell in (*used(ours), *used(theirs)))
+    widths = [w for w in map(spread, (ours, theirs, float_model)) if w is not None]
+
+    if not a or not b or any_short or not widths:
+        return None
+    return mean(a) - mean(b), max(widths)
+
+
+def is_tie(
+    ours: Sequence[Cell], theirs: Sequence[Cell], float_model: Sequence[Cell]
+) -> bool | None:
+    """Return whether two lines are a tie; None if that can't be told."""
+    found = difference(ours, theirs, float_model)
+    return None if found is None else abs(found[0]) <= found[1]

@@ -1,0 +1,46 @@
+"""Why a run failed, in a file of its folder, for whoever asks later: `failed.json`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tdq_exp.runtime import files
+
+NAME = "failed.json"
+
+
+@contextmanager
+def noted(folder: Path) -> Iterator[None]:
+    """Note an error that leaves the `with` block; without one, remove an earlier note.
+
+    A run that was refused before its folder was made leaves no folder, and one that another command
+    keeps out has not failed.
+
+    Args:
+        folder: of the run.
+    """
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except Exception as error:
+        line = (str(error).splitlines() or [""])[0]
+        note = {
+            "error": f"{type(error).__name__}: {line}",
+            "when": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        }
+        if folder.is_dir():
+            with suppress(OSError):  # a full disk may be the very reason
+                files.write_json(folder / NAME, note)
+        raise
+
+    (folder / NAME).unlink(missing_ok=True)
+
+
+def failure(folder: Path) -> str | None:
+    """Return why the last run in a folder failed, or None."""
+    note = files.read_json(folder / NAME)
+    return None if note is None else f"{note['error']} ({note['when']})"

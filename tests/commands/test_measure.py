@@ -1,0 +1,124 @@
+"""Anybody's images: the numbers of the same images as an array, as pictures and as statistics."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tdq_exp.data import given
+from tdq_exp.metrics.fidelity import Statistics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (24, 8, 8, 1), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(pixels, tmp_path_factory):
+    """The images as pictures, in two folders."""
+    path = tmp_path_factory.mktemp("pictures")
+    (path / "b").mkdir()
+    for number, image in enumerate(pixels):
+        place = path / "b" if number >= 20 else path / "a.dir"
+        place.mkdir(exist_ok=True)
+        Image.fromarray(image[..., 0]).save(place / f"{number:02}.png")
+    return path
+
+
+def test_pictures_and_arrays_are_the_same_images(pixels, folder, tmp_path):
+    np.save(tmp_path / "a.npy", pixels)
+    np.savez(tmp_path / "b.npz", images=pixels[..., 0], labels=np.arange(24))
+    for path in (folder, tmp_path / "a.npy", tmp_path / "b.npz"):
+        found = given.read(path, 8, 1)
+        assert (found.count, found.size) == (24, (8, 8))
+        assert np.array_equal(found.piece(3, 22), pixels[3:22])
+
+
+def test_larger_coloured_images_become_the_references_size(tmp_path):
+    large = np.full((2, 20, 30, 3), 100, np.uint8)
+    np.save(tmp_path / "large.npy", large)
+    found = given.read(tmp_path / "large.npy", 8, 1)
+    assert found.size == (20, 30) and np.array_equal(
+        found.piece(0, 2), np.full((2, 8, 8, 1), 100, np.uint8)
+    )
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.npy", np.zeros((2, 8, 8, 1)), "float64; expected uint8"),
+        ("a.npy", np.zeros((2, 8), np.uint8), "expected \\[N, H, W, C\\]"),
+        ("a.npy", np.zeros((0, 8, 8, 3), np.uint8), "expected \\[N, H, W, C\\]"),
+        ("a.npy", b"nothing", "a.npy: "),
+        ("a.npz", b"nothing", "a.npz: "),
+        ("a.npz", {"x": np.zeros(3)}, "holds x; expected one uint8 array"),
+        ("a.npz", {"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, "no mean \\[D\\]"),
+        ("a.npz", {"mu": np.full(2, np.nan), "sigma": np.eye(2)}, "not finite"),
+        ("a.txt", b"", "no folder of pictures"),
+        ("pictures/a.png", b"\x89PNG broken", "a.png: not a whole image"),
+        ("pictures/a.txt", b"", "holds no .png"),
+    ],
+)
+def test_what_can_not_be_read_is_one_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.savez(path, **content) if isinstance(content, dict) else np.save(path, content)
+    with pytest.raises(ValueError, match=message) as error:
+        given.read(path.parent if "pictures" in name else path, 8, 1)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pickle_is_not_opened(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="a.npy: is no array of numbers"):
+        given.read(tmp_path / "a.npy", 8, 1)
+
+
+def test_sets_are_measured_beside_the_rows(inside, pixels, folder, tmp_path):
+    run = ROOT / "results" / "runs" / "digits_w4a4_lsq"
+    shutil.copytree(run, tmp_path / "results" / "runs" / run.name)
+    np.save(tmp_path / "a.npy", pixels)
+    command = [str(folder), "a.npy", "--model", "digits", "--json", "a.json", "--cpu"]
+    done = inside(*command, verb="measure")
+    assert done.returncode == 0, done.stderr
+    assert "digits_w4a4_lsq ddim50_n1000" in done.stdout and "1437 reference images" in done.stdout
+
+    measured = json.loads((tmp_path / "a.json").read_text())
+    by_folder, by_array = measured["sets"][str(folder)], measured["sets"]["a.npy"]
+    assert by_folder == by_array and by_array["images"] == 24 and by_array["deviation"] > 0
+
+    # Statistics of the same features are at the same distance.
+    from tdq_exp.config.compose import compose
+    from tdq_exp.experiment.build import features_of
+
+    network = features_of(compose(["model=digits"]))
+    vectors = network.extract(pixels, 50, torch.device("cpu"), lambda images: None)
+    mine = Statistics.of(vectors[network.metric_layers["fid"]])
+    np.savez(tmp_path / "s.npz", mu=mine.mu, sigma=mine.sigma)
+    done = inside("s.npz", "--model", "digits", "--json", "s.json", "--cpu", verb="measure")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "s.json").read_text())["sets"]["s.npz"]
+    assert measured == {"fid": pytest.approx(by_array["fid"], rel=1e-4)}
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["no.npy", "--model", "digits"], "no.npy: no such file"),
+        (["data.limit=3", "--model", "digits"], "name a folder"),
+        (["a", "--model", "digits", "--images", "0"], "--images=0"),
+    ],
+)
+def test_a_mistake_is_one_line(inside, command, message):
+    done = inside(*command, verb="measure")
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,47 @@
+"""Bit operations: of a network that is small enough to be counted by hand."""
+
+import torch
+from torch import nn
+
+from tdq_exp.deploy.operations import bit_operations, products
+from tdq_exp.quant.convert import Recipe
+from tdq_exp.quant.plan import Plan
+from tdq_exp.quant.roles import Role
+from tdq_exp.quant.rules.lsq import Lsq
+
+
+class Net(nn.Module):
+    """A strided convolution, then q and k on 4 tokens of 3 channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(2, 3, 3, stride=2, padding=1)
+        self.q, self.k = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        tokens = self.first(x).flatten(2).transpose(1, 2)
+        return self.q(tokens) + self.k(tokens)
+
+
+ROLES = {
+    "first": Role("first", "first"),
+    "q": Role("attention_qkv", "attention"),
+    "k": Role("attention_qkv", "attention"),
+}
+CONVOLUTION = 3 * 2 * 2 * 2 * 9  # outputs times inputs of each
+LINEAR = 2 * 4 * 3 * 3
+INSIDE = 2 * 4 * 4 * 3  # q k^T and its product with v
+
+
+def counted(recipe):
+    net = Net()
+    return bit_operations(products(net, lambda: net(torch.zeros(1, 2, 4, 4))), ROLES, recipe)
+
+
+def test_every_product_counts_with_the_bits_of_both_factors():
+    assert counted(None) == (CONVOLUTION + LINEAR + INSIDE) * 32**2
+    assert counted(Recipe(4, 8, Lsq, Lsq)) == (CONVOLUTION + LINEAR) * 32 + INSIDE * 64
+    edges = Recipe(4, 4, Lsq, Lsq, plan=Plan(edge_bits=8))
+    assert counted(edges) == CONVOLUTION * 64 + (LINEAR + INSIDE) * 16
+    release = Recipe(4, 4, Lsq, Lsq, plan=Plan(keep_float=["first"], attention=False))
+    assert counted(release) == (CONVOLUTION + INSIDE) * 1024 + LINEAR * 16

@@ -1,0 +1,115 @@
+"""Claims: the verdict of a rule on distances that are written down here."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from tdq_exp.config import assets
+from tdq_exp.report import cells as report_cells
+from tdq_exp.report import claims
+from tdq_exp.report.manifest import read_manifest
+
+
+def comparison(ours, theirs, float_model=(10.0, 11.0), column="ddim"):
+    """Distances -> a comparison of lines with a row for each; the float model's spread is 1."""
+
+    def cells(distances):
+        base = report_cells.Cell(column, None, "run", (), {}, Path("f"), "s", 100)
+        rows = [{"images": 100, "metrics": {"fid": fid}} for fid in distances]
+        return [dataclasses.replace(base, row=row) for row in rows]
+
+    return claims.Comparison(
+        column, "w4a4", ("a", "b"), cells(ours), cells(theirs), cells(float_model)
+    )
+
+
+@pytest.mark.parametrize(
+    "rule, ours, theirs, verdict",
+    [
+        ("smaller", [12], [13.5], "holds"),
+        ("smaller", [12], [12.5], "can't tell"),
+        ("smaller", [13.5], [12], "does not hold"),
+        ("smaller", [12, 14], [14], "can't tell"),  # seeds 2 apart, means 1
+        ("smaller", [12], [], "can't tell"),
+        ("no_larger", [12.9], [12], "holds"),
+        ("no_larger", [13.1], [12], "does not hold"),
+        ("no_larger", [9], [12], "holds"),
+    ],
+)
+def test_a_rule_looks_beyond_the_spread(rule, ours, theirs, verdict):
+    assert claims._verdict(rule, comparison(ours, theirs)) == verdict
+
+
+def test_without_any_spread_nothing_is_told():
+    assert claims._verdict("smaller", comparison([1], [100], [10.0])) == "can't tell"
+
+
+def test_gains_are_relative_and_so_are_their_spreads():
+    first, second = comparison([10], [20]), comparison([90], [100], column="ldm")
+    assert first.gain == (0.5, 0.05) and second.gain == (0.1, 0.01)
+    assert claims._less_gain(first, second) == "holds"
+    assert claims._less_gain(second, first) == "does not hold"
+    assert claims._less_gain(first, comparison([11], [20])) == "can't tell"
+
+
+def test_a_claim_fails_with_one_comparison_and_holds_with_all():
+    (claim, *_) = claims.read_claims()
+    judged = [
+        claims.Judged(claim, [], verdicts).verdict
+        for verdicts in (["holds"] * 2, ["holds", "can't tell"], ["holds", "does not hold"], [])
+    ]
+    assert judged == ["holds", "can't tell", "does not hold", "can't tell"]
+
+
+def test_every_claim_asks_for_lines_of_the_tables():
+    """What a claim compares is run by a table, unless it samples with other steps."""
+    asked = {
+        json.dumps(manifest.choices("small", column, line), sort_keys=True)
+        for number in range(1, 9)
+        for manifest in [read_manifest(f"table{number}")]
+        for column in manifest.at("small")
+        for line in manifest.lines
+    }
+    models = read_manifest("table1").columns
+    for claim in claims.read_claims():
+        for column in claim.columns:
+            for at in claim.at:
+                for line in (claim.ours, *claim.theirs):
+                    if line.get("method") == "fp":
+                        continue
+                    choices = {**models[column].scales["small"], **claim.shared, **at, **line}
+                    choices = {k: v for k, v in choices.items() if k not in ("label", "overrides")}
+                    assert json.dumps(choices, sort_keys=True) in asked, (claim.name, choices)
+
+
+def test_an_unknown_rule_is_refused(tmp_path, monkeypatch):
+    text = (assets.configs() / "claims.yaml").read_text().replace("no_larger", "nearly")
+    (tmp_path / "claims.yaml").write_text(text)
+    monkeypatch.setattr(assets, "configs", lambda: tmp_path)
+    with pytest.raises(ValueError, match="no-loss: rule='nearly'"):
+        claims.read_claims()
+
+
+def test_the_page_says_what_holds_and_where_the_rows_lie(tmp_path):
+    claim = next(claim for claim in claims.read_claims() if claim.name == "s1000")
+    (judged,) = claims.judge([claim], "digits", tmp_path)
+    (one,) = judged.comparisons
+    assert judged.verdict == "can't tell"
+
+    for cells, fid in ((one.ours, 2.0), (one.theirs, 3.0), (one.float_model, 1.0)):
+        for number, cell in enumerate(cells[:2]):
+            row = {
+                "config": cell.config, "images": 1000, "report": "last",
+                "metrics": {"fid": fid + number / 10}, "weights": cell.nets["weights"],
+            }  # fmt: skip
+            path = cell.folder / cell.sample / "metrics.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"rows": [row]}))
+
+    judged = claims.judge([claim], "digits", tmp_path)
+    page = claims.markdown(judged, "digits", tmp_path)
+    assert "## s1000: holds" in page and "| TDQ 2.05 (2 seeds) | S1000 3.05 (2 seeds) |" in page
+    assert "| -1.00 | 0.1 | holds |" in page
+    assert "`runs/digits_w4a4_lsq_s1000_release/seed1/ddim50_n1000`" in page

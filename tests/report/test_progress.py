@@ -1,0 +1,105 @@
+"""The state of a cell is told by the files of its run."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tdq_exp.report import cells as report_cells
+from tdq_exp.report import progress
+from tdq_exp.report.manifest import read_manifest
+
+NOW = 1e9
+
+
+@pytest.fixture(scope="module")
+def asked():
+    manifest = read_manifest("table1")
+    few = dataclasses.replace(manifest, lines=manifest.lines[1:2])
+    float_cell, *_, lsq = report_cells.cells_of(few, "digits", Path("results"))
+    return float_cell, lsq
+
+
+@pytest.fixture
+def cell(asked, tmp_path):
+    return dataclasses.replace(asked[1], folder=tmp_path / "seed0")
+
+
+def put(path, content, age=3600.0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, np.ndarray):
+        np.save(path, content)
+    else:
+        path.write_text(json.dumps(content))
+    os.utime(path, (NOW - age, NOW - age))
+
+
+def state(cell):
+    found = progress.state_of(report_cells.find(cell), NOW)
+    return found.state, found.detail
+
+
+def row(cell, **changes):
+    config = json.loads(json.dumps(cell.config))
+    seconds = {"fit": 100.0, "sample": 500.0, "measure": 250.0}
+    return {
+        "config": config, "images": 1000, "report": "last", "metrics": {"fid": 1.0},
+        "seconds": seconds, "weights": cell.nets["weights"], **changes,
+    }  # fmt: skip
+
+
+def test_every_state_of_a_run_from_nothing_to_its_row(cell):
+    assert state(cell) == ("missing", "")
+
+    put(cell.folder / "fit.json", {"done": False})
+    assert state(cell) == ("half done", "fit begun")
+    put(cell.folder / "state.pt", {}, age=60)
+    assert state(cell) == ("running", "fit begun")
+    put(cell.folder / "failed.json", {"error": "OSError: full", "when": "today"}, age=10)
+    assert state(cell) == ("failed", "OSError: full (today); fit begun")
+    put(cell.folder / ".lock", {}, age=10)
+    assert state(cell) == ("running", "fit begun")
+
+    for name in (".lock", "failed.json", "state.pt"):
+        (cell.folder / name).unlink()
+    put(cell.folder / "fit.json", {"done": True})
+    assert state(cell) == ("half done", "fit done, not sampled")
+
+    groups = np.array([1, 1, 1, 0, 0, 0, 0, 0, 0, 0], np.uint8)
+    put(cell.folder / cell.sample / "images" / "groups.npy", groups)
+    assert state(cell) == ("half done", "300 of 1000 images")
+
+    metrics = cell.folder / cell.sample / "metrics.json"
+    put(metrics, {"rows": [row(cell)]})
+    assert state(cell) == ("done", "")
+    old = row(cell)
+    old["config"]["fit"]["lr"] = 1.0
+    put(metrics, {"rows": [old]})
+    assert state(cell) == ("stale", f"fit.lr: 1.0 -> {cell.config['fit']['lr']}")
+
+
+def test_a_damaged_map_of_groups_is_one_line(cell):
+    groups = cell.folder / cell.sample / "images" / "groups.npy"
+    groups.parent.mkdir(parents=True)
+    groups.write_bytes(b"no array")
+    with pytest.raises(ValueError, match="groups.npy: damaged"):
+        state(cell)
+
+
+def test_the_time_left_follows_the_rows_of_the_same_kind(asked, cell, tmp_path):
+    float_cell, lsq = asked
+    other = dataclasses.replace(lsq, run="other", row=row(lsq))
+    done = progress.CellState(other, progress.DONE)
+    half = progress.CellState(cell, progress.HALF, fit_done=True, sampled=0.4)
+    whole = progress.CellState(cell, progress.MISSING)
+
+    assert progress.seconds_left([done, whole]) == {cell.key: 850.0}
+    assert progress.seconds_left([done, half]) == {cell.key: 0.6 * 500 + 250}
+    assert progress.seconds_left([whole]) == {cell.key: None}
+
+    # A float model has no rows of its own kind here: those of the model stand in.
+    waiting = progress.CellState(float_cell, progress.MISSING)
+    assert progress.seconds_left([done, waiting])[float_cell.key] == 850.0
