@@ -41,12 +41,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed",
         type=int,
-        default=0,
-        help="of the starting noise (default: 0, the measured images)",
+        help="of the starting noise (default: the run's; with its steps, its batch and the fake"
+        " engine these are its measured images)",
     )
 
     # How, and where it goes.
-    parser.add_argument("--batch", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument(
+        "--batch", type=int, help="images that are computed together (default: the run's)"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -72,8 +74,9 @@ def draw(options: argparse.Namespace) -> None:
 
     # 1. What can be refused before anything is loaded.
     for name in ("images", "batch"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name}={getattr(options, name)}: must be at least 1")
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}={value}: must be at least 1")
 
     if options.out.exists() and any(options.out.iterdir()):
         raise ValueError(f"--out={options.out}: is not empty; name another folder")
@@ -81,7 +84,7 @@ def draw(options: argparse.Namespace) -> None:
     if options.engine not in ("fake", "integer"):
         raise ValueError(f"--engine={options.engine}: choose fake or integer")
 
-    # 2. The network, on the engine that was asked for.
+    # 2. The network, and how it is sampled.
     job, net = load(options.run)
     if not job.fit.options.fits_network:
         raise ValueError(
@@ -97,38 +100,37 @@ def draw(options: argparse.Namespace) -> None:
 
     sampler.check(job.model.schedule)
 
-    size = job.model.image_size
-    processes = Processes(cpu=options.cpu)
-    net, _ = sample_stage.engine(
-        net,
-        job.model,
-        options.engine,
-        batch=options.batch,
-        min_speedup=1.0,
-        folder=options.out,
-        processes=processes,
-    )
+    seed = job.sampling.seed if options.seed is None else options.seed
+    batch = options.batch or job.sampling.batch
 
     # 3. The images, as an array, as PNGs and side by side.
-    store = ImageStore(
-        options.out / "images", options.images, options.batch, (size, size, job.model.channels)
-    )
+    processes = Processes(cpu=options.cpu)
+    try:
+        net, _ = sample_stage.engine(
+            net,
+            job.model,
+            options.engine,
+            batch=batch,
+            min_speedup=1.0,
+            folder=options.out,
+            processes=processes,
+        )
 
-    sample_stage.sample_set(
-        Denoiser(net, job.model),
-        sampler,
-        store,
-        seed=options.seed,
-        processes=processes,
-        truncate=job.sampling.truncate,
-    )
+        size, channels = job.model.image_size, job.model.channels
+        store = ImageStore(options.out / "images", options.images, batch, (size, size, channels))
+        sample_stage.sample_set(
+            Denoiser(net, job.model),
+            sampler,
+            store,
+            seed=seed,
+            processes=processes,
+            truncate=job.sampling.truncate,
+        )
 
-    sample_stage.write_pngs(store.read(), options.out)
-    figures.sample_grid(
-        {f"{job.name}, seed {options.seed}": store.read()}, options.out / "grid.png"
-    )
-
-    processes.close()
+        sample_stage.write_pngs(store.read(), options.out)
+        figures.sample_grid({f"{job.name}, seed {seed}": store.read()}, options.out / "grid.png")
+    finally:
+        processes.close()
 
     console.print(
         f"{options.images} images in {options.out}, side by side in {options.out / 'grid.png'}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tdq_exp.data.images import Images
 from tdq_exp.data.latents import encoded
+from tdq_exp.diffusion.draws import Stream, generator
 from tdq_exp.diffusion.objective import LOSSES, Samples, noise_prediction_loss
 from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.models.attention import quantize_attention
@@ -91,6 +92,12 @@ class DiffusionModel(Trainable):
         return self.codec.channels if self.codec else int(self.network["in_channels"])
 
     @property
+    def classes(self) -> int | None:
+        """Number of classes of a class-conditional network; None for an unconditional one."""
+        number = self.network.get("num_class_embeds")
+        return None if number is None else int(number)
+
+    @property
     def sample_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what the network denoises."""
         side = int(self.network["sample_size"])
@@ -156,7 +163,7 @@ class DiffusionModel(Trainable):
             net: the network, float or quantized.
             x_t: `[B, C, H, W]`.
             t: `[B]`, or 0-dim for a batch at one time step.
-            condition: class labels `[B]` of a class-conditional network.
+            condition: class labels `[B]` of a class-conditional network, int64.
 
         Returns:
             eps_hat, `[B, C, H, W]`.
@@ -164,10 +171,26 @@ class DiffusionModel(Trainable):
         options = {} if condition is None else {"class_labels": condition}
         return net(x_t, t, return_dict=False, **options)[0]
 
-    def training_loss(self, net: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Return the noise-prediction loss of a batch: x_0 and eps `[B, C, H, W]`, t `[B]`."""
-        eps_hat = self.predict(net, self.schedule.add_noise(x_0, eps, t), t)
+    def training_loss(
+        self,
+        net: nn.Module,
+        x_0: Tensor,
+        t: Tensor,
+        eps: Tensor,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Return the noise-prediction loss of a batch. Arguments as `Trainable.training_loss`."""
+        x_t = self.schedule.add_noise(x_0, eps, t)
+        eps_hat = self.predict(net, x_t, t, condition)
         return noise_prediction_loss(eps_hat, eps, self.loss)
+
+    def draw_condition(self, seed: int, stream: Stream, indices: range) -> Tensor | None:
+        """Return a class for each image, uniform, `[B]`; see `Trainable.draw_condition`."""
+        if self.classes is None:
+            return None
+
+        generators = [generator(seed, Stream.CONDITION, int(stream), i) for i in indices]
+        return torch.stack([torch.randint(self.classes, (), generator=g) for g in generators])
 
     def roles(self, net: nn.Module) -> dict[str, Role]:
         """Return what each convolution and linear layer is for."""

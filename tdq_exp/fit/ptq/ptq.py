@@ -128,7 +128,7 @@ class Ptq(QuantizedFit[PtqOptions]):
         history = fit_to_set(net, float_net, model, samples, self.options, context)
         began, corrected = time.monotonic(), {}
         if self.options.corrects:
-            corrected["correction"] = ptqd.correct(net, float_net, model, samples, processes.device)
+            corrected["correction"] = ptqd.correct(net, float_net, model, samples, processes)
         correction_seconds = time.monotonic() - began
 
         # 4. What it is worth.
