@@ -59,16 +59,19 @@ def is_value(override: str) -> bool:
 
 
 def share(cases):
-    """One mistake for each key and choice; all of them where `TDQ_FAULTS=all` asks for them."""
+    """One mistake for each key, and for each kind; all where `TDQ_FAULTS=all` asks for them."""
     if os.environ.get("TDQ_FAULTS") == "all":
         return cases
-    first = {}
+
+    keys, kinds, kept = set(), set(), []
     for wrong in cases:
         *choices, value = wrong.overrides
-        key = value.partition("=")[0]
-        of_one_kind = key.rpartition(".")[2] if "label" in key else wrong.words
-        first.setdefault((*choices, key, of_one_kind), wrong)
-    return list(first.values())
+        key, kind = (*choices, value.partition("=")[0]), wrong.words[1:]
+        if key not in keys or kind not in kinds:
+            kept.append(wrong)
+        keys.add(key)
+        kinds.add(kind)
+    return kept
 
 
 @pytest.mark.parametrize("wrong", share(COMPOSED), ids=name)
