@@ -17,6 +17,7 @@ VERBS = {
         "tdq_exp.commands.pack",
         "write a quantized run as one file, weights at their real bit width",
     ),
+    "verify": ("tdq_exp.commands.verify", "check the checksums of a run, a folder or a table"),
     "export": ("tdq_exp.commands.export", "write a quantized run as an ONNX graph"),
 }
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tdq_exp.models.weights.save import save_weights
 from tdq_exp.quant.layers import smallest_integer_type
+from tdq_exp.runtime import tensor_files
 
 FORMAT = "tdq_exp packed 1"
 CHUNK = 1 << 20  # codes at a time; a multiple of 8, so that chunks end at whole bytes
@@ -150,24 +150,20 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str, dict[str, 
         ValueError: if the file is damaged, or is not a packed network.
     """
     try:
-        with safe_open(str(path), framework="pt") as file:
-            about = file.metadata() or {}
-            if about.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path}: is not a packed network (its header does not say `{FORMAT}`)"
-                )
-
-            packed = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-        state = unpack(packed, json.loads(about["packed"]))
+        found = tensor_files.read_tensors(path)
+        about = found.metadata
+        if about.get("format") != FORMAT:
+            raise ValueError(
+                f"{path}: is not a packed network (its header does not say `{FORMAT}`)"
+            )
 
         return (
-            state,
+            unpack(found.tensors, json.loads(about["packed"])),
             json.loads(about["config"]),
             about["fit"],
             json.loads(about.get("parts", "{}")),
         )
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError) as error:
         raise ValueError(
             f"{path}: damaged or missing packed network ({str(error).splitlines()[0]})"
         ) from error

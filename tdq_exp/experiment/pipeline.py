@@ -13,12 +13,15 @@ import torch
 
 from tdq_exp.data.images import Data, load_images
 from tdq_exp.experiment import show as pictures
+from tdq_exp.experiment import verify
 from tdq_exp.experiment.build import Experiment
-from tdq_exp.experiment.fit_stage import FittedModel, finished_net, run_fit
+from tdq_exp.experiment.fit_stage import FittedModel, run_fit
 from tdq_exp.experiment.measure_stage import run_measures
+from tdq_exp.experiment.network import finished_net
 from tdq_exp.experiment.row import write_row
 from tdq_exp.experiment.sample_stage import sample_stage_of
 from tdq_exp.fit.loop import best_file
+from tdq_exp.runtime import files
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.tracking import Tracker
 
@@ -33,6 +36,10 @@ def run(job: Experiment) -> list[dict[str, Any]]:
     tracker: Tracker | None = None
 
     try:
+        # What killed runs left behind.
+        for place in (job.folder, job.data.cache):
+            processes.decide(partial(files.sweep, place))
+
         data = load_data(job, processes)
         kind = tracking.kind if processes.main else "none"
         tracker = Tracker(
@@ -42,15 +49,30 @@ def run(job: Experiment) -> list[dict[str, Any]]:
         fit = run_fit(job, data, processes, tracker)
 
         # A fit without a row ends here.
-        if not job.fit.options.gives_rows:
-            return []
-        if job.fit.options.chooses_checkpoint:
-            return [best_of_checkpoints(job, data, fit, processes, tracker)]
-        return [last_network(job, data, fit, processes, tracker)]
+        options, rows = job.fit.options, []
+        if options.gives_rows:
+            measured = best_of_checkpoints if options.chooses_checkpoint else last_network
+            rows = [measured(job, data, fit, processes, tracker)]
+
+        processes.decide(partial(_require_whole, job))
+        return rows
     finally:
         if tracker is not None:
             tracker.close()
         processes.close()
+
+
+def _require_whole(job: Experiment) -> None:
+    """Refuse a run folder with a damaged file that no stage has made again.
+
+    Raises:
+        ValueError: naming the first one.
+    """
+    faults = verify.run_faults(job.folder, everything=False)
+    faults = [fault for fault in faults if "migrate_records.py" not in fault]
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise ValueError(f"{faults[0]}{more}")
 
 
 def load_data(job: Experiment, processes: Processes) -> Data:
@@ -63,7 +85,7 @@ def load_data(job: Experiment, processes: Processes) -> Data:
     if source is None:
         raise ValueError("data.source: this experiment was built without its data")
 
-    def load() -> Data:
+    def load(check: bool) -> Data:
         size, channels = job.model.image_size, job.model.channels
         read = partial(
             load_images,
@@ -72,12 +94,13 @@ def load_data(job: Experiment, processes: Processes) -> Data:
             channels=channels,
             cache=job.config["data"]["cache"],
             limit=job.data.limit,
+            check=check,
         )
         return Data(read("train"), read("validation"))
 
-    # The main process writes the cache; then all read it.
-    processes.decide(lambda: load() and None)
-    return load()
+    # The main process writes and checks the cache; then all read it.
+    processes.decide(lambda: load(check=True) and None)
+    return load(check=False)
 
 
 def last_network(
@@ -98,7 +121,8 @@ def best_of_checkpoints(
     candidates, any_new = [], False
 
     for update in fit.facts["best"]:
-        net = partial(finished_net, job, processes.device, best_file(job.folder, update))
+        file = best_file(job.folder, update)
+        net = partial(finished_net, job, fit.fingerprint, processes.device, file)
         sampling = sample_stage_of(job, fit, folder / f"update{update}", net, update)
         row, new = run_measures(job, data, fit, sampling, processes)
         candidates.append(row)
@@ -106,6 +130,7 @@ def best_of_checkpoints(
 
     best = dict(min(candidates, key=lambda row: row["metrics"]["fid"]))
     best["candidates"] = [{"update": r["update"], "metrics": r["metrics"]} for r in candidates]
+    best = files.sealed(best)
     processes.decide(lambda: write_row(folder / "metrics.json", best))
 
     chosen = folder / f"update{best['update']}"

@@ -111,7 +111,7 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
                 f"{folder / 'images'}: images that no samples.json speaks of;"
                 " remove them to sample again"
             )
-        earlier = float(found["seconds"]) if found else 0.0
+        earlier = float(found.get("seconds", 0.0)) if found else 0.0
         record.write({"seconds": earlier})
         return earlier
 
@@ -209,6 +209,7 @@ def sample_set(
     group_sampler = DenoisingGraph(sampler) if isinstance(sampler, Ddim) else sampler
 
     began = time.monotonic()
+    failed: OSError | None = None
     with track("sampling", len(every), done, show=processes.main) as advance:
         for group in mine:
             pixels = sample_group(
@@ -220,16 +221,21 @@ def sample_set(
                 truncate=truncate,
             )
 
-            store.put(group, pixels)
-            if on_group is not None and processes.main:
-                on_group(time.monotonic() - began)
+            # A full disk on one process ends all of them, once each has finished its groups.
+            try:
+                store.put(group, pixels)
+                if on_group is not None and processes.main:
+                    on_group(time.monotonic() - began)
+            except OSError as error:
+                failed = error
+                break
 
             for _ in range(processes.world):  # the others go at the same pace
                 if done < len(every):
                     done += 1
                     advance(f"{min((group + 1) * store.batch, store.images)} images")
 
-    processes.barrier()
+    processes.raise_any(failed)
     return time.monotonic() - began
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tdq_exp.diffusion.draws import Draws, Stream, draw_batch, fixed_draws, seed_global
 from tdq_exp.diffusion.objective import Samples
-from tdq_exp.fit.checkpoint import load_state, save_state
+from tdq_exp.fit.checkpoint import load_state, remove_earlier, save_state, whole_state
 from tdq_exp.fit.ema import Ema
 from tdq_exp.fit.options import TrainOptions
 from tdq_exp.models.trainable import Trainable
@@ -153,6 +153,7 @@ class Training:
                 if done == options.stop_after and done < options.updates:
                     raise Interrupted(f"stopped after update {done}, as asked")
 
+        self.processes.decide(lambda: remove_earlier(self.state_file))
         return self.ema.net, self.history
 
     def _update(self, shared: nn.Module, update: int) -> float:
@@ -222,13 +223,16 @@ class Training:
         ranked = sorted([*self.history.best, (loss, update)])
         self.history.best, dropped = ranked[: self.checkpoints], ranked[self.checkpoints :]
 
-        if self.processes.main:
+        def replace() -> None:
             folder = self.context.folder
             if (loss, update) in self.history.best:
                 about = {"update": str(update), "loss": repr(loss)}
+                about["fit"] = self.context.fingerprint
                 save_weights(self.ema.net, best_file(folder, update), about)
             for _, old in dropped:
                 best_file(folder, old).unlink(missing_ok=True)
+
+        self.processes.decide(replace)
 
     def _save(self, update: int) -> None:
         """Write all that the next update depends on."""
@@ -243,7 +247,7 @@ class Training:
             "best": self.history.best,
             "seconds": self.history.seconds,
         }
-        self.processes.decide(lambda: save_state(self.state_file, state))
+        self.processes.decide(lambda: save_state(self.state_file, state, keep_earlier=True))
 
     def _restore(self) -> int:
         """Put back the state of an interrupted run; return the number of its updates.
@@ -251,7 +255,8 @@ class Training:
         Raises:
             ValueError: if it is of another fit, or of another number of processes.
         """
-        state = load_state(self.state_file)
+        file = self.processes.decide(lambda: whole_state(self.state_file))
+        state = load_state(file) if file is not None else None
         if state is None:
             return 0
 

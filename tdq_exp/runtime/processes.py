@@ -100,6 +100,18 @@ class Processes:
         """Return one small object from every process, in rank order, on all of them."""
         return list(gather_object([value])) if self.world > 1 else [value]
 
+    def raise_any(self, error: OSError | None) -> None:
+        """Raise, on every process, the error that one of them met while they worked apart.
+
+        Raises:
+            OSError: the first one, in rank order.
+        """
+        met = [found for found in self.gather_objects(error) if found is not None]
+        if met:
+            # The main process prints it for all.
+            met[0].told = not self.main  # type: ignore[attr-defined]
+            raise met[0]
+
     def decide(self, ask: Callable[[], T]) -> T:
         """Call `ask` on the main process only, and return its answer, or raise its error, on all.
 

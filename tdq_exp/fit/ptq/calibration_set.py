@@ -164,7 +164,7 @@ def check(folder: Path, parts: Mapping[str, Any]) -> None:
         FileNotFoundError: if there is no set.
         ValueError: names up to four differences.
     """
-    about = files.read_json(folder / "about.json")
+    about = files.read_json(folder / "about.json", needs=["fingerprint", "parts"])
     if about is None:
         raise FileNotFoundError(
             f"calibration.path={folder}: holds no calibration set (about.json is missing)"
@@ -213,7 +213,7 @@ def make_set(
     if path is not None:
         processes.decide(lambda: check(folder, parts))
     else:
-        processes.decide(lambda: None if (folder / "about.json").exists() else found.create(parts))
+        processes.decide(lambda: found.create(parts))
 
     # Each process makes its share of the groups that are missing.
     missing = processes.decide(found.missing)
