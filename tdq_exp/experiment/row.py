@@ -13,7 +13,7 @@ from typing import Any
 
 from tdq_exp.runtime import files
 
-NEEDED = {"config", "features", "fingerprints", "images", "metrics", "name", "report"}
+NEEDED = {"config", "features", "images", "metrics"}
 REAL = ("held_out", "reconstructed")  # sets of real images that are measured beside the sampled one
 
 
@@ -130,7 +130,8 @@ class RowRecord:
     def find(self) -> dict[str, Any] | None:
         """Return the row of this fingerprint, or None."""
         rows = read_rows(self.file)
-        return next((r for r in rows if r["fingerprints"]["measure"] == self.fingerprint), None)
+        stated = [row.get("fingerprints", {}).get("measure") for row in rows]
+        return dict(zip(stated, rows, strict=True)).get(self.fingerprint)
 
     def write(self, row: dict[str, Any]) -> None:
         """Add the row, in place of an older one of the same features."""

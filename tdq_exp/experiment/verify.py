@@ -127,7 +127,7 @@ def _row_faults(
     row: Mapping[str, Any], fit: Mapping[str, Any] | None, samples: Mapping[str, Any] | None
 ) -> Iterable[str]:
     """Yield what a row and the records beside it do not agree on."""
-    stated = row["fingerprints"]
+    stated = row.get("fingerprints", {})
     numbers = [v for v in row["metrics"].values() if isinstance(v, int | float)]
     if not all(math.isfinite(number) for number in numbers):
         yield "a metric is not a number"
@@ -136,8 +136,8 @@ def _row_faults(
     if fit is not None:
         if stated.get("fit") != fit["fingerprint"]:
             yield f"a row is of the fit {stated.get('fit')}, beside it is {fit['fingerprint']}"
-        if row["name"] != fit.get("name", row["name"]):
-            yield f"a row is of the run {row['name']}, beside it is {fit['name']}"
+        if row.get("name") != fit.get("name"):
+            yield f"a row is of the run {row.get('name')}, beside it is {fit.get('name')}"
         weights = fit.get("facts", {}).get("weights")
         if row.get("weights") != weights:
             yield f"a row is of the weights {row.get('weights')}, the fit is of {weights}"
@@ -145,7 +145,8 @@ def _row_faults(
     # The set.
     if samples is not None:
         if stated.get("sample") != samples["fingerprint"]:
-            yield f"a row is of the set {stated.get('sample')}, beside it is {samples['fingerprint']}"
+            beside = samples["fingerprint"]
+            yield f"a row is of the set {stated.get('sample')}, beside it is {beside}"
         asked = samples["parts"].get("sampler", {}).get("images")
         if row["images"] != asked:
             yield f"a row is of {row['images']} images, its set has {asked}"
@@ -154,7 +155,7 @@ def _row_faults(
     data = fit["parts"].get("data") if fit is not None else None
     if data and data["train"] == row["reference"]["content"]:
         features = [row["features"]["name"], row["features"]["weights"]]
-        parts = measure_parts(stated.get("sample"), features, data, row["config"]["eval"])
+        parts = measure_parts(str(stated.get("sample")), features, data, row["config"]["eval"])
         if files.fingerprint(parts) != stated.get("measure"):
             yield "a row's measurement has another fingerprint than its parts give"
 
