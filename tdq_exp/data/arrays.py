@@ -34,6 +34,9 @@ def open_array(path: Path, mode: Any = "r") -> np.memmap[Any, Any]:
         ValueError: if it is no whole array: cut short, too long, or of Python objects.
     """
     try:
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)  # NumPy would take anything else for a pickle
+
         # Opened for writing, a file that was cut short would be filled up with zeros.
         array = np.load(path, mmap_mode="r")
         if path.stat().st_size != array.offset + array.nbytes:
