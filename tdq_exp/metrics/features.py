@@ -65,6 +65,7 @@ class EfficientNetLite0(FeatureExtractorBase):
         # Depthwise convolutions dominate here, and on a CPU they run 1.4 to 1.9 times as fast in
         # this layout.
         self.network = network.to(memory_format=torch.channels_last)
+        self.session = _lite_session(network)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Compute both layers.
@@ -79,6 +80,9 @@ class EfficientNetLite0(FeatureExtractorBase):
             images.float(), size=(self.IMAGE_SIZE, self.IMAGE_SIZE), mode="bicubic", antialias=True
         )
         x = (x.clamp(0, 255) - 127) / 128  # bicubic interpolation overshoots at edges
+        if self.session is not None and x.device.type == "cpu":
+            return self.session(x)
+
         x = x.contiguous(memory_format=torch.channels_last)
         pool = self.network.extract_features(x).mean(dim=(2, 3))
         return pool, self.network._fc(pool)
@@ -168,6 +172,12 @@ class FeatureNetwork:
         self.metric_layers = {
             metric: extractor.get_default_feature_layer_for_metric(metric) for metric in METRICS
         }
+
+    def engine(self, device: torch.device | str) -> str:
+        """Return what computes the features on a device: `torch`, or ONNX Runtime's version."""
+        if torch.device(device).type == "cpu" and getattr(self.extractor, "session", None):
+            return str(self.extractor.session.engine)
+        return "torch"
 
     @property
     def weights_hash(self) -> str:
@@ -337,6 +347,15 @@ def digits(weights: str | Path) -> FeatureNetwork:
         ) from error
 
     return FeatureNetwork(extractor)
+
+
+def _lite_session(network: nn.Module) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None:
+    """Return the network on ONNX Runtime, or None where that is not installed."""
+    try:
+        from tdq_exp.metrics.lite_runtime import LiteSession
+    except ImportError:
+        return None
+    return LiteSession(network.eval())
 
 
 def _cached_inception() -> Path:
