@@ -43,7 +43,8 @@ def open_array(path: Path, mode: Any = "r") -> np.memmap[Any, Any]:
             raise ValueError("its size is not that of its array")
         return array if mode == "r" else np.load(path, mmap_mode=mode)
     except (ValueError, OSError, EOFError, TypeError, SyntaxError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        known = error.strerror if isinstance(error, OSError) else None
+        reason = known or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: damaged ({reason})") from error
 
 

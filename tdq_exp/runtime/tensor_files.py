@@ -30,6 +30,7 @@ from tdq_exp.runtime.hashes import tensor_hash
 
 CHECKSUM = "checksum"
 _CHECKSUM_VALUE = re.compile(r"sha256:[0-9a-f]{16}:[0-9a-f]{16}")
+WHOLE = "put a whole file in its place, or remove it"
 _PIECE = 1 << 22  # bytes that are read at a time
 
 # How safetensors spells the types.
@@ -125,15 +126,15 @@ def read_tensors(path: Path) -> TensorFile:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         reason = "the file is empty" if path.stat().st_size == 0 else _first_line(error)
-        raise files.damaged(path, reason, "get or make it again") from error
+        raise files.damaged(path, reason, WHOLE) from error
 
     # A damaged name of the key does not turn the check off.
     found = metadata.pop(CHECKSUM, None)
     if found is None:
         if any(_CHECKSUM_VALUE.fullmatch(value) for value in metadata.values()):
-            raise files.damaged(path, "the name of its checksum is damaged", "make it again")
+            raise files.damaged(path, "the name of its checksum is damaged", WHOLE)
     elif found != _checksum(tensors, metadata):
-        raise files.damaged(path, "its content does not match its checksum", "make it again")
+        raise files.damaged(path, "its content does not match its checksum", WHOLE)
     return TensorFile(tensors, metadata, found is not None)
 
 
