@@ -82,7 +82,6 @@ READERS = {
         "report.cells",
         "deploy.packed",  # of a header whose checksum is verified
         "models.weights.load",  # the config of a diffusers folder
-        "runtime.tracking",  # the identity of a wandb run
     },
 }
 

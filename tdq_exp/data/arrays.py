@@ -44,7 +44,7 @@ def open_array(path: Path, mode: Any = "r") -> np.memmap[Any, Any]:
         return array if mode == "r" else np.load(path, mmap_mode=mode)
     except (ValueError, OSError, EOFError, TypeError, SyntaxError, AttributeError) as error:
         known = error.strerror if isinstance(error, OSError) else None
-        reason = known or (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = known or (str(error).strip() or type(error).__name__).splitlines()[0][:80]
         raise ValueError(f"{path}: damaged ({reason})") from error
 
 

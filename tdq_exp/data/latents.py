@@ -131,6 +131,7 @@ def encoded(
 
     # Groups that are not on disk yet; this process takes its share.
     missing = processes.decide(begin)
+    failed: OSError | None = None
     done = found.arrays.groups - len(missing)
     with track(
         "encoding images", found.arrays.groups, done, show=processes.main and bool(missing)
@@ -146,8 +147,12 @@ def encoded(
                     torch.stack([value.cpu() for value in encode(batch.to(processes.device))], 1)
                 )
 
-            found.arrays.put(group, moments=torch.stack(sides, 1).numpy())
+            try:
+                found.arrays.put(group, moments=torch.stack(sides, 1).numpy())
+            except OSError as error:  # the other processes must hear of it
+                failed = error
+                break
             advance(f"{int(index[-1]) + 1} images")
 
-    processes.barrier()
+    processes.raise_any(failed)
     return found

@@ -222,7 +222,7 @@ def _file_faults(
     if file.suffix == ".json":
         _tried(found, lambda: files.read_json(file, must_be_sealed=must_be_sealed))
     elif file.suffix == ".png" and not figures.is_whole(file):
-        found.append(f"{file}: damaged; remove it, and the run's command draws it again")
+        found.append(f"{file}: damaged (no whole picture); remove it")
     elif file.suffix == ".pt":
         checked = _tried(found, lambda: tensor_files.check_state(file))
         if must_be_sealed and checked is False:

@@ -204,6 +204,8 @@ def read_json(
     if not isinstance(content, dict):
         raise damaged(path, f"a {type(content).__name__} in place of an object")
 
+    if not content:
+        raise damaged(path, "it is empty")
     require_seal(path, content, must_be_sealed)
 
     if missing := [key for key in needs if key not in content]:

@@ -155,3 +155,16 @@ def test_a_changed_row_is_a_fault_and_is_in_no_table(path, value, fault, tmp_pat
         pytest.skip("outside of a checkout no commit is known")
     assert faults and any(fault in line for line in faults)
     assert last == "commit" or verify.row_faults(file)
+
+
+def test_the_verb_verify_says_what_is_wrong_and_ends_with_a_code(tmp_path, inside):
+    run = tmp_path / "digits_w4a4_lsq_tdq" / "seed0"
+    shutil.copytree(RUNS / "digits_w4a4_lsq_tdq" / "seed0", run)
+    whole = inside(str(run), verb="verify")
+    assert whole.returncode == 0 and "whole" in whole.stdout
+
+    file = run / "ddim50_n1000" / "metrics.json"
+    file.write_text(file.read_text().replace('"fid"', '"fie"'))
+    found = inside(str(run), verb="verify")
+    assert found.returncode == 1 and f"{file}: damaged" in found.stdout
+    assert inside(str(tmp_path / "none"), verb="verify").returncode == 2

@@ -217,6 +217,7 @@ def make_set(
 
     # Each process makes its share of the groups that are missing.
     missing = processes.decide(found.missing)
+    failed: OSError | None = None
     done = len(batches) - len(missing)
     shown = processes.main and bool(missing)
     with track("calibration set", len(batches), done, show=shown) as advance:
@@ -224,10 +225,14 @@ def make_set(
             indices = range(group * GROUP, min((group + 1) * GROUP, spec.images))
             make = _noised if spec.kind == "forward" else _trajectories
             x, t, image, x_0 = make(spec, denoiser, sampler, images, indices, processes.device)
-            found.put(group, x, t, image, x_0)
+            try:
+                found.put(group, x, t, image, x_0)
+            except OSError as error:  # the other processes must hear of it
+                failed = error
+                break
             advance(f"{indices.stop} images")
 
-    processes.barrier()
+    processes.raise_any(failed)
     return found
 
 
