@@ -78,6 +78,7 @@ READERS = {
     "pickle.load": set(),
     "json.loads": {
         "runtime.files",
+        "runtime.lock",  # who holds a lock
         "runtime.stage",  # of what it has just dumped, as `report.cells`
         "report.cells",
         "deploy.packed",  # of a header whose checksum is verified

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment.inputs import require_network
 from tdq_exp.experiment.network import finished_net, packed_net, read_fit
 
 
@@ -21,7 +22,7 @@ def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
         return _packed(folder)
 
     found = read_fit(folder)
-    if found is None or not found["done"]:
+    if found is None or found["done"] is not True:
         state = (
             "is not finished: run its command again"
             if found
@@ -29,9 +30,14 @@ def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
         )
         raise FileNotFoundError(f"{folder} {state}")
 
+    for key in ("config", "parts", "facts"):
+        if not isinstance(found.get(key), dict):
+            raise ValueError(f"{folder / 'fit.json'}: is no record of a fit (it has no {key})")
+
     # Built again from the configuration that was recorded.
     job = jobs.rebuild(found["config"], folder / "fit.json")
     job = dataclasses.replace(job, folder=folder)
+    require_network(job)
     _check_parts(job.trained.parts(), found["parts"], folder)
 
     if not job.fit.options.loads_only:
@@ -57,5 +63,6 @@ def _packed(path: Path) -> tuple[jobs.Experiment, nn.Module]:
 
     _, config, _, parts = packed.load(path)
     job = jobs.rebuild(config, path)
+    require_network(job)
     _check_parts(job.model.parts() if parts else {}, parts, path)
     return job, packed_net(job, path)

@@ -18,6 +18,8 @@ import json
 import os
 import re
 import shutil
+import stat
+import tempfile
 import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping
@@ -159,6 +161,45 @@ def _writer_has_ended(part: Path) -> bool:
     return False
 
 
+def require_regular(path: Path) -> None:
+    """Refuse to read what is there but is no file: a pipe would wait for ever, a device never end.
+
+    Raises:
+        ValueError: naming the path. What is missing is left to whoever opens it.
+    """
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            kind = "a folder" if path.is_dir() else "a pipe, a socket or a device"
+            raise ValueError(f"{path}: is {kind}, where a file is wanted")
+
+
+def require_folder(path: Path, key: str) -> None:
+    """Refuse a folder that can't be made: something else has its name, or it can't be written to.
+
+    Nothing is made.
+
+    Args:
+        path: the folder.
+        key: of the configuration, for the message.
+
+    Raises:
+        OSError: naming key and path.
+    """
+    there = path
+    while not there.exists() and there != there.parent:
+        there = there.parent
+
+    if not there.is_dir():
+        raise OSError(f"{key}={path}: {there} is no folder; name another")
+    try:
+        tempfile.TemporaryFile(dir=there).close()  # it has no name: nothing is left
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise OSError(
+            f"{key}={path}: {there} can't be written to ({reason}); name another folder"
+        ) from error
+
+
 def write_bytes(path: Path, content: bytes, remedy: str = REMEDY) -> None:
     """Replace a file in one step. See `replacing`."""
     with replacing(path, remedy) as part:
@@ -194,11 +235,12 @@ def read_json(
     Raises:
         ValueError: if it is damaged.
     """
+    require_regular(path)
     try:
         content = json.loads(path.read_bytes().decode())
     except FileNotFoundError:
         return None
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or brackets without end
         raise damaged(path, str(error)) from error
 
     if not isinstance(content, dict):

@@ -120,6 +120,8 @@ def read_tensors(path: Path) -> TensorFile:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
+    files.require_regular(path)
+
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = dict(file.metadata() or {})
@@ -193,6 +195,7 @@ def check_state(path: Path) -> bool:
     Raises:
         ValueError: if the file does not match it.
     """
+    files.require_regular(path)
     length = len(_trailer(0, 0))
     size = path.stat().st_size - length
     with path.open("rb") as file:
