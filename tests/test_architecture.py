@@ -81,6 +81,7 @@ READERS = {
         "runtime.lock",  # who holds a lock
         "runtime.stage",  # of what it has just dumped, as `report.cells`
         "report.cells",
+        "models.network",  # of a network's own config
         "deploy.packed",  # of a header whose checksum is verified
         "models.weights.load",  # the config of a diffusers folder
     },

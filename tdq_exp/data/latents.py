@@ -154,11 +154,12 @@ def _fill(
 ) -> None:
     """Encode the groups that are not on disk yet, each process its share of them."""
     missing = processes.decide(found.arrays.missing)
-    failed: OSError | None = None
     done = found.arrays.groups - len(missing)
-    with track(
-        "encoding images", found.arrays.groups, done, show=processes.main and bool(missing)
-    ) as advance:
+    shown = processes.main and bool(missing)
+    with (
+        processes.sharing(),
+        track("encoding images", found.arrays.groups, done, show=shown) as advance,
+    ):
         for group in missing[processes.rank :: processes.world]:
             index = torch.arange(group * GROUP, min((group + 1) * GROUP, len(images)))
 
@@ -170,11 +171,5 @@ def _fill(
                     torch.stack([value.cpu() for value in encode(batch.to(processes.device))], 1)
                 )
 
-            try:
-                found.arrays.put(group, moments=torch.stack(sides, 1).numpy())
-            except OSError as error:  # the other processes must hear of it
-                failed = error
-                break
+            found.arrays.put(group, moments=torch.stack(sides, 1).numpy())
             advance(f"{int(index[-1]) + 1} images")
-
-    processes.raise_any(failed)

@@ -210,8 +210,10 @@ def sample_set(
     group_sampler = DenoisingGraph(sampler) if isinstance(sampler, Ddim) else sampler
 
     began = time.monotonic()
-    failed: OSError | None = None
-    with track("sampling", len(every), done, show=processes.main) as advance:
+    with (
+        processes.sharing(),
+        track("sampling", len(every), done, show=processes.main) as advance,
+    ):
         for group in mine:
             pixels = sample_group(
                 denoiser,
@@ -222,21 +224,15 @@ def sample_set(
                 truncate=truncate,
             )
 
-            # A full disk on one process ends all of them, once each has finished its groups.
-            try:
-                store.put(group, pixels)
-                if on_group is not None and processes.main:
-                    on_group(time.monotonic() - began)
-            except OSError as error:
-                failed = error
-                break
+            store.put(group, pixels)
+            if on_group is not None and processes.main:
+                on_group(time.monotonic() - began)
 
             for _ in range(processes.world):  # the others go at the same pace
                 if done < len(every):
                     done += 1
                     advance(f"{min((group + 1) * store.batch, store.images)} images")
 
-    processes.raise_any(failed)
     return time.monotonic() - began
 
 

@@ -6,7 +6,8 @@ trivial.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -100,17 +101,25 @@ class Processes:
         """Return one small object from every process, in rank order, on all of them."""
         return list(gather_object([value])) if self.world > 1 else [value]
 
-    def raise_any(self, error: OSError | None) -> None:
-        """Raise, on every process, the error that one of them met while they worked apart.
+    @contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Let processes work apart within the `with` block, and wait for each other at its end.
 
         Raises:
-            OSError: the first one, in rank order.
+            OSError: on every process, the first that one of them met, such as a full disk: if it
+                ended alone, the others would wait for ever.
         """
-        met = [found for found in self.gather_objects(error) if found is not None]
-        if met:
-            # The main process prints it for all.
-            met[0].told = not self.main  # type: ignore[attr-defined]
-            raise met[0]
+        met: OSError | None = None
+        try:
+            yield
+        except OSError as error:
+            met = error
+
+        # The main process prints it for all.
+        for error in self.gather_objects(met):
+            if error is not None:
+                error.told = not self.main  # type: ignore[attr-defined]
+                raise error
 
     def decide(self, ask: Callable[[], T]) -> T:
         """Call `ask` on the main process only, and return its answer, or raise its error, on all.

@@ -283,24 +283,18 @@ def _fill(
     """Make the groups of a set that are missing, each process its share of them."""
     batches = list(groups(spec.images, GROUP))
     missing = processes.decide(found.missing)
-    failed: OSError | None = None
     done = len(batches) - len(missing)
     shown = processes.main and bool(missing)
-    with track("calibration set", len(batches), done, show=shown) as advance:
+    with (
+        processes.sharing(),
+        track("calibration set", len(batches), done, show=shown) as advance,
+    ):
         for group in missing[processes.rank :: processes.world]:
             indices = range(group * GROUP, min((group + 1) * GROUP, spec.images))
             make = _noised if spec.kind == "forward" else _trajectories
             rows = make(spec, denoiser, sampler, images, indices, processes.device)
-            try:
-                found.put(
-                    group, {name: values for name, values in rows.items() if values is not None}
-                )
-            except OSError as error:  # the other processes must hear of it
-                failed = error
-                break
+            found.put(group, {name: values for name, values in rows.items() if values is not None})
             advance(f"{indices.stop} images")
-
-    processes.raise_any(failed)
 
 
 def _example_condition(

@@ -21,6 +21,7 @@ import shutil
 import stat
 import subprocess
 import sysconfig
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 
