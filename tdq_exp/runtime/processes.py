@@ -116,10 +116,10 @@ class Processes:
             met = error
 
         # The main process prints it for all.
-        for error in self.gather_objects(met):
-            if error is not None:
-                error.told = not self.main  # type: ignore[attr-defined]
-                raise error
+        for first in self.gather_objects(met):
+            if first is not None:
+                first.told = not self.main  # type: ignore[attr-defined]
+                raise first
 
     def decide(self, ask: Callable[[], T]) -> T:
         """Call `ask` on the main process only, and return its answer, or raise its error, on all.
