@@ -1,13 +1,15 @@
-"""Rewrite the records of finished runs in today's names, and recompute their fingerprints.
+"""Rewrite the records of finished runs in today's names, and give every file its checksum.
 
-    python scripts/migrate_records.py [results/runs]
+    python scripts/migrate_records.py [results]      also: results/runs, or the folder of one run
 
 A record's fingerprint is the hash of parts that lie in the record itself, so it can be computed
 again when a name in them changes. For each run this script first computes every fingerprint of the
 record as it stands and stops if one differs from what is recorded: what it cannot reproduce it does
 not rewrite. Then it renames (`config.records.upgrade`), hashes again down the chain
 fit < sample < measure, and rewrites fit.json, samples.json, metrics.json and the header of a packed
-network. Numbers, facts and images are not touched. A second call changes nothing.
+network. Every JSON file and row gets its seal, every file of tensors its checksum; what an older
+row lacks (the hash of its image set) it goes on to lack. Numbers, facts and images are not touched.
+A second call changes nothing.
 """
 
 from __future__ import annotations
@@ -19,27 +21,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
-
 from tdq_exp.config import records
 from tdq_exp.config.compose import compose
 from tdq_exp.config.schema import plain
 from tdq_exp.diffusion import Ddim
+from tdq_exp.experiment.row import measure_parts
 from tdq_exp.fit.ptq.calibration_set import CalibrationSpec
-from tdq_exp.runtime.files import fingerprint, read_json, write_json
+from tdq_exp.runtime import tensor_files
+from tdq_exp.runtime.files import fingerprint, read_json, sealed, write_json
 
 Record = dict[str, Any]
 
 
 def main() -> None:
     """Migrate every run below a folder."""
-    root = Path(sys.argv[1] if len(sys.argv) > 1 else "results/runs")
-    fits = sorted(root.glob("*/seed*/fit.json"))
+    root = Path(sys.argv[1] if len(sys.argv) > 1 else "results")
+    fits = sorted(root.rglob("fit.json"))
 
     data_sets = _distinct(_read(path)["parts"].get("data") for path in fits)
     changed = sum(migrate(path.parent, data_sets) for path in fits)
     print(f"{changed} of {len(fits)} runs rewritten")
+
+    # Shipped nets, and what other scripts measured.
+    beside = [root.glob(f"{folder}/*") for folder in ("weights", "bench", "analysis")]
+    for file in sorted(file for files in beside for file in files):
+        add_checksum(file)
 
 
 def migrate(run: Path, data_sets: list[Any]) -> bool:
@@ -62,12 +68,35 @@ def migrate(run: Path, data_sets: list[Any]) -> bool:
     write_json(run / "fit.json", new)
     if (run / "packed.safetensors").exists():
         _migrate_packed(run / "packed.safetensors", old, new)
+
+    for file in sorted(run.rglob("*")):
+        add_checksum(file)
     return _contents(run) != before
+
+
+def add_checksum(file: Path) -> None:
+    """Write a file that has no checksum again, with one; leave every other file as it is.
+
+    Raises:
+        ValueError: if a file is damaged.
+    """
+    if file.suffix == ".json" and file.name != "wandb-id.json":
+        content = _read(file)
+        if sealed(content) != json.loads(file.read_bytes()):
+            write_json(file, content)
+    elif file.suffix == ".safetensors":
+        found = tensor_files.read_tensors(file)
+        if not found.checked:
+            tensor_files.write_tensors(file, found.tensors, found.metadata)
+    elif file.suffix == ".pt" and not tensor_files.check_state(file):
+        state = tensor_files.read_state(file)
+        assert state is not None
+        tensor_files.write_state(file, state)
 
 
 def _new_fit(old: Record, path: Path) -> Record:
     _require(fingerprint(old["parts"]), old["fingerprint"], path)
-    parts, config = records.upgrade(old["parts"]), _completed(records.upgrade(old["config"]))
+    parts, config = records.upgrade(old["parts"]), _current(old["config"])
 
     # A calibration set's fingerprint is of the model's definition, among others.
     if "calibration" in parts:
@@ -88,6 +117,12 @@ def _set_fingerprint(config: Record, parts: Record) -> str:
     return fingerprint(
         spec.parts(model, parts["weights"], asdict(trajectory), parts["data"]["train"])
     )
+
+
+def _current(config: Record) -> Record:
+    """Return a config in today's names: itself, if it has them."""
+    upgraded = records.upgrade(config)
+    return config if upgraded == config else _completed(upgraded)
 
 
 def _completed(config: Record) -> Record:
@@ -147,34 +182,26 @@ def _new_row(row: Record, fit: str, sample: str, data_sets: list[Any], path: Pat
         "sample": sample,
         "measure": _measured(row, sample, matching[0]),
     }
-    config = _completed(records.upgrade(row["config"]))
-    return {**row, "config": config, "fingerprints": fingerprints}
+    config = _current(row["config"])
+    return sealed({**row, "config": config, "fingerprints": fingerprints})
 
 
 def _measured(row: Record, sample: str, data: Any) -> str:
-    evaluation = row["config"]["eval"]
-    return fingerprint(
-        {
-            "sample": sample,
-            "features": [row["features"]["name"], row["features"]["weights"]],
-            "data": data,
-            "metrics": sorted(evaluation["metrics"]),
-            "batch": evaluation["batch"],
-            "reference_images": evaluation.get("reference_images"),
-        }
-    )
+    features = [row["features"]["name"], row["features"]["weights"]]
+    return fingerprint(measure_parts(sample, features, data, row["config"]["eval"]))
 
 
 def _migrate_packed(path: Path, old: Record, new: Record) -> None:
-    with safe_open(str(path), framework="pt") as file:
-        about = dict(file.metadata())
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    found = tensor_files.read_tensors(path)
+    about = found.metadata
 
     _require(about["fit"], old["fingerprint"], path)
-    config = _completed(records.upgrade(json.loads(about["config"])))
-    current = about | {"fit": new["fingerprint"], "config": json.dumps(config)}
+    config = json.loads(about["config"])
+    current = about | {"fit": new["fingerprint"]}
+    if _current(config) != config:
+        current["config"] = json.dumps(_current(config))
     if current != about:
-        save_file(tensors, path, current)
+        tensor_files.write_tensors(path, found.tensors, current)
 
 
 def _require(computed: str, recorded: str, path: Path) -> None:

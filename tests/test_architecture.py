@@ -66,6 +66,29 @@ DOORS = {
 }
 
 
+# Who may read a file by these: everybody else goes through the doors, which verify checksums.
+READERS = {
+    "json.load": set(),
+    "np.load": {"data.arrays"},
+    "np.fromfile": set(),
+    "np.memmap": set(),
+    "torch.load": {"runtime.tensor_files"},
+    "torch.save": {"runtime.tensor_files", "metrics.features"},  # the latter into memory
+    "safe_open": {"runtime.tensor_files"},
+    "load_file": set(),
+    "save_file": set(),
+    "pickle.load": set(),
+    "json.loads": {
+        "runtime.files",
+        "runtime.lock",  # who holds a lock
+        "runtime.stage",  # of what it has just dumped, as `report.cells`
+        "report.cells",
+        "models.network",  # of a network's own config
+        "deploy.packed",  # of a header whose checksum is verified
+        "models.weights.load",  # the config of a diffusers folder
+    },
+}
+
 # Ceilings that only fall: where there is less than one allows, lower it.
 WIDE_LINES = 0  # lines of more than 100 columns
 CROWDED: set[str] = set()  # functions of more than 8 parameters
@@ -297,6 +320,18 @@ def test_nothing_is_loaded_loosely():
                 ):
                     violations.append(f"{module}:{node.lineno} {ast.unparse(node)}")
     none(violations)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_files_are_read_and_written_through_the_doors_that_check_them(reader):
+    none(
+        f"{module}:{node.lineno} {ast.unparse(node.func)}"
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and (ast.unparse(node.func) == reader or ast.unparse(node.func).endswith(f".{reader}"))
+        and module.removeprefix(f"{NAME}.") not in READERS[reader]
+    )
 
 
 def test_no_device_is_named():

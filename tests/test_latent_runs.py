@@ -18,9 +18,11 @@ from tdq_exp.deploy import integer
 from tdq_exp.diffusion.draws import Stream, generator
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import cost as costs
-from tdq_exp.experiment import fit_stage, pipeline, sample_stage
+from tdq_exp.experiment import pipeline, sample_stage
+from tdq_exp.experiment.network import finished_net
 from tdq_exp.fit.loop import Interrupted
 from tdq_exp.models.weights.load import save_weights
+from tdq_exp.runtime import files
 from tdq_exp.runtime.processes import Processes
 
 QUICK = ["model=tiny_latent", "tracker=none", "launcher=cpu", "protocol.qat.calibration_samples=64"]
@@ -195,9 +197,9 @@ def test_another_autoencoder_under_the_same_name_is_refused(
             build(tmp_path, weights[0], f"model.autoencoder={tmp_path / 'other.safetensors'}")
         )
     save_weights(other, tmp_path / "kept.safetensors", {})
-    moved = json.loads((made.folder / "fit.json").read_text())
+    moved = files.read_json(made.folder / "fit.json")
     moved["config"]["model"]["autoencoder"] = str(tmp_path / "kept.safetensors")
-    (made.folder / "fit.json").write_text(json.dumps(moved))
+    files.write_json(made.folder / "fit.json", moved)
     with pytest.raises(ValueError, match="model.autoencoder: is not the one of"):
         sample_command.load(made.folder)
 
@@ -382,5 +384,6 @@ def test_the_plan_of_a_latent_model_counts_its_encoding_and_decoding(
 
 def test_finished_networks_are_read_back(autoencoder):
     made = build(autoencoder.parents[3], "method=fp", "fit=pretrain_autoencoder")
-    net = fit_stage.finished_net(made, torch.device("cpu"))
+    fit = files.read_json(made.folder / "fit.json")["fingerprint"]
+    net = finished_net(made, fit, torch.device("cpu"))
     assert same(net.state_dict(), load_file(autoencoder))

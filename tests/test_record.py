@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 
 import pytest
 import torch
@@ -101,3 +103,68 @@ def test_the_environment_says_where_a_number_comes_from():
     assert found["versions"]["torch"]
     assert found["machine"]
     assert environment.peak_memory_gb() > 0.01
+
+
+def test_no_flipped_bit_of_a_sealed_file_goes_unnoticed(tmp_path):
+    file, content = tmp_path / "fit.json", {"fid": 10.25, "parts": {"lr": 1e-3}, "name": "x"}
+    files.write_json(file, content)
+    whole = file.read_bytes()
+    assert files.read_json(file, must_be_sealed=True) == content
+    for place in range(len(whole)):
+        for bit in range(8):
+            file.write_bytes(
+                whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :]
+            )
+            try:
+                assert files.read_json(file) == content  # another space, or line end
+            except ValueError as error:
+                assert str(error).startswith(f"{file}: damaged") and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "7", "", "\xff", '{"parts": {}}'])
+def test_what_is_no_record_is_one_line(tmp_path, text):
+    (tmp_path / "fit.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"fit\.json: damaged \(.*\); remove it"):
+        stage.read_record(tmp_path / "fit.json")
+
+
+def test_a_record_without_a_seal_is_read_but_where_it_must_have_one(tmp_path):
+    file = tmp_path / "metrics.json"
+    file.write_text('{"rows": []}')
+    assert files.read_json(file) == {"rows": []}
+    with pytest.raises(ValueError, match=r"metrics\.json: has no seal; .*migrate_records\.py"):
+        files.read_json(file, must_be_sealed=True)
+
+
+def test_a_fingerprint_of_other_parts_is_damage(tmp_path):
+    file = tmp_path / "fit.json"
+    files.write_json(file, {"fingerprint": "0" * 16, "parts": {"fit": {"lr": 0.1}}})
+    with pytest.raises(ValueError, match="its fingerprint is not that of its parts"):
+        stage.check_same(file, {"fit": {"lr": 0.1}})
+
+
+def test_an_older_record_in_other_names_is_told_to_be_migrated(tmp_path):
+    old, new = {"tdq": {"offset": "learned"}}, {"tdq": {"zero_point": "learned"}}
+    files.write_json(tmp_path / "fit.json", {"fingerprint": files.fingerprint(old), "parts": old})
+    with pytest.raises(ValueError, match=r"earlier version; .*migrate_records\.py"):
+        stage.check_same(tmp_path / "fit.json", new)
+
+
+def test_part_files_of_ended_processes_are_swept_and_those_of_living_ones_stay(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    host = re.sub(r"\W", "_", os.uname().nodename)
+    names = [f".x.json.{host}-{pid}-0123abcd.part" for pid in (ended.pid, os.getpid())]
+    (tmp_path / "deep").mkdir()
+    for name in names:
+        (tmp_path / "deep" / name).write_bytes(b"half")
+        (tmp_path / f".folder{name}").mkdir()
+    (tmp_path / ".x.json.elsewhere-1-0123abcd.part").write_bytes(b"of another machine")
+
+    files.sweep(tmp_path)
+    left = sorted(path.name for path in tmp_path.rglob("*.part"))
+    assert left == sorted([names[1], f".folder{names[1]}", ".x.json.elsewhere-1-0123abcd.part"])
+
+    with files.scratch(tmp_path / "x.so") as folder:
+        assert folder.is_dir()
+    assert not folder.exists()

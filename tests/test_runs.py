@@ -17,16 +17,17 @@ import torch
 from safetensors.torch import load_file
 
 import tdq_exp
+from tdq_exp.commands.pack import pack
 from tdq_exp.config.compose import compose
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.diffusion.objective import noise_prediction_loss
 from tdq_exp.experiment import build as jobs
-from tdq_exp.experiment import measure_stage, pipeline
+from tdq_exp.experiment import measure_stage, pipeline, sample_stage, verify
 from tdq_exp.fit import Qat
 from tdq_exp.fit.loop import Interrupted
 from tdq_exp.fit.qat import QatTraining
 from tdq_exp.models import pixel
-from tdq_exp.runtime import signals
+from tdq_exp.runtime import files, signals
 
 QUICK = ["model=tiny", "tracker=none", "launcher=cpu", "protocol.qat.calibration_samples=64"]
 
@@ -175,6 +176,121 @@ def test_killed_sampling_goes_on_with_the_same_bits(tmp_path, tiny_weights, fini
     (folder / "metrics.json").unlink()
     pipeline.run(made)
     assert np.array_equal(images(made), before)
+
+
+def flipped(path):
+    """Flip one bit of a file, near its end."""
+    content = path.read_bytes()
+    place = len(content) * 9 // 10
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "line"),
+    [
+        ("baked.safetensors", flipped, "made again from the states of its fit"),
+        ("ddim3_n12/images/images.npy", flipped, "sampled again"),
+        ("ddim3_n12/grid.png", flipped, "drawn again"),
+        ("ddim3_n12/samples.json", Path.unlink, "written again"),
+    ],
+)
+def test_what_is_damaged_in_a_finished_run_is_made_again_with_a_line(
+    tmp_path, tiny_weights, finished, capsys, file, damage, line
+):
+    made = build(tmp_path, tiny_weights)
+    before = {f: f.read_bytes() for f in made.folder.rglob("*") if f.is_file()}
+    damage(made.folder / file)
+    assert verify.faults_of(made.folder) or damage is Path.unlink
+    capsys.readouterr()
+
+    pipeline.run(build(tmp_path, tiny_weights))
+    assert line in capsys.readouterr().out
+    after = {f: f.read_bytes() for f in made.folder.rglob("*") if f.is_file()}
+    volatile = {"samples.json", "state.pt"}  # seconds
+    assert before.keys() == after.keys()
+    assert not [f for f in after if after[f] != before[f] and f.name not in volatile]
+    assert verify.faults_of(made.folder) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("fit.json", flipped),
+        ("fit.json", lambda path: path.write_text("{}")),
+        ("layers.json", lambda path: path.write_text("[]")),
+        ("intervals.png", flipped),
+        (
+            "ddim3_n12/metrics.json",
+            lambda path: path.write_text(path.read_text().replace("1", "2")),
+        ),
+        ("ddim3_n12/samples.json", lambda path: path.write_text("not JSON")),
+    ],
+)
+def test_what_can_not_be_made_again_is_refused_in_one_line(
+    tmp_path, tiny_weights, finished, file, damage
+):
+    made = build(tmp_path, tiny_weights)
+    damage(made.folder / file)
+    with pytest.raises(ValueError, match=rf"{file}: damaged") as caught:
+        pipeline.run(build(tmp_path, tiny_weights))
+    assert "\n" not in str(caught.value)
+    assert any(file in fault for fault in verify.faults_of(made.folder))
+
+
+def test_a_damaged_network_without_states_is_refused_by_every_reader(
+    tmp_path, tiny_weights, finished
+):
+    made = build(tmp_path, tiny_weights)
+    (made.folder / "state.pt").unlink()
+    packed = pack(made.folder)
+    expected = tdq_exp.load(packed).state_dict()
+
+    flipped(made.folder / "baked.safetensors")
+    for read in (
+        lambda: tdq_exp.load(made.folder),
+        lambda: pipeline.run(build(tmp_path, tiny_weights)),
+    ):
+        with pytest.raises(ValueError, match=r"baked\.safetensors: damaged"):
+            read()
+
+    # Where there is none, the packed one is as good.
+    (made.folder / "baked.safetensors").unlink()
+    found = tdq_exp.load(made.folder).state_dict()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+    # Another run's network, or record, is not this one's.
+    record = files.read_json(made.folder / "fit.json")
+    other = record["parts"] | {"seed": 7}
+    stated = {"parts": other, "fingerprint": files.fingerprint(other)}
+    files.write_json(made.folder / "fit.json", record | stated)
+    with pytest.raises(ValueError, match=r"packed\.safetensors: belongs to another fit"):
+        tdq_exp.load(made.folder)
+    assert len(verify.faults_of(made.folder)) >= 3  # the network, the set and the row
+
+
+def test_images_of_another_set_are_refused(tmp_path, tiny_weights, finished):
+    made = build(tmp_path, tiny_weights)
+    store = sample_stage.store_of(made, made.folder / made.sample_name)
+    store.put(0, store.read()[4:8])
+    with pytest.raises(ValueError, match="not the images that were measured"):
+        pipeline.run(build(tmp_path, tiny_weights))
+    assert "are not the images that were measured" in verify.faults_of(made.folder)[0]
+
+
+@pytest.mark.usefixtures("few_start_values")
+def test_caches_that_are_damaged_are_made_again(tmp_path, tiny_weights, capsys):
+    cache = tmp_path / "cache"
+    quick = [*QUICK, f"model.weights={tiny_weights}", f"data.cache={cache}"]
+    (first,) = pipeline.run(jobs.build(compose([*quick, f"out={tmp_path / 'one'}"])))
+    cached = [f for f in cache.rglob("*") if f.is_file() and f.parent.name != "kernels"]
+    for file in cached:
+        flipped(file)
+    capsys.readouterr()
+    (second,) = pipeline.run(jobs.build(compose([*quick, f"out={tmp_path / 'two'}"])))
+    said = capsys.readouterr().out
+    assert second["metrics"] == first["metrics"] and second["image_set"] == first["image_set"]
+    assert {file.parent.name for file in cached} == {"images", "features", "calibration"}
+    assert all(word in said for word in ("decoded again", "computed again", "searched again"))
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "pndm"])

@@ -18,7 +18,7 @@ from tdq_exp.report import columns, protocol
 from tdq_exp.report import manifest as manifests
 from tdq_exp.report import render as rendering
 from tdq_exp.report.costs import read_costs
-from tdq_exp.runtime import command, launch
+from tdq_exp.runtime import command, files, launch
 
 BITS = ("8/8", "4/8", "8/4", "4/4", "3/3")
 METHODS = ("PACT", "LSQ", "NIPQ", "LSQ + TDQ")
@@ -94,7 +94,7 @@ def put(row: dict, field: str, value: object) -> None:
 def save(cell: report_cells.Cell, row: dict, sample: str | None = None) -> None:
     path = cell.folder / (sample or cell.sample) / "metrics.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"rows": [row]}))
+    files.write_json(path, {"rows": [files.sealed(row)]})
 
 
 def fill(cells) -> None:

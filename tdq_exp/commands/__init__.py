@@ -20,6 +20,7 @@ VERBS = {
     "status": ("tdq_exp.commands.status", "say what is done, running, failed, stale or missing"),
     "claims": ("tdq_exp.commands.claims", "judge the paper's claims from the rows"),
     "measure": ("tdq_exp.commands.measure", "measure anybody's images as rows are measured"),
+    "verify": ("tdq_exp.commands.verify", "check the checksums of a run, a folder or a table"),
     "export": ("tdq_exp.commands.export", "write a quantized run as an ONNX graph"),
 }
 

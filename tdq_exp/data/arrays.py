@@ -1,14 +1,18 @@
 """Arrays on disk that are filled a group of rows at a time, with a map of the finished groups.
 
     <name>.npy    [N, ...], one or several
-    groups.npy    uint8 [number of groups]   1: finished
+    groups.npy    uint64 [number of groups]   0: to be made; 2^32 + CRC-32 of its rows: finished
 
 Processes write disjoint groups of the same files, so nothing is merged afterwards. An interrupted
-run is continued where it stopped: a group's byte is set only after its rows are flushed.
+run is continued where it stopped: a group's entry is set only after its rows are flushed. A group
+whose rows do not match its entry is damaged: it is made again, or refused, never used.
+
+CRC-32 reads 1 to 3 GB a second: 50,000 images of 32x32x3 take 0.1 s, of 256x256x3 4 to 10 s.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +22,30 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from tdq_exp.runtime import files
+from tdq_exp.runtime.progress import console
+
+FINISHED = 1 << 32  # added to a group's CRC-32, so that no finished group is 0
+
+
+def open_array(path: Path, mode: Any = "r") -> np.memmap[Any, Any]:
+    """Return a `.npy` file, memory-mapped.
+
+    Raises:
+        ValueError: if it is no whole array: cut short, too long, or of Python objects.
+    """
+    try:
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)  # NumPy would take anything else for a pickle
+
+        # Opened for writing, a file that was cut short would be filled up with zeros.
+        array = np.load(path, mmap_mode="r")
+        if path.stat().st_size != array.offset + array.nbytes:
+            raise ValueError("its size is not that of its array")
+        return array if mode == "r" else np.load(path, mmap_mode=mode)
+    except (ValueError, OSError, EOFError, TypeError, SyntaxError, AttributeError) as error:
+        known = error.strerror if isinstance(error, OSError) else None
+        reason = known or (str(error).strip() or type(error).__name__).splitlines()[0][:80]
+        raise ValueError(f"{path}: damaged ({reason})") from error
 
 
 @dataclass(frozen=True)
@@ -62,13 +90,16 @@ class GroupedArrays:
 
         (self.groups,) = {column.groups for column in self.columns.values()}
         self._files = {name: (tuple(c.shape), np.dtype(c.dtype)) for name, c in columns.items()}
-        self._files["groups"] = ((self.groups,), np.dtype(np.uint8))
+        self._files["groups"] = ((self.groups,), np.dtype(np.uint64))
 
     def create(self) -> None:
         """Make the files, empty, if there are none; one process does this before any opens them.
 
+        A damaged file is made anew, and a line says so.
+
         Raises:
             OSError: naming the folder, if it can't be written or is full.
+            ValueError: if a file there is a whole one of another shape or type.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,11 +113,30 @@ class GroupedArrays:
             ) from error
 
         for name in self._files:
+            self._remove_damaged(name)
             self._make(name)
 
     @property
     def _remedy(self) -> str:
         return f"free space or set {self.elsewhere}=FOLDER"
+
+    def _remove_damaged(self, name: str) -> None:
+        """Remove a file that is no whole array, or a map of before there were checksums."""
+        path = self._path(name)
+        if not path.exists():
+            return
+
+        reason = ""
+        try:
+            array = open_array(path)
+            if name == "groups" and array.dtype == np.uint8 and array.shape == (self.groups,):
+                reason = f"{path}: has no checksums, an earlier version wrote it"
+        except ValueError as error:
+            reason = str(error)
+
+        if reason:
+            console.print(f"{reason}: what it covers is made again", markup=False)
+            path.unlink()
 
     def _make(self, name: str) -> None:
         path = self._path(name)
@@ -100,21 +150,75 @@ class GroupedArrays:
             np.lib.format.write_array(file, np.zeros(shape, dtype))
 
     def missing(self) -> list[int]:
-        """Return the groups that are not finished."""
-        return [int(i) for i in np.flatnonzero(self._open("groups") == 0)]
+        """Return the groups that are to be made: not finished, or damaged, which a line says."""
+        unfinished = np.flatnonzero(self._open("groups") == 0)
+        damaged = self.damaged()
+
+        if damaged:
+            console.print(
+                f"{self.folder}: {len(damaged)} of {self.groups} groups do not match their"
+                f" checksums: made again",
+                markup=False,
+            )
+            done = self._open("groups", "r+")
+            done[damaged] = 0
+            done.flush()
+        return sorted([*(int(group) for group in unfinished), *damaged])
+
+    def damaged(self) -> list[int]:
+        """Return the finished groups whose rows do not match their checksum. Reads everything."""
+        done = self._open("groups")
+        columns = {name: self._open(name) for name in self.columns}
+
+        return [
+            int(group)
+            for group in np.flatnonzero(done)
+            if int(done[group])
+            != self._entry({n: a[self._rows(n, group)] for n, a in columns.items()})
+        ]
+
+    def faults(self) -> list[str]:
+        """Return what is wrong with the files, a line each; nothing is written."""
+        try:
+            unfinished = int(np.count_nonzero(self._open("groups") == 0))
+            damaged = len(self.damaged())
+        except ValueError as error:
+            return [str(error)]
+
+        found = []
+        if unfinished:
+            found.append(f"{self.folder}: {unfinished} of {self.groups} groups are missing")
+        if damaged:
+            found.append(f"{self.folder}: {damaged} of {self.groups} groups are damaged")
+        return found
+
+    def _rows(self, name: str, group: int | np.signedinteger[Any]) -> slice:
+        """Return where a group's rows lie in an array."""
+        column = self.columns[name]
+        start = int(group) * column.group
+        return slice(start, min(start + column.group, column.shape[0]))
+
+    def _entry(self, rows: Mapping[str, NDArray[Any]]) -> int:
+        """Return what the map says of a finished group with these rows."""
+        checksum = 0
+        for name in self.columns:
+            checksum = zlib.crc32(np.ascontiguousarray(rows[name]).view(np.uint8).data, checksum)
+        return FINISHED | checksum
 
     def put(self, group: int, **rows: NDArray[Any]) -> None:
         """Store a group: the rows of every array. Rows past the end (padding) are dropped."""
-        for name, column in self.columns.items():
-            start = group * column.group
-            stop = min(start + column.group, column.shape[0])
+        stored = {}
+        for name, (_, dtype) in self._files.items():
+            if name != "groups":
+                part = self._rows(name, group)
+                stored[name] = rows[name][: part.stop - part.start].astype(dtype, copy=False)
 
-            array = self._open(name, "r+")
-            array[start:stop] = rows[name][: stop - start]
-            array.flush()
+                array = self._open(name, "r+")
+                array[part] = stored[name]
+                array.flush()
 
         done = self._open("groups", "r+")
-        done[group] = 1
+        done[group] = self._entry(stored)
         done.flush()
 
     def read(self, name: str) -> NDArray[Any]:
@@ -127,11 +231,9 @@ class GroupedArrays:
     def _open(self, name: str, mode: Any = "r") -> np.memmap[Any, Any]:
         path = self._path(name)
         try:
-            array = np.load(path, mmap_mode=mode)
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(
-                f"{path}: damaged; remove {self.folder} to {self.again} again"
-            ) from error
+            array = open_array(path, mode)
+        except ValueError as error:
+            raise ValueError(f"{error}; remove {self.folder} to {self.again} again") from error
 
         shape, dtype = self._files[name]
         if array.shape != shape or array.dtype != dtype:
@@ -168,6 +270,10 @@ class ImageStore:
     def missing(self) -> list[int]:
         """Return the groups that are not finished."""
         return self.arrays.missing()
+
+    def faults(self) -> list[str]:
+        """Return what is wrong with the files, a line each; see `GroupedArrays.faults`."""
+        return self.arrays.faults()
 
     def put(self, group: int, pixels: NDArray[np.uint8]) -> None:
         """Store the images of a group; those past the end (padding) are dropped."""

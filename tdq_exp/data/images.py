@@ -1,7 +1,8 @@
 """Training and held-out images: decoded once into a memory-mapped uint8 cache, read by index then.
 
 A cache is one `.npy` of `[N, H, W, C]` uint8 and a `.json` beside it with the hash of
-its content; the hash, never the path, is what a run's fingerprint cites.
+its content; the hash, never the path, is what a run's fingerprint cites. It is computed again when
+a cache is read (half a gigabyte a second or more), and a damaged cache is decoded again.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +22,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from tdq_exp.data.arrays import open_array
 from tdq_exp.data.sources import Source
 from tdq_exp.runtime import files
+from tdq_exp.runtime.hashes import images_hash
+from tdq_exp.runtime.progress import console
 
 CACHE_REMEDY = "free space or set data.cache=FOLDER"
 _HEADER = 128  # bytes, of a .npy file of images
@@ -146,6 +149,7 @@ def load_images(
     channels: int,
     cache: str | None = None,
     limit: int | None = None,
+    check: bool = True,
 ) -> Images:
     """Return the images of a split, decoded on first use.
 
@@ -158,6 +162,7 @@ def load_images(
         channels: 1 (gray) or 3.
         cache: folder for decoded sets; `default_cache()` if not given.
         limit: only the first so many; all of them if not given.
+        check: whether the pixels are compared with their hash; False where another process did it.
 
     Raises:
         ValueError: for an unreadable source or image, naming it.
@@ -179,7 +184,8 @@ def load_images(
     pixels, meta = place.with_suffix(".npy"), place.with_suffix(".json")
 
     # The description is written last: where it is, the pixels are whole.
-    if not meta.exists():
+    content = _cached_content(pixels, meta, (size, size, channels), check)
+    if content is None:
 
         def decoded() -> Iterator[NDArray[np.uint8]]:
             for image in itertools.islice(source.read(split), limit):
@@ -189,17 +195,37 @@ def load_images(
         with files.replacing(pixels, CACHE_REMEDY) as part, part.open("wb") as file:
             _write_rows(file, decoded(), (size, size, channels), split)
 
-        array = np.load(pixels, mmap_mode="r")
+        array = open_array(pixels)
+        content = images_hash(array)
         about = {
             "source": source.key(split),
             "split": split,
-            "content": _hash(array),
+            "content": content,
             "images": len(array),
         }
-        files.write_text(meta, json.dumps(about, indent=1), CACHE_REMEDY)
+        files.write_json(meta, about, CACHE_REMEDY)
 
-    about = json.loads(meta.read_text())
-    return Images(np.load(pixels, mmap_mode="r"), about["content"], protocol)
+    return Images(open_array(pixels), content, protocol)
+
+
+def _cached_content(
+    pixels: Path, meta: Path, shape: tuple[int, int, int], check: bool
+) -> str | None:
+    """Return the hash of a cached set, or None if there is none, or a damaged one, with a line."""
+    try:
+        about = files.read_json(meta, needs=["content", "images"])
+        if about is None:
+            return None
+
+        array = open_array(pixels)
+        if array.shape != (about["images"], *shape) or array.dtype != np.uint8:
+            raise ValueError(f"{pixels}: damaged (holds {array.dtype} {array.shape})")
+        if check and images_hash(array) != about["content"]:
+            raise ValueError(f"{pixels}: damaged (its pixels do not match their hash)")
+        return str(about["content"])
+    except ValueError as error:
+        console.print(f"{str(error).partition(';')[0]}: decoded again", markup=False)
+        return None
 
 
 def _write_rows(
@@ -226,11 +252,3 @@ def _write_rows(
 
     file.seek(0)
     file.write(header.getvalue())
-
-
-def _hash(array: NDArray[np.uint8]) -> str:
-    """Return the hash of shape and pixels, read piece by piece."""
-    digest = hashlib.sha256(repr(array.shape).encode())
-    for start in range(0, len(array), 1024):
-        digest.update(array[start : start + 1024].tobytes())
-    return digest.hexdigest()[:16]

@@ -155,9 +155,11 @@ def _fill(
     """Encode the groups that are not on disk yet, each process its share of them."""
     missing = processes.decide(found.arrays.missing)
     done = found.arrays.groups - len(missing)
-    with track(
-        "encoding images", found.arrays.groups, done, show=processes.main and bool(missing)
-    ) as advance:
+    shown = processes.main and bool(missing)
+    with (
+        processes.sharing(),
+        track("encoding images", found.arrays.groups, done, show=shown) as advance,
+    ):
         for group in missing[processes.rank :: processes.world]:
             index = torch.arange(group * GROUP, min((group + 1) * GROUP, len(images)))
 
@@ -171,5 +173,3 @@ def _fill(
 
             found.arrays.put(group, moments=torch.stack(sides, 1).numpy())
             advance(f"{int(index[-1]) + 1} images")
-
-    processes.barrier()

@@ -131,7 +131,7 @@ def choice(
         `layers`: their names; `of`: how many quantized layers there are; `shapes`: what was
             measured.
     """
-    found = files.read_json(file)
+    found = files.read_json(file, needs=["layers", "of"])
     if found is not None:
         return found
 

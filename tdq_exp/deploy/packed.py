@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tdq_exp.models.weights.save import save_weights
 from tdq_exp.quant.layers import smallest_integer_type
-from tdq_exp.runtime import files
+from tdq_exp.runtime import files, tensor_files
 
 FORMAT = "tdq_exp packed 1"
 # What a header raises that does not describe the tensors beside it.
@@ -156,18 +155,17 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str, dict[str, 
     """
     files.require_regular(path)
     try:
-        with safe_open(str(path), framework="pt") as file:
-            about = file.metadata() or {}
-            packed = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        found = tensor_files.read_tensors(path)
+    except (ValueError, OSError) as error:
         raise _damaged(path, error) from error
 
+    about = found.metadata
     if about.get("format") != FORMAT:
         raise ValueError(f"{path}: is not a packed network (its header does not say `{FORMAT}`)")
 
     # What the header says may be anything.
     try:
-        state = unpack(packed, json.loads(about["packed"]))
+        state = unpack(found.tensors, json.loads(about["packed"]))
         config, parts = json.loads(about["config"]), json.loads(about.get("parts", "{}"))
         return state, config, about["fit"], parts
     except MISFIT as error:
@@ -176,5 +174,5 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str, dict[str, 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
     """Return the error of a packed file that can't be read."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = (str(error).splitlines() or [type(error).__name__])[0].removeprefix(f"{path}: ")
     return ValueError(f"{path}: damaged or missing packed network ({reason})")

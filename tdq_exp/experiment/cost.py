@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tdq_exp.diffusion.draws import Stream
 from tdq_exp.experiment.build import Experiment
+from tdq_exp.experiment.row import read_rows
 from tdq_exp.quant.convert import Recipe, layer_map
 from tdq_exp.runtime import files, launch
 from tdq_exp.runtime.progress import console, print_table
@@ -138,11 +139,11 @@ def _coding_seconds(job: Experiment, device: torch.device) -> tuple[float, float
 
 def stages_done(job: Experiment) -> tuple[bool, bool]:
     """Return whether there is a finished fit, and a row; fingerprints are checked when it runs."""
-    fit = files.read_json(job.folder / "fit.json")
-    rows = files.read_json(job.folder / job.sample_name / "metrics.json")
+    fit = files.read_json(job.folder / "fit.json", needs=["done"])
+    rows = read_rows(job.folder / job.sample_name / "metrics.json")
 
     name = job.evaluation.label
-    measured = rows is not None and any(r["config"]["eval"]["label"] == name for r in rows["rows"])
+    measured = any(row["config"]["eval"]["label"] == name for row in rows)
     return bool(fit and fit["done"]), measured
 
 

@@ -6,9 +6,9 @@ stopped.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +17,18 @@ from torch import nn
 from tdq_exp.data.images import Data
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.first_layer import first_range, noise_beyond
+from tdq_exp.experiment.network import finished_net, require_recorded
 from tdq_exp.fit import quantized
-from tdq_exp.models.weights.load import load_weights, save_weights
+from tdq_exp.models.weights.load import save_weights, state_hash
 from tdq_exp.quant.convert import bake
-from tdq_exp.runtime import environment, figures
+from tdq_exp.runtime import environment, figures, tensor_files
 from tdq_exp.runtime.context import RunContext
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console
 from tdq_exp.runtime.stage import Result, StageFile, stage
 from tdq_exp.runtime.tracking import Tracker
 
+STATES = ("state.pt", "blocks", "over_time.pt")  # from which a fit goes on
 BEYOND = 1e-3  # share of the starting noise beyond the first layer's range that is worth a line
 
 
@@ -79,9 +81,13 @@ def run_fit(job: Experiment, data: Data, processes: Processes, tracker: Tracker)
         facts |= {"which_weights": which} if which is not None else {}
 
         made.append(fitted)
+        if not job.fit.options.loads_only:
+            facts |= {"network": state_hash(fitted.state_dict())}
         return {"done": True, "facts": _facts(job, weights, facts, processes)}
 
-    result, _ = stage(record, make, processes)
+    result, new = stage(record, make, processes)
+    if not new and not job.fit.options.loads_only:
+        _confirm_network(job, data, weights, net, context)
     named = {**about, "fingerprint": record.fingerprint, **result}
     processes.decide(lambda: job.fit.export(job.folder, named))
 
@@ -89,7 +95,7 @@ def run_fit(job: Experiment, data: Data, processes: Processes, tracker: Tracker)
         # Read when it is wanted: where the row is there already, there need not be a net.
         if not made:
             loaded = net if job.fit.options.loads_only else None
-            made.append(loaded or finished_net(job, processes.device))
+            made.append(loaded or finished_net(job, record.fingerprint, processes.device))
         return made[0]
 
     return FittedModel(network, record.fingerprint, result["facts"])
@@ -109,20 +115,59 @@ def fit_parts(job: Experiment, data: Data, weights: str | None) -> dict[str, Any
     return job.fit.parts(job.subject(data, weights), job.seed)
 
 
-def finished_net(
-    job: Experiment, device: torch.device, checkpoint: Path | None = None
-) -> nn.Module:
-    """Return the network of a finished fit, or of one of its checkpoints, baked.
+def _confirm_network(
+    job: Experiment, data: Data, weights: str | None, net: nn.Module | None, context: RunContext
+) -> None:
+    """Look whether a finished fit's network is whole; make it again where the fit's states are.
+
+    Networks of published runs are removed or packed: a line says that one is not here.
 
     Raises:
-        FileNotFoundError, ValueError: if the file is missing, or is not of this fit.
+        ValueError: if it is damaged, and nothing is left to make it from.
     """
-    if checkpoint is None:
-        return job.fit.finished(job.model, job.recipe, job.folder, device)
+    folder, decide = job.folder, context.processes.decide
+    file = job.fit.network_file(folder)
 
-    net = job.fit.skeleton(job.model, job.recipe)
-    load_weights(net, str(checkpoint))
-    return bake(net, inplace=True).to(device)
+    def fault() -> str | None:
+        if not file.exists():
+            return f"{file}: is not here"
+        try:
+            found = tensor_files.read_tensors(file)
+            tensor_files.require_of(file, found.metadata, context.fingerprint)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    found = decide(fault)
+    if found is None:
+        return
+
+    # 1. Nothing to make it from: what is gone is gone, what is damaged is refused.
+    repeatable = decide(lambda: any((folder / name).exists() for name in STATES))
+    if not repeatable and decide(file.exists):
+        raise ValueError(
+            f"{found.partition(';')[0]}; put it back, or remove it and {folder / 'fit.json'} to fit"
+            " again"
+        )
+
+    if context.processes.main:
+        advice = "made again from the states of its fit" if repeatable else "the record stands"
+        console.print(f"note: {found.partition(';')[0]}: {advice}", markup=False)
+    if not repeatable:
+        return
+
+    # 2. The fit, from the states that it left: its last steps only, and the same bits.
+    quiet = dataclasses.replace(context, log=None)
+    fitted, _ = job.fit.run(quiet, net, job.subject(data, weights))
+    if job.fit.options.quantizes:
+        fitted = bake(fitted)
+        decide(lambda: _write_network(job, fitted, context.fingerprint))
+
+    decide(lambda: require_recorded(folder, file, fitted))
+
+
+def _write_network(job: Experiment, net: nn.Module, fit: str) -> None:
+    save_weights(net, job.fit.network_file(job.folder), {"fit": fit})
 
 
 def _bake(
@@ -139,8 +184,7 @@ def _bake(
         tracker.picture("intervals", picture)
 
     baked = bake(net)
-    about = {"fit": context.fingerprint}
-    decide(lambda: save_weights(baked, job.folder / quantized.BAKED, about))
+    decide(lambda: _write_network(job, baked, context.fingerprint))
     return baked, _first_layer(job, baked, context.processes.main)
 
 
@@ -150,7 +194,8 @@ def _facts(
     """Return the facts of a fit's record: its own, and where it was made."""
     facts: dict[str, Any] = {"weights": weights, "seconds": 0.0, "validation_loss": None, **found}
     if not job.fit.options.loads_only:
-        facts |= {"processes": processes.world, "peak_memory_gb": environment.peak_memory_gb()}
+        facts |= {"processes": processes.world, "threads": torch.get_num_threads()}
+        facts |= {"peak_memory_gb": environment.peak_memory_gb()}
     return facts | {"environment": environment.environment()}
 
 

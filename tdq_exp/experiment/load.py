@@ -12,8 +12,7 @@ from torch import nn
 
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment.inputs import require_network
-from tdq_exp.quant.convert import bake
-from tdq_exp.runtime import files
+from tdq_exp.experiment.network import finished_net, packed_net, read_fit
 
 
 def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
@@ -22,8 +21,8 @@ def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
     if folder.suffix == ".safetensors":
         return _packed(folder)
 
-    found = files.read_json(folder / "fit.json")
-    if found is None or found.get("done") is not True:
+    found = read_fit(folder)
+    if found is None or found["done"] is not True:
         state = (
             "is not finished: run its command again"
             if found
@@ -42,7 +41,7 @@ def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
     _check_parts(job.trained.parts(), found["parts"], folder)
 
     if not job.fit.options.loads_only:
-        return job, job.fit.finished(job.model, job.recipe, folder, torch.device("cpu"))
+        return job, finished_net(job, found["fingerprint"], torch.device("cpu"))
 
     # A float model: its weights are those of a file of its own.
     net = job.model.build()
@@ -62,15 +61,8 @@ def _check_parts(now: Mapping[str, str], then: Mapping[str, Any], where: Path) -
 def _packed(path: Path) -> tuple[jobs.Experiment, nn.Module]:
     from tdq_exp.deploy import packed
 
-    state, config, _, parts = packed.load(path)
+    _, config, _, parts = packed.load(path)
     job = jobs.rebuild(config, path)
     require_network(job)
     _check_parts(job.model.parts() if parts else {}, parts, path)
-    net = bake(job.fit.skeleton(job.model, job.recipe), inplace=True)
-    try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path}: does not fit its own configuration ({str(error).splitlines()[1].strip()})"
-        ) from error
-    return job, net
+    return job, packed_net(job, path)

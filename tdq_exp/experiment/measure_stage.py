@@ -13,13 +13,14 @@ from tdq_exp.data.images import Data
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.fit_stage import FittedModel
 from tdq_exp.experiment.paired import paired_distance
-from tdq_exp.experiment.row import Row, RowRecord
-from tdq_exp.experiment.sample_stage import Reconstructions, SampleStage, run_sampling
-from tdq_exp.metrics.features import FeatureNetwork
+from tdq_exp.experiment.row import Row, RowRecord, measure_parts
+from tdq_exp.experiment.sample_stage import Reconstructions, SampleStage, run_sampling, store_of
 from tdq_exp.metrics.measure import Features, measure
 from tdq_exp.quant import kernels
 from tdq_exp.runtime import environment, files
+from tdq_exp.runtime.hashes import images_hash
 from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime.progress import console
 from tdq_exp.runtime.stage import Result, stage
 
 
@@ -42,7 +43,11 @@ def run_measures(
     network = job.features()
 
     # The row is found by what it depends on.
-    fingerprint = files.fingerprint(measure_parts(job, data, network, sampling.record.fingerprint))
+    features = [network.name, network.weights_hash]
+    evaluation = vars(job.evaluation)
+    fingerprint = files.fingerprint(
+        measure_parts(sampling.record.fingerprint, features, data.parts(), evaluation)
+    )
     record = RowRecord(sampling.folder / "metrics.json", fingerprint)
 
     def make() -> Result:
@@ -89,6 +94,7 @@ def run_measures(
             update=sampling.update,
             fingerprints=fingerprints,
             images=job.sampling.images,
+            image_set=images_hash(images.pixels),
             weights=fit.facts["weights"],
             which_weights=fit.facts.get("which_weights"),
             model_parts=job.model.parts(),
@@ -106,29 +112,57 @@ def run_measures(
             **measured,
         ).as_json()
 
-    return stage(record, make, processes)
+    row, new = stage(record, make, processes)
+    if not new:
+        _confirm_images(job, sampling, row, processes)
+    return row, new
 
 
-def measure_parts(
-    job: Experiment, data: Data, network: FeatureNetwork, sample: str
-) -> dict[str, Any]:
-    """Return what the metrics depend on, for their fingerprint.
+def _confirm_images(
+    job: Experiment, sampling: SampleStage, row: dict[str, Any], processes: Processes
+) -> None:
+    """Compare the images of a row that was there already with what the row says of them.
 
-    Args:
-        job: the experiment.
-        data: real images.
-        network: of the features.
-        sample: fingerprint of the sampled set.
+    Damaged ones are sampled again. Images may have been removed, as those of published rows are: a
+    line says so.
+
+    Raises:
+        ValueError: if the images are not those that were measured.
     """
-    options = job.evaluation
-    return {
-        "sample": sample,
-        "features": [network.name, network.weights_hash],
-        "data": data.parts(),
-        "metrics": sorted(options.metrics),
-        "batch": options.batch,
-        "reference_images": options.reference_images,
-    }
+    folder = sampling.folder / "images"
+    store = store_of(job, sampling.folder)
+
+    # 1. The record of the set, which a row never is without.
+    if processes.decide(lambda: sampling.record.begun() is None):
+        _say(f"{sampling.record.file}: was missing, written again", processes)
+        processes.decide(lambda: sampling.record.write({"seconds": row["seconds"]["sample"]}))
+
+    # 2. The images.
+    if not processes.decide(folder.exists):
+        _say(f"note: {folder} is not here; the row stands without its images", processes)
+        return
+
+    faults = processes.decide(store.faults)
+    if faults:
+        _say(f"{faults[0].partition(';')[0]}: sampled again", processes)
+        run_sampling(job, sampling, processes)
+
+    # 3. What was measured.
+    measured = row.get("image_set")
+    if measured is None:
+        return
+
+    found = processes.decide(lambda: images_hash(store.read()))
+    if found != measured:
+        raise ValueError(
+            f"{folder}: not the images that were measured (hash {found}, the row says {measured});"
+            f" remove {sampling.folder / 'metrics.json'} to measure these"
+        )
+
+
+def _say(line: str, processes: Processes) -> None:
+    if processes.main:
+        console.print(line, markup=False)
 
 
 def rows_file(job: Experiment) -> Path:

@@ -13,14 +13,16 @@ import torch
 
 from tdq_exp.data.images import Data, Images, load_images
 from tdq_exp.experiment import show as pictures
+from tdq_exp.experiment import verify
 from tdq_exp.experiment.build import Experiment
-from tdq_exp.experiment.fit_stage import FittedModel, finished_net, run_fit
+from tdq_exp.experiment.fit_stage import FittedModel, run_fit
 from tdq_exp.experiment.inputs import require_inputs
 from tdq_exp.experiment.measure_stage import run_measures
+from tdq_exp.experiment.network import finished_net
 from tdq_exp.experiment.row import write_row
 from tdq_exp.experiment.sample_stage import sample_stage_of
 from tdq_exp.fit.loop import best_file
-from tdq_exp.runtime import failures, lock
+from tdq_exp.runtime import failures, files, lock
 from tdq_exp.runtime.environment import out_of_memory_in_one_line
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console
@@ -56,6 +58,9 @@ def _run(job: Experiment) -> list[dict[str, Any]]:
             for line in job.notes:
                 console.print(f"note: {line}", markup=False)
         with lock.by_main(processes, lock.held(job.folder, IN_USE)):
+            # What killed runs left behind.
+            for place in (job.folder, job.data.cache):
+                processes.decide(partial(files.sweep, place))
             return _run_stages(job, processes)
     finally:
         processes.close()
@@ -72,13 +77,28 @@ def _run_stages(job: Experiment, processes: Processes) -> list[dict[str, Any]]:
         fit = run_fit(job, data, processes, tracker)
 
         # A fit without a row ends here.
-        if not job.fit.options.gives_rows:
-            return []
-        if job.fit.options.chooses_checkpoint:
-            return [best_of_checkpoints(job, data, fit, processes, tracker)]
-        return [last_network(job, data, fit, processes, tracker)]
+        options, rows = job.fit.options, []
+        if options.gives_rows:
+            measured = best_of_checkpoints if options.chooses_checkpoint else last_network
+            rows = [measured(job, data, fit, processes, tracker)]
+
+        processes.decide(partial(_require_whole, job))
+        return rows
     finally:
         tracker.close()
+
+
+def _require_whole(job: Experiment) -> None:
+    """Refuse a run folder with a damaged file that no stage has made again.
+
+    Raises:
+        ValueError: naming the first one.
+    """
+    faults = verify.run_faults(job.folder, everything=False)
+    faults = [fault for fault in faults if "migrate_records.py" not in fault]
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise ValueError(f"{faults[0]}{more}")
 
 
 def load_data(job: Experiment, processes: Processes) -> Data:
@@ -91,7 +111,7 @@ def load_data(job: Experiment, processes: Processes) -> Data:
     if source is None:
         raise ValueError("data.source: this experiment was built without its data")
 
-    def load() -> Data:
+    def load(check: bool) -> Data:
         size, channels = job.model.image_size, job.model.channels
         read = partial(
             load_images,
@@ -100,6 +120,7 @@ def load_data(job: Experiment, processes: Processes) -> Data:
             channels=channels,
             cache=str(job.data.cache),
             limit=job.data.limit,
+            check=check,
         )
         sets = {split: read(split) for split in ("train", "validation")}
 
@@ -113,15 +134,15 @@ def load_data(job: Experiment, processes: Processes) -> Data:
 
     def first() -> None:
         """Decode what is not decoded yet, and refuse sets that no distance can be measured on."""
-        data = load()
+        data = load(check=True)
         for line in source.notes:
             console.print(f"note: {line}", markup=False)
         if job.fit.options.gives_rows:
             _check_sizes(data)
 
-    # The main process writes the cache; then all read it.
+    # The main process writes and checks the cache; then all read it.
     processes.decide(first)
-    return load()
+    return load(check=False)
 
 
 def require_classes(images: Images, classes: int) -> None:
@@ -178,7 +199,8 @@ def best_of_checkpoints(
     candidates, any_new = [], False
 
     for update in fit.facts["best"]:
-        net = partial(finished_net, job, processes.device, best_file(job.folder, update))
+        file = best_file(job.folder, update)
+        net = partial(finished_net, job, fit.fingerprint, processes.device, file)
         sampling = sample_stage_of(job, fit, folder / f"update{update}", net, update)
         row, new = run_measures(job, data, fit, sampling, processes)
         candidates.append(row)
@@ -186,6 +208,7 @@ def best_of_checkpoints(
 
     best = dict(min(candidates, key=lambda row: row["metrics"]["fid"]))
     best["candidates"] = [{"update": r["update"], "metrics": r["metrics"]} for r in candidates]
+    best = files.sealed(best)
     processes.decide(lambda: write_row(folder / "metrics.json", best))
 
     chosen = folder / f"update{best['update']}"

@@ -6,12 +6,14 @@ Rows are written by the measure stage into `metrics.json` beside the images, and
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tdq_exp.runtime import files
 
+NEEDED = {"config", "features", "images", "metrics"}
 REAL = ("held_out", "reconstructed")  # sets of real images that are measured beside the sampled one
 
 
@@ -39,6 +41,7 @@ class Row:
         update: of the checkpoint that the images are of; None for the last network.
         fingerprints: of the stages `fit`, `sample` and `measure`.
         images: how many were sampled.
+        image_set: hash of the sampled pixels (see `images_hash`). Older rows have none.
         weights: content hash of the float network.
         model_parts: content hashes of other parts of the model, such as `autoencoder`; they are
             keys of their own in JSON.
@@ -77,6 +80,7 @@ class Row:
     update: int | None
     fingerprints: dict[str, str]
     images: int
+    image_set: str
     weights: str
     model_parts: dict[str, str]
     validation_loss: float | None
@@ -103,17 +107,40 @@ class Row:
     candidates: list[dict[str, Any]] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Return the row as it is written and read."""
+        """Return the row as it is written and read, with its seal."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         parts = values.pop("model_parts")
 
-        absent = [key for key in OPTIONAL if values[key] is None]
-        return {**{key: value for key, value in values.items() if key not in absent}, **parts}
+        present = {
+            key: values[key] for key in values if key not in OPTIONAL or values[key] is not None
+        }
+        return files.sealed({**present, **parts})
 
 
 def real_metrics(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the metrics of real images in a row, by kind."""
     return {kind: row[kind] for kind in REAL if kind in row}
+
+
+def measure_parts(
+    sample: str, features: list[str], data: Mapping[str, str], evaluation: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what the metrics depend on, for their fingerprint.
+
+    Args:
+        sample: fingerprint of the sampled set.
+        features: name and content hash of the feature network.
+        data: what the real images are (see `Data.parts`).
+        evaluation: group `eval` of the configuration.
+    """
+    return {
+        "sample": sample,
+        "features": features,
+        "data": data,
+        "metrics": sorted(evaluation["metrics"]),
+        "batch": evaluation["batch"],
+        "reference_images": evaluation.get("reference_images"),
+    }
 
 
 @dataclass(frozen=True)
@@ -131,20 +158,40 @@ class RowRecord:
     def find(self) -> dict[str, Any] | None:
         """Return the row of this fingerprint, or None."""
         rows = read_rows(self.file)
-        return next((r for r in rows if r["fingerprints"]["measure"] == self.fingerprint), None)
+        stated = [row.get("fingerprints", {}).get("measure") for row in rows]
+        return dict(zip(stated, rows, strict=True)).get(self.fingerprint)
 
     def write(self, row: dict[str, Any]) -> None:
         """Add the row, in place of an older one of the same features."""
         write_row(self.file, row)
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file; none if there is no file."""
-    return (files.read_json(file) or {"rows": []})["rows"]
+def read_rows(file: Path, must_be_sealed: bool = False) -> list[dict[str, Any]]:
+    """Return the rows of a file; none if there is no file.
+
+    Args:
+        file: of the rows.
+        must_be_sealed: refuse rows without a seal, which an earlier version may have written.
+
+    Raises:
+        ValueError: if the file is damaged, or a row does not match its seal.
+    """
+    content = files.read_json(file, ["rows"], must_be_sealed)
+    rows = content["rows"] if content is not None else []
+    if not isinstance(rows, list):
+        raise files.damaged(file, "its rows are no list")
+
+    for row in rows:
+        if not isinstance(row, dict) or not row.keys() >= NEEDED:
+            raise files.damaged(file, "a row lacks a part")
+
+        files.require_seal(file, row, must_be_sealed)
+    return rows
 
 
 def write_row(file: Path, row: dict[str, Any]) -> None:
     """Add a row to its file, in place of an older one of the same features."""
     features = row["features"]["name"]
     others = [r for r in read_rows(file) if r["features"]["name"] != features]
-    files.write_json(file, {"rows": sorted([*others, row], key=lambda r: r["features"]["name"])})
+    rows = sorted([*others, files.sealed(row)], key=lambda r: r["features"]["name"])
+    files.write_json(file, {"rows": rows})

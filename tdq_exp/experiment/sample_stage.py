@@ -111,7 +111,7 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
                 f"{folder / 'images'}: images that no samples.json speaks of;"
                 " remove them to sample again"
             )
-        earlier = float(found["seconds"]) if found else 0.0
+        earlier = float(found.get("seconds", 0.0)) if found else 0.0
         record.write({"seconds": earlier})
         return earlier
 
@@ -210,7 +210,10 @@ def sample_set(
     group_sampler = DenoisingGraph(sampler) if isinstance(sampler, Ddim) else sampler
 
     began = time.monotonic()
-    with track("sampling", len(every), done, show=processes.main) as advance:
+    with (
+        processes.sharing(),
+        track("sampling", len(every), done, show=processes.main) as advance,
+    ):
         for group in mine:
             pixels = sample_group(
                 denoiser,
@@ -230,7 +233,6 @@ def sample_set(
                     done += 1
                     advance(f"{min((group + 1) * store.batch, store.images)} images")
 
-    processes.barrier()
     return time.monotonic() - began
 
 

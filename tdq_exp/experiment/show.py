@@ -47,8 +47,14 @@ def publish(
 def _draw(job: Experiment, folder: Path, row: dict[str, Any], processes: Processes) -> None:
     """Draw a grid of samples; for a quantized net below the float net's from the same noise."""
     path = folder / "grid.png"
-    if path.exists():
+    if path.exists() and figures.is_whole(path):
         return
+
+    # A row may stand without its images; then there is nothing to draw.
+    if not (folder / "images").exists():
+        return
+    if path.exists():
+        console.print(f"{path}: damaged, drawn again", markup=False)
 
     images, batch = store_of(job, folder).read(), job.sampling.batch
     features = f"{row['features']['name']} features {row['features']['weights']}"

@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from tdq_exp.quant.convert import Recipe
 from tdq_exp.runtime import files
 from tdq_exp.runtime.context import RunContext
 from tdq_exp.runtime.processes import Processes
-from tdq_exp.runtime.progress import track
+from tdq_exp.runtime.progress import console, track
 
 BATCH = 64
 
@@ -96,7 +98,7 @@ def calibrated(
     # 2. Start values that an earlier run found.
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
     file = context.cache / "calibration" / f"{digest}.json"
-    found = processes.decide(lambda: files.read_json(file))
+    found = processes.decide(lambda: _cached(file))
     if found is not None:
         calibrate.apply(net, {name: (s, z) for name, (s, z) in found.items()})
         return net
@@ -118,6 +120,15 @@ def calibrated(
     time.set(None)
     processes.decide(lambda: files.write_json(file, calibration.found))
     return net
+
+
+def _cached(file: Path) -> dict[str, Any] | None:
+    """Return cached start values, or None if there are none, or damaged ones, with a line."""
+    try:
+        return files.read_json(file, must_be_sealed=True)
+    except ValueError as error:
+        console.print(f"{str(error).partition(';')[0]}: searched again", markup=False)
+        return None
 
 
 def forward_batch(

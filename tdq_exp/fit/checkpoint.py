@@ -1,47 +1,75 @@
-"""Training states on disk: written beside the target and renamed, read without executing anything.
+"""Training states on disk, of which the last two are kept.
 
 `state.pt` holds all that the next update depends on: network, average, optimiser, and the random
-state of dropout for each process. Draws of data need no state (see `diffusion.objective`).
+state of dropout for each process. Draws of data need no state (see `diffusion.objective`). The
+state before it is kept as `state.earlier.pt`: a damaged one costs the updates since then.
 """
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
+from tdq_exp.runtime import tensor_files
+from tdq_exp.runtime.progress import console
 
-from tdq_exp.runtime import files
 
+def save_state(path: Path, state: dict[str, Any], keep_earlier: bool = False) -> None:
+    """Replace the state file in one step: a kill at any moment leaves the old one or the new one.
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Replaces the state file in one step: a kill at any moment leaves the old one or the new one.
+    Args:
+        path: the file.
+        state: tensors and plain values.
+        keep_earlier: keep the old one under `earlier_file(path)`.
 
     Raises:
         OSError: if the folder can't be written or is full; the old file is untouched then.
     """
-    with files.replacing(path) as part:
+    if keep_earlier and path.exists():
+        # A second name for the old file, which stays in place until the new one is whole.
+        earlier = earlier_file(path)
+        earlier.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system without hard links keeps one state
+            os.link(path, earlier)
+
+    tensor_files.write_state(path, state)
+
+
+def whole_state(path: Path) -> Path | None:
+    """Return the file of the last state that is whole, or None; the main process asks.
+
+    A damaged file is removed; a line says so.
+    """
+    for file in (path, earlier_file(path)):
         try:
-            torch.save(state, part)
-        except RuntimeError as error:  # so torch reports a full disk
-            raise OSError(str(error)) from error
+            if file.exists() and (tensor_files.check_state(file) or tensor_files.read_state(file)):
+                return file
+        except ValueError as error:
+            console.print(
+                f"{str(error).partition(';')[0]}: the fit goes on from an earlier state, or from"
+                " its beginning",
+                markup=False,
+            )
+            file.unlink()
+    return None
 
 
 def load_state(path: Path) -> dict[str, Any] | None:
-    """The state, on the CPU, or None if there is none yet.
+    """Return the state, on the CPU, or None if there is none yet.
 
     Raises:
-        ValueError: if the file is damaged, naming it and saying what to do.
+        ValueError: if the file is damaged.
     """
-    if not path.exists():
-        return None
+    return tensor_files.read_state(path)
 
-    files.require_regular(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # zip, pickle and runtime errors: all mean that the file is not ours or not whole
-        raise ValueError(
-            f"{path}: damaged training state; remove it to start this fit again"
-        ) from error
+
+def earlier_file(path: Path) -> Path:
+    """Return where the state before the last one is kept."""
+    return path.with_name(f"{path.stem}.earlier{path.suffix}")
+
+
+def remove_earlier(path: Path) -> None:
+    """Remove the state before the last one: a finished fit needs none."""
+    earlier_file(path).unlink(missing_ok=True)

@@ -164,6 +164,10 @@ class Fit(Generic[O_co]):
             record: of the finished fit.
         """
 
+    def network_file(self, folder: Path) -> Path:
+        """Return where a finished fit keeps its network."""
+        raise NotImplementedError(type(self).__name__)
+
     def finished(
         self, model: DiffusionModel, recipe: Recipe | None, folder: Path, device: torch.device
     ) -> nn.Module:

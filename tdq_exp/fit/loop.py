@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tdq_exp.diffusion.draws import Draws, Stream, draw_batch, fixed_draws, seed_global
 from tdq_exp.diffusion.objective import Samples
-from tdq_exp.fit.checkpoint import load_state, save_state
+from tdq_exp.fit.checkpoint import load_state, remove_earlier, save_state, whole_state
 from tdq_exp.fit.ema import Ema
 from tdq_exp.fit.options import TrainOptions, learning_rates
 from tdq_exp.models.trainable import Trainable
@@ -166,6 +166,7 @@ class Training:
                 if done == options.stop_after and done < options.updates:
                     raise Interrupted(f"stopped after update {done}, as asked")
 
+        self.processes.decide(lambda: remove_earlier(self.state_file))
         return self.ema.net, self.history
 
     def _update(self, shared: nn.Module, update: int) -> tuple[float, bool]:
@@ -267,13 +268,16 @@ class Training:
         ranked = sorted([*self.history.best, (loss, update)])
         self.history.best, dropped = ranked[: self.checkpoints], ranked[self.checkpoints :]
 
-        if self.processes.main:
+        def replace() -> None:
             folder = self.context.folder
             if (loss, update) in self.history.best:
                 about = {"update": str(update), "loss": repr(loss)}
+                about["fit"] = self.context.fingerprint
                 save_weights(self.ema.net, best_file(folder, update), about)
             for _, old in dropped:
                 best_file(folder, old).unlink(missing_ok=True)
+
+        self.processes.decide(replace)
 
     def _save(self, update: int) -> None:
         """Write all that the next update depends on."""
@@ -288,7 +292,7 @@ class Training:
             "best": self.history.best,
             "seconds": self.history.seconds,
         }
-        self.processes.decide(lambda: save_state(self.state_file, state))
+        self.processes.decide(lambda: save_state(self.state_file, state, keep_earlier=True))
 
     def _restore(self) -> int:
         """Put back the state of an interrupted run; return the number of its updates.
@@ -297,9 +301,8 @@ class Training:
             ValueError: if it is of another fit, or of another number of processes.
         """
         # Refused once, for all processes.
-        read: list[dict[str, Any] | None] = []
-        self.processes.decide(lambda: read.append(self._read_state()))
-        state = read[0] if read else load_state(self.state_file)
+        file = self.processes.decide(self._state_to_go_on_from)
+        state = load_state(file) if file is not None else None
         if state is None:
             return 0
 
@@ -314,9 +317,10 @@ class Training:
         self.history.seconds = state["seconds"]
         return int(state["update"])
 
-    def _read_state(self) -> dict[str, Any] | None:
-        """Return the state of an interrupted run, or None; refuse one that would not go on here."""
-        state = load_state(self.state_file)
+    def _state_to_go_on_from(self) -> Path | None:
+        """Return the file of the last whole state, or None; refuse one that can't go on here."""
+        file = whole_state(self.state_file)
+        state = load_state(file) if file is not None else None
         if state is None:
             return None
 
@@ -331,7 +335,7 @@ class Training:
                 " file to start again"
             )
 
-        return state
+        return file
 
 
 def validation_draws(model: Trainable, held_out: Samples, samples: int, seed: int) -> Draws:

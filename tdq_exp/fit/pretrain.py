@@ -5,7 +5,7 @@ Adam, warm-up, flips, and the average of the weights as the result.
 
 from __future__ import annotations
 
-import shutil
+import filecmp
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +46,17 @@ class Pretrain(Fit[PretrainOptions]):
         average, history = Training(net, trained, sets, optimizer, self.options, context).run()
 
         trained.settle(average, sets.train, context.processes.device)
-        context.processes.decide(
-            lambda: _write(context.folder, trained, average, history, sets.held_out)
-        )
+        context.processes.decide(lambda: _write(context, trained, average, history, sets.held_out))
         return average, history.facts()
+
+    def network_file(self, folder: Path) -> Path:
+        return folder / WEIGHTS
 
     def finished(
         self, model: DiffusionModel, recipe: Recipe | None, folder: Path, device: torch.device
     ) -> nn.Module:
         net = self.trained(model).build()
-        load_weights(net, str(folder / WEIGHTS))
+        load_weights(net, str(self.network_file(folder)))
         return net.to(device).eval()
 
     def work(self, model: DiffusionModel, net: nn.Module, sampling_steps: int) -> Work:
@@ -88,13 +89,12 @@ class Pretrain(Fit[PretrainOptions]):
             return
 
         path, target = folder / WEIGHTS, Path(self.options.export).expanduser()
-        if target.exists() and target.read_bytes() != path.read_bytes():
+        if target.exists() and not filecmp.cmp(path, target, shallow=False):
             raise ValueError(
                 f"fit.export={target}: exists and is another net; remove it or choose another name"
             )
 
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        files.copy(path, target, "set fit.export=FILE to another place")
 
         # Beside the weights: how they were made.
         facts = record["facts"]
@@ -110,11 +110,12 @@ class Pretrain(Fit[PretrainOptions]):
 
 
 def _write(
-    folder: Path, model: Trainable, net: nn.Module, history: History, held_out: Samples
+    context: RunContext, model: Trainable, net: nn.Module, history: History, held_out: Samples
 ) -> None:
     """Write a trained net, and a picture of what it does, if there is one."""
-    update, loss = history.validation[-1]
-    save_weights(net, folder / WEIGHTS, {"validation_loss": repr(loss), "updates": str(update)})
+    folder, (update, loss) = context.folder, history.validation[-1]
+    about = {"validation_loss": repr(loss), "updates": str(update), "fit": context.fingerprint}
+    save_weights(net, folder / WEIGHTS, about)
 
     rows = model.shown(net, held_out)
     if rows:

@@ -61,11 +61,14 @@ class QuantizedFit(Fit[O_co]):
         context.processes.decide(lambda: _write_layer_map(context.folder, subject.model, net))
         return net
 
+    def network_file(self, folder: Path) -> Path:
+        return folder / BAKED
+
     def finished(
         self, model: DiffusionModel, recipe: Recipe | None, folder: Path, device: torch.device
     ) -> nn.Module:
         net = bake(self.skeleton(model, recipe), inplace=True)
-        load_weights(net, str(folder / BAKED))
+        load_weights(net, str(self.network_file(folder)))
         return net.to(device)
 
     def skeleton(self, model: DiffusionModel, recipe: Recipe | None) -> nn.Module:

@@ -20,22 +20,19 @@ References:
 """
 
 import io
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
 from torch_fidelity import FeatureExtractorBase, FeatureExtractorInceptionV3
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
 from tdq_exp.metrics.fidelity import METRICS
-from tdq_exp.runtime import files
+from tdq_exp.runtime import files, tensor_files
 from tdq_exp.runtime.hashes import tensor_hash
 
 _POOL_AND_LOGITS = {"fid": "pool", "kid": "pool", "prc": "pool", "isc": "logits"}
@@ -344,8 +341,8 @@ def digits(weights: str | Path) -> FeatureNetwork:
         extractor = Digits()
 
     try:
-        extractor.load_state_dict(safetensors.torch.load_file(weights))
-    except (SafetensorError, RuntimeError) as error:
+        extractor.load_state_dict(tensor_files.read_tensors(Path(weights)).tensors)
+    except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"eval.features.weights={weights} does not hold digits weights:"
             " write them anew with python scripts/train_digits_features.py --overwrite"
@@ -391,8 +388,11 @@ def _read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """Read a PyTorch file of weights without executing what it may hold."""
     files.require_regular(Path(path))
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        found = tensor_files.read_state(Path(path))
+        if found is None:
+            raise ValueError(f"{path}: no such file")
+        return found
+    except ValueError as error:
         raise ValueError(
             f"{path} is not a file of PyTorch weights: get it again and set"
             " eval.features.weights=PATH"

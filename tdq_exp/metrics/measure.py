@@ -10,15 +10,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save
 
 from tdq_exp.data.images import Images
 from tdq_exp.metrics.features import FeatureNetwork
 from tdq_exp.metrics.fidelity import NEIGHBOUR, distances, precision_recall
 from tdq_exp.metrics.half_sampling import deviation_of_frechet
-from tdq_exp.runtime import files
+from tdq_exp.runtime import tensor_files
 from tdq_exp.runtime.processes import Processes
-from tdq_exp.runtime.progress import track
+from tdq_exp.runtime.progress import console, track
 
 CACHE_REMEDY = "free space or set data.cache=FOLDER"
 
@@ -75,10 +74,32 @@ def features_of_known(
     suffix = "" if engine == "torch" else "-" + engine.replace(" ", "_")
     name = f"{content}-{len(pixels)}-{network.weights_hash}-{batch}{suffix}.safetensors"
     file = cache / "features" / name
-    if not processes.decide(file.exists):
+
+    # What is damaged is made again; a line says so.
+    if not processes.decide(lambda: _is_whole(file, len(pixels))):
         found = features_of(network, pixels, batch, processes, label)
-        processes.decide(lambda: files.write_bytes(file, save(found), CACHE_REMEDY))
-    return load_file(file)
+        about = {"of": file.stem}
+        processes.decide(lambda: tensor_files.write_tensors(file, found, about, CACHE_REMEDY))
+    return tensor_files.read_tensors(file).tensors
+
+
+def _is_whole(file: Path, images: int) -> bool:
+    """Return whether there is a file of cached features that belongs to its name."""
+    if not file.exists():
+        return False
+
+    try:
+        found = tensor_files.read_tensors(file)
+        if not found.checked:
+            raise ValueError(f"{file}: has no checksum")
+        if found.metadata.get("of") != file.stem:
+            raise ValueError(f"{file}: damaged (holds the features of another set)")
+        if any(len(rows) != images for rows in found.tensors.values()):
+            raise ValueError(f"{file}: damaged (not of {images} images)")
+    except ValueError as error:
+        console.print(f"{str(error).partition(';')[0]}: computed again", markup=False)
+        return False
+    return True
 
 
 @dataclass(frozen=True)

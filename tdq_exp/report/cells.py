@@ -18,12 +18,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from tdq_exp.config import assets, naming, schema
+from tdq_exp.config import assets, naming, records, schema
 from tdq_exp.config.compose import compose
 from tdq_exp.config.schema import parts_of
+from tdq_exp.experiment.row import read_rows
+from tdq_exp.experiment.verify import row_faults
 from tdq_exp.fit.registry import options_class
 from tdq_exp.report.manifest import Line, Manifest
-from tdq_exp.runtime import files, stage
+from tdq_exp.runtime import stage
 
 # Overrides that a table sets itself, and what to do instead.
 SET_BY_TABLE = {
@@ -251,8 +253,14 @@ def in_footer(overrides: Iterable[str]) -> list[str]:
 
 
 def _rows(cell: Cell, path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file that were measured with the cell's features."""
-    rows = (files.read_json(path) or {"rows": []})["rows"]
+    """Return the rows of a file that were measured with the cell's features.
+
+    Raises:
+        ValueError: if a row does not verify.
+    """
+    if faults := row_faults(path):
+        raise ValueError(faults[0])
+    rows = read_rows(path, must_be_sealed=True)
     label = cell.config["eval"]["label"]
     return [row for row in rows if row["config"]["eval"]["label"] == label]
 
@@ -264,8 +272,9 @@ def _images(row: Mapping[str, Any]) -> int:
 def _compared(config: dict[str, Any]) -> dict[str, Any]:
     """Return what makes a row stale when it changes.
 
-    That is everything that its fingerprints read, but the number of images.
+    That is everything that its fingerprints read, but the number of images, in today's names.
     """
+    config = records.upgrade(config)
     groups = ["model", "sampler"]
     if config["method"]["quantized"]:
         groups += ["bits", "weight", "act", "tdq", "plan", "habits", "fit"]

@@ -1,4 +1,4 @@
-"""Where a row was computed: commit, machine, versions, memory."""
+"""Where a row was computed: commit, machine, instruction set, versions, memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -43,7 +43,23 @@ def environment() -> dict[str, Any]:
         "commit": commit(),
         "machine": f"{platform.system()} {platform.machine()}, {_cpu()}, {os.cpu_count()} cores",
         "python": sys.version.split()[0],
+        "instructions": instructions(),
         "versions": versions,
+    }
+
+
+def instructions() -> dict[str, Any]:
+    """Return what the last bits of a result depend on beside the number of threads.
+
+    `torch` is the instruction set that torch's kernels use, and `vnni` says whether the processor
+    adds products of bytes in 32 bits.
+    """
+    import torch  # options are read without it
+
+    flags = {"avx512_vnni", "avx_vnni"}
+    return {
+        "torch": torch.backends.cpu.get_cpu_capability(),
+        "vnni": bool(flags & set(_cpuinfo("flags").split())),
     }
 
 
@@ -68,6 +84,38 @@ def commit() -> str | None:
         return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def unknown_commits(commits: Collection[str]) -> list[str]:
+    """Return those commits that the checkout's history does not hold.
+
+    Nothing is known outside of a checkout, or in a shallow one: then none is returned.
+
+    Args:
+        commits: as `commit` returns them.
+    """
+    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
+    names = sorted({name.removesuffix("+") for name in commits})
+    try:
+        shallow = subprocess.run(
+            [*git, "rev-parse", "--is-shallow-repository"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        if commit() is None or shallow.stdout.strip() != "false":
+            return []
+        asked = subprocess.run(
+            [*git, "cat-file", "--batch-check"],
+            input="".join(f"{name}^{{commit}}\n" for name in names),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    answers = asked.stdout.splitlines()
+    return [name for name, answer in zip(names, answers, strict=True) if "missing" in answer]
 
 
 def memory_bytes() -> int:
@@ -120,10 +168,13 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def _cpu() -> str:
+    return _cpuinfo("model name") or platform.processor() or "unknown CPU"
+
+
+def _cpuinfo(field: str) -> str:
+    """Return a field of the first processor, or nothing where the system does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith(field))
     except (OSError, StopIteration):
-        return platform.processor() or "unknown CPU"
+        return ""

@@ -10,7 +10,10 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
+
+from tdq_exp.runtime import files
 
 
 def sample_grid(
@@ -126,7 +129,17 @@ def _smooth(curve: NDArray[Any]) -> NDArray[Any]:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure without a date, so that the same figure is the same file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    with rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(path, metadata=metadata)
+    kind = path.suffix.removeprefix(".")
+    with rc_context({"svg.hashsalt": path.stem}), files.replacing(path) as part:
+        figure.savefig(part, format=kind, metadata=metadata)
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether a file is a PNG whose parts match their checksums."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return path.read_bytes()[-12:-8] == bytes(4)  # the last part, IEND, is empty

@@ -1,4 +1,4 @@
-"""The hash of a set of tensors: its name in fingerprints, whatever file held it."""
+"""Hashes of tensors and arrays: their names in fingerprints, whatever file held them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -30,4 +32,18 @@ def tensor_hash(tensors: Mapping[str, Tensor], shape_as: Callable[[torch.Size], 
         content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         digest.update(content.numpy(force=True).data)
 
+    return digest.hexdigest()[:16]
+
+
+def images_hash(pixels: NDArray[np.uint8]) -> str:
+    """Return the hash of a set of images, read piece by piece.
+
+    hash = first 16 hex digits of SHA-256 over (shape, bytes)
+
+    Args:
+        pixels: `[N, H, W, C]`.
+    """
+    digest = hashlib.sha256(repr(pixels.shape).encode())
+    for start in range(0, len(pixels), 1024):
+        digest.update(pixels[start : start + 1024].tobytes())
     return digest.hexdigest()[:16]

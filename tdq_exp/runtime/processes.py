@@ -6,7 +6,8 @@ trivial.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -99,6 +100,26 @@ class Processes:
     def gather_objects(self, value: T) -> list[T]:
         """Return one small object from every process, in rank order, on all of them."""
         return list(gather_object([value])) if self.world > 1 else [value]
+
+    @contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Let processes work apart within the `with` block, and wait for each other at its end.
+
+        Raises:
+            OSError: on every process, the first that one of them met, such as a full disk: if it
+                ended alone, the others would wait for ever.
+        """
+        met: OSError | None = None
+        try:
+            yield
+        except OSError as error:
+            met = error
+
+        # The main process prints it for all.
+        for first in self.gather_objects(met):
+            if first is not None:
+                first.told = not self.main  # type: ignore[attr-defined]
+                raise first
 
     def decide(self, ask: Callable[[], T]) -> T:
         """Call `ask` on the main process only, and return its answer, or raise its error, on all.

@@ -8,12 +8,13 @@ refused, with the difference.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from tdq_exp.runtime.files import Parts, fingerprint, read_json, write_json
+from tdq_exp.config import records
+from tdq_exp.runtime.files import Parts, damaged, fingerprint, read_json, write_json
 from tdq_exp.runtime.processes import Processes
 
 Result = dict[str, Any]
@@ -103,6 +104,25 @@ class StageFile:
         return found
 
 
+def read_record(
+    path: Path, needs: Collection[str] = (), must_be_sealed: bool = False
+) -> Result | None:
+    """Return the record of a stage, finished or not, or None if there is none.
+
+    Args:
+        path: the record.
+        needs: keys that it must have beside its fingerprint and parts.
+        must_be_sealed: see `files.read_json`.
+
+    Raises:
+        ValueError: if it is damaged, or its fingerprint is not that of its parts.
+    """
+    found = read_json(path, ["fingerprint", "parts", *needs], must_be_sealed)
+    if found is not None and found["fingerprint"] != fingerprint(found["parts"]):
+        raise damaged(path, "its fingerprint is not that of its parts")
+    return found
+
+
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
     """Return `key: old -> new` for every leaf in which two nested values differ."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -130,16 +150,22 @@ def check_same(
     Raises:
         ValueError: if it was made by other parts; names up to four differences and says what to do.
     """
-    found = read_json(path)
+    found = read_record(path)
     if found is None or found["fingerprint"] == fingerprint(parts):
         return found
 
-    old, new = dict(found["parts"]), json.loads(json.dumps(parts))
-    config = config or {}
+    # An older record may say the same in other names.
+    old, new = records.upgrade(found["parts"]), json.loads(json.dumps(parts))
+    if old == new:
+        raise ValueError(
+            f"{path}: a record of an earlier version; bring it up to date with"
+            f" python scripts/migrate_records.py {path.parent}"
+        )
 
     # Where a part is a fingerprint, its group of the config says more.
+    config, recorded = config or {}, records.upgrade(found.get("config", {}))
     for name in old.keys() & new.keys() & config.keys():
-        before, now = found["config"].get(name), json.loads(json.dumps(config[name]))
+        before, now = recorded.get(name), json.loads(json.dumps(config[name]))
         if isinstance(old[name], str) and old[name] != new[name] and before != now:
             old[name], new[name] = before, now
 

@@ -10,7 +10,6 @@ never go backwards. Whatever wandb raises is one warning; the fit goes on withou
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -106,7 +105,7 @@ class Tracker:
 
     def _remember(self, step: int) -> None:
         """Note the last step whose values are complete: a resumed fit goes on after it."""
-        files.write_text(self._identity, json.dumps({"id": self._id, "step": step}))
+        files.write_json(self._identity, {"id": self._id, "step": step})
 
     def _log(self, values: Mapping[str, Any], step: int | None = None) -> None:
         """Log values at a step, unless an interrupted run has; None: now, after all others."""

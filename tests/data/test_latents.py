@@ -101,12 +101,14 @@ def test_validation_needs_no_mirrors(tmp_path, processes):
         found.batch(torch.tensor([1]), torch.tensor([True]), noise)
 
 
-def test_a_damaged_file_is_one_line_that_names_it(tmp_path, processes):
-    found = made(processes, tmp_path)
-    (found.arrays.folder / "moments.npy").write_bytes(b"no array")
-    again = made(processes, tmp_path)
-    with pytest.raises(ValueError, match=r"moments\.npy: damaged; remove"):
-        again.batch(torch.tensor([0]), torch.tensor([False]), torch.zeros(1, *SHAPE))
+def test_damaged_moments_are_encoded_again_and_a_line_says_so(tmp_path, processes, capsys):
+    file = made(processes, tmp_path).arrays.folder / "moments.npy"
+    whole = file.read_bytes()
+    for damage in (b"no array", whole[:-8], whole[:300] + b"\x7f" + whole[301:]):
+        file.write_bytes(damage)
+        made(processes, tmp_path)
+        assert file.read_bytes() == whole
+        assert "made again" in capsys.readouterr().out
 
 
 def test_noise_of_samples_leaves_every_other_draw_as_it_was():

@@ -44,9 +44,48 @@ def test_another_set_in_the_same_folder_and_a_damaged_file_are_errors(tmp_path):
     make(tmp_path)
     with pytest.raises(ValueError, match=r"groups\.npy: holds"):
         make(tmp_path, images=30).missing()
-    (tmp_path / "set" / "groups.npy").write_bytes(b"")
-    with pytest.raises(ValueError, match="damaged"):
-        make(tmp_path).missing()
+
+
+@pytest.mark.parametrize("file", ["images", "groups"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "longer", "header", "rows", "{}", "gone"])
+def test_damaged_files_lose_their_groups_and_nothing_damaged_is_read(
+    tmp_path, file, damage, capsys
+):
+    store = make(tmp_path)
+    for number in range(3):
+        store.put(number, group(number))
+    path = tmp_path / "set" / f"{file}.npy"
+    whole = path.read_bytes()
+    last = len(whole) - 2
+    spoilt = {
+        "empty": b"",
+        "cut": whole[:-7],
+        "longer": whole + b"1",
+        "header": b"\x13" + whole[1:],
+        "rows": whole[:last] + bytes([whole[last] ^ 4]) + whole[last + 1 :],
+        "{}": b"{}",
+    }
+    path.unlink() if damage == "gone" else path.write_bytes(spoilt[damage])
+
+    assert store.faults()
+    with pytest.raises(ValueError):
+        store.read()
+    store.create()
+    missing = store.missing()
+    assert missing == ([2] if damage == "rows" else [0, 1, 2])
+    assert damage == "gone" or "made again" in capsys.readouterr().out
+    for number in missing:
+        store.put(number, group(number))
+    assert path.read_bytes() == whole and not store.faults()
+
+
+def test_a_map_without_checksums_is_one_of_an_earlier_version_and_made_anew(tmp_path, capsys):
+    store = make(tmp_path)
+    store.put(0, group(0))
+    np.save(tmp_path / "set" / "groups.npy", np.array([1, 0, 0], np.uint8))
+    store.create()
+    assert store.missing() == [0, 1, 2]
+    assert "earlier version" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

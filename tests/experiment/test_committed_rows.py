@@ -14,8 +14,10 @@ import pytest
 
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
-from tdq_exp.experiment import fit_stage, pipeline
-from tdq_exp.runtime.files import fingerprint, read_json
+from tdq_exp.experiment import fit_stage, pipeline, verify
+from tdq_exp.experiment.load import load
+from tdq_exp.runtime import environment
+from tdq_exp.runtime.files import fingerprint, read_json, sealed, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "results" / "runs"
@@ -97,13 +99,73 @@ def test_the_same_command_finds_the_fit(run):
 def test_the_same_command_does_nothing(name, tmp_path, monkeypatch):
     out = tmp_path / "results"
     shutil.copytree(RUNS / name, out / "runs" / name)
-    grid = out / "runs" / name / "seed0" / "ddim50_n1000" / "grid.png"
-    grid.touch()
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
     overrides = choices(fit_of(f"{name}/seed0")["config"])
     job = jobs.build(compose([*overrides, f"out={out}", "tracker=none", "launcher=cpu"]))
     (row,) = pipeline.run(job)
 
     assert row == read_json(RUNS / name / "seed0" / "ddim50_n1000" / "metrics.json")["rows"][0]
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    after = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_every_committed_file_verifies():
+    assert verify.faults_of(ROOT / "results") == []
+
+
+@pytest.mark.parametrize("run", LISTED)
+def test_a_committed_run_loads_or_says_that_its_network_is_not_here(run):
+    folder = RUNS / run
+    packed = (folder / "packed.safetensors").exists()
+    if packed or not fit_of(run)["config"]["method"]["quantized"]:
+        job, net = load(folder)
+        assert f"{job.name}/seed{job.seed}" == run and not net.training
+    else:
+        with pytest.raises(FileNotFoundError, match=r"baked\.safetensors: is not here"):
+            load(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "fault"),
+    [
+        (("metrics", "fid"), 0.5, "damaged"),
+        (("fingerprints", "fit"), "0" * 16, "a row is of the fit 0000000000000000"),
+        (("images",), 10, "a row is of 10 images"),
+        (("weights",), "0" * 16, "a row is of the weights 0000000000000000"),
+        (("environment", "commit"), "0123456789ab", "names the commit 0123456789ab"),
+    ],
+)
+def test_a_changed_row_is_a_fault_and_is_in_no_table(path, value, fault, tmp_path):
+    run = "digits_w4a4_lsq_tdq/seed0"
+    shutil.copytree(RUNS / run, tmp_path / run)
+    file = tmp_path / run / "ddim50_n1000" / "metrics.json"
+    content = read_json(file)
+    (row,) = content["rows"]
+    *outer, last = path
+    place = row
+    for key in outer:
+        place = place[key]
+    place[last] = value
+
+    # A number is changed in the file; what would belong to another row is sealed again.
+    rows = [row if last == "fid" else sealed(row)]
+    write_json(file, {"rows": rows})
+    faults = verify.faults_of(tmp_path)
+    if last == "commit" and environment.commit() is None:
+        pytest.skip("outside of a checkout no commit is known")
+    assert faults and any(fault in line for line in faults)
+    assert last == "commit" or verify.row_faults(file)
+
+
+def test_the_verb_verify_says_what_is_wrong_and_ends_with_a_code(tmp_path, inside):
+    run = tmp_path / "digits_w4a4_lsq_tdq" / "seed0"
+    shutil.copytree(RUNS / "digits_w4a4_lsq_tdq" / "seed0", run)
+    whole = inside(str(run), verb="verify")
+    assert whole.returncode == 0 and "whole" in whole.stdout
+
+    file = run / "ddim50_n1000" / "metrics.json"
+    file.write_text(file.read_text().replace('"fid"', '"fie"'))
+    found = inside(str(run), verb="verify")
+    assert found.returncode == 1 and f"{file}: damaged" in found.stdout
+    assert inside(str(tmp_path / "none"), verb="verify").returncode == 2

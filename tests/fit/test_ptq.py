@@ -332,12 +332,21 @@ def test_block_files_of_another_fit_are_refused(stopped):
         pipeline.run(made)
 
 
-def test_a_damaged_block_file_is_one_line_that_names_it(stopped):
+def test_a_damaged_block_is_made_again_with_the_same_values_and_a_line(
+    stopped, tmp_path, tiny_weights, capsys
+):
     made, file = stopped
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}: damaged") as error:
-        pipeline.run(made)
-    assert "\n" not in str(error.value)
+    whole, before = file.read_bytes(), torch.load(file, weights_only=True)
+    middle = len(whole) // 2
+    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    with pytest.raises(InterruptedError):
+        pipeline.run(build(tmp_path, tiny_weights, *cell(), "fit.stop_after=2"))
+    assert f"{file}: damaged (its content does not match its checksum): made again" in (
+        capsys.readouterr().out
+    )
+    after = torch.load(file, weights_only=True)
+    for name, state in before["quantizers"].items():
+        assert all(torch.equal(state[key], after["quantizers"][name][key]) for key in state)
 
 
 def test_another_number_of_a_begun_fit_is_refused_with_the_difference(

@@ -210,7 +210,7 @@ def check(folder: Path, parts: Mapping[str, Any]) -> None:
         ValueError: names up to four differences.
     """
     require_set(folder)
-    about = files.read_json(folder / "about.json")
+    about = files.read_json(folder / "about.json", needs=["fingerprint", "parts"])
     assert about is not None
     if about["fingerprint"] == files.fingerprint(parts):
         return
@@ -261,7 +261,7 @@ def make_set(
     if path is not None:
         processes.decide(lambda: check(folder, parts))
     else:
-        processes.decide(lambda: None if (folder / "about.json").exists() else found.create(parts))
+        processes.decide(lambda: found.create(parts))
 
     # Where something is missing, one run makes it, and the others wait for that.
     with ExitStack() as stack:
@@ -285,15 +285,16 @@ def _fill(
     missing = processes.decide(found.missing)
     done = len(batches) - len(missing)
     shown = processes.main and bool(missing)
-    with track("calibration set", len(batches), done, show=shown) as advance:
+    with (
+        processes.sharing(),
+        track("calibration set", len(batches), done, show=shown) as advance,
+    ):
         for group in missing[processes.rank :: processes.world]:
             indices = range(group * GROUP, min((group + 1) * GROUP, spec.images))
             make = _noised if spec.kind == "forward" else _trajectories
             rows = make(spec, denoiser, sampler, images, indices, processes.device)
             found.put(group, {name: values for name, values in rows.items() if values is not None})
             advance(f"{indices.stop} images")
-
-    processes.barrier()
 
 
 def _example_condition(

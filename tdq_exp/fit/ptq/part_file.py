@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdq_exp.fit.checkpoint import load_state
 from tdq_exp.fit.ptq.blocks import Block
 from tdq_exp.quant.intervals.temporal import Temporal
 from tdq_exp.quant.layers import QuantLayer
+from tdq_exp.runtime import tensor_files
 from tdq_exp.runtime.context import RunContext
+from tdq_exp.runtime.progress import console
 
 
 def quant_layers(module: nn.Module, prefix: str = "") -> dict[str, QuantLayer]:
@@ -82,12 +83,18 @@ def _temporal(block: Block) -> list[Temporal]:
 def read_part(file: Path, context: RunContext) -> dict[str, Any] | None:
     """Return a finished part of this fit, the same on every process, or None.
 
+    A damaged part counts as none: it is made again, and a line says so.
+
     Raises:
-        ValueError: if the file is damaged or of another fit.
+        ValueError: if the file is of another fit.
     """
 
     def load() -> dict[str, Any] | None:
-        found = load_state(file)
+        try:
+            found = tensor_files.read_state(file)
+        except ValueError as error:
+            console.print(f"{str(error).partition(';')[0]}: made again", markup=False)
+            return None
         if found is not None and found.get("fingerprint") != context.fingerprint:
             raise ValueError(
                 f"{file}: a block of another fit; remove {file.parent} to start this one"

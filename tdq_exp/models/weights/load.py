@@ -39,8 +39,6 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from tdq_exp.models.weights import compvis
 from tdq_exp.models.weights.folder import config_of, place_of, require_same_architecture
@@ -50,6 +48,7 @@ from tdq_exp.models.weights.names import diffusers_names
 from tdq_exp.models.weights.paths import expanded, require_file
 from tdq_exp.models.weights.save import file_hash, save_weights, state_hash
 from tdq_exp.runtime import hub
+from tdq_exp.runtime.tensor_files import read_tensors as read_safetensors
 
 __all__ = [
     "NOT_WEIGHTS",
@@ -182,14 +181,10 @@ def _read_file(path: Path, ema: bool, part: str) -> dict[str, torch.Tensor]:
     if path.suffix != ".safetensors":
         return read_tensors(path, lambda tree: _state_of(path, tree, ema, part))
     try:
-        return _without_module(load_file(path))
-    except (OSError, SafetensorError) as error:
-        reason = (
-            "the file is empty"
-            if path.stat().st_size == 0
-            else f"truncated, corrupt or not safetensors ({error})"
-        )
-        raise CheckpointError(f"{path}: {reason}") from error
+        return _without_module(read_safetensors(path).tensors)
+    except (OSError, ValueError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise CheckpointError(f"{path}: truncated, corrupt or not safetensors; {reason}") from error
 
 
 def _state_of(path: Path, tree: Any, ema: bool, part: str) -> dict[str, Any]:

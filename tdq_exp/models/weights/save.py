@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from tdq_exp.runtime import files
+from tdq_exp.runtime import tensor_files
 from tdq_exp.runtime.hashes import tensor_hash
 
 
@@ -21,7 +18,7 @@ def state_hash(state: Mapping[str, torch.Tensor]) -> str:
 
 def file_hash(path: Path) -> str:
     """The `state_hash` of a safetensors file in diffusers' names, as this project writes them."""
-    return state_hash(load_file(path))
+    return state_hash(tensor_files.read_tensors(path).tensors)
 
 
 def save_weights(
@@ -29,34 +26,12 @@ def save_weights(
     path: str | Path,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write weights as safetensors; the file is there as a whole or not at all.
+    """Write weights as safetensors with a checksum; the whole file is there or none.
 
     Args:
         net_or_state: the network, or its state dict.
         path: file to write or replace, named `*.safetensors`; its folder is made if need be.
         metadata: what to say about the weights in the file's header.
     """
-    path = Path(path)
     state = net_or_state.state_dict() if isinstance(net_or_state, torch.nn.Module) else net_or_state
-    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-
-    with files.replacing(path) as part:
-        # safetensors makes files that only their owner can read; weights get the usual mode.
-        part.touch()
-        mode = part.stat().st_mode
-        save_file(tensors, part, dict(metadata))
-        _sort_metadata(part)
-        part.chmod(mode)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Sort the metadata in a safetensors header, so that equal weights are equal files."""
-    with path.open("r+b") as stream:
-        (size,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(size))
-        if "__metadata__" in header:
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
-        if len(content) == size:  # else it is spelled in another way, and stays as it is
-            stream.seek(8)
-            stream.write(content)
+    tensor_files.write_tensors(Path(path), state, metadata)

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdq_exp.quant.kernels.switch import enabled, traced
+from tdq_exp.runtime import files
 
 SOURCE = Path(__file__).with_name("cpu.c")
 CHUNK = 4096  # of cpu.c
@@ -61,8 +62,8 @@ def library() -> ctypes.CDLL | str:
     # Built in a folder of its own, then moved: processes that start together may all build it.
     try:
         if not file.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as part:
-                built = Path(part) / file.name
+            with files.scratch(file) as part:
+                built = part / file.name
                 command = [compiler, *FLAGS, "-fopenmp", str(SOURCE), "-o", str(built), "-lm"]
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
                 os.replace(built, file)

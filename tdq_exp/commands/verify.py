@@ -1,0 +1,78 @@
+"""Check a results folder: checksums, seals, and that records, rows and images belong together.
+
+python -m tdq_exp verify                                        everything in results/
+python -m tdq_exp verify results/runs/digits_w4a4_lsq_tdq/seed0
+python -m tdq_exp verify table1                                 the rows of a table, and its file
+A line for each fault; the exit code is 1 if there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tdq_exp.commands import cli
+from tdq_exp.config import assets
+from tdq_exp.experiment import verify as checks
+from tdq_exp.runtime.progress import console
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        The exit code: 1 if there are faults, 2 for a user's mistake.
+    """
+    parser = cli.parser(__doc__, "python -m tdq_exp verify")
+    parser.add_argument(
+        "what",
+        nargs="?",
+        default="results",
+        help="a run, a folder, a file, or a table of configs/table (default: results)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results"), help="folder of a table's runs"
+    )
+    options = parser.parse_args(arguments)
+
+    return cli.exit_code(verify, options.what, options.out.expanduser())
+
+
+def verify(what: str, out: Path) -> int:
+    """Print the faults of a run, a folder, a file or a table, and return the exit code."""
+    path = Path(what).expanduser()
+    tables = {file.stem for file in (assets.configs() / "table").glob("*.yaml")}
+
+    is_table = what in tables and not path.exists()
+    faults = table_faults(what, out) if is_table else checks.faults_of(path)
+
+    for fault in faults:
+        console.print(fault, markup=False)
+    console.print(f"{what}: {len(faults)} faults" if faults else f"{what}: whole", markup=False)
+    return 1 if faults else 0
+
+
+def table_faults(name: str, out: Path) -> list[str]:
+    """Return what is wrong with the runs of a table, at all of its scales, and with its files."""
+    from tdq_exp.report import cells, columns, manifest, render
+
+    table = manifest.read_manifest(name)
+    found: list[str] = []
+    for scale in table.scales:
+        asked = cells.cells_of(table, scale, out)
+
+        # 1. The runs.
+        folders = sorted({cell.folder for cell in asked if cell.folder.exists()})
+        here = [fault for folder in folders for fault in checks.run_faults(folder)]
+        found += here
+
+        # 2. The rendered file, which is what the rows give.
+        file = out / "tables" / f"{name}-{scale}.md"
+        if not here and file.exists():
+            rows = [cells.find(cell) for cell in asked]
+            if file.read_text() != render.markdown(columns.text_table(table, scale, rows, [])):
+                found.append(
+                    f"{file}: is not what its rows give; render it again:"
+                    f" python -m tdq_exp table {name} --scale {scale}"
+                )
+    return found

@@ -1,0 +1,269 @@
+"""Checks of what lies in a results folder: checksums, seals, and what belongs together.
+
+    fit.json      its fingerprint is that of its parts
+    samples.json  the same, and its fit is the one beside it
+    metrics.json  every row is of this fit and this set, with the counts that they state
+    images        every group matches its checksum, and the set the hash in its row
+    networks      match their checksums, and belong to this fit
+
+Files that may have been removed, such as the images and networks of published runs, are no fault.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tdq_exp.data.arrays import ImageStore, open_array
+from tdq_exp.experiment.network import RECORD, read_fit
+from tdq_exp.experiment.row import measure_parts, read_rows
+from tdq_exp.runtime import environment, figures, files, tensor_files
+from tdq_exp.runtime.hashes import images_hash, tensor_hash
+from tdq_exp.runtime.stage import read_record
+
+NETWORKS = ("baked.safetensors", "weights.safetensors")
+UNCHECKED = "has no checksum; an earlier version wrote none: python scripts/migrate_records.py"
+OTHERS = {"wandb", "wandb-id.json", "png"}  # not ours, or nothing is read from them
+
+T = TypeVar("T")
+
+
+def faults_of(path: Path) -> list[str]:
+    """Return everything that is wrong with a run, a folder of runs, or one file, a line each.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.is_file():
+        return _file_faults(path)
+
+    # 1. Runs; then whatever lies beside them, such as shipped networks.
+    runs = sorted(record.parent for record in path.rglob(RECORD))
+    found = [fault for run in runs for fault in run_faults(run)]
+
+    inside = set(runs)
+    for file in _files(path):
+        if not inside.intersection(file.parents):
+            found += _file_faults(file, must_be_sealed=False)
+
+    # 2. Rows that no fit speaks of.
+    orphans = [f for f in path.rglob("metrics.json") if not inside.intersection(f.parents)]
+    found += [f"{file}: rows without a {RECORD}" for file in orphans]
+    return found + commit_faults(path)
+
+
+def run_faults(run: Path, everything: bool = True) -> list[str]:
+    """Return what is wrong with the files of a run.
+
+    Args:
+        run: its folder.
+        everything: also read images and training states, which a finished run needs no more.
+    """
+    found: list[str] = []
+    record = _tried(found, lambda: read_fit(run, must_be_sealed=True))
+
+    # 1. Sampled sets and their rows.
+    folders = {f.parent for name in ("samples.json", "metrics.json") for f in run.rglob(name)}
+    for folder in sorted(folders):
+        found += _set_faults(folder, record, everything)
+
+    # 2. Every other file by itself, and networks as this fit's.
+    special = {RECORD, "samples.json", "metrics.json"}
+    for file in _files(run):
+        state = file.suffix == ".pt"
+        if file.name not in special and (everything or not state):
+            found += _file_faults(file, record)
+    return found
+
+
+def row_faults(file: Path) -> list[str]:
+    """Return what is wrong with the rows of a file, as far as small files tell.
+
+    Records that are not beside it are not missed.
+    """
+    found: list[str] = []
+    rows = _tried(found, lambda: read_rows(file, must_be_sealed=True)) or []
+    run = next((folder for folder in file.parents if (folder / RECORD).exists()), None)
+    fit = _tried(found, lambda: read_fit(run)) if run is not None else None
+
+    for row in rows:
+        places = [file.parent, file.parent / f"update{row.get('update')}"]
+        samples_file = next(
+            (p / "samples.json" for p in places if (p / "samples.json").exists()), None
+        )
+        samples = _tried(found, partial(read_record, samples_file)) if samples_file else None
+        found += [f"{file}: {fault}" for fault in _row_faults(row, fit, samples)]
+    return found
+
+
+def commit_faults(path: Path) -> list[str]:
+    """Return a line for each row or fit below a folder whose commit the history does not hold."""
+    named: dict[str, Path] = {}
+    quiet: list[str] = []
+
+    for file in sorted(path.rglob("metrics.json")):
+        for row in _tried(quiet, partial(read_rows, file)) or []:
+            named.setdefault(str(row.get("environment", {}).get("commit")), file)
+    for file in sorted(path.rglob(RECORD)):
+        fit = _tried(quiet, partial(read_fit, file.parent)) or {}
+        facts = fit.get("facts", {})
+        named.setdefault(str(facts.get("environment", {}).get("commit")), file)
+
+    named.pop("None", None)  # computed outside of a checkout
+    unknown = set(environment.unknown_commits(list(named)))
+    return [
+        f"{file}: names the commit {name}, which the history does not hold"
+        for name, file in named.items()
+        if name.removesuffix("+") in unknown
+    ]
+
+
+def _row_faults(
+    row: Mapping[str, Any], fit: Mapping[str, Any] | None, samples: Mapping[str, Any] | None
+) -> Iterable[str]:
+    """Yield what a row and the records beside it do not agree on."""
+    stated = row.get("fingerprints", {})
+    numbers = [v for v in row["metrics"].values() if isinstance(v, int | float)]
+    if not all(math.isfinite(number) for number in numbers):
+        yield "a metric is not a number"
+
+    # The fit, and what a row cites of it.
+    if fit is not None:
+        if stated.get("fit") != fit["fingerprint"]:
+            yield f"a row is of the fit {stated.get('fit')}, beside it is {fit['fingerprint']}"
+        if row.get("name") != fit.get("name"):
+            yield f"a row is of the run {row.get('name')}, beside it is {fit.get('name')}"
+        weights = fit.get("facts", {}).get("weights")
+        if row.get("weights") != weights:
+            yield f"a row is of the weights {row.get('weights')}, the fit is of {weights}"
+
+    # The set.
+    if samples is not None:
+        if stated.get("sample") != samples["fingerprint"]:
+            beside = samples["fingerprint"]
+            yield f"a row is of the set {stated.get('sample')}, beside it is {beside}"
+        asked = samples["parts"].get("sampler", {}).get("images")
+        if row["images"] != asked:
+            yield f"a row is of {row['images']} images, its set has {asked}"
+
+    # The measurement, where the fit says what the data are.
+    data = fit["parts"].get("data") if fit is not None else None
+    if data and data["train"] == row["reference"]["content"]:
+        features = [row["features"]["name"], row["features"]["weights"]]
+        parts = measure_parts(str(stated.get("sample")), features, data, row["config"]["eval"])
+        if files.fingerprint(parts) != stated.get("measure"):
+            yield "a row's measurement has another fingerprint than its parts give"
+
+
+def _set_faults(folder: Path, fit: Mapping[str, Any] | None, everything: bool) -> list[str]:
+    """Return what is wrong with a sampled set, its record and its rows."""
+    found: list[str] = []
+    file = folder / "samples.json"
+    samples = _tried(found, lambda: read_record(file, must_be_sealed=True))
+
+    if (
+        samples is not None
+        and fit is not None
+        and samples["parts"].get("fit") != fit["fingerprint"]
+    ):
+        found.append(f"{file}: is of another fit than the one beside it")
+    if samples is None and not found and not list(folder.glob("update*/samples.json")):
+        found.append(f"{file}: is missing, and there are rows of it")
+    if (folder / "metrics.json").exists():
+        found += row_faults(folder / "metrics.json")
+
+    # The images: by group, and as what was measured.
+    if samples is None or not everything or not (folder / "images").exists():
+        return found
+    return found + _image_faults(folder, samples["parts"]["sampler"])
+
+
+def _image_faults(folder: Path, sampler: Mapping[str, Any]) -> list[str]:
+    found: list[str] = []
+    pixels = _tried(found, lambda: open_array(folder / "images" / "images.npy"))
+    if pixels is None or pixels.ndim != 4:
+        return found or [f"{folder / 'images'}: damaged (no set of images)"]
+
+    height, width, channels = pixels.shape[1:]
+    store = ImageStore(
+        folder / "images", sampler["images"], sampler["batch"], (height, width, channels)
+    )
+    found += store.faults()
+    if found:
+        return found
+
+    measured = {
+        row.get("image_set") for row in _tried([], lambda: read_rows(folder / "metrics.json")) or []
+    }
+    if any(stated not in (None, images_hash(pixels)) for stated in measured):
+        found.append(f"{folder / 'images'}: are not the images that were measured")
+    return found
+
+
+def _file_faults(
+    file: Path, fit: Mapping[str, Any] | None = None, must_be_sealed: bool = True
+) -> list[str]:
+    """Return what is wrong with one file.
+
+    Args:
+        file: of any kind.
+        fit: record of the fit that it should belong to.
+        must_be_sealed: whether a file without a checksum is a fault.
+    """
+    found: list[str] = []
+
+    if file.name.startswith(".") and file.suffix == ".part":
+        return [f"{file}: left by a killed run; the run's command removes it"]
+    if file.suffix == ".json":
+        _tried(found, lambda: files.read_json(file, must_be_sealed=must_be_sealed))
+    elif file.suffix == ".png" and not figures.is_whole(file):
+        found.append(f"{file}: damaged (no whole picture); remove it")
+    elif file.suffix == ".pt":
+        checked = _tried(found, lambda: tensor_files.check_state(file))
+        if must_be_sealed and checked is False:
+            found.append(f"{file}: {UNCHECKED}")
+    elif file.suffix == ".safetensors":
+        found += _tensor_faults(file, fit, must_be_sealed)
+    return found
+
+
+def _tensor_faults(file: Path, fit: Mapping[str, Any] | None, must_be_sealed: bool) -> list[str]:
+    found: list[str] = []
+    content = _tried(found, lambda: tensor_files.read_tensors(file))
+    if content is None:
+        return found
+
+    if must_be_sealed and not content.checked:
+        found.append(f"{file}: {UNCHECKED}")
+    if fit is not None:
+        _tried(found, lambda: tensor_files.require_of(file, content.metadata, fit["fingerprint"]))
+        stated = fit.get("facts", {}).get("network")
+        if file.name in NETWORKS and stated not in (None, tensor_hash(content.tensors)):
+            found.append(f"{file}: is not the network that {RECORD} states")
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files below a folder that have a checksum of their own."""
+    kinds = {".json", ".png", ".pt", ".safetensors", ".part"}
+    return [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.suffix in kinds
+        and file.is_file()
+        and not OTHERS.intersection(file.relative_to(folder).parts)
+    ]
+
+
+def _tried(found: list[str], read: Callable[[], T]) -> T | None:
+    """Return what can be read; add the error of what can't to the faults."""
+    try:
+        return read()
+    except (ValueError, OSError) as error:
+        found.append(str(error))
+        return None
