@@ -108,6 +108,8 @@ def show(options: argparse.Namespace) -> None:
         measured, about, _rows_beside(options.out.expanduser(), job.config["model"]["label"], about)
     )
     for one in sets:
+        for line in getattr(one, "notes", ()):
+            console.print(f"note: {line}", markup=False)
         if isinstance(one, GivenImages) and one.size != (size, size):
             console.print(
                 f"note: {one.path} holds images of {one.size[0]}x{one.size[1]}; they were cropped"

@@ -12,17 +12,17 @@ Pictures are decoded when they are asked for; arrays in `.npy` are mapped, not l
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from tdq_exp.data.decode import decode_cell
 from tdq_exp.data.images import resize_center
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from tdq_exp.data.sources import pictures_in
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class GivenImages:
         count: N.
         size: (H, W) of the first, before it is resized.
         piece: (start, stop) -> uint8 `[stop - start, H, W, C]`, at the size of the reference.
+        notes: lines that a reader should see: what is left out.
     """
 
     path: Path
     count: int
     size: tuple[int, int]
     piece: Callable[[int, int], NDArray[np.uint8]]
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -85,25 +87,17 @@ def read(path: Path, size: int, channels: int) -> GivenImages | GivenStatistics:
 
 
 def _folder(path: Path, size: int, channels: int) -> GivenImages:
-    pictures = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
-    if not pictures:
-        raise ValueError(f"{path}: holds no {', '.join(SUFFIXES)} file")
+    pictures, notes = pictures_in(path)
 
     def piece(start: int, stop: int) -> NDArray[np.uint8]:
         return np.stack([_resized(_open(f), size, channels) for f in pictures[start:stop]])
 
     first = _open(pictures[0])
-    return GivenImages(path, len(pictures), (first.height, first.width), piece)
+    return GivenImages(path, len(pictures), (first.height, first.width), piece, notes)
 
 
 def _open(file: Path) -> Image.Image:
-    try:
-        image = Image.open(file)
-        image.load()  # a truncated file is found here, not at opening
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file}: not a whole image ({reason}); replace or remove it") from error
-    return image
+    return decode_cell({"bytes": None, "path": str(file)}, str(file))
 
 
 def _resized(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:

@@ -116,15 +116,15 @@ class Folder:
 
         # A database has keys in place of files.
         self._left_out: Counter[str] = Counter()
-        self._files: list[Path] = []
-        self._database = lsun.is_lmdb(self.root)
-        if self._database:
+        self.files: list[Path] = []
+        self.is_database = lsun.is_lmdb(self.root)
+        if self.is_database:
             self._count = lsun.count(self.root)
             return
 
-        self._files = sorted(self._walk())
-        self._count = len(self._files)
-        if not self._files:
+        self.files = sorted(self._walk())
+        self._count = len(self.files)
+        if not self.files:
             hint = "; data=cifar10 reads it" if cifar.layout_of(self.root) else ""
             raise ValueError(
                 f"data.source.path={path}: holds no {', '.join(self.suffixes)} file{hint}"
@@ -169,10 +169,10 @@ class Folder:
         """Nothing is left to decide."""
 
     def _of(self, split: str) -> list[Path]:
-        return list(part(iter(self._files), self.holdout, split))
+        return list(part(iter(self.files), self.holdout, split))
 
     def key(self, split: str) -> str:
-        if self._database:
+        if self.is_database:
             state = _stat(self.root / "data.mdb")
             listing = f"{self._count}:{state.st_size}:{state.st_mtime_ns}"
         else:
@@ -189,7 +189,7 @@ class Folder:
             raise ValueError(
                 f"data.source.path={self.root}: too few images to hold any out for {split}"
             )
-        if self._database:
+        if self.is_database:
             for key, raw in part(lsun.values(self.root), self.holdout, split):
                 yield decode(raw, f"{self.root}[{key}]")
             return
@@ -198,18 +198,30 @@ class Folder:
 
     def labels(self, split: str) -> list[int]:
         """Return the number of each file's subfolder, in sorted order of their names."""
-        if self._database:
+        if self.is_database:
             raise ValueError(
                 f"data.source.path={self.root}: a database has one class; a class-conditional model"
                 " needs images with labels"
             )
-        names = sorted({f.parent for f in self._files})
+        names = sorted({f.parent for f in self.files})
         if self.root in names:
             raise ValueError(
                 f"data.source.path={self.root}: a class-conditional model needs one subfolder for"
                 " each class, and no image beside them"
             )
         return [names.index(f.parent) for f in self._of(split)]
+
+
+def pictures_in(path: Path) -> tuple[list[Path], list[str]]:
+    """Return the picture files of a folder in sorted order, and lines on what is left out.
+
+    Raises:
+        ValueError: if it holds no image, or is a database.
+    """
+    folder = Folder(str(path))
+    if folder.is_database:
+        raise ValueError(f"{path}: is a database; write its pictures as files")
+    return folder.files, folder.notes
 
 
 def _stat(file: Path) -> os.stat_result:

@@ -19,8 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-
+from tdq_exp.data.arrays import open_array
 from tdq_exp.report.cells import Cell
 from tdq_exp.runtime import failures, files
 
@@ -95,11 +94,9 @@ def state_of(cell: Cell, now: float | None = None) -> CellState:
 def _sampled(groups: Path) -> float:
     """Return the share of a set's groups that are finished."""
     try:
-        return float((np.load(groups) != 0).mean())
-    except FileNotFoundError:
-        return 0.0
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{groups}: damaged ({error}); remove its folder") from error
+        return float((open_array(groups) != 0).mean()) if groups.exists() else 0.0
+    except ValueError as error:
+        raise ValueError(f"{error}; remove its folder") from error
 
 
 def _where(begun: bool, fit_done: bool, sampled: float, cell: Cell) -> str:

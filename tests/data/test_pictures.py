@@ -103,7 +103,7 @@ def test_linked_folders_are_followed_once_and_nothing_is_left_out_silently(tmp_p
     (root / "._b.png").write_bytes(b"attributes")
 
     source = Folder(str(root))
-    assert sorted(file.name for file in source._files) == ["a.png", "b.png"]
+    assert sorted(file.name for file in source.files) == ["a.png", "b.png"]
     (note,) = source.notes
     assert "2 images" in note
     for part in (
