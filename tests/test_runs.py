@@ -219,16 +219,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     assert np.isfinite(row["metrics"]["fid"])
 
 
-def test_a_finished_run_can_be_loaded_and_sampled(
-    tmp_path, tiny_weights, finished, command, inside
-):
+def test_a_finished_run_can_be_loaded_and_sampled(tmp_path, tiny_weights, finished, inside):
     made = build(tmp_path, tiny_weights)
     pipeline.run(made)
     net = tdq_exp.load(made.folder)
     assert not net.training
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
     assert net(x, t, return_dict=False)[0].shape == x.shape
-    done = command(
+    done = inside(
         str(made.folder), "--images", "4", "--batch", "4", "--out", "drawn", verb="sample"
     )
     assert done.returncode == 0, done.stderr
@@ -240,11 +238,35 @@ def test_a_finished_run_can_be_loaded_and_sampled(
     assert "not empty" in again.stderr
 
 
-def test_two_processes_make_the_same_images_and_one_row(tmp_path, tiny_weights, command):
-    arguments = [*QUICK, f"model.weights={tiny_weights}", "launcher.threads=1"]
-    pipeline.run(jobs.build(compose([*arguments, f"out={tmp_path / 'one'}"])))
-    both = command(*arguments, f"out={tmp_path / 'two'}", "launcher.nproc=2")
-    assert both.returncode == 0, both.stderr
+def test_two_processes_make_the_same_images_and_one_row(tmp_path, tiny_weights, finished, command):
+    # Fits differ in the last bits, and rounding amplifies that: images of one and the same fit.
+    made = build(tmp_path, tiny_weights)
+    folder, before = made.folder / made.sample_name, images(made).copy()
+    for file in ("images/images.npy", "images/groups.npy", "metrics.json"):
+        (folder / file).unlink()
+    done = command(
+        *QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}",
+        "launcher.nproc=2", "launcher.threads=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(images(made), before)
+    (row,) = json.loads((folder / "metrics.json").read_text())["rows"]
+    assert row["processes"] == 2
+
+
+@pytest.mark.usefixtures("few_start_values")
+def test_two_processes_fit_as_one_does(tmp_path, tiny_weights, together):
+    qat = [*QUICK, f"model.weights={tiny_weights}", "launcher.threads=1"]
+    pretrain = [
+        "model=tiny", "method=fp", "fit=pretrain", "tracker=none", "launcher=cpu",
+        "launcher.threads=1",
+    ]  # fmt: skip
+    pipeline.run(jobs.build(compose([*qat, f"out={tmp_path / 'one'}"])))
+    out = f"out={tmp_path / 'two'}"
+    done = together(*qat, out, "--", *pretrain, out)
+    assert done.returncode == 0, done.stderr
+
+    # Quantization-aware training.
     one, two = (
         json.loads((tmp_path / n / "runs/tiny_w4a4_lsq_tdq/seed0/fit.json").read_text())
         for n in ("one", "two")
@@ -255,37 +277,11 @@ def test_two_processes_make_the_same_images_and_one_row(tmp_path, tiny_weights, 
     first, other = (found["facts"]["validation"][0] for found in (one, two))
     assert first[0] == other[0] == 2
     assert first[1] == pytest.approx(other[1], rel=1e-5)
-    # The fits differ in the last bits, and rounding amplifies that; so images are compared from one and the same fit.
-    folder = tmp_path / "one/runs/tiny_w4a4_lsq_tdq/seed0/ddim3_n12"
-    before = np.load(folder / "images/images.npy").copy()
-    for file in ("images/images.npy", "images/groups.npy", "metrics.json"):
-        (folder / file).unlink()
-    shared = command(
-        *arguments, f"out={tmp_path / 'one'}",
-        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-    )  # fmt: skip
-    assert shared.returncode == 0, shared.stderr
-    assert np.array_equal(np.load(folder / "images/images.npy"), before)
-    assert len(json.loads((folder / "metrics.json").read_text())["rows"]) == 1
 
-
-def test_two_processes_train_a_float_net_as_one_does(tmp_path, tiny_weights, together):
-    arguments = [
-        "model=tiny",
-        "method=fp",
-        "fit=pretrain",
-        "tracker=none",
-        "launcher=cpu",
-        "launcher.threads=1",
-    ]
-    done = together(*arguments, f"out={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    facts = json.loads((tmp_path / "runs/tiny_fp_pretrain/seed0/fit.json").read_text())["facts"]
-    assert facts["processes"] == 2
-    found = [
-        load_file(tiny_weights),
-        load_file(tmp_path / "runs/tiny_fp_pretrain/seed0/weights.safetensors"),
-    ]
+    # A float net.
+    folder = tmp_path / "two/runs/tiny_fp_pretrain/seed0"
+    assert json.loads((folder / "fit.json").read_text())["facts"]["processes"] == 2
+    found = [load_file(tiny_weights), load_file(folder / "weights.safetensors")]
     for key, value in found[0].items():
         # Softmax does not see the bias of k: its gradient is zero but for last bits, which Adam makes as large as any.
         assert key.endswith("to_k.bias") or torch.allclose(
@@ -303,8 +299,10 @@ def test_a_sweep_writes_three_fits_under_the_right_names(tmp_path, tiny_weights,
     assert names == ["tiny_w3a3_lsq_tdq", "tiny_w4a4_lsq_tdq", "tiny_w8a8_lsq_tdq"]
 
 
-def test_an_offline_wandb_run_can_be_read_back(tmp_path, tiny_weights, command, inside):
-    done = command(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "tracker=offline")
+@pytest.mark.usefixtures("few_start_values")
+def test_an_offline_wandb_run_can_be_read_back(tmp_path, tiny_weights, inside, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    done = inside(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "tracker=offline")
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs/tiny_w4a4_lsq_tdq/seed0/wandb").glob("offline-run-*")
     import subprocess

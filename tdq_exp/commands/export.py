@@ -80,8 +80,8 @@ def export(run: Path, out: Path, form: str = "integer", images: int = 16) -> Pat
         The file.
 
     Raises:
-        ValueError: for a run that is not quantized or has no tables, a file that exists, or a
-            missing package.
+        ValueError: for a run that is not quantized, has no tables or takes a condition, a file
+            that exists, or a missing package.
         FileNotFoundError: if there is no finished run.
     """
     _check_options(out, form, images)
@@ -89,6 +89,8 @@ def export(run: Path, out: Path, form: str = "integer", images: int = 16) -> Pat
     job, net = load(run)
     if job.recipe is None:
         raise ValueError(f"{run}: is a float run; diffusers' own export writes it")
+    if job.model.draw_condition(0, Stream.IMAGE, range(1)) is not None:
+        raise ValueError(f"{run}: takes a condition beside t, which a graph of (x_t, t) has not")
 
     written = graph_file(job, net, out, form, images)
     console.print(f"{out}: {written / 1e6:.3f} MB, {form} form", markup=False)

@@ -10,7 +10,7 @@ Source: Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 200
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +50,38 @@ def read_batch(path: Path) -> NDArray[np.uint8]:
     Raises:
         ValueError: naming the file, if it is damaged or holds anything else.
     """
+    pixels = _read(path, lambda batch: batch["data"].pixels())
+    # A row has the red plane, then the green one, then the blue one.
+    return pixels.reshape(-1, CHANNELS, SIDE, SIDE).transpose(0, 2, 3, 1)
+
+
+def labels_of(folder: Path, names: tuple[str, ...]) -> list[int]:
+    """Return the class of each image of some files, in order; of CIFAR-100 the fine ones.
+
+    Raises:
+        ValueError: naming the file, if it is damaged or holds anything else.
+    """
+    return [label for name in names for label in _read(folder / name, _labels)]
+
+
+def _labels(batch: dict[str, Any]) -> list[int]:
+    labels = batch["fine_labels"] if "fine_labels" in batch else batch["labels"]
+    if not isinstance(labels, list) or not all(type(label) is int for label in labels):
+        raise ValueError("its labels are no list of integers")
+    return labels
+
+
+def _read(path: Path, pick: Callable[[dict[str, Any]], Any]) -> Any:
+    """Return what is picked of a file's dict, its keys as text."""
     try:
         with path.open("rb") as stream:
             batch = _InertUnpickler(stream, encoding="bytes").load()
-        data = batch[b"data"] if b"data" in batch else batch["data"]
-        pixels = data.pixels()
+        named = {k.decode() if isinstance(k, bytes) else k: value for k, value in batch.items()}
+        return pick(named)
     except Exception as error:  # a damaged pickle is a random program
         raise ValueError(
             f"{path}: damaged, or not a batch of CIFAR ({type(error).__name__}: {error})"
         ) from error
-
-    # A row has the red plane, then the green one, then the blue one.
-    return pixels.reshape(-1, CHANNELS, SIDE, SIDE).transpose(0, 2, 3, 1)
 
 
 def read_split(folder: Path, names: tuple[str, ...]) -> Iterator[Image.Image]:

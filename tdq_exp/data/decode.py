@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,17 @@ def decode(raw: bytes, name: str) -> Image.Image:
 
     transparent = "A" in image.getbands() or "transparency" in image.info
     return _on_white(image) if transparent else image
+
+
+def decode_cell(cell: dict[str, Any], name: str) -> Image.Image:
+    """Return the image of a cell of a table: its bytes, or its file."""
+    try:
+        raw = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"{name}: can't be read ({error.strerror}); replace or remove it"
+        ) from error
+    return decode(raw, name)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

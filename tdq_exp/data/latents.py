@@ -43,16 +43,22 @@ class Latents:
         mirrors: M.
         shape: (C, H, W) of x_0.
         content: hash of images and autoencoder.
+        labels: int64 `[N]`, class of each image, where a model is conditioned on it.
 
     Raises:
         ValueError: if the files are damaged, or another set's.
     """
 
     def __init__(
-        self, folder: Path, images: int, mirrors: int, shape: tuple[int, int, int], content: str
+        self,
+        folder: Path,
+        images: int,
+        mirrors: int,
+        shape: tuple[int, int, int],
+        content: str,
+        labels: NDArray[np.int64] | None = None,
     ) -> None:
-        self.content = content
-        self.images = images
+        self.content, self.images, self.labels = content, images, labels
         moments = Column((images, mirrors, 2, *shape), np.float32, GROUP)
         self.arrays = GroupedArrays(
             folder, {"moments": moments}, again="encode", elsewhere="data.cache"
@@ -84,6 +90,10 @@ class Latents:
             self._moments[index.numpy(), flip.long().numpy()]
         ).unbind(1)
         return mean + deviation * noise
+
+    def condition(self, index: Tensor) -> Tensor | None:
+        """Return the class of some images, `[B]`, int64; None without labels."""
+        return None if self.labels is None else torch.from_numpy(self.labels[index.numpy()])
 
 
 @torch.no_grad()
@@ -122,7 +132,7 @@ def encoded(
 
     content = hashlib.sha256(f"{images.content}|{by}".encode()).hexdigest()[:16]
     folder = cache / "latents" / files.fingerprint(parts)
-    found = Latents(folder, len(images), 1 + mirror, shape, content)
+    found = Latents(folder, len(images), 1 + mirror, shape, content, images.labels)
 
     def begin() -> list[int]:
         found.arrays.create()

@@ -7,21 +7,21 @@ databases (`Folder`). This is the only importer of `datasets`.
 from __future__ import annotations
 
 import hashlib
-import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from tdq_exp.data import cifar, lsun
-from tdq_exp.data.decode import decode, first_line
+from tdq_exp.data.decode import decode_cell, first_line
+from tdq_exp.data.folder import Folder
+from tdq_exp.data.holdout import HOLDOUT, check_holdout, part_of
 
-T = TypeVar("T")
+__all__ = ["Digits", "Folder", "Hub", "Source"]
+
 SPLITS = ("train", "validation")
-HOLDOUT = 20  # every so many-th image, where a set has no held-out split of its own
 
 
 class Source(Protocol):
@@ -52,6 +52,14 @@ class Source(Protocol):
         """
         ...
 
+    def labels(self, split: str) -> list[int]:
+        """Return the class of each image of a split, for models that are conditioned on it.
+
+        Raises:
+            ValueError: if the images have no classes.
+        """
+        ...
+
 
 class Digits:
     """scikit-learn's 1,797 handwritten digits, 8x8, 16 gray levels: nothing to download.
@@ -77,6 +85,12 @@ class Digits:
         for i, image in enumerate(load_digits().images):
             if (i % 5 == 0) == (split == "validation"):
                 yield Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8))
+
+    def labels(self, split: str) -> list[int]:
+        from sklearn.datasets import load_digits
+
+        targets = enumerate(load_digits().target)
+        return [int(c) for i, c in targets if (i % 5 == 0) == (split == "validation")]
 
 
 class Hub:
@@ -114,7 +128,7 @@ class Hub:
         self.path, self.column, self.prepared = path, column, prepared
         self._split = {"train": train, "validation": validation}
         if holdout is not None:
-            _check_holdout(holdout)
+            check_holdout(holdout)
         self._holdout = holdout
         self._told_to_hold_out = self._settled = holdout is not None
 
@@ -209,7 +223,7 @@ class Hub:
             images = self._read_cifar(whole)
         else:
             images = self._read_table(whole)
-        return images if self._holdout is None else _part(images, self._holdout, split)
+        return images if self._holdout is None else part_of(images, self._holdout, split)
 
     def _read_cifar(self, split: str) -> Iterator[Image.Image]:
         assert self._cifar is not None
@@ -221,11 +235,16 @@ class Hub:
             )
         return cifar.read_split(folder, splits[name])
 
-    def _read_table(self, split: str) -> Iterator[Image.Image]:
+    def _table(self, split: str) -> Any:
+        """Return the table of a split.
+
+        Raises:
+            ValueError: if it can't be read, naming the path.
+        """
         import datasets
 
         try:
-            table: Any = datasets.load_dataset(self._name, split=self._split[split])
+            return datasets.load_dataset(self._name, split=self._split[split])
         except ValueError as error:
             raise ValueError(
                 f"data.source.path={self.path}: {first_line(error)}; name the splits with"
@@ -235,153 +254,36 @@ class Hub:
         except Exception as error:  # its own types for broken files, requests' for the network
             raise self._unreadable(error) from error
 
+    def _read_table(self, split: str) -> Iterator[Image.Image]:
+        import datasets
+
+        table = self._table(split)
+
         # Bytes are decoded here, so that an error can name the image.
         column = self.column or _image_column(table.features, self.path)
         table = table.cast_column(column, datasets.Image(decode=False))
 
         for i, row in enumerate(table):
-            yield _decode(row[column], f"{self.path}[{self._split[split]}][{i}]")
+            yield decode_cell(row[column], f"{self.path}[{self._split[split]}][{i}]")
 
-
-class Folder:
-    """A folder of image files, nested or not, or a database of LSUN (LMDB).
-
-    Folders that are links are followed, each real folder once. Files of other kinds are left out
-    and counted in `notes`.
-
-    Args:
-        path: the folder.
-        holdout: every so many-th file in sorted order is held out for validation: 20 holds out 5 %.
-        channels: 3, or 1 for gray.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if it holds no image.
-    """
-
-    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-
-    def __init__(self, path: str, holdout: int = HOLDOUT, channels: int = 3) -> None:
-        self.root, self.holdout, self.channels = Path(path).expanduser(), holdout, channels
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"data.source.path={path}: no such folder")
-        _check_holdout(holdout)
-
-        # A database has keys in place of files.
-        self._left_out: Counter[str] = Counter()
-        self._files: list[Path] = []
-        self._database = lsun.is_lmdb(self.root)
-        if self._database:
-            self._count = lsun.count(self.root)
-            return
-
-        self._files = sorted(self._walk())
-        self._count = len(self._files)
-        if not self._files:
-            hint = "; data=cifar10 reads it" if cifar.layout_of(self.root) else ""
-            raise ValueError(
-                f"data.source.path={path}: holds no {', '.join(self.suffixes)} file{hint}"
-            )
-
-    def _walk(self) -> Iterator[Path]:
-        """Yield the image files, and count the others."""
-        seen: set[tuple[int, int]] = set()
-
-        for folder, below, names in os.walk(self.root, followlinks=True):
-            # A link to a folder above would never end; one beside would show its images twice.
-            here = os.stat(folder)
-            if (here.st_dev, here.st_ino) in seen:
-                below.clear()
-                self._left_out["link to a folder that is read already"] += 1
-                continue
-            seen.add((here.st_dev, here.st_ino))
-            below.sort()
-
-            for name in names:
-                file = Path(folder, name)
-                if file.suffix.lower() not in self.suffixes:
-                    self._left_out[file.suffix.lower() or "file without a suffix"] += 1
-                elif name.startswith("._"):  # macOS keeps attributes of NAME in ._NAME
-                    self._left_out["file of attributes (._)"] += 1
-                elif file.is_file() or not file.exists():
-                    yield file  # a link to nowhere is refused when it is read
-                else:
-                    self._left_out["no regular file"] += 1
-
-    @property
-    def notes(self) -> list[str]:
-        if not self._left_out:
-            return []
-        counts = ", ".join(f"{count} {what}" for what, count in self._left_out.most_common())
-        return [
-            f"data.source.path={self.root}: {self._count} images; left out: {counts} (what is read:"
-            f" {', '.join(self.suffixes)})"
-        ]
-
-    def settle(self, cached: Callable[[str], bool]) -> None:
-        """Nothing is left to decide."""
-
-    def _of(self, split: str) -> list[Path]:
-        return list(_part(iter(self._files), self.holdout, split))
-
-    def key(self, split: str) -> str:
-        if self._database:
-            state = _stat(self.root / "data.mdb")
-            listing = f"{self._count}:{state.st_size}:{state.st_mtime_ns}"
+    def labels(self, split: str) -> list[int]:
+        whole = split if self._holdout is None else "train"
+        if self._cifar is not None:
+            folder, splits = self._cifar
+            classes = cifar.labels_of(folder, splits[self._split[whole]])
         else:
-            stats = ((f, _stat(f)) for f in self._of(split))
-            listing = "\n".join(
-                f"{f.relative_to(self.root)}:{s.st_size}:{s.st_mtime_ns}" for f, s in stats
-            )
+            classes = self._labels_of_table(whole)
+        return classes if self._holdout is None else list(part_of(classes, self._holdout, split))
 
-        # 2: orientation and transparency as `decode` has them.
-        return f"folder2/{split}/{self.holdout}/" + hashlib.sha256(listing.encode()).hexdigest()
-
-    def read(self, split: str) -> Iterator[Image.Image]:
-        if self._count < 2 and split == "train":
+    def _labels_of_table(self, split: str) -> list[int]:
+        table = self._table(split)
+        columns = [n for n, kind in table.features.items() if type(kind).__name__ == "ClassLabel"]
+        if len(columns) != 1:
             raise ValueError(
-                f"data.source.path={self.root}: too few images to hold any out for {split}"
+                f"data.source.path={self.path}: has {len(columns)} columns of class labels;"
+                " a class-conditional model needs one"
             )
-        if self._database:
-            for key, raw in _part(lsun.values(self.root), self.holdout, split):
-                yield decode(raw, f"{self.root}[{key}]")
-            return
-        for file in self._of(split):
-            yield _decode({"bytes": None, "path": str(file)}, str(file))
-
-
-def _check_holdout(holdout: int) -> None:
-    if not isinstance(holdout, int) or isinstance(holdout, bool) or holdout < 2:
-        raise ValueError(
-            f"data.source.holdout={holdout}: at least 2, every so many-th image is held out"
-        )
-
-
-def _part(items: Iterator[T], holdout: int, split: str) -> Iterator[T]:
-    """Yield every so many-th item for `validation`, beginning with the first, or all others."""
-    for i, item in enumerate(items):
-        if (i % holdout == 0) == (split == "validation"):
-            yield item
-
-
-def _stat(file: Path) -> os.stat_result:
-    try:
-        return file.stat()
-    except OSError as error:
-        raise ValueError(
-            f"{file}: can't be read ({error.strerror}); replace or remove it"
-        ) from error
-
-
-def _decode(cell: dict[str, Any], name: str) -> Image.Image:
-    """Return the image of a cell of a table: its bytes, or its file."""
-    try:
-        raw = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"{name}: can't be read ({error.strerror}); replace or remove it"
-        ) from error
-    return decode(raw, name)
+        return [int(c) for c in table[columns[0]]]
 
 
 def _image_column(features: Any, path: str) -> str:

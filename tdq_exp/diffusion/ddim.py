@@ -192,19 +192,6 @@ class Ddim:
             trajectory.append((t, values))
         return trajectory
 
-    def step(
-        self,
-        eps: Tensor,
-        t: int,
-        t_prev: int,
-        x: Tensor,
-        schedule: Schedule,
-        generators: Sequence[torch.Generator] = (),
-    ) -> Tensor:
-        """Return x_{t_prev} of one update, in x's precision; coefficients are in float64."""
-        values = self.coefficients(t, t_prev, schedule)
-        return self.update(eps, x, values, self.noise(x, generators) if values.sigma > 0 else None)
-
     def coefficients(self, t: int, t_prev: int, schedule: Schedule) -> Coefficients:
         """Return the numbers of one update."""
         abar = float(schedule.alphas_cumprod[t])

@@ -25,7 +25,7 @@ from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.experiment.adapt import adapted
 from tdq_exp.experiment.options import EvalOptions, SamplerOptions
 from tdq_exp.fit.fit import Fit, Subject
-from tdq_exp.fit.options import FitOptions
+from tdq_exp.fit.options import IMPORTED, FitOptions
 from tdq_exp.fit.registry import fit_class
 from tdq_exp.metrics.features import FeatureNetwork
 from tdq_exp.metrics.fidelity import check_names
@@ -184,7 +184,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
 
     # 2. The model, and what of it is fitted: refused here if there is no such part.
     model = make(resolved, "model.definition")
-    _require_unconditional(model)
+    _require_known_condition(model, config)
 
     fit = _fit(config)
     fit.trained(model)
@@ -240,19 +240,23 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
     )
 
 
-def _require_unconditional(model: DiffusionModel) -> None:
-    """Refuse a network that wants more than (x_t, t): no stage has labels to give.
+def _require_known_condition(model: DiffusionModel, config: schema.Config) -> None:
+    """Refuse a network whose condition no stage has.
 
     Raises:
         ValueError: naming the key.
     """
-    for key in ("class_embed_type", "num_class_embeds"):
-        value = model.network.get(key)
-        if value is not None:
-            raise ValueError(
-                f"model.definition.network.{key}={value}: class-conditional networks can't be run,"
-                " for no stage gives them labels; take an unconditional network"
-            )
+    embedded = model.network.get("class_embed_type")
+    if embedded is not None:
+        raise ValueError(
+            f"model.definition.network.class_embed_type={embedded}: of class-conditional networks"
+            " only those with num_class_embeds can be run"
+        )
+    if model.classes is not None and config.calibration.kind == IMPORTED:
+        raise ValueError(
+            f"calibration.path={config.calibration.path}: holds (x, t), and a class-conditional"
+            " network wants its classes, too; leave calibration.path out to make a set"
+        )
 
 
 def _fit(config: schema.Config) -> Fit[FitOptions]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tdq_exp.data.images import Data, load_images
+from tdq_exp.data.images import Data, Images, load_images
 from tdq_exp.experiment import show as pictures
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.fit_stage import FittedModel, finished_net, run_fit
@@ -79,7 +79,15 @@ def load_data(job: Experiment, processes: Processes) -> Data:
             cache=job.config["data"]["cache"],
             limit=job.data.limit,
         )
-        return Data(read("train"), read("validation"))
+        sets = {split: read(split) for split in ("train", "validation")}
+
+        # Classes only where the model asks for them: they are part of what the images are.
+        classes = job.model.classes
+        if classes is not None:
+            sets = {name: images.labelled(source.labels(name)) for name, images in sets.items()}
+            require_classes(sets["train"], classes)
+
+        return Data(sets["train"], sets["validation"])
 
     def first() -> None:
         """Decode what is not decoded yet, and refuse sets that no distance can be measured on."""
@@ -112,6 +120,21 @@ def _check_sizes(data: Data) -> None:
         raise ValueError(
             f"data.source: {train} images to train on and {held_out} held out, and a distance needs"
             f" at least {FEWEST} of each; take more images, or a larger data.limit"
+        )
+
+
+def require_classes(images: Images, classes: int) -> None:
+    """Refuse images of classes that a class-conditional model does not have.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    assert images.labels is not None
+    largest = int(images.labels.max())
+    if largest >= classes:
+        raise ValueError(
+            f"model.definition.network.num_class_embeds={classes}: the images have classes up to"
+            f" {largest}; set it to at least {largest + 1}"
         )
 
 

@@ -302,8 +302,14 @@ def batch_loss(
 ) -> Tensor:
     """Return the model's loss of one batch, scalar."""
     x_0 = images.batch(draws.index, draws.flip, draws.noise).to(device)
+    t, eps = draws.t.to(device), draws.eps.to(device)
+
+    condition = images.condition(draws.index)
+    if condition is not None:
+        condition = condition.to(device)
+
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        return model.training_loss(net, x_0, draws.t.to(device), draws.eps.to(device))
+        return model.training_loss(net, x_0, t, eps, condition)
 
 
 @torch.no_grad()

@@ -145,8 +145,15 @@ class Autoencoder(Trainable):
             torch.manual_seed(seed)
             return ScaledAutoencoder(self.network)
 
-    def training_loss(self, net: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Return the loss of a batch: x_0 are images, eps draws z, t is not used."""
+    def training_loss(
+        self,
+        net: nn.Module,
+        x_0: Tensor,
+        t: Tensor,
+        eps: Tensor,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of a batch: x_0 are images, eps draws z, t and condition are not used."""
         image_hat, mean, log_variance = (value.float() for value in net(x_0, eps))
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
         return (x_0 - image_hat).abs().mean() + self.kl_weight * divergence

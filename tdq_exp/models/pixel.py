@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tdq_exp.data.images import Images
 from tdq_exp.data.latents import encoded
+from tdq_exp.diffusion.draws import Stream, generator
 from tdq_exp.diffusion.objective import (
     LOSSES,
     PREDICTIONS,
@@ -95,6 +96,12 @@ class DiffusionModel(Trainable):
         return self.codec.channels if self.codec else int(self.network["in_channels"])
 
     @property
+    def classes(self) -> int | None:
+        """Number of classes of a class-conditional network; None for an unconditional one."""
+        number = self.network.get("num_class_embeds")
+        return None if number is None else int(number)
+
+    @property
     def sample_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what the network denoises."""
         side = int(self.network["sample_size"])
@@ -144,7 +151,7 @@ class DiffusionModel(Trainable):
             net: the network, float or quantized.
             x_t: `[B, C, H, W]`.
             t: `[B]`, or 0-dim for a batch at one time step.
-            condition: class labels `[B]` of a class-conditional network.
+            condition: class labels `[B]` of a class-conditional network, int64.
 
         Returns:
             eps_hat, `[B, C, H, W]`.
@@ -159,14 +166,29 @@ class DiffusionModel(Trainable):
         options = {} if condition is None else {"class_labels": condition}
         return net(x_t, t, return_dict=False, **options)[0]
 
-    def training_loss(self, net: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Return the loss of a batch against the network's own target.
+    def training_loss(
+        self,
+        net: nn.Module,
+        x_0: Tensor,
+        t: Tensor,
+        eps: Tensor,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss against the network's own target.
 
-        x_0 and eps `[B, C, H, W]`, t `[B]`.
+        Arguments as `Trainable.training_loss`.
         """
-        answer = self.answer(net, self.schedule.add_noise(x_0, eps, t), t)
+        answer = self.answer(net, self.schedule.add_noise(x_0, eps, t), t, condition)
         target = target_of(self.prediction_type, x_0, eps, t, self.schedule)
         return noise_prediction_loss(answer, target, self.loss)
+
+    def draw_condition(self, seed: int, stream: Stream, indices: range) -> Tensor | None:
+        """Return a class for each image, uniform, `[B]`; see `Trainable.draw_condition`."""
+        if self.classes is None:
+            return None
+
+        generators = [generator(seed, Stream.CONDITION, int(stream), i) for i in indices]
+        return torch.stack([torch.randint(self.classes, (), generator=g) for g in generators])
 
     def roles(self, net: nn.Module) -> dict[str, Role]:
         """Return what each convolution and linear layer is for."""

@@ -200,10 +200,9 @@ TINY = ("model=tiny", "launcher=cpu", "tracker=none")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("+model.definition.network.num_class_embeds=10", "network.num_class_embeds=10: class-con"),
         (
             "+model.definition.network.class_embed_type=timestep",
-            "network.class_embed_type=timestep: class-con",
+            "network.class_embed_type=timestep: of class-con",
         ),
         ("+model.definition.prediction_type=flow", "prediction_type=flow: choose one of epsilon"),
         ("model.definition.schedule.shape=sigmoid", "choose one of linear.*squaredcos_cap_v2"),

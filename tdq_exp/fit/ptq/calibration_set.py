@@ -19,6 +19,7 @@ read whole:
     t.npy      int64 [N]                  its time step
     image.npy  int64 [N]                  which trajectory (or training image) the sample is of
     x_0.npy    float32 [images, C, H, W]  where each trajectory ended (or the training image)
+    condition.npy  [images, ...]          its condition; only where the model takes one
     groups.npy uint8                      which groups of trajectories are finished
     about.json                            fingerprint and parts
 
@@ -41,7 +42,7 @@ from torch import Tensor
 from tdq_exp.data.arrays import Column, GroupedArrays
 from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.draws import Stream, fixed_draws, generator, groups, starting_noise
-from tdq_exp.diffusion.objective import Samples
+from tdq_exp.diffusion.objective import NetworkInput, Samples
 from tdq_exp.fit.options import CalibrationSpec
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.runtime import files, stage
@@ -104,13 +105,20 @@ class CalibrationSet:
         images: number of trajectories; N is a multiple of it.
         shape: (C, H, W) of a sample.
         group: trajectories that are made (and resumed) at a time.
+        condition: of one trajectory, `[1, ...]`, as an example; None for an unconditional model.
 
     Raises:
         ValueError: from whatever reads, if the files are damaged or another set's.
     """
 
     def __init__(
-        self, folder: Path, samples: int, images: int, shape: Sequence[int], group: int
+        self,
+        folder: Path,
+        samples: int,
+        images: int,
+        shape: Sequence[int],
+        group: int,
+        condition: Tensor | None = None,
     ) -> None:
         self.folder, self.samples, self.images = folder, samples, images
         each = samples // images
@@ -120,6 +128,11 @@ class CalibrationSet:
             "image": Column((samples,), np.int64, group * each),
             "x_0": Column((images, *shape), np.float32, group),
         }
+        if condition is not None:
+            example = condition.numpy()
+            columns["condition"] = Column((images, *example.shape[1:]), example.dtype, group)
+
+        self.conditional = condition is not None
         self.arrays = GroupedArrays(folder, columns, again="make the set", elsewhere="data.cache")
 
     def create(self, parts: Mapping[str, Any]) -> None:
@@ -136,17 +149,21 @@ class CalibrationSet:
         """Return the groups that are not finished."""
         return self.arrays.missing()
 
-    def put(self, group: int, x: Tensor, t: Tensor, image: Tensor, x_0: Tensor) -> None:
-        """Store a group: its samples, and where its trajectories ended."""
-        self.arrays.put(group, x=x.numpy(), t=t.numpy(), image=image.numpy(), x_0=x_0.numpy())
+    def put(self, group: int, rows: Mapping[str, Tensor]) -> None:
+        """Store a group: the rows of every file, by its name."""
+        self.arrays.put(group, **{name: values.numpy() for name, values in rows.items()})
 
     def __len__(self) -> int:
         return self.samples
 
-    def batch(self, index: slice | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Return (x, t) of some samples, copied into memory."""
+    def batch(self, index: slice | NDArray[np.int64]) -> NetworkInput:
+        """Return some samples, copied into memory, each with its trajectory's condition."""
         x, t = (np.array(self.arrays.read(name)[index]) for name in ("x", "t"))
-        return torch.from_numpy(x), torch.from_numpy(t)
+        condition = None
+        if self.conditional:
+            image = self.arrays.read("image")[index]
+            condition = torch.from_numpy(np.array(self.arrays.read("condition")[image]))
+        return NetworkInput(torch.from_numpy(x), torch.from_numpy(t), condition)
 
     def times(self) -> Tensor:
         """Return t of every sample, `[N]`."""
@@ -207,7 +224,14 @@ def make_set(
     folder = path or cache / "calibration_sets" / files.fingerprint(parts)
 
     batches = list(groups(spec.images, GROUP))
-    found = CalibrationSet(folder, spec.samples, spec.images, denoiser.model.sample_shape, GROUP)
+    found = CalibrationSet(
+        folder,
+        spec.samples,
+        spec.images,
+        denoiser.model.sample_shape,
+        GROUP,
+        _example_condition(spec, denoiser, images),
+    )
 
     # A given set is checked; one of ours is begun if need be.
     if path is not None:
@@ -223,12 +247,22 @@ def make_set(
         for group in missing[processes.rank :: processes.world]:
             indices = range(group * GROUP, min((group + 1) * GROUP, spec.images))
             make = _noised if spec.kind == "forward" else _trajectories
-            x, t, image, x_0 = make(spec, denoiser, sampler, images, indices, processes.device)
-            found.put(group, x, t, image, x_0)
+            rows = make(spec, denoiser, sampler, images, indices, processes.device)
+            found.put(group, {name: values for name, values in rows.items() if values is not None})
             advance(f"{indices.stop} images")
 
     processes.barrier()
     return found
+
+
+def _example_condition(
+    spec: CalibrationSpec, denoiser: Denoiser, images: Samples | None
+) -> Tensor | None:
+    """Return the condition of one trajectory or training image, which shows its type and shape."""
+    if spec.kind == "forward":
+        assert images is not None
+        return images.condition(torch.zeros(1, dtype=torch.long))
+    return denoiser.model.draw_condition(spec.seed, Stream.TRAJECTORY, range(1))
 
 
 def _noised(
@@ -238,8 +272,8 @@ def _noised(
     images: Samples | None,
     indices: range,
     device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (x_t, t, image, x_0) of training images, each noised to several t."""
+) -> dict[str, Tensor | None]:
+    """Return the rows of training images, each noised to several t."""
     assert images is not None
     model = denoiser.model
 
@@ -269,7 +303,8 @@ def _noised(
     eps = torch.cat([torch.randn(each, *model.sample_shape, generator=g) for g in streams])
 
     image = torch.tensor(list(indices)).repeat_interleave(each)
-    return model.schedule.add_noise(x_0.repeat_interleave(each, 0), eps, t), t, image, x_0
+    x_t = model.schedule.add_noise(x_0.repeat_interleave(each, 0), eps, t)
+    return {"x": x_t, "t": t, "image": image, "x_0": x_0, "condition": images.condition(pick)}
 
 
 def _trajectories(
@@ -279,8 +314,8 @@ def _trajectories(
     images: Samples | None,
     indices: range,
     device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (x_t, t, image, x_0) of denoising trajectories, of which the chosen steps are kept.
+) -> dict[str, Tensor | None]:
+    """Return the rows of denoising trajectories, of which the chosen steps are kept.
 
     The last group is padded, so that every trajectory is computed in a whole group.
     """
@@ -307,8 +342,17 @@ def _trajectories(
 
     generators = [generator(spec.seed, Stream.TRAJECTORY, i) for i in padded]
     x_t = starting_noise(generators, model.sample_shape).to(device)
+
+    condition = model.draw_condition(spec.seed, Stream.TRAJECTORY, padded)
+    denoiser = denoiser.conditioned(condition, device)
     x_0 = sampler.sample(denoiser, x_t, model.schedule, generators, keep)
 
+    # The padding is dropped.
     t = torch.tensor([[t for _, t in samples] for samples in chosen])
-    image = torch.tensor(list(indices)).repeat_interleave(each)
-    return x.flatten(0, 1), t.flatten(), image, x_0[: len(indices)].cpu()
+    return {
+        "x": x.flatten(0, 1),
+        "t": t.flatten(),
+        "image": torch.tensor(list(indices)).repeat_interleave(each),
+        "x_0": x_0[: len(indices)].cpu(),
+        "condition": None if condition is None else condition[: len(indices)],
+    }

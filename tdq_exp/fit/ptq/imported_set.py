@@ -58,7 +58,8 @@ class ImportedSet:
                 rows = slice(group * GROUP, (group + 1) * GROUP)
                 x = self.x[rows]
                 image = torch.arange(rows.start, rows.start + len(x))
-                found.put(group, x, self.t[rows], image, torch.zeros_like(x))  # no x_0 is known
+                unknown = torch.zeros_like(x)
+                found.put(group, {"x": x, "t": self.t[rows], "image": image, "x_0": unknown})
 
         processes.decide(write)
         return found

@@ -153,9 +153,10 @@ def _predictions(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Return eps and eps_hat of one batch of the set, on the CPU."""
-    x, t = samples.batch(slice(first, first + BATCH))
-    x, t = x.to(device), t.to(device)
-    return Denoiser(float_net, model)(x, t).cpu(), Denoiser(net, model)(x, t).cpu()
+    x, t, condition = samples.batch(slice(first, first + BATCH)).to(device)
+    eps = Denoiser(float_net, model, condition)(x, t)
+    eps_hat = Denoiser(net, model, condition)(x, t)
+    return eps.cpu(), eps_hat.cpu()
 
 
 @dataclass(frozen=True)
