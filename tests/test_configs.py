@@ -237,6 +237,11 @@ def test_smoke_shrinks_any_experiment(experiment):
     assert made.sampling.steps == 2
 
 
+def test_a_rehearsal_never_takes_the_name_of_the_real_run():
+    assert naming.fit_name(compose(["debug=smoke", "label=x"])) == "digits_w4a4_lsq_tdq_x_smoke"
+    assert naming.fit_name(compose(["label=x"])) == "digits_w4a4_lsq_tdq_x"
+
+
 @pytest.mark.parametrize("rule", ["lsq", "pact", "nipq"])
 @pytest.mark.parametrize("interval", ["none", "temporal", "s1", "s10", "s1000"])
 def test_every_rule_takes_every_interval(rule, interval):

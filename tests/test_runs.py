@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +18,15 @@ from safetensors.torch import load_file
 
 import tdq_exp
 from tdq_exp.config.compose import compose
+from tdq_exp.data.arrays import ImageStore
 from tdq_exp.diffusion.objective import noise_prediction_loss
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import measure_stage, pipeline
 from tdq_exp.fit import Qat
 from tdq_exp.fit.loop import Interrupted
+from tdq_exp.fit.qat import QatTraining
 from tdq_exp.models import pixel
+from tdq_exp.runtime import signals
 
 QUICK = ["model=tiny", "tracker=none", "launcher=cpu", "protocol.qat.calibration_samples=64"]
 
@@ -115,6 +124,42 @@ def test_a_killed_fit_ends_with_the_bits_of_one_that_was_not(tmp_path, tiny_weig
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert np.array_equal(images(whole), images(killed))
+
+
+def test_a_signal_saves_where_no_validation_does_and_the_run_ends_with_the_same_bits(
+    tmp_path, tiny_weights, default_run, monkeypatch
+):
+    def stop_at_third(training, update):
+        if update == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(QatTraining, "before_update", stop_at_third)
+    made = build(tmp_path, tiny_weights)
+    with signals.handled(), pytest.raises(signals.Stopped, match="update 3 is saved"):
+        pipeline.run(made)
+    assert torch.load(made.folder / "state.pt", weights_only=True)["update"] == 3
+    assert not (made.folder / ".lock").exists()
+    monkeypatch.undo()
+
+    # In the middle of sampling: what is finished stays.
+    put = ImageStore.put
+
+    def put_and_stop(store, group, pixels):
+        put(store, group, pixels)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ImageStore, "put", put_and_stop)
+    with signals.handled(), pytest.raises(signals.Stopped, match="SIGTERM"):
+        pipeline.run(made)
+    done = np.load(made.folder / made.sample_name / "images" / "groups.npy")
+    assert done.tolist() == [1, 0, 0]
+    monkeypatch.undo()
+
+    pipeline.run(made)
+    whole = build(default_run, tiny_weights)
+    one, other = (load_file(run.folder / "baked.safetensors") for run in (whole, made))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert np.array_equal(images(whole), images(made))
 
 
 def test_killed_sampling_goes_on_with_the_same_bits(tmp_path, tiny_weights, finished):
@@ -226,16 +271,31 @@ def test_a_finished_run_can_be_loaded_and_sampled(tmp_path, tiny_weights, finish
     assert not net.training
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
     assert net(x, t, return_dict=False)[0].shape == x.shape
-    done = inside(
-        str(made.folder), "--images", "4", "--batch", "4", "--out", "drawn", verb="sample"
-    )
+    done = inside(str(made.folder), "--images", "4", "--out", "drawn", verb="sample")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "drawn").glob("0*.png"))) == 4
     drawn = np.load(tmp_path / "drawn" / "images" / "images.npy")
-    assert np.array_equal(drawn, images(made)[:4])  # seed 0: the measured images
+    assert np.array_equal(drawn, images(made)[:4])  # the run's own batch and seed
     again = inside(str(made.folder), "--out", "drawn", verb="sample")
     assert again.returncode == 2
     assert "not empty" in again.stderr
+
+
+def kill_one_of_two(folder, arguments):
+    """Begin a run in two processes, kill one when the fit has begun, and look how the other ends."""
+    run = [sys.executable, "-m", "tdq_exp.run", *arguments]
+    launcher = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+    while not (folder / "fit.json").exists():
+        assert launcher.poll() is None, launcher.stderr.read()
+        time.sleep(0.02)
+    assert json.loads((folder / ".lock").read_text())["host"]
+
+    first, second = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(second), signal.SIGKILL)
+    errors = [line for line in launcher.communicate(timeout=60)[1].splitlines() if "error" in line]
+    assert launcher.returncode == 137
+    assert len(errors) == 1 and f"(pid {second}) was ended by SIGKILL" in errors[0]
+    assert not Path(f"/proc/{first}").exists()
 
 
 def test_two_processes_make_the_same_images_and_one_row(tmp_path, tiny_weights, finished, command):
@@ -263,6 +323,7 @@ def test_two_processes_fit_as_one_does(tmp_path, tiny_weights, together):
     ]  # fmt: skip
     pipeline.run(jobs.build(compose([*qat, f"out={tmp_path / 'one'}"])))
     out = f"out={tmp_path / 'two'}"
+    kill_one_of_two(tmp_path / "two/runs/tiny_w4a4_lsq_tdq/seed0", [*qat, out, "launcher.nproc=2"])
     done = together(*qat, out, "--", *pretrain, out)
     assert done.returncode == 0, done.stderr
 
@@ -297,6 +358,9 @@ def test_a_sweep_writes_three_fits_under_the_right_names(tmp_path, tiny_weights,
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert names == ["tiny_w3a3_lsq_tdq", "tiny_w4a4_lsq_tdq", "tiny_w8a8_lsq_tdq"]
+    summary = done.stdout[done.stdout.index("jobs of the sweep") :]
+    assert all(name in summary for name in names) and summary.count("done") == 3
+    assert summary.count("Frechet distance ") == 3
 
 
 @pytest.mark.usefixtures("few_start_values")
@@ -305,14 +369,12 @@ def test_an_offline_wandb_run_can_be_read_back(tmp_path, tiny_weights, inside, m
     done = inside(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "tracker=offline")
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs/tiny_w4a4_lsq_tdq/seed0/wandb").glob("offline-run-*")
-    import subprocess
-    import sys
-
     leet = [sys.executable, "-m", "wandb", "leet", "inspect", str(run), "--json"]
     read = subprocess.run(leet, capture_output=True, text=True, timeout=60)
     assert read.returncode == 0, read.stderr
     assert "validation_loss" in read.stdout
     assert "fid" in read.stdout
+    assert '"resume":true' in read.stdout  # so `wandb sync` appends a later part of the fit
     again = inside(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "tracker=offline")
     assert again.returncode == 0, again.stderr
     assert list(run.parent.glob("offline-run-*")) == [

@@ -10,13 +10,14 @@ import copy
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import product
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -107,11 +108,56 @@ def _state_of_files() -> object:
     return root, hash(frozenset((path, s.st_mtime_ns, s.st_size) for path, s in stats))
 
 
+def sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of every job of a sweep: `key=a,b` gives two, and the last turns first.
+
+    Raises:
+        ValueError: for a mistake in the grammar, or a range without steps; one line.
+    """
+    choices: list[list[str]] = []
+
+    for override in overrides:
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+        except HydraException as error:
+            raise ValueError(_one_line(error)) from error
+
+        if not parsed.is_sweep_override():
+            choices.append([override])
+            continue
+        if not parsed.is_discrete_sweep():
+            raise ValueError(f"{override}: an interval has no steps; list its values")
+
+        key = parsed.get_key_element()
+        choices.append([f"{key}={value}" for value in parsed.sweep_string_iterator()])
+
+    return [list(job) for job in product(*choices)]
+
+
 def _one_line(error: BaseException) -> str:
     """Return Hydra's message as one line, without search path and debug hint."""
+    if isinstance(error, OverrideParseException):
+        return _grammar_hint(str(error.override))
+
     said = str(error).split("Config search path")[0].split("Set the environment")[0]
     words = " ".join(said.split())
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and str(cause).splitlines()[0] not in words:
         words += f": {str(cause).splitlines()[0]}"
     return words
+
+
+def _grammar_hint(override: str) -> str:
+    """Return what to do about an override that Hydra's grammar can't read.
+
+    `=`, brackets, commas and quotes mean something to it, and file names have them.
+    """
+    key, equals, value = override.partition("=")
+    if not key or not equals:
+        return f"{override!r}: is no KEY=VALUE or GROUP=OPTION"
+
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return (
+        f"{override}: this value needs quotes of its own, for it has a sign that means something"
+        f" to Hydra: \"{key}='{escaped}'\""
+    )

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from tdq_exp.data.arrays import Column, GroupedArrays
 from tdq_exp.data.images import Images
-from tdq_exp.runtime import files
+from tdq_exp.runtime import files, lock
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import track
 
@@ -139,8 +140,20 @@ def encoded(
         files.write_json(folder / "about.json", parts)
         return found.arrays.missing()
 
-    # Groups that are not on disk yet; this process takes its share.
-    missing = processes.decide(begin)
+    # Where something is missing, one run makes it, and the others wait for that.
+    with ExitStack() as stack:
+        if processes.decide(begin):
+            making = lock.waited_for(folder, "encoded images")
+            stack.enter_context(lock.by_main(processes, making))
+        _fill(found, images, encode, mirror, processes)
+    return found
+
+
+def _fill(
+    found: Latents, images: Images, encode: Encode, mirror: bool, processes: Processes
+) -> None:
+    """Encode the groups that are not on disk yet, each process its share of them."""
+    missing = processes.decide(found.arrays.missing)
     done = found.arrays.groups - len(missing)
     with track(
         "encoding images", found.arrays.groups, done, show=processes.main and bool(missing)
@@ -160,4 +173,3 @@ def encoded(
             advance(f"{int(index[-1]) + 1} images")
 
     processes.barrier()
-    return found

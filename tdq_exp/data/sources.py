@@ -18,6 +18,7 @@ from tdq_exp.data import cifar, lsun
 from tdq_exp.data.decode import decode_cell, first_line
 from tdq_exp.data.folder import Folder
 from tdq_exp.data.holdout import HOLDOUT, check_holdout, part_of
+from tdq_exp.runtime import hub
 
 __all__ = ["Digits", "Folder", "Hub", "Source"]
 
@@ -182,6 +183,8 @@ class Hub:
         """Return the names of the set's splits; none if only reading it can say what is wrong."""
         import datasets
 
+        if self._local is None:
+            hub.prepare()
         try:
             return list(datasets.get_dataset_split_names(self._name))
         except ConnectionError as error:
@@ -243,6 +246,8 @@ class Hub:
         """
         import datasets
 
+        if self._local is None:
+            hub.prepare()
         try:
             return datasets.load_dataset(self._name, split=self._split[split])
         except ValueError as error:

@@ -20,6 +20,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from tdq_exp.config.setting import require
 from tdq_exp.diffusion.objective import NoisePredictor
 from tdq_exp.diffusion.schedule import Schedule
 
@@ -123,6 +124,9 @@ class Ddim:
     final_alpha_one: bool = True
 
     keeps_variance: ClassVar[bool] = False  # a predictor's own error lessens the noise, if known
+
+    def __post_init__(self) -> None:
+        require("sampler.eta", self.eta, float, low=0, high=1)
 
     def check(self, schedule: Schedule) -> None:
         """Refuse time steps that the schedule does not have.

@@ -15,6 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tdq_exp.config.setting import require
+
 BETA_SHAPES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 COSINE_OFFSET = 0.008  # keeps the first betas from vanishing
 LARGEST_BETA = 0.999  # so that abar_{T-1} > 0: a pure noise x_t would not say what eps is
@@ -45,6 +47,9 @@ class Schedule:
             raise ValueError(
                 f"model.schedule.shape={self.shape!r}: choose one of {', '.join(BETA_SHAPES)}"
             )
+        require("model.definition.schedule.steps", self.steps, int, low=1, most=10**6)
+        for name in ("beta_start", "beta_end"):
+            require(f"model.definition.schedule.{name}", getattr(self, name), float)
         if self.steps < 1 or not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError("model.schedule: needs steps >= 1 and 0 < beta_start <= beta_end < 1")
 

@@ -35,6 +35,7 @@ from torch_fidelity import FeatureExtractorBase, FeatureExtractorInceptionV3
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
 from tdq_exp.metrics.fidelity import METRICS
+from tdq_exp.runtime import files
 from tdq_exp.runtime.hashes import tensor_hash
 
 _POOL_AND_LOGITS = {"fid": "pool", "kid": "pool", "prc": "pool", "isc": "logits"}
@@ -266,7 +267,8 @@ def inception(weights: str | Path | None = None) -> FeatureNetwork:
             Equilibrium", NIPS 2017;
         Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016.
     """
-    path = _cached_inception() if weights is None else Path(weights)
+    path = _cached_inception() if weights is None else Path(weights).expanduser()
+    files.require_regular(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"eval.features.weights={path} does not exist:"
@@ -330,6 +332,7 @@ def digits(weights: str | Path) -> FeatureNetwork:
         FileNotFoundError: There is no such file.
         ValueError: The file holds something else.
     """
+    files.require_regular(Path(weights))
     if not Path(weights).is_file():
         raise FileNotFoundError(
             f"eval.features.weights={weights} does not exist:"
@@ -386,6 +389,7 @@ def _cached_inception() -> Path:
 
 def _read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """Read a PyTorch file of weights without executing what it may hold."""
+    files.require_regular(Path(path))
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:

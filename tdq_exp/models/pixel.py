@@ -29,6 +29,7 @@ from tdq_exp.diffusion.objective import (
 )
 from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.models.attention import quantize_attention
+from tdq_exp.models.network import check_network, constructed, require_memory
 from tdq_exp.models.resnet_blocks import unet_chains
 from tdq_exp.models.roles import unet_roles
 from tdq_exp.models.trainable import Codec, Trainable
@@ -39,6 +40,8 @@ from tdq_exp.quant.convert import Recipe, quantize
 from tdq_exp.quant.roles import Role
 from tdq_exp.quant.time import TimeContext
 from tdq_exp.runtime.processes import Processes
+
+DEFINITION = "model.definition"
 
 
 class DiffusionModel(Trainable):
@@ -82,6 +85,15 @@ class DiffusionModel(Trainable):
                 f"model.definition.attention_heads={attention_heads}: must be an integer of at"
                 " least 1"
             )
+        if not isinstance(schedule, Schedule):
+            raise ValueError(f"{DEFINITION}.schedule={schedule}: needs a _target_ and its numbers")
+
+        check_network(network, UNet2DModel, f"{DEFINITION}.network")
+        if network.get("out_channels", 3) != network["in_channels"]:
+            raise ValueError(
+                f"{DEFINITION}.network.out_channels={network.get('out_channels', 3)}: the noise has"
+                f" the {network['in_channels']} channels of in_channels"
+            )
         self.network, self.schedule, self.loss, self.flip = dict(network), schedule, loss, flip
         self.attention_heads, self.prediction_type = attention_heads, prediction_type
 
@@ -119,12 +131,35 @@ class DiffusionModel(Trainable):
 
     def build(self, seed: int = 0) -> nn.Module:
         """Return the network with random weights, a function of the seed alone."""
+        key = f"{DEFINITION}.network"
+        require_memory(self.network, UNet2DModel, key)
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            net = UNet2DModel(**self.network)
+            net = constructed(lambda: UNet2DModel(**self.network), key)
         if self.attention_heads is not None:
             set_heads(net, self.attention_heads)
         return net
+
+    def require_runnable(self) -> None:
+        """Refuse a network that can't denoise a sample; shapes are followed, nothing is computed.
+
+        Raises:
+            ValueError: one line that names the key.
+        """
+        with torch.device("meta"), torch.no_grad():
+            net = self.build()
+            x = torch.empty(1, *self.sample_shape)
+            t = torch.zeros(1, dtype=torch.long)
+            eps_hat = constructed(
+                lambda: self.predict(net, x, t), f"{DEFINITION}.network, at {list(x.shape)}"
+            )
+
+        if eps_hat.shape != x.shape:
+            raise ValueError(
+                f"{DEFINITION}.network: predicts {list(eps_hat.shape[1:])} from"
+                f" {list(x.shape[1:])}; the noise has the shape of the sample"
+            )
 
     def load(self, net: nn.Module, weights: str, ema: bool = True) -> str:
         """Fill a network with weights and return their content hash. See `weights.load`.

@@ -31,6 +31,7 @@ of its loop equals t, and the loop begins with the noisiest step.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from tdq_exp.diffusion.draws import Stream, fixed_draws, generator, groups, star
 from tdq_exp.diffusion.objective import NetworkInput, Samples
 from tdq_exp.fit.options import CalibrationSpec
 from tdq_exp.models.denoiser import Denoiser
-from tdq_exp.runtime import files, stage
+from tdq_exp.runtime import files, lock, stage
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import track
 
@@ -73,12 +74,7 @@ def chosen_steps(
 
     # Any steps of the trajectory, none twice.
     if spec.kind == "uniform":
-        if count > len(visited):
-            raise ValueError(
-                f"calibration.samples={spec.samples}: {count} of each trajectory, but the sampler"
-                f" has {len(visited)} steps; take more calibration.images"
-            )
-
+        require_steps(spec, len(visited))
         places = torch.randperm(len(visited), generator=g)[:count].tolist()
         return [(place, visited[place]) for place in places]
 
@@ -94,6 +90,24 @@ def chosen_steps(
     # The published code stores x of the step that is nearest to T - 1 - t.
     reverse = ((total - 1 - steps[nearest])[:, None] - steps).abs().argmin(1).tolist()
     return [(taken, visited[place]) for taken, place in zip(reverse, nearest, strict=True)]
+
+
+def require_steps(spec: CalibrationSpec, visited: int) -> None:
+    """Refuse a `uniform` set of more samples of each trajectory than it has steps.
+
+    Args:
+        spec: of the set.
+        visited: number of steps of the sampler.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    count = spec.samples // spec.images
+    if spec.kind == "uniform" and count > visited:
+        raise ValueError(
+            f"calibration.samples={spec.samples}: {count} of each trajectory, but the sampler"
+            f" has {visited} steps; take more calibration.images"
+        )
 
 
 class CalibrationSet:
@@ -174,6 +188,20 @@ class CalibrationSet:
         return np.array(self.arrays.read("image"))
 
 
+def require_set(folder: Path) -> None:
+    """Refuse a folder that holds no calibration set.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"calibration.path={folder}: is no folder of a calibration set")
+    if files.read_json(folder / "about.json") is None:
+        raise FileNotFoundError(
+            f"calibration.path={folder}: holds no calibration set (about.json is missing)"
+        )
+
+
 def check(folder: Path, parts: Mapping[str, Any]) -> None:
     """Refuse a set of other parts: another model, schedule, sampler, seed or number.
 
@@ -181,11 +209,9 @@ def check(folder: Path, parts: Mapping[str, Any]) -> None:
         FileNotFoundError: if there is no set.
         ValueError: names up to four differences.
     """
+    require_set(folder)
     about = files.read_json(folder / "about.json")
-    if about is None:
-        raise FileNotFoundError(
-            f"calibration.path={folder}: holds no calibration set (about.json is missing)"
-        )
+    assert about is not None
     if about["fingerprint"] == files.fingerprint(parts):
         return
 
@@ -222,8 +248,6 @@ def make_set(
         path: of a finished set that is to be used; it is refused if it is of other parts.
     """
     folder = path or cache / "calibration_sets" / files.fingerprint(parts)
-
-    batches = list(groups(spec.images, GROUP))
     found = CalibrationSet(
         folder,
         spec.samples,
@@ -239,7 +263,25 @@ def make_set(
     else:
         processes.decide(lambda: None if (folder / "about.json").exists() else found.create(parts))
 
-    # Each process makes its share of the groups that are missing.
+    # Where something is missing, one run makes it, and the others wait for that.
+    with ExitStack() as stack:
+        if path is None and processes.decide(found.missing):
+            making = lock.waited_for(folder, "a calibration set")
+            stack.enter_context(lock.by_main(processes, making))
+        _fill(found, spec, denoiser, sampler, images, processes)
+    return found
+
+
+def _fill(
+    found: CalibrationSet,
+    spec: CalibrationSpec,
+    denoiser: Denoiser,
+    sampler: Ddim,
+    images: Samples | None,
+    processes: Processes,
+) -> None:
+    """Make the groups of a set that are missing, each process its share of them."""
+    batches = list(groups(spec.images, GROUP))
     missing = processes.decide(found.missing)
     done = len(batches) - len(missing)
     shown = processes.main and bool(missing)
@@ -252,7 +294,6 @@ def make_set(
             advance(f"{indices.stop} images")
 
     processes.barrier()
-    return found
 
 
 def _example_condition(

@@ -10,6 +10,7 @@ import torch
 
 from tdq_exp.models.weights import compvis
 from tdq_exp.models.weights.inert_pickle import CheckpointError, read_tensors
+from tdq_exp.models.weights.paths import require_file
 
 # Keys of a diffusers config that don't change what a weight means: `dropout` acts in training only;
 # the rest is written by diffusers' EMA beside the architecture.
@@ -79,9 +80,10 @@ def config_of(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if it is damaged.
     """
+    require_file(path)
     try:
         return dict(json.loads(path.read_text()))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a JSON config ({error})") from error
 
 

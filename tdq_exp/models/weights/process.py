@@ -7,12 +7,12 @@ description says.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from tdq_exp.diffusion.schedule import Schedule
+from tdq_exp.models.weights.folder import config_of
 from tdq_exp.models.weights.inert_pickle import CheckpointError
 
 FILE = "scheduler_config.json"
@@ -33,10 +33,7 @@ def require_same_process(source: str, schedule: Schedule, prediction_type: str) 
     path = _config_beside(Path(source).expanduser())
     if path is None:
         return
-    try:
-        said = dict(json.loads(path.read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a JSON config ({error})") from error
+    said = config_of(path)
 
     if said.get("rescale_betas_zero_snr"):
         raise CheckpointError(
