@@ -71,5 +71,5 @@ def test_adding_noise_gives_every_sample_its_own_time():
     ],
 )  # fmt: skip
 def test_impossible_schedules_are_errors_that_name_the_key(options):
-    with pytest.raises(ValueError, match=r"model\.schedule"):
+    with pytest.raises(ValueError, match=r"model\.(definition\.)?schedule"):
         Schedule(**options)

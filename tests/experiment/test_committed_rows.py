@@ -99,11 +99,11 @@ def test_the_same_command_does_nothing(name, tmp_path, monkeypatch):
     shutil.copytree(RUNS / name, out / "runs" / name)
     grid = out / "runs" / name / "seed0" / "ddim50_n1000" / "grid.png"
     grid.touch()
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
     overrides = choices(fit_of(f"{name}/seed0")["config"])
     job = jobs.build(compose([*overrides, f"out={out}", "tracker=none", "launcher=cpu"]))
     (row,) = pipeline.run(job)
 
     assert row == read_json(RUNS / name / "seed0" / "ddim50_n1000" / "metrics.json")["rows"][0]
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
