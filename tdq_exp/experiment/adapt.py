@@ -30,6 +30,7 @@ def _with_imported_set(cfg: DictConfig) -> DictConfig:
 
     Raises:
         FileNotFoundError: if there is no such file or folder.
+        ValueError: if it is neither.
     """
     path = cfg.calibration.get("path")
     if not isinstance(path, str):
@@ -37,9 +38,14 @@ def _with_imported_set(cfg: DictConfig) -> DictConfig:
 
     place = Path(path).expanduser()
     if not place.exists():
-        raise FileNotFoundError(f"calibration.path={path}: no such file or folder")
+        raise FileNotFoundError(
+            f"calibration.path={path}: no such file or folder; a set is a folder with about.json, or"
+            " another project's FILE.pt of (x, t)"
+        )
     if place.is_dir():
         return cfg
+    if not place.is_file():  # a pipe would be waited for
+        raise ValueError(f"calibration.path={path}: is no regular file")
 
     cfg = cfg.copy()
     own = {"kind": IMPORTED, "label": IMPORTED, "samples": 0, "images": 0}

@@ -30,7 +30,7 @@ from tdq_exp.quant import convert as conversion
 from tdq_exp.quant import penalty as penalty_of
 from tdq_exp.runtime import files
 
-Batch = tuple[Tensor, Tensor]  # (x_t, t)
+Batch = Sequence[Tensor]  # (x_t, t), or (x_t, t, classes)
 RELEASED_SHARE = 0.1  # of the weights' rate: that of step sizes, as released
 
 
@@ -81,7 +81,8 @@ def calibrate(net: nn.Module, batches: Iterable[Batch]) -> None:
 
     Args:
         net: of `quantize`.
-        batches: (x_t, t) over all of time, at least 1,000 samples for a real fit; t is `[B]`.
+        batches: (x_t, t) over all of time, at least 1,000 samples for a real fit; t is `[B]`. Of
+            a class-conditional network (x_t, t, classes).
 
     Raises:
         ValueError: if there is no batch.
@@ -94,9 +95,9 @@ def calibrate(net: nn.Module, batches: Iterable[Batch]) -> None:
     net.eval()
     start = _config(net)["habits"]["habits"].get("start", "error")
     with calibrating(net, len(shown), start) as calibration:
-        for number, (x_t, t) in enumerate(shown):
+        for number, (x_t, t, *classes) in enumerate(shown):
             calibration.batch = number
-            net(x_t, t)
+            net(x_t, t, **({"class_labels": classes[0]} if classes else {}))
     net.train(training)
 
 

@@ -152,7 +152,7 @@ def test_a_number_holds_images_out_whatever_the_splits_and_a_wrong_split_says_so
 def cifar_batch(levels):
     data = np.zeros((len(levels), 3072), np.uint8)
     data[:, 1024:2048] = np.array(levels)[:, None]  # green
-    return {b"batch_label": b"b", b"labels": [0] * len(levels), b"data": data}
+    return {b"batch_label": b"b", b"labels": list(levels), b"data": data}
 
 
 @pytest.fixture
@@ -174,6 +174,13 @@ def test_cifar_is_read_as_torchvision_unpacks_it(parent, batches, tmp_path):
     assert test.shape == (1, 32, 32, 3) and (test[..., 1] == 99).all()
     with pytest.raises(ValueError, match="data=cifar10 reads it"):
         Folder(str(batches))
+
+    # Each image with its class, also where some are held out of the training batches.
+    assert source.labels("validation") == [99]
+    assert source.labels("train") == [v for i in range(1, 6) for v in (i, i + 10)]
+    part = Hub(str(batches), holdout=5)
+    assert part.labels("validation") == [1, 13]
+    assert loaded(part, tmp_path / "c", "validation", size=32)[:, 0, 0, 1].tolist() == [1, 13]
 
 
 class Hostile:

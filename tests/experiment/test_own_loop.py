@@ -79,6 +79,16 @@ def test_every_parameter_is_in_one_group_and_the_rates_are_as_asked():
     assert float(tdq_exp.penalty(net)) == 0
 
 
+def test_a_class_conditional_network_is_calibrated_with_its_classes():
+    torch.manual_seed(0)
+    net = tdq_exp.quantize(UNet2DModel(**{**unet().config, "num_class_embeds": 3}), tdq="none")
+    x, t = batch()
+    classes = torch.tensor([0, 1, 2, 0])
+    tdq_exp.calibrate(net, [(x, t, classes)])
+    with torch.no_grad():
+        assert net(x, t, class_labels=classes).sample.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [

@@ -87,7 +87,7 @@ def test_a_set_is_stored_once_and_streamed_as_ours_are(tmp_path):
         again = imported.stored(tmp_path, processes)
     finally:
         processes.close()
-    x, t = again.batch(np.array([2, 0]))
+    x, t, _ = again.batch(np.array([2, 0]))
     assert stored.folder == again.folder and len(again) == 6 and not again.missing()
     assert torch.equal(x, X[[2, 0]]) and t.tolist() == [999, 0]
     assert again.image().tolist() == list(range(6))
