@@ -218,8 +218,13 @@ def copy(source: Path, target: Path, remedy: str = REMEDY) -> None:
 
 
 def write_json(path: Path, content: Parts, remedy: str = REMEDY) -> None:
-    """Replace a JSON file in one step, its keys sorted, with a seal. See `replacing`."""
-    write_text(path, json.dumps(sealed(content), indent=1, sort_keys=True) + "\n", remedy)
+    """Replace a JSON file in one step, its keys sorted, with a seal. See `replacing`.
+
+    A file that says the same already is left alone.
+    """
+    text = json.dumps(sealed(content), indent=1, sort_keys=True) + "\n"
+    if not path.is_file() or path.read_bytes() != text.encode():
+        write_text(path, text, remedy)
 
 
 def read_json(

@@ -45,7 +45,7 @@ def whole(tmp_path_factory):
 
     run = folder / "run"
     save_weights(net, run / BAKED, {})
-    record = {"name": job.name, "config": job.recorded(), "fingerprint": "0" * 16}
+    record = {"name": job.name, "config": job.recorded(), "fingerprint": files.fingerprint({})}
     files.write_json(run / "fit.json", {**record, "done": True, "parts": {}, "facts": {}})
     packed.save(net.state_dict(), folder / "net.safetensors", job.recorded(), "0" * 16)
     return folder

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import tdq_exp
@@ -39,8 +40,11 @@ ROOT = Path(tdq_exp.__file__).resolve().parent.parent
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, few_start_values):
     """Drawing takes longer than fitting a tiny net."""
-    monkeypatch.setattr(figures, "sample_grid", lambda rows, path, *rest: path.touch())
-    monkeypatch.setattr(figures, "intervals_over_time", lambda tables, path, *rest: path.touch())
+    blank = Image.new("L", (1, 1))  # a picture, and quickly
+    monkeypatch.setattr(figures, "sample_grid", lambda rows, path, *rest: blank.save(path))
+    monkeypatch.setattr(
+        figures, "intervals_over_time", lambda tables, path, *rest: blank.save(path)
+    )
 
 
 @pytest.fixture(scope="module")
