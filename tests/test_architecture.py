@@ -85,7 +85,8 @@ READERS = {
         "report.cells",
         "models.network",  # of a network's own config
         "deploy.packed",  # of a header whose checksum is verified
-        "models.weights.load",  # the config of a diffusers folder
+        "models.weights.folder",  # the config of a diffusers folder
+        "models.weights.process",  # and of its scheduler
     },
 }
 

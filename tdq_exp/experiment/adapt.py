@@ -39,8 +39,8 @@ def _with_imported_set(cfg: DictConfig) -> DictConfig:
     place = Path(path).expanduser()
     if not place.exists():
         raise FileNotFoundError(
-            f"calibration.path={path}: no such file or folder; a set is a folder with about.json, or"
-            " another project's FILE.pt of (x, t)"
+            f"calibration.path={path}: no such file or folder; a set is a folder with about.json,"
+            " or another project's FILE.pt of (x, t)"
         )
     if place.is_dir():
         return cfg

@@ -68,7 +68,7 @@ class Width4:
     """Features of four numbers."""
 
     name, weights_hash = "four", "abc"
-    metric_layers = {"fid": "pool"}
+    metric_layers = {"fid": "pool", "prc": "pool"}
 
     def engine(self, device):
         return "torch"

@@ -10,6 +10,7 @@ from tdq_exp.config import assets
 from tdq_exp.report import cells as report_cells
 from tdq_exp.report import claims
 from tdq_exp.report.manifest import read_manifest
+from tdq_exp.runtime import files
 
 
 def comparison(ours, theirs, float_model=(10.0, 11.0), column="ddim"):
@@ -101,12 +102,11 @@ def test_the_page_says_what_holds_and_where_the_rows_lie(tmp_path):
     for cells, fid in ((one.ours, 2.0), (one.theirs, 3.0), (one.float_model, 1.0)):
         for number, cell in enumerate(cells[:2]):
             row = {
-                "config": cell.config, "images": 1000, "report": "last",
+                "name": "run", "fingerprints": {}, "features": {"name": "digits"}, "config": cell.config, "images": 1000, "report": "last",
                 "metrics": {"fid": fid + number / 10}, "weights": cell.nets["weights"],
             }  # fmt: skip
             path = cell.folder / cell.sample / "metrics.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"rows": [row]}))
+            files.write_json(path, {"rows": [files.sealed(row)]})
 
     judged = claims.judge([claim], "digits", tmp_path)
     page = claims.markdown(judged, "digits", tmp_path)

@@ -11,6 +11,7 @@ import pytest
 from tdq_exp.report import cells as report_cells
 from tdq_exp.report import progress
 from tdq_exp.report.manifest import read_manifest
+from tdq_exp.runtime import files
 
 NOW = 1e9
 
@@ -33,8 +34,16 @@ def put(path, content, age=3600.0):
     if isinstance(content, np.ndarray):
         np.save(path, content)
     else:
-        path.write_text(json.dumps(content))
+        files.write_json(path, content)
     os.utime(path, (NOW - age, NOW - age))
+
+
+def fit(done):
+    """A fit's record, as far as the state of a cell asks."""
+    return {
+        "name": "run", "fingerprint": files.fingerprint({}), "parts": {}, "config": {}, "done": done,
+        "facts": {"weights": None},
+    }  # fmt: skip
 
 
 def state(cell):
@@ -46,15 +55,16 @@ def row(cell, **changes):
     config = json.loads(json.dumps(cell.config))
     seconds = {"fit": 100.0, "sample": 500.0, "measure": 250.0}
     return {
-        "config": config, "images": 1000, "report": "last", "metrics": {"fid": 1.0},
-        "seconds": seconds, "weights": cell.nets["weights"], **changes,
+        "name": "run", "config": config, "images": 1000, "report": "last", "metrics": {"fid": 1.0},
+        "fingerprints": {"fit": "abc"}, "features": {"name": "digits"}, "seconds": seconds, "weights": cell.nets["weights"],
+        **changes,
     }  # fmt: skip
 
 
 def test_every_state_of_a_run_from_nothing_to_its_row(cell):
     assert state(cell) == ("missing", "")
 
-    put(cell.folder / "fit.json", {"done": False})
+    put(cell.folder / "fit.json", fit(done=False))
     assert state(cell) == ("half done", "fit begun")
     put(cell.folder / "state.pt", {}, age=60)
     assert state(cell) == ("running", "fit begun")
@@ -65,7 +75,7 @@ def test_every_state_of_a_run_from_nothing_to_its_row(cell):
 
     for name in (".lock", "failed.json", "state.pt"):
         (cell.folder / name).unlink()
-    put(cell.folder / "fit.json", {"done": True})
+    put(cell.folder / "fit.json", fit(done=True))
     assert state(cell) == ("half done", "fit done, not sampled")
 
     groups = np.array([1, 1, 1, 0, 0, 0, 0, 0, 0, 0], np.uint8)
@@ -73,11 +83,12 @@ def test_every_state_of_a_run_from_nothing_to_its_row(cell):
     assert state(cell) == ("half done", "300 of 1000 images")
 
     metrics = cell.folder / cell.sample / "metrics.json"
-    put(metrics, {"rows": [row(cell)]})
+    (cell.folder / "fit.json").unlink()
+    put(metrics, {"rows": [files.sealed(row(cell))]})
     assert state(cell) == ("done", "")
     old = row(cell)
     old["config"]["fit"]["lr"] = 1.0
-    put(metrics, {"rows": [old]})
+    put(metrics, {"rows": [files.sealed(old)]})
     assert state(cell) == ("stale", f"fit.lr: 1.0 -> {cell.config['fit']['lr']}")
 
 
