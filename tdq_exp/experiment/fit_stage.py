@@ -132,7 +132,7 @@ def _bake(
     if tables:  # dynamic ones have no step size before they see an input
         picture, title = job.folder / "intervals.png", f"{job.name}: step sizes over time"
         decide(lambda: figures.intervals_over_time(tables, picture, title))
-        tracker.intervals(tables)
+        tracker.intervals({name: s for name, (s, _) in tables.items()})
         tracker.picture("intervals", picture)
 
     baked = bake(net)
