@@ -4,7 +4,9 @@ VENV ?= .venv
 SCALE ?= paper
 RUN = $(VENV)/bin/python -m tdq_exp.run
 
-.PHONY: help demo test lint table1 table2 bench bench-integer bench-gpu house clean
+FIGURES = figure2 figure3 figure8 figure9 grids layers
+
+.PHONY: help demo test lint table1 table2 $(FIGURES) figures report bench bench-integer bench-gpu house clean
 
 help:
 	@echo "make demo                    set up, then digits W4A4 LSQ+TDQ from float model to picture (minutes, CPU)"
@@ -13,6 +15,9 @@ help:
 	@echo "make table1 SCALE=digits     Table 1: run the cells that have no row, render (SCALE: paper, small, digits)"
 	@echo "make table2 SCALE=digits     Table 2, post-training quantization, likewise"
 	@echo "                             one column of either: TABLE_ARGS='--column ldm' (or ddim)"
+	@echo "make figure3 SCALE=digits    a figure: measure it if it was not, train what is missing for it, draw"
+	@echo "                             (figure2 figure3 figure8 figure9 grids layers; figures: all of them)"
+	@echo "make report                  everything on one page, results/report.html (seconds)"
 	@echo "make bench                   speed of training and denoising steps -> results/bench/"
 	@echo "make bench-integer           a denoising step on integers, simulated, in float and in ONNX Runtime (half an hour)"
 	@echo "make bench-gpu               tests and speed that need a GPU -> results/bench/ (eight minutes)"
@@ -38,6 +43,14 @@ lint: $(VENV)/installed
 
 table1 table2: $(VENV)/installed
 	$(VENV)/bin/python -m tdq_exp table $@ --scale $(SCALE) --run $(TABLE_ARGS)
+
+$(FIGURES): $(VENV)/installed
+	$(VENV)/bin/python -m tdq_exp figure $@ --scale $(SCALE) --run $(FIGURE_ARGS)
+
+figures: $(FIGURES)
+
+report: $(VENV)/installed
+	$(VENV)/bin/python -m tdq_exp report
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python scripts/bench/qat.py

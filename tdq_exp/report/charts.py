@@ -47,7 +47,10 @@ def distance_over_bits(panels: Sequence[Panel], path: Path, title: str) -> None:
         title: above them all.
     """
     figure = Figure(figsize=(5.5 * len(panels) + 0.5, 4), dpi=150)
-    axes = np.atleast_1d(figure.subplots(1, len(panels)))
+
+    # Panels of one measure have one scale, so that heights compare.
+    same = len({panel.label for panel in panels}) == 1
+    axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=same))
 
     # A method looks the same in every panel.
     names = list(dict.fromkeys(name for panel in panels for name in panel.methods))
@@ -79,5 +82,6 @@ def _draw_panel(axis: Any, panel: Panel, styles: Mapping[str, Mapping[str, str]]
 
     axis.set(xlabel="bits of activations", ylabel=panel.label.replace(" (", "\n("))
     axis.set_title(panel.title, fontsize=9)
+    axis.tick_params(axis="y", which="both", labelleft=True)  # on every panel, shared or not
     axis.grid(axis="y", which="both", color="0.92")
     axis.legend(fontsize=8, frameon=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,32 +36,74 @@ def draw(figure: FigureManifest, record: Numbers, path: Path) -> Path:
         record: its numbers.
         path: PNG to write.
     """
-    save_figure(build(figure, record), path, images=figure.kind == "grids")
+    title = f"{figure.title}, scale {record['scale']}"
+    save_figure(build(figure, record, title), path, images=figure.kind == "grids")
     return path
 
 
-def svg(figure: FigureManifest, record: Numbers) -> str:
-    """Return a figure as an SVG element, for a page."""
-    return svg_text(build(figure, record), figure.name)
+def svg(figure: FigureManifest, record: Numbers, name: str) -> str:
+    """Return a figure as an SVG element, for a page, which has its title above.
+
+    Args:
+        figure: the manifest.
+        record: its numbers.
+        name: unique on the page.
+    """
+    return svg_text(build(figure, record), name)
 
 
-def build(figure: FigureManifest, record: Numbers) -> Figure:
+def training_svg(curves: Mapping[str, Sequence[Sequence[float]]], title: str, name: str) -> str:
+    """Return validation losses as an SVG element: a panel for each pair of widths.
+
+    Args:
+        curves: run -> [update, loss] of each validation.
+        title: above them.
+        name: unique on the page.
+    """
+    panels: dict[str, dict[str, Sequence[Sequence[float]]]] = {}
+    for run, curve in curves.items():
+        widths = re.search(r"_(w\d+a\d+)_(.+)", run)
+        bits, label = (widths[1], widths[2]) if widths else ("float", run)
+        panels.setdefault(bits, {})[label] = curve
+
+    figure = Figure(figsize=(3.4 * len(panels) + 0.4, 3.2), dpi=100, layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (bits, runs) in zip(axes, panels.items(), strict=True):
+        for number, (label, curve) in enumerate(runs.items()):
+            updates, losses = zip(*curve, strict=True)
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            axis.plot(updates, losses, color=colour, marker=marker, ms=3, lw=1, label=label)
+
+        axis.set_title(bits.upper(), fontsize=8)
+        axis.set_xlabel("updates", fontsize=SMALL)
+        axis.set_ylabel("validation loss", fontsize=SMALL)
+        axis.tick_params(labelsize=6)
+        axis.grid(color=GREY, alpha=0.2)
+        axis.legend(fontsize=6, frameon=False)
+    return svg_text(figure, name)
+
+
+def build(figure: FigureManifest, record: Numbers, title: str = "") -> Figure:
     """Return a figure, ready to be saved.
 
     Args:
         figure: the manifest.
         record: its numbers.
+        title: above it; nothing if empty.
     """
-    return BUILDERS[figure.kind](record, f"{figure.title}, scale {record['scale']}")
+    drawn = BUILDERS[figure.kind](record)
+    if title:
+        drawn.suptitle(title, fontsize=10)
+    return drawn
 
 
 # --- Figure 2
 
 
-def _activations(record: Numbers, title: str) -> Figure:
+def _activations(record: Numbers) -> Figure:
     columns = list(record["columns"].values())
     figure = Figure(figsize=(11, 4.6 * len(columns)), dpi=120, layout="constrained")
-    figure.suptitle(title, fontsize=11)
 
     for part, column in zip(_stacked(figure, len(columns)), columns, strict=True):
         part.suptitle(f"{column['model']}: float network", fontsize=9)
@@ -145,15 +188,16 @@ def _shares(axis: Any, column: Numbers) -> None:
 # --- Figure 3
 
 
-def _errors(record: Numbers, title: str) -> Figure:
-    figure, axes = _side_by_side(record, title, height=3.8)
+def _errors(record: Numbers) -> Figure:
+    figure, axes = _side_by_side(record, height=3.8)
     for axis, column in zip(axes, record["columns"].values(), strict=True):
         for number, (label, run) in enumerate(column["runs"].items()):
             style = {"color": COLOURS[number], "marker": MARKERS[number], "ms": 3, "lw": 1.3}
             axis.plot(column["t"], run["truncation"], label=f"{label}: truncation", **style)
             axis.plot(column["t"], run["rounding"], ls="--", label=f"{label}: rounding", **style)
 
-        axis.set(yscale="log", xlabel=TIME_LABEL)
+        axis.set_yscale("log")
+        axis.set_xlabel(TIME_LABEL, fontsize=8)
         axis.set_ylabel("error / power, mean of all quantizers", fontsize=8)
         axis.grid(color=GREY, alpha=0.2)
         _finish(axis, column)
@@ -163,8 +207,8 @@ def _errors(record: Numbers, title: str) -> Figure:
 # --- Figure 8
 
 
-def _steps(record: Numbers, title: str) -> Figure:
-    figure, axes = _side_by_side(record, title, height=4.2)
+def _steps(record: Numbers) -> Figure:
+    figure, axes = _side_by_side(record, height=4.2)
     for axis, column in zip(axes, record["columns"].values(), strict=True):
         every: set[int] = set()
         for number, (label, line) in enumerate(column["lines"].items()):
@@ -181,8 +225,9 @@ def _steps(record: Numbers, title: str) -> Figure:
                 ms=4,
             )
 
-        axis.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel=column["label"])
-        axis.yaxis.label.set_size(8)
+        axis.set(xscale="log", yscale="log")
+        axis.set_xlabel("sampling steps", fontsize=8)
+        axis.set_ylabel(column["label"], fontsize=8)
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xticks(sorted(every), [str(s) for s in sorted(every)])
         axis.invert_xaxis()
@@ -196,11 +241,10 @@ def _steps(record: Numbers, title: str) -> Figure:
 # --- Figure 9
 
 
-def _ranges(record: Numbers, title: str) -> Figure:
+def _ranges(record: Numbers) -> Figure:
     columns = [column for column in record["columns"].values() if column["runs"]]
     rows = sum(len(column["runs"]) for column in columns)
     figure = Figure(figsize=(12, 2.4 * max(rows, 1) + 0.6), dpi=120, layout="constrained")
-    figure.suptitle(title, fontsize=11)
 
     for part, column in zip(_stacked(figure, len(columns)), columns, strict=True):
         part.suptitle(_with_missing(column), fontsize=9)
@@ -232,12 +276,11 @@ def _range(axis: Any, t: Sequence[int], values: Numbers) -> None:
 # --- Layers
 
 
-def _layers(record: Numbers, title: str) -> Figure:
+def _layers(record: Numbers) -> Figure:
     columns = [column for column in record["columns"].values() if column["runs"]]
     heights = [max(len(run["sqnr"]) for run in column["runs"].values()) for column in columns]
     figure = Figure(figsize=(13, 0.6 + 0.085 * sum(heights) + len(columns)), dpi=120)
     figure.set_layout_engine("constrained")
-    figure.suptitle(title, fontsize=11)
 
     for part, column in zip(_stacked(figure, len(columns), heights), columns, strict=True):
         part.suptitle(_with_missing(column), fontsize=9)
@@ -286,11 +329,10 @@ def _alone(axis: Any, run: Numbers) -> None:
 # --- Figures 5 to 7
 
 
-def _grids(record: Numbers, title: str) -> Figure:
+def _grids(record: Numbers) -> Figure:
     columns = list(record["columns"].values())
     rows = sum(len(column["runs"]) + len(column["missing"]) for column in columns)
     figure = Figure(figsize=(9, 0.4 + 0.82 * rows), dpi=120, layout="constrained")
-    figure.suptitle(title, fontsize=10)
     axes = np.atleast_1d(figure.subplots(rows, 1))
 
     place = iter(axes)
@@ -311,10 +353,9 @@ def _grids(record: Numbers, title: str) -> Figure:
 # --- What they share
 
 
-def _side_by_side(record: Numbers, title: str, height: float) -> tuple[Figure, Sequence[Any]]:
+def _side_by_side(record: Numbers, height: float) -> tuple[Figure, Sequence[Any]]:
     count = len(record["columns"])
     figure = Figure(figsize=(5.2 * count + 0.4, height), dpi=130, layout="constrained")
-    figure.suptitle(title, fontsize=10)
     return figure, np.atleast_1d(figure.subplots(1, count))
 
 
@@ -358,7 +399,7 @@ SHORTER = {
     "time_emb_proj": "time",
 }
 
-BUILDERS: dict[str, Callable[[Numbers, str], Figure]] = {
+BUILDERS: dict[str, Callable[[Numbers], Figure]] = {
     "activations": _activations,
     "errors": _errors,
     "steps": _steps,
