@@ -45,7 +45,7 @@ DOORS = {
     "wandb": {"runtime.tracking"},
     "accelerate": {"runtime.processes"},
     "datasets": {"data.sources"},
-    "matplotlib": {"runtime.figures", "report.charts", "report.drawings"},
+    "matplotlib": {"runtime.figures", "report.axes", "report.charts", "report.drawings"},
     "rich": {"runtime.progress"},
     "onnx": {"deploy.onnx"},
     "triton": {"quant.kernels.triton"},

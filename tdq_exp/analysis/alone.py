@@ -1,6 +1,7 @@
 """Which layer makes how much of the error of x_0: each activation quantizer is on alone.
 
-    e_l = |x_0 with quantizer l alone - x_0 with none|^2 / |x_0 with none|^2,   share_l = e_l / sum e
+    e_l = |x_0 with quantizer l alone - x_0 with none|^2 / |x_0 with none|^2
+    share_l = e_l / sum e
 
 All samplings start from the same noise and take the network's quantized weights, so that the errors
 are those of activations. The errors of single quantizers need not add up to that of all of them

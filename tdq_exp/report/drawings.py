@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator
 from PIL import Image
 
+from tdq_exp.report import charts
+from tdq_exp.report.axes import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    MARKERS,
+    ORANGE,
+    SMALL,
+    Numbers,
+    finish,
+    short_name,
+    side_by_side,
+    stacked,
+    with_missing,
+)
 from tdq_exp.report.figure_manifest import FigureManifest
 from tdq_exp.runtime.figures import TIME_LABEL, save_figure, svg_text
 
-Numbers = Mapping[str, Any]
-
-# Colours that differ for everybody, on white and on black (Okabe and Ito).
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#808080"
-COLOURS = (BLUE, ORANGE, GREEN, PINK, "#b08a00", "#5b8db8")
-MARKERS = "osD^v<>"
-
 PAPER = {"deviation > 0.5": 0.621, "deviation > 0.7": 0.388}  # So et al., section 3
-SMALL = 7  # points
 
 
 def draw(figure: FigureManifest, record: Numbers, path: Path) -> Path:
@@ -52,38 +58,6 @@ def svg(figure: FigureManifest, record: Numbers, name: str) -> str:
     return svg_text(build(figure, record), name)
 
 
-def training_svg(curves: Mapping[str, Sequence[Sequence[float]]], title: str, name: str) -> str:
-    """Return validation losses as an SVG element: a panel for each pair of widths.
-
-    Args:
-        curves: run -> [update, loss] of each validation.
-        title: above them.
-        name: unique on the page.
-    """
-    panels: dict[str, dict[str, Sequence[Sequence[float]]]] = {}
-    for run, curve in curves.items():
-        widths = re.search(r"_(w\d+a\d+)_(.+)", run)
-        bits, label = (widths[1], widths[2]) if widths else ("float", run)
-        panels.setdefault(bits, {})[label] = curve
-
-    figure = Figure(figsize=(3.4 * len(panels) + 0.4, 3.2), dpi=100, layout="constrained")
-    figure.suptitle(title, fontsize=9)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (bits, runs) in zip(axes, panels.items(), strict=True):
-        for number, (label, curve) in enumerate(runs.items()):
-            updates, losses = zip(*curve, strict=True)
-            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-            axis.plot(updates, losses, color=colour, marker=marker, ms=3, lw=1, label=label)
-
-        axis.set_title(bits.upper(), fontsize=8)
-        axis.set_xlabel("updates", fontsize=SMALL)
-        axis.set_ylabel("validation loss", fontsize=SMALL)
-        axis.tick_params(labelsize=6)
-        axis.grid(color=GREY, alpha=0.2)
-        axis.legend(fontsize=6, frameon=False)
-    return svg_text(figure, name)
-
-
 def build(figure: FigureManifest, record: Numbers, title: str = "") -> Figure:
     """Return a figure, ready to be saved.
 
@@ -105,7 +79,7 @@ def _activations(record: Numbers) -> Figure:
     columns = list(record["columns"].values())
     figure = Figure(figsize=(11, 4.6 * len(columns)), dpi=120, layout="constrained")
 
-    for part, column in zip(_stacked(figure, len(columns)), columns, strict=True):
+    for part, column in zip(stacked(figure, len(columns)), columns, strict=True):
         part.suptitle(f"{column['model']}: float network", fontsize=9)
         upper, lower = part.subfigures(2, 1)
 
@@ -113,7 +87,7 @@ def _activations(record: Numbers) -> Figure:
         tensors = column["boxes"]["tensors"]
         axes = upper.subplots(1, len(tensors))
         for axis, (name, boxes) in zip(axes, tensors.items(), strict=True):
-            _boxes(axis, _short(name), column["boxes"]["t"], boxes)
+            _boxes(axis, short_name(name), column["boxes"]["t"], boxes)
         axes[0].set_ylabel("activation", fontsize=SMALL)
 
         # r of every tensor, and how many are beyond the bounds.
@@ -189,7 +163,7 @@ def _shares(axis: Any, column: Numbers) -> None:
 
 
 def _errors(record: Numbers) -> Figure:
-    figure, axes = _side_by_side(record, height=3.8)
+    figure, axes = side_by_side(record, height=3.8)
     for axis, column in zip(axes, record["columns"].values(), strict=True):
         for number, (label, run) in enumerate(column["runs"].items()):
             style = {"color": COLOURS[number], "marker": MARKERS[number], "ms": 3, "lw": 1.3}
@@ -200,41 +174,7 @@ def _errors(record: Numbers) -> Figure:
         axis.set_xlabel(TIME_LABEL, fontsize=8)
         axis.set_ylabel("error / power, mean of all quantizers", fontsize=8)
         axis.grid(color=GREY, alpha=0.2)
-        _finish(axis, column)
-    return figure
-
-
-# --- Figure 8
-
-
-def _steps(record: Numbers) -> Figure:
-    figure, axes = _side_by_side(record, height=4.2)
-    for axis, column in zip(axes, record["columns"].values(), strict=True):
-        every: set[int] = set()
-        for number, (label, line) in enumerate(column["lines"].items()):
-            steps = sorted(map(int, line), reverse=True)
-            every |= set(steps)
-            float_line = number == 0
-            axis.plot(
-                steps,
-                [line[str(s)]["distance"] for s in steps],
-                label=label if steps else f"{label}: missing",
-                color=GREY if float_line else COLOURS[(number - 1) % 2],
-                ls="--" if float_line else ("-" if "A4" in label and "W4" in label else ":"),
-                marker=MARKERS[number],
-                ms=4,
-            )
-
-        axis.set(xscale="log", yscale="log")
-        axis.set_xlabel("sampling steps", fontsize=8)
-        axis.set_ylabel(column["label"], fontsize=8)
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xticks(sorted(every), [str(s) for s in sorted(every)])
-        axis.invert_xaxis()
-        axis.yaxis.set_major_formatter("{x:.4g}")
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.grid(color=GREY, alpha=0.2, which="both", axis="y")
-        _finish(axis, column)
+        finish(axis, column)
     return figure
 
 
@@ -246,14 +186,14 @@ def _ranges(record: Numbers) -> Figure:
     rows = sum(len(column["runs"]) for column in columns)
     figure = Figure(figsize=(12, 2.4 * max(rows, 1) + 0.6), dpi=120, layout="constrained")
 
-    for part, column in zip(_stacked(figure, len(columns)), columns, strict=True):
-        part.suptitle(_with_missing(column), fontsize=9)
+    for part, column in zip(stacked(figure, len(columns)), columns, strict=True):
+        part.suptitle(with_missing(column), fontsize=9)
         most = max(len(run["quantizers"]) for run in column["runs"].values())
         axes = part.subplots(len(column["runs"]), most, squeeze=False, sharex=True)
         for line, (label, run) in zip(axes, column["runs"].items(), strict=True):
             for axis, (name, values) in zip(line, run["quantizers"].items(), strict=True):
                 _range(axis, column["t"], values)
-                axis.set_title(_short(name), fontsize=6)
+                axis.set_title(short_name(name), fontsize=6)
             line[0].set_ylabel(label, fontsize=8)
         for axis in axes[-1]:
             axis.set_xlabel("time step t", fontsize=SMALL)
@@ -262,7 +202,7 @@ def _ranges(record: Numbers) -> Figure:
 
 
 def _range(axis: Any, t: Sequence[int], values: Numbers) -> None:
-    """Draw what an activation takes, and what the grid of its quantizer covers: s (n - z .. p - z)."""
+    """Draw what an activation takes, and what its grid covers: s (n - z) to s (p - z)."""
     axis.fill_between(t, values["q01"], values["q99"], color=BLUE, alpha=0.3, lw=0, label="1..99 %")
     for key in ("low", "high"):
         label = "minimum, maximum" if key == "low" else None
@@ -282,8 +222,8 @@ def _layers(record: Numbers) -> Figure:
     figure = Figure(figsize=(13, 0.6 + 0.085 * sum(heights) + len(columns)), dpi=120)
     figure.set_layout_engine("constrained")
 
-    for part, column in zip(_stacked(figure, len(columns), heights), columns, strict=True):
-        part.suptitle(_with_missing(column), fontsize=9)
+    for part, column in zip(stacked(figure, len(columns), heights), columns, strict=True):
+        part.suptitle(with_missing(column), fontsize=9)
         runs = column["runs"]
         widths = [3, 1] * len(runs)
         axes = part.subplots(1, 2 * len(runs), sharey=True, width_ratios=widths, squeeze=False)[0]
@@ -307,7 +247,7 @@ def _noise(axis: Any, label: str, t: Sequence[int], run: Numbers) -> Any:
 
     ticks = [0, len(t) // 2, len(t) - 1]
     axis.set_xticks(ticks, [str(t[tick]) for tick in ticks])
-    axis.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=4)
+    axis.set_yticks(range(len(names)), [short_name(name) for name in names], fontsize=4)
     axis.tick_params(axis="x", labelsize=6)
     axis.set_title(label, fontsize=8)
     axis.set_xlabel("time step t", fontsize=SMALL)
@@ -321,7 +261,7 @@ def _alone(axis: Any, run: Numbers) -> None:
     axis.barh(range(len(errors)), errors, color=ORANGE, height=0.8)
     axis.set_xscale("log")
     axis.set_xlabel("error of $x_0$, alone", fontsize=6)
-    axis.set_title(f"{_short(largest)}: {run['shares'][largest]:.0%} of all", fontsize=5)
+    axis.set_title(f"{short_name(largest)}: {run['shares'][largest]:.0%} of all", fontsize=5)
     axis.tick_params(axis="x", labelsize=6)
     axis.tick_params(axis="y", left=False, labelleft=False)
 
@@ -350,59 +290,10 @@ def _grids(record: Numbers) -> Figure:
     return figure
 
 
-# --- What they share
-
-
-def _side_by_side(record: Numbers, height: float) -> tuple[Figure, Sequence[Any]]:
-    count = len(record["columns"])
-    figure = Figure(figsize=(5.2 * count + 0.4, height), dpi=130, layout="constrained")
-    return figure, np.atleast_1d(figure.subplots(1, count))
-
-
-def _stacked(figure: Figure, count: int, heights: Sequence[float] | None = None) -> Sequence[Any]:
-    """Return parts of a figure below each other."""
-    if not count:
-        return []
-    return np.atleast_1d(figure.subfigures(count, 1, height_ratios=heights))
-
-
-def _finish(axis: Any, column: Numbers) -> None:
-    axis.set_title(_with_missing(column), fontsize=8)
-    axis.tick_params(labelsize=7)
-    axis.legend(fontsize=6, frameon=False)
-
-
-def _with_missing(column: Numbers) -> str:
-    """Return the model's name, and how many of its cells are missing."""
-    count = len(column["missing"])
-    return column["model"] + (f" ({count} missing)" if count else "")
-
-
-def _short(name: str) -> str:
-    """Return a layer's name with the words of diffusers shortened."""
-    for long, short in SHORTER.items():
-        name = name.replace(long, short)
-    return name
-
-
-SHORTER = {
-    "down_blocks": "down",
-    "up_blocks": "up",
-    "mid_block": "mid",
-    "resnets": "res",
-    "attentions": "attn",
-    "downsamplers": "downsample",
-    "upsamplers": "upsample",
-    ".input": "",
-    ".processor": "",
-    "time_embedding": "time",
-    "time_emb_proj": "time",
-}
-
 BUILDERS: dict[str, Callable[[Numbers], Figure]] = {
     "activations": _activations,
     "errors": _errors,
-    "steps": _steps,
+    "steps": charts.distance_over_steps,
     "ranges": _ranges,
     "layers": _layers,
     "grids": _grids,

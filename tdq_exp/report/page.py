@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tdq_exp.report import drawings, figure_manifest, figure_numbers, page_markdown
+from tdq_exp.report import charts, drawings, figure_manifest, figure_numbers, page_markdown
 from tdq_exp.report.figure_manifest import FigureManifest
 from tdq_exp.report.page_style import STYLE
 from tdq_exp.runtime import files
@@ -170,7 +170,7 @@ def _figure(figure: FigureManifest, record: Mapping[str, Any]) -> Iterator[str]:
 
 def accessible(svg: str, label: str) -> str:
     """Return an SVG element with a label, and without the identifiers that figures share."""
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r'(<(?:g|image)\b[^>]*?) id="[^"]*"', r"\1", svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
 
@@ -244,7 +244,7 @@ def _training(out: Path, scale: str) -> Iterator[str]:
     """Yield a picture of the validation losses of each model's trained runs."""
     for model, curves in sorted(training_curves(out, scale).items()):
         title = f"{model}: validation loss over updates"
-        svg = drawings.training_svg(curves, title, f"training-{model}")
+        svg = charts.training_svg(curves, title, f"training-{model}")
         yield f"<figure><h4>{escape(title)}</h4>"
         yield (
             '<div class="scroll" tabindex="0" role="region"'
@@ -346,10 +346,7 @@ def command_of(row: Mapping[str, Any]) -> str:
     if config["label"]:
         return "the configuration in its metrics.json: it has a name of its own"
 
-    sampler, protocol = config["sampler"], config["protocol"]
-    usual = {**protocol["sampling"]}
-    if config["fit"]["kind"] == "ptq":
-        usual["steps"] = protocol["ptq"]["steps"]
+    sampler, usual = config["sampler"], config["protocol"]["sampling"]
 
     parts = [f"python -m tdq_exp.run +experiment={row['name']}"]
     parts += [f"seed={row['seed']}"] if row["seed"] else []

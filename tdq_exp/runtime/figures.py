@@ -216,5 +216,5 @@ def svg_text(figure: Figure, name: str) -> str:
     return text[text.index("<svg") :].replace(BLACK, "currentColor")
 
 
-def _reproducible(name: str) -> dict[str, str]:
+def _reproducible(name: str) -> dict[Any, Any]:
     return {"svg.hashsalt": name, "svg.fonttype": "none"}

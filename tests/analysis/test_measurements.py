@@ -54,8 +54,14 @@ def test_r_and_change_of_curves_that_are_known():
     t = [0, 1, 2, 3]
     line = torch.tensor([1.0, 2.0, 3.0, 4.0])
     bend = torch.tensor([1.0, 2.0, 2.0, 1.0])
-    found = activations.relations(t, {"a": torch.stack([line, -line], 1), "b": bend[:, None].expand(4, 2)})
-    assert found["a"] == {"deviation": pytest.approx(1), "range": pytest.approx(-1), "change": pytest.approx(1.2)}
+    found = activations.relations(
+        t, {"a": torch.stack([line, -line], 1), "b": bend[:, None].expand(4, 2)}
+    )
+    assert found["a"] == {
+        "deviation": pytest.approx(1),
+        "range": pytest.approx(-1),
+        "change": pytest.approx(1.2),
+    }
     assert found["b"]["deviation"] == pytest.approx(0, abs=1e-12)
     assert activations.shares(found) == dict.fromkeys(activations.shares(found), 0.5)
 
@@ -111,9 +117,11 @@ def test_truncation_and_rounding_add_up_to_the_error(job, net, path):
 
 def test_the_coarse_quantizer_makes_the_error(job, net):
     found = alone.measure(job, net, images=1, steps=2)
-    assert found["shares"].keys() == found["errors"].keys() == {
-        name.removesuffix("_quantizer") for name in activation_quantizers(net)
-    }
+    assert (
+        found["shares"].keys()
+        == found["errors"].keys()
+        == {name.removesuffix("_quantizer") for name in activation_quantizers(net)}
+    )
     assert found["shares"][COARSE] > 0.95
     assert found["together"] == pytest.approx(found["errors"][COARSE], rel=0.1)
     assert sum(found["shares"].values()) == pytest.approx(1, rel=1e-3)
