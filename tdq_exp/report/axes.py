@@ -32,10 +32,16 @@ def stacked(figure: Figure, count: int, heights: Sequence[float] | None = None) 
 
 
 def finish(axis: Any, column: Numbers) -> None:
-    """Give a panel its title and its legend."""
+    """Give a panel its title and its legend; one without any curve says what is missing."""
+    if not axis.has_data():
+        axis.clear()
+        axis.set_axis_off()
+        missing = "missing:\n" + "\n".join(column["missing"])
+        axis.text(0.5, 0.5, missing, ha="center", va="center", fontsize=SMALL, color=GREY)
+    else:
+        axis.tick_params(labelsize=7, which="both")
+        axis.legend(fontsize=6, frameon=False)
     axis.set_title(with_missing(column), fontsize=8)
-    axis.tick_params(labelsize=7)
-    axis.legend(fontsize=6, frameon=False)
 
 
 def with_missing(column: Numbers) -> str:
