@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import socket
@@ -110,32 +111,48 @@ import os, sys
 import torch
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build, pipeline
+from tdq_exp.quant import calibrate
+from tdq_exp.runtime import figures
+
+calibrate.KEPT = 512
+figures.intervals_over_time = figures.sample_grid = lambda *rest: None
 
 
-def process(rank, port, arguments):
+def process(rank, ports, arguments):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    pipeline.run(build.build(compose(arguments)))
+    for port in ports:
+        end = arguments.index("--") if "--" in arguments else len(arguments)
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        pipeline.run(build.build(compose(arguments[:end])))
+        arguments = arguments[end + 1 :]
 
 
-torch.multiprocessing.start_processes(process, (sys.argv[1], sys.argv[2:]), nprocs=2, start_method="fork")
+ports = sys.argv[1].split(",")
+torch.multiprocessing.start_processes(process, (ports, sys.argv[2:]), nprocs=2, start_method="fork")
 """
 
 
 @pytest.fixture
 def together(tmp_path):
-    """Runs a job in two processes with gloo between them, as torch's launcher would start them, but with one import.
+    """Runs jobs, with `--` between them, in two processes with gloo between these, and one import.
 
-    `setup` is code that runs before: what a test has replaced in its own process is not replaced there.
+    They are started as torch's launcher would, with few start values (see `few_start_values`, which
+    a test wants beside this) and without figures.
     """
 
-    def run(*arguments: str, setup: str = "") -> subprocess.CompletedProcess[str]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        return _process(["-c", setup + _TWO_PROCESSES, port, *arguments], tmp_path)
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        ports = ",".join(_free_ports(1 + arguments.count("--")))
+        return _process(["-c", _TWO_PROCESSES, ports, *arguments], tmp_path)
 
     return run
+
+
+def _free_ports(count: int) -> list[str]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [str(free.getsockname()[1]) for free in sockets]
 
 
 def _process(

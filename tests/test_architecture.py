@@ -47,9 +47,9 @@ DOORS = {
     "datasets": {"data.sources"},
     "matplotlib": {"runtime.figures", "report.axes", "report.charts", "report.drawings"},
     "rich": {"runtime.progress"},
-    "onnx": {"deploy.onnx"},
+    "onnx": {"deploy.onnx", "metrics.lite_runtime"},
     "triton": {"quant.kernels.triton"},
-    "onnxruntime": {"deploy.onnx", "commands.export"},
+    "onnxruntime": {"deploy.onnx", "commands.export", "metrics.lite_runtime"},
     "hydra": {"config.compose", "config.experiments", "experiment.build", "run"},
     "omegaconf": {
         "config.assets",

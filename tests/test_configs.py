@@ -8,7 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
+import tdq_exp.config.compose as compose_module
 from tdq_exp.config import assets, experiments, naming, schema
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
@@ -235,6 +237,11 @@ def test_smoke_shrinks_any_experiment(experiment):
     assert made.sampling.steps == 2
 
 
+def test_a_rehearsal_never_takes_the_name_of_the_real_run():
+    assert naming.fit_name(compose(["debug=smoke", "label=x"])) == "digits_w4a4_lsq_tdq_x_smoke"
+    assert naming.fit_name(compose(["label=x"])) == "digits_w4a4_lsq_tdq_x"
+
+
 @pytest.mark.parametrize("rule", ["lsq", "pact", "nipq"])
 @pytest.mark.parametrize("interval", ["none", "temporal", "s1", "s10", "s1000"])
 def test_every_rule_takes_every_interval(rule, interval):
@@ -284,3 +291,32 @@ def test_a_key_that_came_later_is_a_part_only_where_it_differs():
         "fit", fit
     )  # so that earlier rows are still rows of this fit
     assert schema.parts_of("fit", fit | {"lr_schedule": "cosine"})["lr_schedule"] == "cosine"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=tiny", "out=/tmp/a b", "fit.lr=1e-4", "label='it s'", "data.limit=null"],
+        ["+experiment=ddim_w4a4_lsq_tdq", "sampler.steps=${protocol.sampling.batch}"],
+        ["method=ptq4dm", "calibration=forward", "eval.metrics=[fid]", "fit.memory_gb=1e-3"],
+        ["+model.definition.network.num_class_embeds=3", "seed=4"],
+    ],
+)
+def test_values_set_on_a_kept_composition_are_what_hydra_composes(overrides):
+    found = compose(overrides)
+    whole = compose_module._composed(tuple(overrides), compose_module._state_of_files())
+    assert _typed_values(found) == _typed_values(whole)
+    assert OmegaConf.is_struct(found) and OmegaConf.is_struct(whole)
+
+    # A copy: what a caller changes is not kept.
+    found.seed = 77
+    assert compose(overrides).seed != 77
+
+
+def _typed_values(node):
+    if OmegaConf.is_dict(node):
+        values = {key: _typed_values(node._get_node(key)) for key in node}
+        return OmegaConf.get_type(node), values
+    if OmegaConf.is_list(node):
+        return [_typed_values(node._get_node(i)) for i in range(len(node))]
+    return type(node), node._value()

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +18,15 @@ from safetensors.torch import load_file
 
 import tdq_exp
 from tdq_exp.config.compose import compose
+from tdq_exp.data.arrays import ImageStore
 from tdq_exp.diffusion.objective import noise_prediction_loss
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import measure_stage, pipeline
 from tdq_exp.fit import Qat
 from tdq_exp.fit.loop import Interrupted
+from tdq_exp.fit.qat import QatTraining
 from tdq_exp.models import pixel
+from tdq_exp.runtime import signals
 
 QUICK = ["model=tiny", "tracker=none", "launcher=cpu", "protocol.qat.calibration_samples=64"]
 
@@ -115,6 +124,42 @@ def test_a_killed_fit_ends_with_the_bits_of_one_that_was_not(tmp_path, tiny_weig
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert np.array_equal(images(whole), images(killed))
+
+
+def test_a_signal_saves_where_no_validation_does_and_the_run_ends_with_the_same_bits(
+    tmp_path, tiny_weights, default_run, monkeypatch
+):
+    def stop_at_third(training, update):
+        if update == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(QatTraining, "before_update", stop_at_third)
+    made = build(tmp_path, tiny_weights)
+    with signals.handled(), pytest.raises(signals.Stopped, match="update 3 is saved"):
+        pipeline.run(made)
+    assert torch.load(made.folder / "state.pt", weights_only=True)["update"] == 3
+    assert not (made.folder / ".lock").exists()
+    monkeypatch.undo()
+
+    # In the middle of sampling: what is finished stays.
+    put = ImageStore.put
+
+    def put_and_stop(store, group, pixels):
+        put(store, group, pixels)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ImageStore, "put", put_and_stop)
+    with signals.handled(), pytest.raises(signals.Stopped, match="SIGTERM"):
+        pipeline.run(made)
+    done = np.load(made.folder / made.sample_name / "images" / "groups.npy")
+    assert done.tolist() == [1, 0, 0]
+    monkeypatch.undo()
+
+    pipeline.run(made)
+    whole = build(default_run, tiny_weights)
+    one, other = (load_file(run.folder / "baked.safetensors") for run in (whole, made))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert np.array_equal(images(whole), images(made))
 
 
 def test_killed_sampling_goes_on_with_the_same_bits(tmp_path, tiny_weights, finished):
@@ -219,32 +264,70 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     assert np.isfinite(row["metrics"]["fid"])
 
 
-def test_a_finished_run_can_be_loaded_and_sampled(
-    tmp_path, tiny_weights, finished, command, inside
-):
+def test_a_finished_run_can_be_loaded_and_sampled(tmp_path, tiny_weights, finished, inside):
     made = build(tmp_path, tiny_weights)
     pipeline.run(made)
     net = tdq_exp.load(made.folder)
     assert not net.training
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
     assert net(x, t, return_dict=False)[0].shape == x.shape
-    done = command(
-        str(made.folder), "--images", "4", "--batch", "4", "--out", "drawn", verb="sample"
-    )
+    done = inside(str(made.folder), "--images", "4", "--out", "drawn", verb="sample")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "drawn").glob("0*.png"))) == 4
     drawn = np.load(tmp_path / "drawn" / "images" / "images.npy")
-    assert np.array_equal(drawn, images(made)[:4])  # seed 0: the measured images
+    assert np.array_equal(drawn, images(made)[:4])  # the run's own batch and seed
     again = inside(str(made.folder), "--out", "drawn", verb="sample")
     assert again.returncode == 2
     assert "not empty" in again.stderr
 
 
-def test_two_processes_make_the_same_images_and_one_row(tmp_path, tiny_weights, command):
-    arguments = [*QUICK, f"model.weights={tiny_weights}", "launcher.threads=1"]
-    pipeline.run(jobs.build(compose([*arguments, f"out={tmp_path / 'one'}"])))
-    both = command(*arguments, f"out={tmp_path / 'two'}", "launcher.nproc=2")
-    assert both.returncode == 0, both.stderr
+def kill_one_of_two(folder, arguments):
+    """Begin a run in two processes, kill one when the fit has begun, and look how the other ends."""
+    run = [sys.executable, "-m", "tdq_exp.run", *arguments]
+    launcher = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+    while not (folder / "fit.json").exists():
+        assert launcher.poll() is None, launcher.stderr.read()
+        time.sleep(0.02)
+    assert json.loads((folder / ".lock").read_text())["host"]
+
+    first, second = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(second), signal.SIGKILL)
+    errors = [line for line in launcher.communicate(timeout=60)[1].splitlines() if "error" in line]
+    assert launcher.returncode == 137
+    assert len(errors) == 1 and f"(pid {second}) was ended by SIGKILL" in errors[0]
+    assert not Path(f"/proc/{first}").exists()
+
+
+def test_two_processes_make_the_same_images_and_one_row(tmp_path, tiny_weights, finished, command):
+    # Fits differ in the last bits, and rounding amplifies that: images of one and the same fit.
+    made = build(tmp_path, tiny_weights)
+    folder, before = made.folder / made.sample_name, images(made).copy()
+    for file in ("images/images.npy", "images/groups.npy", "metrics.json"):
+        (folder / file).unlink()
+    done = command(
+        *QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}",
+        "launcher.nproc=2", "launcher.threads=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(images(made), before)
+    (row,) = json.loads((folder / "metrics.json").read_text())["rows"]
+    assert row["processes"] == 2
+
+
+@pytest.mark.usefixtures("few_start_values")
+def test_two_processes_fit_as_one_does(tmp_path, tiny_weights, together):
+    qat = [*QUICK, f"model.weights={tiny_weights}", "launcher.threads=1"]
+    pretrain = [
+        "model=tiny", "method=fp", "fit=pretrain", "tracker=none", "launcher=cpu",
+        "launcher.threads=1",
+    ]  # fmt: skip
+    pipeline.run(jobs.build(compose([*qat, f"out={tmp_path / 'one'}"])))
+    out = f"out={tmp_path / 'two'}"
+    kill_one_of_two(tmp_path / "two/runs/tiny_w4a4_lsq_tdq/seed0", [*qat, out, "launcher.nproc=2"])
+    done = together(*qat, out, "--", *pretrain, out)
+    assert done.returncode == 0, done.stderr
+
+    # Quantization-aware training.
     one, two = (
         json.loads((tmp_path / n / "runs/tiny_w4a4_lsq_tdq/seed0/fit.json").read_text())
         for n in ("one", "two")
@@ -255,37 +338,11 @@ def test_two_processes_make_the_same_images_and_one_row(tmp_path, tiny_weights, 
     first, other = (found["facts"]["validation"][0] for found in (one, two))
     assert first[0] == other[0] == 2
     assert first[1] == pytest.approx(other[1], rel=1e-5)
-    # The fits differ in the last bits, and rounding amplifies that; so images are compared from one and the same fit.
-    folder = tmp_path / "one/runs/tiny_w4a4_lsq_tdq/seed0/ddim3_n12"
-    before = np.load(folder / "images/images.npy").copy()
-    for file in ("images/images.npy", "images/groups.npy", "metrics.json"):
-        (folder / file).unlink()
-    shared = command(
-        *arguments, f"out={tmp_path / 'one'}",
-        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-    )  # fmt: skip
-    assert shared.returncode == 0, shared.stderr
-    assert np.array_equal(np.load(folder / "images/images.npy"), before)
-    assert len(json.loads((folder / "metrics.json").read_text())["rows"]) == 1
 
-
-def test_two_processes_train_a_float_net_as_one_does(tmp_path, tiny_weights, together):
-    arguments = [
-        "model=tiny",
-        "method=fp",
-        "fit=pretrain",
-        "tracker=none",
-        "launcher=cpu",
-        "launcher.threads=1",
-    ]
-    done = together(*arguments, f"out={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    facts = json.loads((tmp_path / "runs/tiny_fp_pretrain/seed0/fit.json").read_text())["facts"]
-    assert facts["processes"] == 2
-    found = [
-        load_file(tiny_weights),
-        load_file(tmp_path / "runs/tiny_fp_pretrain/seed0/weights.safetensors"),
-    ]
+    # A float net.
+    folder = tmp_path / "two/runs/tiny_fp_pretrain/seed0"
+    assert json.loads((folder / "fit.json").read_text())["facts"]["processes"] == 2
+    found = [load_file(tiny_weights), load_file(folder / "weights.safetensors")]
     for key, value in found[0].items():
         # Softmax does not see the bias of k: its gradient is zero but for last bits, which Adam makes as large as any.
         assert key.endswith("to_k.bias") or torch.allclose(
@@ -301,20 +358,23 @@ def test_a_sweep_writes_three_fits_under_the_right_names(tmp_path, tiny_weights,
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert names == ["tiny_w3a3_lsq_tdq", "tiny_w4a4_lsq_tdq", "tiny_w8a8_lsq_tdq"]
+    summary = done.stdout[done.stdout.index("jobs of the sweep") :]
+    assert all(name in summary for name in names) and summary.count("done") == 3
+    assert summary.count("Frechet distance ") == 3
 
 
-def test_an_offline_wandb_run_can_be_read_back(tmp_path, tiny_weights, command, inside):
-    done = command(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "tracker=offline")
+@pytest.mark.usefixtures("few_start_values")
+def test_an_offline_wandb_run_can_be_read_back(tmp_path, tiny_weights, inside, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    done = inside(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "tracker=offline")
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs/tiny_w4a4_lsq_tdq/seed0/wandb").glob("offline-run-*")
-    import subprocess
-    import sys
-
     leet = [sys.executable, "-m", "wandb", "leet", "inspect", str(run), "--json"]
     read = subprocess.run(leet, capture_output=True, text=True, timeout=60)
     assert read.returncode == 0, read.stderr
     assert "validation_loss" in read.stdout
     assert "fid" in read.stdout
+    assert '"resume":true' in read.stdout  # so `wandb sync` appends a later part of the fit
     again = inside(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "tracker=offline")
     assert again.returncode == 0, again.stderr
     assert list(run.parent.glob("offline-run-*")) == [

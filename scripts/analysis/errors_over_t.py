@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tdq_exp.commands import cli
 from tdq_exp.experiment import fit_stage
 from tdq_exp.experiment.load import load
-from tdq_exp.fit.ptq.calibration_set import make_set
+from tdq_exp.fit.ptq.calibration_set import CalibrationSet, make_set
 from tdq_exp.fit.ptq.ptq import Ptq
 from tdq_exp.fit.ptq.reconstruct import sample_losses
 from tdq_exp.models.denoiser import Denoiser
@@ -29,15 +29,16 @@ from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import print_table
 
+BATCH = 64  # samples at a time
 EDGES = (0, 1, 50, 200, 500, 800)  # of groups of t; the last one ends with T
 
 
 @torch.no_grad()
-def predictions(model: DiffusionModel, net: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    """eps_hat of many samples, `[N, C, H, W]`."""
-    return torch.cat(
-        [model.predict(net, *part) for part in zip(x.split(64), t.split(64), strict=True)]
-    )
+def predictions(model: DiffusionModel, net: nn.Module, samples: CalibrationSet) -> Tensor:
+    """Return eps_hat of every sample of a set, `[N, C, H, W]`."""
+    starts = range(0, len(samples), BATCH)
+    parts = [samples.batch(slice(start, start + BATCH)) for start in starts]
+    return torch.cat([model.predict(net, *part) for part in parts])
 
 
 def main() -> int:
@@ -83,14 +84,14 @@ def measure(options: argparse.Namespace) -> None:
             cache=Path(cache),
             processes=processes,
         )
-        x, t = made.batch(slice(0, len(made)))
+        t = made.times()
+        eps = predictions(job.model, float_net, made)
+        found = [predictions(job.model, net, made) for _, net in loaded]
 
     # 3. Each network's errors on it.
     groups = torch.bucketize(t, torch.tensor(EDGES), right=True) - 1
     ends = [*EDGES[1:], job.model.schedule.steps]
-    eps = predictions(job.model, float_net, x, t)
-    for run, (_, net) in zip(options.runs, loaded, strict=True):
-        eps_hat = predictions(job.model, net, x, t)
+    for run, eps_hat in zip(options.runs, found, strict=True):
         losses = sample_losses(eps_hat, eps, fit.options.power)
         rows = []
         for group, (start, end) in enumerate(zip(EDGES, ends, strict=True)):

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from tdq_exp.config.compose import compose
+from tdq_exp.diffusion.objective import NetworkInput
 from tdq_exp.experiment import build as jobs
 from tdq_exp.fit import calibrated as calibration
-from tdq_exp.fit.calibrated import Batches
+from tdq_exp.fit.calibrated import BATCH, Batches
 from tdq_exp.fit.options import PtqOptions, ReconstructOptions
 from tdq_exp.fit.ptq.block_by_block import capture
 from tdq_exp.fit.ptq.blocks import blocks_of
@@ -46,7 +47,12 @@ def shown_noise(model: DiffusionModel, samples: int) -> Batches:
     """Random samples at random time steps."""
     x = torch.randn(samples, *model.sample_shape, generator=torch.Generator().manual_seed(0))
     t = torch.randint(model.schedule.steps, (samples,), generator=torch.Generator().manual_seed(1))
-    return Batches(samples, lambda n: (x[n * 64 : (n + 1) * 64], t[n * 64 : (n + 1) * 64]))
+
+    def get(number: int) -> NetworkInput:
+        part = slice(number * BATCH, (number + 1) * BATCH)
+        return NetworkInput(x[part], t[part])
+
+    return Batches(samples, get)
 
 
 def calibrated(

@@ -1,16 +1,53 @@
-"""What all commands share: a parser made of a docstring, and one way to end with an error."""
+"""What all commands share: a parser made of a docstring, and one way to end with an error.
+
+| exit code | meaning                                                                          |
+|-----------|----------------------------------------------------------------------------------|
+| 0         | done, or nothing was left to do                                                  |
+| 1         | some jobs of a sweep, or cells of a table, failed; or an error of the program's  |
+| 2         | a mistake in the command or its files, in one line                               |
+| 75        | another command works in the same folder: try again later                        |
+| 76        | another process of the run is gone                                               |
+| 128 + n   | stopped by signal n: 129 SIGHUP, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM; 137 where |
+|           | one of several processes was killed                                              |
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ParamSpec
 
+from tdq_exp.runtime.command import CommandFailed
+from tdq_exp.runtime.signals import Stopped, handled
+
+FAILED = 1
 MISTAKE = 2
+IN_USE = 75  # sysexits.h calls it a temporary failure
 INTERRUPTED = 130
 
 P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a command ended.
+
+    Args:
+        code: its exit code.
+        line: what it printed about that; empty if it is done, or another process printed it.
+        shared: whether all processes of the run end with this error.
+    """
+
+    code: int = 0
+    line: str = ""
+    shared: bool = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal ended it: what was to come after it is not wanted any more."""
+        return self.code > 128
 
 
 def parser(doc: str | None, prog: str | None = None) -> argparse.ArgumentParser:
@@ -30,10 +67,18 @@ def parser(doc: str | None, prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def exit_code(command: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> int:
-    """Run a command and return its exit code.
+    """Run a command and return its exit code; see `attempt`.
 
-    A user's mistake is one line, `error: ...`, and code 2; an interruption says how to go on and is
-    code 130.
+    Signals stop the command; see `runtime.signals`.
+    """
+    with handled():
+        return attempt(command, *args, **kwargs).code
+
+
+def attempt(command: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> Ending:
+    """Run a command and return how it ended.
+
+    A user's mistake is printed as one line, `error: ...`; an interruption says how to go on.
 
     Args:
         command: what it returns is the exit code if it is a number, else the code is 0.
@@ -41,10 +86,20 @@ def exit_code(command: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -
     """
     try:
         result = command(*args, **kwargs)
-        return result if isinstance(result, int) else 0
-    except KeyboardInterrupt:
-        print("stopped: run the same command again to go on", file=sys.stderr)
-        return INTERRUPTED
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
+        return Ending(result if isinstance(result, int) else 0)
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(INTERRUPTED - 128)
+        return _told(error, Ending(stopped.exit_code, str(stopped)))
+    except CommandFailed as error:
+        return _told(error, Ending(error.code, f"error: {error}" if str(error) else ""))
+    except BlockingIOError as error:
+        return _told(error, Ending(IN_USE, f"error: {error}", hasattr(error, "told")))
+    except (ValueError, OSError, FloatingPointError) as error:  # InterruptedError is an OSError
+        return _told(error, Ending(MISTAKE, f"error: {error}", hasattr(error, "told")))
+
+
+def _told(error: BaseException, ending: Ending) -> Ending:
+    """Print the line of an ending, unless another process prints it."""
+    if ending.line and not getattr(error, "told", False):
+        print(ending.line, file=sys.stderr, flush=True)
+    return ending

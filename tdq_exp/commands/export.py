@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.commands import cli
+from tdq_exp.config.setting import require
 from tdq_exp.deploy.onnx import graph as onnx
 from tdq_exp.diffusion.draws import Stream
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import sample_stage
 from tdq_exp.experiment.load import load
 from tdq_exp.models.denoiser import Denoiser
+from tdq_exp.quant.convert import activation_quantizers
 from tdq_exp.quant.layers import QuantConv2d
 from tdq_exp.runtime import files
 from tdq_exp.runtime.progress import console, print_table
@@ -80,8 +82,8 @@ def export(run: Path, out: Path, form: str = "integer", images: int = 16) -> Pat
         The file.
 
     Raises:
-        ValueError: for a run that is not quantized or has no tables, a file that exists, or a
-            missing package.
+        ValueError: for a run that is not quantized, has no tables or takes a condition, a file
+            that exists, or a missing package.
         FileNotFoundError: if there is no finished run.
     """
     _check_options(out, form, images)
@@ -89,6 +91,9 @@ def export(run: Path, out: Path, form: str = "integer", images: int = 16) -> Pat
     job, net = load(run)
     if job.recipe is None:
         raise ValueError(f"{run}: is a float run; diffusers' own export writes it")
+    if job.model.draw_condition(0, Stream.IMAGE, range(1)) is not None:
+        raise ValueError(f"{run}: takes a condition beside t, which a graph of (x_t, t) has not")
+    _require_tables(run, net)
 
     written = graph_file(job, net, out, form, images)
     console.print(f"{out}: {written / 1e6:.3f} MB, {form} form", markup=False)
@@ -110,12 +115,26 @@ def export(run: Path, out: Path, form: str = "integer", images: int = 16) -> Pat
     return out
 
 
+def _require_tables(run: Path, net: nn.Module) -> None:
+    """Refuse step sizes that are read from the input, before images are sampled for their ranges.
+
+    Raises:
+        ValueError: naming the run and a quantizer.
+    """
+    for name, quantizer in activation_quantizers(net).items():
+        if quantizer.interval.dynamic:
+            raise ValueError(
+                f"{run}: can't be exported, {name} reads its step size from each input"
+                " (tdq=dynamic)"
+            )
+
+
 def _check_options(out: Path, form: str, images: int) -> None:
     """Refuse what can be refused before a network is loaded."""
     if form not in onnx.FORMS:
         raise ValueError(f"--form={form}: choose {' or '.join(onnx.FORMS)}")
-    if images < 1:
-        raise ValueError(f"--images={images}: must be at least 1")
+    require("--images", images, int, low=1, most=10**6)
+    files.require_folder(out.parent, "--out")
     if out.suffix != ".onnx":
         raise ValueError(f"--out={out}: must end in .onnx")
     if out.exists():

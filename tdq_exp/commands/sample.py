@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tdq_exp.commands import cli
+from tdq_exp.config.setting import SEED, require
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.experiment import sample_stage
 from tdq_exp.experiment.load import load
+from tdq_exp.experiment.options import MOST_BATCH, MOST_IMAGES
 from tdq_exp.models.denoiser import Denoiser
-from tdq_exp.runtime import figures
+from tdq_exp.runtime import figures, files
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console
 
@@ -41,12 +43,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed",
         type=int,
-        default=0,
-        help="of the starting noise (default: 0, the measured images)",
+        help="of the starting noise (default: the run's; with its steps, its batch and the fake"
+        " engine these are its measured images)",
     )
 
     # How, and where it goes.
-    parser.add_argument("--batch", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument(
+        "--batch", type=int, help="images that are computed together (default: the run's)"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -68,10 +72,13 @@ def draw(options: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: for options out of range, or a folder that is in use.
     """
+    _require_ranges(options)
+
     # 1. What can be refused before anything is loaded.
     for name in ("images", "batch"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name}={getattr(options, name)}: must be at least 1")
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}={value}: must be at least 1")
 
     if options.out.exists() and any(options.out.iterdir()):
         raise ValueError(f"--out={options.out}: is not empty; name another folder")
@@ -79,7 +86,7 @@ def draw(options: argparse.Namespace) -> None:
     if options.engine not in ("fake", "integer"):
         raise ValueError(f"--engine={options.engine}: choose fake or integer")
 
-    # 2. The network, on the engine that was asked for.
+    # 2. The network, and how it is sampled.
     job, net = load(options.run)
     if not job.fit.options.fits_network:
         raise ValueError(
@@ -95,38 +102,39 @@ def draw(options: argparse.Namespace) -> None:
 
     sampler.check(job.model.schedule)
 
-    size = job.model.image_size
-    processes = Processes(cpu=options.cpu)
-    net, _ = sample_stage.engine(
-        net,
-        job.model,
-        options.engine,
-        batch=options.batch,
-        min_speedup=1.0,
-        folder=options.out,
-        processes=processes,
-    )
+    seed = job.sampling.seed if options.seed is None else options.seed
+    batch = options.batch or job.sampling.batch
 
     # 3. The images, as an array, as PNGs and side by side.
-    store = ImageStore(
-        options.out / "images", options.images, options.batch, (size, size, job.model.channels)
-    )
+    processes = Processes(cpu=options.cpu)
+    try:
+        net, _ = sample_stage.engine(
+            net,
+            job.model,
+            options.engine,
+            batch=batch,
+            min_speedup=1.0,
+            folder=options.out,
+            processes=processes,
+        )
 
-    sample_stage.sample_set(
-        Denoiser(net, job.model),
-        sampler,
-        store,
-        seed=options.seed,
-        processes=processes,
-        truncate=job.sampling.truncate,
-    )
+        size, channels = job.model.image_size, job.model.channels
+        store = ImageStore(options.out / "images", options.images, batch, (size, size, channels))
+        sample_stage.sample_set(
+            Denoiser(net, job.model),
+            sampler,
+            store,
+            seed=seed,
+            processes=processes,
+            truncate=job.sampling.truncate,
+        )
 
-    sample_stage.write_pngs(store.read(), options.out)
-    shown = figures.sample_grid(
-        {f"{job.name}, seed {options.seed}": store.read()}, options.out / "grid.png", lines=LINES
-    )
-
-    processes.close()
+        sample_stage.write_pngs(store.read(), options.out)
+        shown = figures.sample_grid(
+            {f"{job.name}, seed {seed}": store.read()}, options.out / "grid.png", lines=LINES
+        )
+    finally:
+        processes.close()
 
     console.print(
         f"{options.images} images in {options.out}; {_shown(shown, options.images)} side by side in"
@@ -138,3 +146,17 @@ def draw(options: argparse.Namespace) -> None:
 def _shown(shown: int, images: int) -> str:
     """Return how many of all images a picture shows, in words."""
     return "all" if shown == images else f"the first {shown}"
+
+
+def _require_ranges(options: argparse.Namespace) -> None:
+    """Refuse numbers that are slips of the keyboard, and an output that can't be a folder.
+
+    Raises:
+        ValueError, OSError: naming the option.
+    """
+    for name, most in (("images", MOST_IMAGES), ("batch", MOST_BATCH)):
+        if (value := getattr(options, name)) is not None:
+            require(f"--{name}", value, int, low=1, most=most)
+    if options.seed is not None:
+        require("--seed", options.seed, int, low=0, high=SEED)
+    files.require_folder(options.out.expanduser(), "--out")

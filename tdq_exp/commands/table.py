@@ -100,8 +100,10 @@ def make(options: argparse.Namespace) -> int:
         console.print(f"table    {path}", markup=False)
     for path in figures:
         console.print(f"figure    {path}", markup=False)
+    if failed:
+        console.print(f"failed   {', '.join(failed)}: see above", markup=False)
 
-    return 1 if failed else 0
+    return cli.FAILED if failed else 0
 
 
 def draw(manifest: Manifest, scale: str, cells: Sequence[Cell], folder: Path) -> list[Path]:

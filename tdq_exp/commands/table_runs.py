@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tdq_exp.config.compose import compose
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 def run(cells: Sequence[Cell], go: bool = False) -> list[str]:
     """Print the plan, run every cell without a row in the order of the table, and say which failed.
+
+    A signal ends all of it.
 
     Args:
         cells: of a table, with the rows that were found.
@@ -51,26 +53,48 @@ def run(cells: Sequence[Cell], go: bool = False) -> list[str]:
         )
 
     # One process a cell: a failure stops that cell alone, and is told at the end.
-    failed = []
+    codes: dict[str, int] = {}
     for number, cell in enumerate(missing, 1):
         command = ["-m", "tdq_exp.run", *cell.overrides, *(["go=true"] if go else [])]
         console.print(
             f"cell {number} of {len(missing)}: python {shlex.join(command)}", markup=False
         )
 
-        code = call([sys.executable, *command])
-        if code:
-            failed.append(cell.name)
+        codes[cell.name] = call([sys.executable, *command])
+        if codes[cell.name]:
             console.print(
-                f"cell {number} of {len(missing)}: {cell.name} failed (exit code {code})",
+                f"cell {number} of {len(missing)}: {cell.name} failed"
+                f" (exit code {codes[cell.name]})",
                 markup=False,
             )
 
+    return show_summary(missing, codes)
+
+
+def show_summary(cells: Sequence[Cell], codes: Mapping[str, int]) -> list[str]:
+    """Print what became of each cell that was run, and the commands of those that failed.
+
+    Args:
+        cells: that were run.
+        codes: the exit code of each, by name.
+
+    Returns:
+        The names of those that failed.
+    """
+    lines = [
+        [cell.name, "failed" if codes[cell.name] else "done", codes[cell.name]] for cell in cells
+    ]
+    print_table("cells that were run", ["cell", "state", "exit code"], lines)
+
+    failed = [cell for cell in cells if codes[cell.name]]
     if failed:
-        console.print(
-            f"{len(failed)} of {len(missing)} cells failed: {', '.join(failed)}", markup=False
-        )
-    return failed
+        names = ", ".join(cell.name for cell in failed)
+        console.print(f"{len(failed)} of {len(cells)} cells failed: {names}", markup=False)
+
+    for cell in failed:
+        again = shlex.join(["-m", "tdq_exp.run", *cell.overrides])
+        console.print(f"  {cell.name} again, alone: python {again}", markup=False)
+    return [cell.name for cell in failed]
 
 
 def show_plan(cells: Sequence[Cell]) -> bool:

@@ -1,28 +1,42 @@
 """Composing a configuration from the overrides of a command line, with mistakes as one line.
 
-Quick: nothing here needs torch.
+A table composes hundreds of configs that differ in a few values: what the options of groups compose
+to is kept, and a value is set on a copy. Quick: nothing here needs torch.
 """
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import product
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tdq_exp.config import assets, experiments, schema
 
+KEPT = 128  # compositions
+_PLAIN_KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
+
 
 def register(overrides: Sequence[str] = ()) -> None:
     """Make the schema, each fit and the experiments that overrides name known to Hydra."""
+    _register_schema()
+    experiments.register(overrides)
+
+
+@lru_cache
+def _register_schema() -> None:
     for group, name, node in schema.nodes():
         ConfigStore.instance().store(group=group, name=name, node=node)
-    experiments.register(overrides)
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -34,6 +48,28 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ValueError: for an unknown group, option or key, or a value of the wrong type; one line.
     """
+    files = _state_of_files()
+    values = [override for override in overrides if _is_value(override)]
+    options = [override for override in overrides if not _is_value(override)]
+
+    try:
+        return _with_values(_composed(tuple(options), files), values)
+    except (HydraException, OmegaConfBaseException, ValueError):
+        # Hydra says what is wrong, of the whole line.
+        return copy.deepcopy(_composed(tuple(overrides), files))
+
+
+@lru_cache(KEPT)
+def _composed(overrides: tuple[str, ...], files: object) -> DictConfig:
+    """Return what Hydra composes of overrides.
+
+    Args:
+        overrides: any of a command line.
+        files: state of the files that are read; another state composes anew.
+
+    Raises:
+        ValueError: see `compose`.
+    """
     register(overrides)
     GlobalHydra.instance().clear()
     try:
@@ -43,11 +79,85 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         raise ValueError(_one_line(error)) from error
 
 
+def _with_values(composed: DictConfig, values: Sequence[str]) -> DictConfig:
+    """Return a copy of a config with values set, as Hydra sets them after composing.
+
+    Raises:
+        HydraException, OmegaConfBaseException, ValueError: for what Hydra would refuse.
+    """
+    cfg = copy.deepcopy(composed)
+    for override in OverridesParser.create().parse_overrides(list(values)):
+        if override.is_sweep_override():
+            raise ValueError(f"{override.input_line}: is a sweep")
+        OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
+    return cfg
+
+
+def _is_value(override: str) -> bool:
+    """Return whether an override sets a single value (`key=value`), and chooses no option."""
+    key, equals, _ = override.partition("=")
+    if not equals or not _PLAIN_KEY.fullmatch(key):
+        return False
+    return key.split(".")[0] != "hydra" and not (assets.configs() / key).is_dir()
+
+
+def _state_of_files() -> object:
+    """Return what changes when a file of the configs does: their paths and times."""
+    root = assets.configs()
+    stats = ((path, path.stat()) for path in root.rglob("*.yaml"))
+    return root, hash(frozenset((path, s.st_mtime_ns, s.st_size) for path, s in stats))
+
+
+def sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of every job of a sweep: `key=a,b` gives two, and the last turns first.
+
+    Raises:
+        ValueError: for a mistake in the grammar, or a range without steps; one line.
+    """
+    choices: list[list[str]] = []
+
+    for override in overrides:
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+        except HydraException as error:
+            raise ValueError(_one_line(error)) from error
+
+        if not parsed.is_sweep_override():
+            choices.append([override])
+            continue
+        if not parsed.is_discrete_sweep():
+            raise ValueError(f"{override}: an interval has no steps; list its values")
+
+        key = parsed.get_key_element()
+        choices.append([f"{key}={value}" for value in parsed.sweep_string_iterator()])
+
+    return [list(job) for job in product(*choices)]
+
+
 def _one_line(error: BaseException) -> str:
     """Return Hydra's message as one line, without search path and debug hint."""
+    if isinstance(error, OverrideParseException):
+        return _grammar_hint(str(error.override))
+
     said = str(error).split("Config search path")[0].split("Set the environment")[0]
     words = " ".join(said.split())
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and str(cause).splitlines()[0] not in words:
         words += f": {str(cause).splitlines()[0]}"
     return words
+
+
+def _grammar_hint(override: str) -> str:
+    """Return what to do about an override that Hydra's grammar can't read.
+
+    `=`, brackets, commas and quotes mean something to it, and file names have them.
+    """
+    key, equals, value = override.partition("=")
+    if not key or not equals:
+        return f"{override!r}: is no KEY=VALUE or GROUP=OPTION"
+
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return (
+        f"{override}: this value needs quotes of its own, for it has a sign that means something"
+        f" to Hydra: \"{key}='{escaped}'\""
+    )

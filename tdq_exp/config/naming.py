@@ -16,7 +16,8 @@ def fit_name(cfg: DictConfig) -> str:
     """Return `${model}_${bits}_${method}[_${tdq}]`, then the label of every group that differs.
 
     A calibration set is named if it is not the one that the method's name stands for; settings of
-    the fit that have a label of their own come last, before the user's label.
+    the fit that have a label of their own come last, before the user's label. A rehearsal is called
+    one whatever its label: it never takes the name of the real run.
     """
     parts = [cfg.model.label, cfg.bits.label if cfg.method.quantized else "", cfg.method.label]
     parts += [cfg[group].label for group in GROUPS]
@@ -25,6 +26,9 @@ def fit_name(cfg: DictConfig) -> str:
         parts.append(cfg.calibration.label)
 
     parts += [*labels(options_class(cfg.fit.kind), cfg.fit), cfg.label]
+
+    if cfg.smoke and cfg.label != "smoke":
+        parts.append("smoke")
     return "_".join(part for part in parts if part)
 
 

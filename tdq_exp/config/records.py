@@ -10,10 +10,24 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 FACES = ("data", "diffusion", "fit", "metrics", "models", "quant")
+
+# Whose classes a group of a configuration may name. No other group names any.
+SLOTS = {
+    "model": ("diffusion", "models"),
+    "sampler": ("diffusion", "models"),
+    "data": ("data",),
+    "eval": ("metrics",),
+    "act": ("quant",),
+    "weight": ("quant",),
+    "tdq": ("quant",),
+    "plan": ("quant",),
+    "habits": ("quant",),
+}
 
 # File paths of older records -> face names.
 MOVED = {
@@ -121,13 +135,32 @@ def require_known(config: Any, where: str) -> None:
         if "${" in text:
             raise ValueError(f"{where}: holds {text!r}, and a record has no interpolations")
 
-    for target in _targets(config):
-        package, _, name = str(target).rpartition(".")
-        known = package in {f"tdq_exp.{face}" for face in FACES}
-        if not known or name not in importlib.import_module(package).__all__:
-            raise ValueError(
-                f"{where}: names {target!r}, which is not a part of tdq_exp; nothing of it was run"
-            )
+    groups = config.items() if isinstance(config, Mapping) else [(None, config)]
+    for group, content in groups:
+        faces = FACES if group is None else SLOTS.get(str(group), ())
+        for target in _targets(content):
+            _require_face(target, faces, where)
+
+
+def _require_face(target: Any, faces: Collection[str], where: str) -> None:
+    """Refuse a target that is no class of these faces.
+
+    Raises:
+        ValueError: naming the target.
+    """
+    package, _, name = str(target).rpartition(".")
+    known = package in {f"tdq_exp.{face}" for face in faces}
+
+    # Feature networks are made by functions; everything else that is made is a class.
+    if known and name in importlib.import_module(package).__all__:
+        named = getattr(sys.modules[package], name)
+        if isinstance(named, type) or (callable(named) and package == "tdq_exp.metrics"):
+            return
+
+    raise ValueError(
+        f"{where}: names {target!r}, which is not a part of tdq_exp that belongs there;"
+        " nothing of it was run"
+    )
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tdq_exp.config import setting as settings
-from tdq_exp.config.setting import setting
-from tdq_exp.experiment.options import EvalOptions, SamplerOptions
+from tdq_exp.config.setting import SEED, setting
+from tdq_exp.experiment.options import MOST_BATCH, MOST_IMAGES, EvalOptions, SamplerOptions
 from tdq_exp.fit.options import (
+    MOST_SAMPLES,
     CalibrationSpec,
     FitOptions,
     LoadOptions,
@@ -43,7 +45,7 @@ class Sampling:
 
 @dataclass
 class ModelConfig:
-    label: str = setting(fingerprint=False)
+    label: str = setting(fingerprint=False, is_name=True)
     definition: Any = setting(help="_target_: a class like tdq_exp.models.DiffusionModel")
     weights: str | None = setting(
         None,
@@ -59,7 +61,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    label: str = setting("", fingerprint=False)
+    label: str = setting("", fingerprint=False, is_name=True)
     source: Any = setting(help="_target_: where images come from", fingerprint=False)
     cache: str | None = setting(None, fingerprint=False, help="default: ~/.cache/tdq_exp")
     limit: int | None = setting(
@@ -69,24 +71,28 @@ class DataConfig:
 
 @dataclass
 class PtqProtocol(PtqNumbers):
-    samples: int = setting(0, help="of a calibration set")
-    images: int = setting(0, help="trajectories of a set whose t are steps of each")
-    ndtc_images: int = setting(0, help="the same, where t is drawn from PTQ4DM's distribution")
-    steps: int = setting(0, help="of sampling after post-training quantization")
+    samples: int = setting(0, low=1, most=MOST_SAMPLES, help="of a calibration set")
+    images: int = setting(
+        0, low=1, most=MOST_SAMPLES, help="trajectories of a set whose t are steps of each"
+    )
+    ndtc_images: int = setting(
+        0, low=1, most=MOST_SAMPLES, help="the same, where t is drawn from PTQ4DM's distribution"
+    )
+    steps: int = setting(0, low=1, help="of sampling after post-training quantization")
 
 
 @dataclass
 class SamplingNumbers:
-    images: int = setting()
-    steps: int = setting()
-    batch: int = setting()
+    images: int = setting(low=1, most=MOST_IMAGES)
+    steps: int = setting(low=1)
+    batch: int = setting(low=1, most=MOST_BATCH)
 
 
 @dataclass
 class Protocol:
     """The numbers of an experiment at one scale; the groups `fit` and `sampler` read them."""
 
-    scale: str = setting(help="paper, small, digits, tiny")
+    scale: str = setting(is_name=True, help="paper, small, digits, tiny")
     pretrain: TrainOptions = field(default_factory=TrainOptions)
     autoencoder: TrainOptions = field(default_factory=TrainOptions)
     qat: QatNumbers = field(default_factory=QatNumbers)
@@ -96,7 +102,7 @@ class Protocol:
 
 @dataclass
 class BitsConfig:
-    label: str = setting(fingerprint=False)
+    label: str = setting(fingerprint=False, is_name=True)
     weight: int = setting(low=2, high=16)
     act: int = setting(low=2, high=16)
 
@@ -105,7 +111,7 @@ class BitsConfig:
 class ActConfig:
     """The rule of activations, or null."""
 
-    label: str = setting("", fingerprint=False)
+    label: str = setting("", fingerprint=False, is_name=True)
     quantizer: Any = setting(None)
 
 
@@ -113,33 +119,33 @@ class ActConfig:
 class WeightConfig:
     """The rule of weights, or null, and where their step sizes come from."""
 
-    label: str = setting("", fingerprint=False)
+    label: str = setting("", fingerprint=False, is_name=True)
     quantizer: Any = setting(None)
     interval: str = setting("static", help="static, max_abs or channel_range")
 
 
 @dataclass
 class TdqConfig:
-    label: str = setting("", fingerprint=False)
+    label: str = setting("", fingerprint=False, is_name=True)
     interval: Any = setting(help="_target_: where activations' step sizes come from")
     zero_point: str = setting("by_role", help="static, lower_bound, by_role")
 
 
 @dataclass
 class PlanConfig:
-    label: str = setting("", fingerprint=False)
+    label: str = setting("", fingerprint=False, is_name=True)
     plan: Any = setting()
 
 
 @dataclass
 class HabitsConfig:
-    label: str = setting("", fingerprint=False)
+    label: str = setting("", fingerprint=False, is_name=True)
     habits: Any = setting()
 
 
 @dataclass
 class MethodConfig:
-    label: str = setting(fingerprint=False)
+    label: str = setting(fingerprint=False, is_name=True)
     quantized: bool = setting(True, fingerprint=False)
     calibration: str = setting(
         "", fingerprint=False, help="label of the set that the method's name stands for"
@@ -164,8 +170,10 @@ class Config:
     eval: EvalOptions = field(default_factory=EvalOptions)
     tracker: TrackerOptions = field(default_factory=TrackerOptions)
     launcher: LauncherOptions = field(default_factory=LauncherOptions)
-    seed: int = setting(0, low=0)
-    label: str = setting("", help="appended to the fit's name: set it when you change numbers")
+    seed: int = setting(0, low=0, high=SEED)
+    label: str = setting(
+        "", is_name=True, help="appended to the fit's name: set it when you change numbers"
+    )
     out: str = setting("results")
     smoke: bool = setting(False, help="a rehearsal of two steps: set by debug=smoke")
     plan_only: bool = setting(False, help="print what would be done, its cost, and stop")
@@ -179,16 +187,20 @@ def nodes() -> Iterator[tuple[str | None, str, Any]]:
     A fit's node reads the numbers of its protocol by interpolation; `configs/fit` adds the rest.
     """
     yield None, "schema", Config
-    yield "fit/kind", "none", LoadOptions
-    yield "fit/kind", "pretrain", _from_protocol(PretrainOptions, "pretrain", TrainOptions)
-    yield "fit/kind", "autoencoder", _from_protocol(PretrainOptions, "autoencoder", TrainOptions)
-    yield "fit/kind", "qat", _from_protocol(QatOptions, "qat", QatNumbers)
-    yield "fit/kind", "ptq", _from_protocol(PtqOptions, "ptq", PtqNumbers)
+    yield None, "options_of_none", LoadOptions
+    yield None, "options_of_pretrain", _from_protocol(PretrainOptions, "pretrain", TrainOptions)
+    yield (
+        None,
+        "options_of_autoencoder",
+        _from_protocol(PretrainOptions, "autoencoder", TrainOptions),
+    )
+    yield None, "options_of_qat", _from_protocol(QatOptions, "qat", QatNumbers)
+    yield None, "options_of_ptq", _from_protocol(PtqOptions, "ptq", PtqNumbers)
 
 
 def _from_protocol(options: type[FitOptions], part: str, numbers: type[Any]) -> FitOptions:
     """Return options whose numbers are those of a part of the protocol."""
-    names = [f.name for f in dataclasses.fields(numbers) if f.metadata["fingerprint"]]
+    names = [f.name for f in dataclasses.fields(numbers)]
     return options(**{name: f"${{protocol.{part}.{name}}}" for name in names})
 
 
@@ -242,6 +254,14 @@ def typed(cfg: DictConfig) -> Config:
     Raises:
         ValueError: one line that names the key.
     """
+    try:
+        return _typed(cfg)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def _typed(cfg: DictConfig) -> Config:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ValueError(f"{missing[0]} has no value: choose an option of its group, or set it")
@@ -254,16 +274,28 @@ def typed(cfg: DictConfig) -> Config:
         )
 
     for group in dataclasses.fields(Config):
-        node = cfg[group.name]
-        declared = OmegaConf.get_type(node) if OmegaConf.is_dict(node) else None
-        if group.name != "protocol" and declared is not None:
-            unknown = settings.unknown_keys(declared, node)
-            if unknown:
-                raise ValueError(f"{group.name}.{unknown[0]}: there is no such key")
+        _require_known_keys(cfg[group.name], group.name)
 
     config: Config = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     validate(config)
     return config
+
+
+def _require_known_keys(node: Any, prefix: str) -> None:
+    """Refuse keys that the dataclass of a node does not declare, in the node or below it.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    declared = OmegaConf.get_type(node) if OmegaConf.is_dict(node) else None
+    if declared is None or not dataclasses.is_dataclass(declared):
+        return
+
+    unknown = settings.unknown_keys(declared, node)
+    if unknown:
+        raise ValueError(f"{prefix}.{unknown[0]}: there is no such key")
+    for option in dataclasses.fields(declared):
+        _require_known_keys(node._get_node(option.name), f"{prefix}.{option.name}")
 
 
 def validate(config: Config) -> None:
@@ -272,20 +304,15 @@ def validate(config: Config) -> None:
     Raises:
         ValueError: one line that names the key.
     """
-    for group in dataclasses.fields(config):
-        value = getattr(config, group.name)
-        if group.name != "protocol" and dataclasses.is_dataclass(value):
-            settings.check(value, group.name)
+    # The protocol first, where most numbers come from; a part that it does not set has no meaning.
+    settings.check(config.protocol, "protocol", defaults=False)
+
+    settings.check(config, "", skip=("protocol",))
 
     config.fit.check()
+    config.launcher.check()
     _check_method(config)
     _check_measures(config)
-
-    nproc = config.launcher.nproc
-    if nproc != "auto" and not (nproc.isdecimal() and int(nproc) > 0):
-        raise ValueError(f"launcher.nproc={nproc}: a positive number, or auto")
-    if config.seed < 0 or config.sampler.seed < 0:
-        raise ValueError("seed and sampler.seed must not be negative")
 
 
 def _check_method(config: Config) -> None:
@@ -295,6 +322,13 @@ def _check_method(config: Config) -> None:
     # Each pair of choices that contradict each other, with what to choose instead.
     if fit.quantizes != method.quantized:
         raise ValueError(f"fit.kind={fit.kind} does not go with method={method.label}")
+
+    for name, quantizer in (("act", config.act.quantizer), ("weight", config.weight.quantizer)):
+        if method.quantized and quantizer is None:
+            raise ValueError(
+                f"{name}.quantizer=null: method={method.label} quantizes; choose {name}=OPTION, or"
+                " method=fp"
+            )
 
     if fit.reconstructs and config.tdq.interval["_target_"].endswith("DynamicIntervals"):
         raise ValueError(
@@ -318,6 +352,8 @@ def _check_method(config: Config) -> None:
 
 def _check_measures(config: Config) -> None:
     """Refuse sampling or measuring that the fit or the model can't have."""
+    _check_sampler(config.sampler)
+
     if config.fit.chooses_checkpoint and "fid" not in config.eval.metrics:
         raise ValueError("fit.report=best_of_5 chooses by fid: eval.metrics must hold it")
 
@@ -327,9 +363,23 @@ def _check_measures(config: Config) -> None:
             " quantized"
         )
 
-    total = config.model.definition.get("schedule", {}).get("steps")
-    if total is not None and config.sampler.steps > total:
+    definition = config.model.definition
+    schedule = definition.get("schedule") if isinstance(definition, Mapping) else None
+    total = schedule.get("steps") if isinstance(schedule, Mapping) else None
+    if isinstance(total, int) and 0 < total < config.sampler.steps:
         raise ValueError(
             f"sampler.steps={config.sampler.steps}: must be between 1 and the model's {total} time"
             " steps"
         )
+
+
+def _check_sampler(sampler: SamplerOptions) -> None:
+    """Refuse a sampler whose own keys contradict those of the group, which name its images."""
+    if not isinstance(sampler.method, Mapping):
+        raise ValueError(f"sampler.method={sampler.method}: must name a sampler by its _target_")
+
+    for option in dataclasses.fields(sampler):
+        name = option.name
+        own = sampler.method.get(name, getattr(sampler, name))
+        if own != getattr(sampler, name):
+            raise ValueError(f"sampler.method.{name}={own}: set sampler.{name} instead")

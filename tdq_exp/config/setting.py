@@ -14,12 +14,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from omegaconf import MISSING
 
 _ALWAYS = object()  # of a key that every fingerprint holds, whatever its value
+
+SEED = 2**63 - 1  # the largest seed: torch's generators take 64 bits
+
+# What a value must be, by type.
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+# A label is part of a folder's name: nothing in it leaves the folder, or needs quotes in a shell.
+_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
+_LONGEST_NAME = 100  # characters; file systems take 255 bytes for all labels together
 
 
 def setting(
@@ -44,7 +54,9 @@ def setting(
         fingerprint: whether a result depends on it; False for labels, paths and speed.
         since: for a key that was added later, the value with which every earlier result was made.
             It is part of a fingerprint only where it differs from that.
-        words: `help`, one line for a reader; `named`, value -> what the run's name says of it.
+        words: `help`, one line for a reader; `named`, value -> what the run's name says of it;
+            `most`, the largest value that is not taken for a slip of the keyboard, for numbers
+            whose range has no end; `is_name`, for a text that becomes part of a folder's name.
     """
     about = {"low": low, "high": high, "above": above, "below": below, "choices": tuple(choices)}
     about |= {"fingerprint": fingerprint, "since": since, **words}
@@ -54,22 +66,30 @@ def setting(
     return dataclasses.field(default=default, metadata=about)
 
 
-def check(options: Any, prefix: str) -> None:
+def check(options: Any, prefix: str, *, defaults: bool = True, skip: Collection[str] = ()) -> None:
     """Refuse a dataclass whose values are out of range; nested dataclasses are checked with it.
 
     Args:
         options: an instance whose fields are settings.
         prefix: of the keys in messages, such as `fit`; empty at the root.
+        defaults: whether values that nobody set are checked, too.
+        skip: fields that are left alone.
 
     Raises:
         ValueError: one line that begins with `key=value:`.
     """
     for field in dataclasses.fields(options):
+        if field.name in skip:
+            continue
+
         value = getattr(options, field.name)
         key = f"{prefix}.{field.name}" if prefix else field.name
 
         if dataclasses.is_dataclass(value):
-            check(value, key)
+            check(value, key, defaults=defaults)
+            continue
+
+        if not defaults and value == field.default:
             continue
 
         problem = _problem(value, field.metadata)
@@ -86,9 +106,12 @@ def _problem(value: Any, about: Mapping[str, Any]) -> str | None:
         known = bool(value) and set(value) <= set(choices) if several else value in choices
         return None if known else _choose(choices, several)
 
+    if about.get("is_name") and isinstance(value, str):
+        return _name_problem(value)
+
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
 
     # A range has two ends, or one.
@@ -105,6 +128,44 @@ def _problem(value: Any, about: Mapping[str, Any]) -> str | None:
     below = about.get("below")
     if below is not None and value >= below:
         return f"must be below {below:g}"
+
+    most = about.get("most")
+    if most is not None and value > most:
+        return f"must be at most {most:g}"
+    return None
+
+
+def require(key: str, value: Any, kind: type[Any], **about: Any) -> None:
+    """Refuse a value that a constructor can't take: of another type, or out of range.
+
+    Args:
+        key: for the message, `tdq.interval.groups`.
+        value: what was given.
+        kind: `int`, `float` (whole numbers are taken), `bool` or `str`.
+        about: the range, as in `setting`.
+
+    Raises:
+        ValueError: one line that begins with `key=value:`.
+    """
+    problem = None if is_of(value, kind) else f"must be {KINDS[kind]}"
+    problem = problem or _problem(value, about)
+    if problem is not None:
+        raise ValueError(f"{key}={value}: {problem}")
+
+
+def is_of(value: Any, kind: type[Any]) -> bool:
+    """Return whether a value is of a plain type; a boolean is no number."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def _name_problem(value: str) -> str | None:
+    """What keeps a text from being part of a folder's name, or None."""
+    if len(value) > _LONGEST_NAME:
+        return f"is part of a folder's name: at most {_LONGEST_NAME} characters"
+    if value and not _NAME.fullmatch(value):
+        return "is part of a folder's name: letters, digits and _, with - and . inside"
     return None
 
 

@@ -11,8 +11,8 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,7 +26,6 @@ from tdq_exp.data.sources import Source
 from tdq_exp.runtime import files
 
 CACHE_REMEDY = "free space or set data.cache=FOLDER"
-SPLITS = ("train", "validation")
 _HEADER = 128  # bytes, of a .npy file of images
 
 
@@ -36,13 +35,15 @@ class Images:
 
     Args:
         pixels: uint8 `[N, H, W, C]`.
-        content: hash of the pixels.
+        content: hash of the pixels, and of the labels if there are any.
         protocol: how they were cropped and resized, for the row.
+        labels: int64 `[N]`, class of each image, where a model is conditioned on it.
     """
 
     pixels: NDArray[np.uint8]
     content: str
     protocol: str
+    labels: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -69,6 +70,26 @@ class Images:
         picked = torch.from_numpy(self.pixels[index.numpy()])
         images = picked.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
         return torch.where(flip[:, None, None, None], images.flip(-1), images).contiguous()
+
+    def condition(self, index: Tensor) -> Tensor | None:
+        """Return the class of some images, `[B]`, int64; None without labels."""
+        return None if self.labels is None else torch.from_numpy(self.labels[index.numpy()])
+
+    def labelled(self, labels: Sequence[int]) -> Images:
+        """Return the same images with their classes.
+
+        Args:
+            labels: of the images in their order; those of images that were left out come last.
+
+        Raises:
+            ValueError: if there are fewer labels than images.
+        """
+        if len(labels) < len(self):
+            raise ValueError(f"data: {len(labels)} class labels for {len(self)} images")
+
+        classes = np.asarray(labels[: len(self)], dtype=np.int64)
+        digest = hashlib.sha256(classes.tobytes()).hexdigest()[:16]
+        return replace(self, content=f"{self.content}-{digest}", labels=classes)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from tdq_exp.data.arrays import Column, GroupedArrays
 from tdq_exp.data.images import Images
-from tdq_exp.runtime import files
+from tdq_exp.runtime import files, lock
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import track
 
@@ -43,16 +44,22 @@ class Latents:
         mirrors: M.
         shape: (C, H, W) of x_0.
         content: hash of images and autoencoder.
+        labels: int64 `[N]`, class of each image, where a model is conditioned on it.
 
     Raises:
         ValueError: if the files are damaged, or another set's.
     """
 
     def __init__(
-        self, folder: Path, images: int, mirrors: int, shape: tuple[int, int, int], content: str
+        self,
+        folder: Path,
+        images: int,
+        mirrors: int,
+        shape: tuple[int, int, int],
+        content: str,
+        labels: NDArray[np.int64] | None = None,
     ) -> None:
-        self.content = content
-        self.images = images
+        self.content, self.images, self.labels = content, images, labels
         moments = Column((images, mirrors, 2, *shape), np.float32, GROUP)
         self.arrays = GroupedArrays(
             folder, {"moments": moments}, again="encode", elsewhere="data.cache"
@@ -84,6 +91,10 @@ class Latents:
             self._moments[index.numpy(), flip.long().numpy()]
         ).unbind(1)
         return mean + deviation * noise
+
+    def condition(self, index: Tensor) -> Tensor | None:
+        """Return the class of some images, `[B]`, int64; None without labels."""
+        return None if self.labels is None else torch.from_numpy(self.labels[index.numpy()])
 
 
 @torch.no_grad()
@@ -122,15 +133,27 @@ def encoded(
 
     content = hashlib.sha256(f"{images.content}|{by}".encode()).hexdigest()[:16]
     folder = cache / "latents" / files.fingerprint(parts)
-    found = Latents(folder, len(images), 1 + mirror, shape, content)
+    found = Latents(folder, len(images), 1 + mirror, shape, content, images.labels)
 
     def begin() -> list[int]:
         found.arrays.create()
         files.write_json(folder / "about.json", parts)
         return found.arrays.missing()
 
-    # Groups that are not on disk yet; this process takes its share.
-    missing = processes.decide(begin)
+    # Where something is missing, one run makes it, and the others wait for that.
+    with ExitStack() as stack:
+        if processes.decide(begin):
+            making = lock.waited_for(folder, "encoded images")
+            stack.enter_context(lock.by_main(processes, making))
+        _fill(found, images, encode, mirror, processes)
+    return found
+
+
+def _fill(
+    found: Latents, images: Images, encode: Encode, mirror: bool, processes: Processes
+) -> None:
+    """Encode the groups that are not on disk yet, each process its share of them."""
+    missing = processes.decide(found.arrays.missing)
     done = found.arrays.groups - len(missing)
     with track(
         "encoding images", found.arrays.groups, done, show=processes.main and bool(missing)
@@ -150,4 +173,3 @@ def encoded(
             advance(f"{int(index[-1]) + 1} images")
 
     processes.barrier()
-    return found

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from tdq_exp.runtime import hub
+
 
 class Source(Protocol):
     """Where images come from."""
@@ -28,6 +30,14 @@ class Source(Protocol):
 
         Raises:
             ValueError: for an unreadable source or image, naming it.
+        """
+        ...
+
+    def labels(self, split: str) -> list[int]:
+        """Return the class of each image of a split, for models that are conditioned on it.
+
+        Raises:
+            ValueError: if the images have no classes.
         """
         ...
 
@@ -49,6 +59,12 @@ class Digits:
         for i, image in enumerate(load_digits().images):
             if (i % 5 == 0) == (split == "validation"):
                 yield Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8))
+
+    def labels(self, split: str) -> list[int]:
+        from sklearn.datasets import load_digits
+
+        targets = enumerate(load_digits().target)
+        return [int(c) for i, c in targets if (i % 5 == 0) == (split == "validation")]
 
 
 class Hub:
@@ -96,12 +112,19 @@ class Hub:
             + hashlib.sha256("\n".join(files).encode()).hexdigest()
         )
 
-    def read(self, split: str) -> Iterator[Image.Image]:
+    def _table(self, split: str) -> Any:
+        """Return the table of a split.
+
+        Raises:
+            ValueError: if it can't be read, naming the path.
+        """
         import datasets
 
         name = str(self._local) if self._local is not None else self.path
+        if self._local is None:
+            hub.prepare()
         try:
-            table: Any = datasets.load_dataset(name, split=self._split[split])
+            return datasets.load_dataset(name, split=self._split[split])
         except ValueError as error:
             raise ValueError(f"data.source.path={self.path}: {_first_line(error)}") from error
         except Exception as error:  # its own types for broken files, requests' for the network
@@ -114,12 +137,27 @@ class Hub:
                 f"data.source.path={self.path}: can't be read ({_first_line(error)}){hint}"
             ) from error
 
+    def read(self, split: str) -> Iterator[Image.Image]:
+        import datasets
+
+        table = self._table(split)
+
         # Bytes are decoded here, so that an error can name the image.
         column = self.column or _image_column(table.features, self.path)
         table = table.cast_column(column, datasets.Image(decode=False))
 
         for i, row in enumerate(table):
             yield _decode(row[column], f"{self.path}[{self._split[split]}][{i}]")
+
+    def labels(self, split: str) -> list[int]:
+        table = self._table(split)
+        columns = [n for n, kind in table.features.items() if type(kind).__name__ == "ClassLabel"]
+        if len(columns) != 1:
+            raise ValueError(
+                f"data.source.path={self.path}: has {len(columns)} columns of class labels;"
+                " a class-conditional model needs one"
+            )
+        return [int(c) for c in table[columns[0]]]
 
 
 class Folder:
@@ -172,6 +210,16 @@ class Folder:
         )
         for row in table:
             yield _decode(row["image"], str(row["image"]["path"]))
+
+    def labels(self, split: str) -> list[int]:
+        """Return the number of each file's subfolder, in sorted order of their names."""
+        names = sorted({f.parent for f in self._files})
+        if self.root in names:
+            raise ValueError(
+                f"data.source.path={self.root}: a class-conditional model needs one subfolder for"
+                " each class, and no image beside them"
+            )
+        return [names.index(f.parent) for f in self._of(split)]
 
 
 def _stat(file: Path) -> os.stat_result:

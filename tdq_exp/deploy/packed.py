@@ -22,8 +22,11 @@ from torch import Tensor
 
 from tdq_exp.models.weights.save import save_weights
 from tdq_exp.quant.layers import smallest_integer_type
+from tdq_exp.runtime import files
 
 FORMAT = "tdq_exp packed 1"
+# What a header raises that does not describe the tensors beside it.
+MISFIT = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, RecursionError)
 CHUNK = 1 << 20  # codes at a time; a multiple of 8, so that chunks end at whole bytes
 
 
@@ -96,6 +99,8 @@ def unpack(packed: Mapping[str, Tensor], how: Mapping[str, Any]) -> dict[str, Te
     state = dict(packed)
     for key, rule in how.items():
         value, dtype = packed[key], getattr(torch, rule["type"])
+        if not isinstance(dtype, torch.dtype) or not 1 <= rule.get("codes", 1) <= 16:
+            raise ValueError(f"{key}: codes of no known type")
         state[key] = (
             unpack_codes(value, tuple(rule["shape"]), rule["n"], rule["codes"])
             if "codes" in rule
@@ -149,25 +154,27 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str, dict[str, 
     Raises:
         ValueError: if the file is damaged, or is not a packed network.
     """
+    files.require_regular(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             about = file.metadata() or {}
-            if about.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path}: is not a packed network (its header does not say `{FORMAT}`)"
-                )
-
             packed = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
 
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{path}: is not a packed network (its header does not say `{FORMAT}`)")
+
+    # What the header says may be anything.
+    try:
         state = unpack(packed, json.loads(about["packed"]))
+        config, parts = json.loads(about["config"]), json.loads(about.get("parts", "{}"))
+        return state, config, about["fit"], parts
+    except MISFIT as error:
+        raise _damaged(path, error) from error
 
-        return (
-            state,
-            json.loads(about["config"]),
-            about["fit"],
-            json.loads(about.get("parts", "{}")),
-        )
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(
-            f"{path}: damaged or missing packed network ({str(error).splitlines()[0]})"
-        ) from error
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    """Return the error of a packed file that can't be read."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ValueError(f"{path}: damaged or missing packed network ({reason})")

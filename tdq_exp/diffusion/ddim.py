@@ -20,6 +20,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from tdq_exp.config.setting import require
 from tdq_exp.diffusion.objective import NoisePredictor
 from tdq_exp.diffusion.schedule import Schedule
 
@@ -118,6 +119,9 @@ class Ddim:
 
     keeps_variance: ClassVar[bool] = False  # a predictor's own error lessens the noise, if known
 
+    def __post_init__(self) -> None:
+        require("sampler.eta", self.eta, float, low=0, high=1)
+
     def check(self, schedule: Schedule) -> None:
         """Refuse time steps that the schedule does not have.
 
@@ -185,19 +189,6 @@ class Ddim:
                 values = values._replace(sigma=max(variance, 0.0) ** 0.5)
             trajectory.append((t, values))
         return trajectory
-
-    def step(
-        self,
-        eps: Tensor,
-        t: int,
-        t_prev: int,
-        x: Tensor,
-        schedule: Schedule,
-        generators: Sequence[torch.Generator] = (),
-    ) -> Tensor:
-        """Return x_{t_prev} of one update, in x's precision; coefficients are in float64."""
-        values = self.coefficients(t, t_prev, schedule)
-        return self.update(eps, x, values, self.noise(x, generators) if values.sigma > 0 else None)
 
     def coefficients(self, t: int, t_prev: int, schedule: Schedule) -> Coefficients:
         """Return the numbers of one update."""

@@ -46,6 +46,7 @@ class Stream(IntEnum):
     TRAINING_NOISE = 18  # global generator while training: dropout, NIPQ: (seed, ..., rank)
     BLOCK_NOISE = 19  # global generator while a block is reconstructed: (seed, ..., block, rank)
     OVER_TIME_NOISE = 20  # global generator during the fit over time: (seed, ...)
+    CONDITION = 21  # condition of one sampled image: (seed, ..., stream of its noise, image)
 
 
 # Committed rows of seed 0 were drawn with these keys. They stay, so that the rows can be made
@@ -126,6 +127,24 @@ def share_of(batch: int, rank: int, world: int) -> slice:
     return slice(rank * batch // world, (rank + 1) * batch // world)
 
 
+def require_batch(batch: int, images: int, world: int = 1) -> None:
+    """Refuse a global batch that a training set does not fill, or that processes can't share.
+
+    Args:
+        batch: samples of one update, over all processes.
+        images: size of the training set.
+        world: number of processes.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if images < batch:
+        raise ValueError(
+            f"fit.batch_size={batch} is larger than the training set ({images} images)"
+        )
+    share_of(batch, 0, world)
+
+
 @dataclass(frozen=True)
 class Draws:
     """Random numbers of one update: which images, which t, which noise. On the CPU."""
@@ -179,10 +198,7 @@ def draw_batch(
     Raises:
         ValueError: if the training set is smaller than a batch.
     """
-    if images < batch_size:
-        raise ValueError(
-            f"fit.batch_size={batch_size} is larger than the training set ({images} images)"
-        )
+    require_batch(batch_size, images)
 
     # Image indices: a batch may span the border of two epochs.
     position = torch.arange(update * batch_size, (update + 1) * batch_size)

@@ -5,17 +5,37 @@ L = E_{x_0, t, eps} | eps - eps_theta(x_t, t) |^p,   p = 2 (DDPM) or 1 (LDM as r
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 LOSSES = ("l2", "l1")
 
 
 class NoisePredictor(Protocol):
-    """Predicts the noise in x_t."""
+    """Predicts the noise in x_t; a condition, if there is one, is its own (see `Denoiser`)."""
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor: ...
+
+
+class NetworkInput(NamedTuple):
+    """A batch of what a network is called with.
+
+    Args:
+        x_t: `[B, C, H, W]`.
+        t: `[B]`, int64.
+        condition: what the network is told beside t, `[B, ...]`; None for an unconditional model.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    condition: Tensor | None = None
+
+    def to(self, device: torch.device) -> NetworkInput:
+        """Return the batch on a device."""
+        condition = None if self.condition is None else self.condition.to(device)
+        return NetworkInput(self.x_t.to(device), self.t.to(device), condition)
 
 
 class Samples(Protocol):
@@ -40,6 +60,14 @@ class Samples(Protocol):
             index: `[B]`, int64.
             flip: `[B]`, bool.
             noise: `[B, C, H, W]`, standard normal; what random samples are drawn with.
+        """
+        ...
+
+    def condition(self, index: Tensor) -> Tensor | None:
+        """Return the condition of some samples, `[B, ...]`, such as class labels; None without.
+
+        Args:
+            index: `[B]`, int64.
         """
         ...
 

@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tdq_exp.config.setting import require
+
 BETA_SHAPES = ("linear", "scaled_linear")
 
 
@@ -40,6 +42,9 @@ class Schedule:
             raise ValueError(
                 f"model.schedule.shape={self.shape!r}: choose one of {', '.join(BETA_SHAPES)}"
             )
+        require("model.definition.schedule.steps", self.steps, int, low=1, most=10**6)
+        for name in ("beta_start", "beta_end"):
+            require(f"model.definition.schedule.{name}", getattr(self, name), float)
         if self.steps < 1 or not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError("model.schedule: needs steps >= 1 and 0 < beta_start <= beta_end < 1")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -19,6 +19,7 @@ from tdq_exp.config.schema import parts_of
 from tdq_exp.data.images import Data, default_cache
 from tdq_exp.data.sources import Source
 from tdq_exp.diffusion.ddim import Ddim
+from tdq_exp.experiment.arguments import check_arguments
 from tdq_exp.experiment.options import EvalOptions, SamplerOptions
 from tdq_exp.fit.fit import Fit, Subject
 from tdq_exp.fit.options import FitOptions
@@ -29,6 +30,8 @@ from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.models.trainable import Trainable
 from tdq_exp.quant.convert import Recipe
 from tdq_exp.runtime.options import LauncherOptions, TrackerOptions
+
+M = TypeVar("M")
 
 # What only says where things lie on this machine, or how they are run.
 UNRECORDED = ("out", "plan_only", "go", "traceback", "tracker", "launcher")
@@ -171,7 +174,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
     resolved = OmegaConf.create(values)
 
     # 2. The model, and what of it is fitted: refused here if there is no such part.
-    model = make(resolved, "model.definition")
+    model = make_of(resolved, "model.definition", DiffusionModel)
 
     fit = _fit(config)
     fit.trained(model)
@@ -189,6 +192,8 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
 
     # 3. The sampler: what it can't do is known before a fit of days.
     sampler = make(resolved, "sampler.method")
+    if not callable(getattr(sampler, "check", None)):
+        raise ValueError(f"sampler.method={config.sampler.method}: is no sampler")
     if fit.options.gives_rows:
         sampler.check(model.schedule)
     if fit.options.corrects and sampler.keeps_variance:
@@ -273,8 +278,23 @@ def rebuild(recorded: dict[str, Any], where: Path) -> Experiment:
         where: the file that holds it, for messages.
 
     Raises:
-        ValueError: if the record names anything that is not ours; nothing of it is called then.
+        ValueError: if the record names anything that is not ours, when nothing of it is called; or
+            if it is not the configuration of a run.
     """
+    try:
+        return _rebuilt(recorded, where)
+    except (ValueError, OSError) as error:
+        if str(where) in str(error):
+            raise
+        raise ValueError(f"{where}: {error}") from error
+    except Exception as error:  # whatever a stranger's record may lead to
+        raise ValueError(
+            f"{where}: holds no configuration of a run ({type(error).__name__}:"
+            f" {str(error).strip().partition(chr(10))[0]})"
+        ) from error
+
+
+def _rebuilt(recorded: dict[str, Any], where: Path) -> Experiment:
     current = records.upgrade(recorded)
     records.require_known(current, str(where))
 
@@ -284,14 +304,29 @@ def rebuild(recorded: dict[str, Any], where: Path) -> Experiment:
     return build(OmegaConf.merge(root, current), source=False)  # type: ignore[arg-type]
 
 
+def make_of(cfg: DictConfig, key: str, kind: type[M]) -> M:
+    """Instantiate a node whose class is known.
+
+    Raises:
+        ValueError: if it gives anything else; and as `make`.
+    """
+    made = make(cfg, key)
+    if not isinstance(made, kind):
+        raise ValueError(f"{key}: must name a {kind.__name__} by its _target_")
+    return made
+
+
 def make(cfg: DictConfig, key: str) -> Any:
     """Instantiate a node.
 
     Raises:
         ValueError: what its constructor says of a value, or which option it does not know.
     """
+    node = OmegaConf.select(cfg, key)
+    check_arguments(schema.plain(node), key)
+
     try:
-        return instantiate(OmegaConf.select(cfg, key), _convert_="all")
+        return instantiate(node, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tdq_exp.diffusion.draws import Stream
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.quant.convert import Recipe, layer_map
 from tdq_exp.runtime import files, launch
@@ -99,7 +100,13 @@ def _forward_seconds(job: Experiment, net: nn.Module, device: torch.device) -> f
         shapes = trained.input_shape, trained.sample_shape
         x, eps = (torch.randn(batch, *shape, device=device) for shape in shapes)
         t = torch.zeros(batch, dtype=torch.long, device=device)
-        seconds = _seconds(lambda: trained.training_loss(net, x, t, eps))  # noqa: B023
+        condition = trained.draw_condition(0, Stream.IMAGE, range(batch))
+        if condition is not None:
+            condition = condition.to(device)
+
+        seconds = _seconds(
+            lambda: trained.training_loss(net, x, t, eps, condition)  # noqa: B023
+        )
         if seconds > SHORT:
             break
 

@@ -66,7 +66,7 @@ def run_fit(job: Experiment, data: Data, processes: Processes, tracker: Tracker)
 
     def make() -> Result:
         def begin() -> None:
-            job.fit.require_startable()
+            job.fit.require_startable(job.subject(data, weights), processes.world)
             record.begin()
 
         processes.decide(begin)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment.inputs import require_network
 from tdq_exp.quant.convert import bake
 from tdq_exp.runtime import files
 
@@ -22,7 +23,7 @@ def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
         return _packed(folder)
 
     found = files.read_json(folder / "fit.json")
-    if found is None or not found["done"]:
+    if found is None or found.get("done") is not True:
         state = (
             "is not finished: run its command again"
             if found
@@ -30,9 +31,14 @@ def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
         )
         raise FileNotFoundError(f"{folder} {state}")
 
+    for key in ("config", "parts", "facts"):
+        if not isinstance(found.get(key), dict):
+            raise ValueError(f"{folder / 'fit.json'}: is no record of a fit (it has no {key})")
+
     # Built again from the configuration that was recorded.
     job = jobs.rebuild(found["config"], folder / "fit.json")
     job = dataclasses.replace(job, folder=folder)
+    require_network(job)
     _check_parts(job.trained.parts(), found["parts"], folder)
 
     if not job.fit.options.loads_only:
@@ -58,6 +64,7 @@ def _packed(path: Path) -> tuple[jobs.Experiment, nn.Module]:
 
     state, config, _, parts = packed.load(path)
     job = jobs.rebuild(config, path)
+    require_network(job)
     _check_parts(job.model.parts() if parts else {}, parts, path)
     net = bake(job.fit.skeleton(job.model, job.recipe), inplace=True)
     try:

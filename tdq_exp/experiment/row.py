@@ -42,6 +42,8 @@ class Row:
         config: the configuration, without what only concerns the machine.
         metrics: of the images, by name: `fid`, `isc_mean`, `kid_mean`, `precision`, ...
         features: `name` and content hash (`weights`) of the feature network.
+        feature_engine: what computed the features: `torch`, or ONNX Runtime's version. Rows that
+            were made before there was a choice lack it; theirs was torch.
         reference: `content`, number of `images` and `protocol` of the training images.
         held_out: the same metrics of real images that no model was trained on, and their number.
         reconstructed: the same, of these images as the model's autoencoder gives them back; None
@@ -70,6 +72,7 @@ class Row:
     config: dict[str, Any]
     metrics: dict[str, float]
     features: dict[str, str]
+    feature_engine: str
     reference: dict[str, Any]
     held_out: dict[str, Any]
     reconstructed: dict[str, Any] | None = None

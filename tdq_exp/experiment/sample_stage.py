@@ -159,7 +159,7 @@ def sample_group(
     Args:
         denoiser: its network in eval mode, on the device.
         sampler: DDIM, or another with the same call.
-        indices: global image indices; each has noise of its own.
+        indices: global image indices; each has noise, and a condition if any, of its own.
         seed: of the set.
         device: where to compute.
         stream: of the noise.
@@ -170,6 +170,7 @@ def sample_group(
     generators = image_generators(seed, indices, stream)
 
     x = starting_noise(generators, model.sample_shape).to(device)
+    denoiser = denoiser.conditioned(model.draw_condition(seed, stream, indices), device)
     x = sampler.sample(denoiser, x, model.schedule, generators, on_step)
     return to_uint8(model.decode(x).cpu(), truncate).numpy()
 
@@ -347,9 +348,10 @@ def engine(
 
     # Layers that gain by it, measured once and kept beside the images.
     x, t = torch.zeros(batch, *model.sample_shape), torch.tensor(model.schedule.steps // 2)
+    condition = model.draw_condition(0, Stream.IMAGE, range(batch))
     found = processes.decide(
         lambda: choose.choice(
-            net, lambda n: model.predict(n, x, t), min_speedup, folder / "engine.json"
+            net, lambda n: model.predict(n, x, t, condition), min_speedup, folder / "engine.json"
         )
     )
     said = f"integer: {len(found['layers'])} of {found['of']} layers"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.diffusion.draws import Stream, fixed_draws
-from tdq_exp.diffusion.objective import Samples
+from tdq_exp.diffusion.objective import NetworkInput, Samples
 from tdq_exp.fit.ptq.calibration_set import CalibrationSet
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant import calibrate
@@ -26,15 +26,15 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Batches:
-    """Samples (x_t, t), batch by batch.
+    """Samples (x_t, t, condition), batch by batch.
 
     Args:
         samples: how many.
-        get: number of a batch -> its (x_t, t) of `BATCH` samples, on the CPU; the last is smaller.
+        get: number of a batch -> its `BATCH` samples, on the CPU; the last is smaller.
     """
 
     samples: int
-    get: Callable[[int], tuple[Tensor, Tensor]]
+    get: Callable[[int], NetworkInput]
 
     def __len__(self) -> int:
         return -(-self.samples // BATCH)
@@ -52,10 +52,11 @@ def drawn_batches(model: DiffusionModel, images: Samples, samples: int, seed: in
         random=images.random,
     )
 
-    def get(number: int) -> tuple[Tensor, Tensor]:
+    def get(number: int) -> NetworkInput:
         part = draws.of(slice(number * BATCH, (number + 1) * BATCH))
         x_0 = images.batch(part.index, part.flip, part.noise)
-        return model.schedule.add_noise(x_0, part.eps, part.t), part.t
+        x_t = model.schedule.add_noise(x_0, part.eps, part.t)
+        return NetworkInput(x_t, part.t, images.condition(part.index))
 
     return Batches(samples, get)
 
@@ -80,7 +81,7 @@ def calibrated(
         net: float, on the processes' device.
         model: its description.
         recipe: of the quantizers.
-        batches: (x_t, t) over all of time; at least 1,000 samples for a real fit.
+        batches: what it is shown, over all of time; at least 1,000 samples for a real fit.
         context: of the run; its seed is that of the generators' start.
         key: what the start values depend on, for the cache.
     """
@@ -123,5 +124,5 @@ def forward_batch(
     net: nn.Module, model: DiffusionModel, batches: Batches, number: int, processes: Processes
 ) -> Tensor:
     """Run one batch through the network and return its prediction."""
-    x_t, t = (value.to(processes.device) for value in batches.get(number))
-    return model.predict(net, x_t, t)
+    x_t, t, condition = batches.get(number).to(processes.device)
+    return model.predict(net, x_t, t, condition)

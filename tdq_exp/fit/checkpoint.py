@@ -35,6 +35,8 @@ def load_state(path: Path) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
+
+    files.require_regular(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (

@@ -138,8 +138,19 @@ class Fit(Generic[O_co]):
         """
         raise NotImplementedError(type(self).__name__)
 
-    def require_startable(self) -> None:
-        """Refuse, before anything is computed, what would fail at the end.
+    def require_files(self) -> None:
+        """Refuse what the options name and is not there, or is there and must not be.
+
+        Raises:
+            ValueError, OSError: one line that names the key.
+        """
+
+    def require_startable(self, subject: Subject, world: int) -> None:
+        """Refuse, before anything is computed or written, what would fail later.
+
+        Args:
+            subject: what the fit works on.
+            world: number of processes.
 
         Raises:
             ValueError: one line that names the key.

@@ -3,12 +3,13 @@
 One update draws (images, t, eps) for the global batch, takes this process' shard, computes the
 model's loss, steps the optimiser, and takes the weights into their average. Validation is the
 average's loss over fixed (x, t, eps). Killed and started again, the loop ends with the same bits as
-one that was never killed.
+one that was never killed. A signal that asks it to stop (`runtime.signals`) saves after the update.
 """
 
 from __future__ import annotations
 
 import math
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +22,10 @@ from tdq_exp.diffusion.draws import Draws, Stream, draw_batch, fixed_draws, seed
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.checkpoint import load_state, save_state
 from tdq_exp.fit.ema import Ema
-from tdq_exp.fit.options import TrainOptions
+from tdq_exp.fit.options import TrainOptions, learning_rates
 from tdq_exp.models.trainable import Trainable
 from tdq_exp.models.weights.load import save_weights
+from tdq_exp.runtime import signals
 from tdq_exp.runtime.context import RunContext
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import track
@@ -119,6 +121,7 @@ class Training:
         Raises:
             FloatingPointError: if the loss is not finite; the last good state stays on disk.
             Interrupted: see `TrainOptions.stop_after`.
+            Stopped: by a signal; the state after the last update is on disk.
         """
         options, context = self.options, self.context
 
@@ -136,27 +139,41 @@ class Training:
         self.net.train()
         began, before = time.monotonic(), self.history.seconds
 
-        with track("training", options.updates, first, show=self.processes.main) as advance:
+        with (
+            track("training", options.updates, first, show=self.processes.main) as advance,
+            signals.deferred(),
+        ):
             for update in range(first, options.updates):
                 self.before_update(update)
-                loss = self._update(shared, update)
+                loss, stop = self._update(shared, update)
                 done = update + 1
                 advance(f"loss {loss:.4f}")
                 self._log(loss, done)
 
                 # A validation is also where an interrupted run goes on.
-                if done % options.validate_every == 0 or done == options.updates:
+                validates = done % options.validate_every == 0 or done == options.updates
+                if validates:
                     self._validate(validation, done)
+
+                if validates or stop:
                     self.history.seconds = before + time.monotonic() - began
                     self._save(done)
+
+                if stop:
+                    number = signals.pending() or signal.SIGTERM  # another process' signal
+                    raise signals.Stopped(number, f"the state of update {done} is saved")
 
                 if done == options.stop_after and done < options.updates:
                     raise Interrupted(f"stopped after update {done}, as asked")
 
         return self.ema.net, self.history
 
-    def _update(self, shared: nn.Module, update: int) -> float:
-        """Make one update and return its loss, the mean over processes."""
+    def _update(self, shared: nn.Module, update: int) -> tuple[float, bool]:
+        """Make one update.
+
+        Returns:
+            Its loss, the mean over processes, and whether a signal asks any of them to stop.
+        """
         options, model, images = self.options, self.model, self.sets.train
 
         # Learning rates: warm-up, then the schedule.
@@ -180,8 +197,8 @@ class Training:
         loss = batch_loss(shared, model, images, draws, self.processes.device, options.precision)
         penalty = self.penalty()
         total = loss if penalty is None else loss + penalty
-        value = float(self.processes.mean(total.detach()))
-        _require_finite(value, "loss", update + 1, self.state_file)
+        value, stop = self._agree(total.detach())
+        self._require_finite(value, "loss", update + 1)
 
         # The step, and the average of the weights.
         self.optimizer.zero_grad(set_to_none=True)
@@ -191,7 +208,37 @@ class Training:
         self.optimizer.step()
         self.ema.update(self.net, update)
 
-        return value
+        return value, stop
+
+    def _agree(self, loss: Tensor) -> tuple[float, bool]:
+        """Return the mean loss, and whether any process was asked to stop, in one message.
+
+        A state is saved by all processes after the same update, or by none.
+        """
+        asked = loss.new_tensor(float(signals.pending() is not None))
+        value, share = self.processes.mean(torch.stack([loss, asked])).tolist()
+        return value, share > 0
+
+    def _require_finite(self, loss: float, what: str, update: int) -> None:
+        """Refuse a loss that is no number, and say what is known of its cause.
+
+        Raises:
+            FloatingPointError: naming the update, the rates, and the state that is kept.
+        """
+        if math.isfinite(loss):
+            return
+
+        # Before the first step nothing has moved: no rate is at fault.
+        rates = ", ".join(f"{key}={rate:g}" for key, rate in learning_rates(self.options).items())
+        cause = f"one of the rates is too large ({rates})"
+        if update == 1 and what == "loss":
+            cause = "no step was made yet, so no rate is at fault: look at the weights and images"
+
+        state = load_state(self.state_file)
+        kept = "no state was saved yet"
+        if state:
+            kept = f"the state of update {state['update']} is kept in {self.state_file}"
+        raise FloatingPointError(f"the {what} is {loss} at update {update}: {cause}; {kept}")
 
     def _log(self, loss: float, done: int) -> None:
         log = self.context.log
@@ -206,9 +253,7 @@ class Training:
         loss = validation_loss(
             self.ema.net, self.model, self.sets.held_out, draws, batch, self.processes
         )
-        _require_finite(
-            loss, "validation loss", done, self.state_file
-        )  # the good state is still there
+        self._require_finite(loss, "validation loss", done)  # the good state is still there
 
         self.history.validation.append((done, loss))
         if self.context.log is not None:
@@ -251,21 +296,12 @@ class Training:
         Raises:
             ValueError: if it is of another fit, or of another number of processes.
         """
-        state = load_state(self.state_file)
+        # Refused once, for all processes.
+        read: list[dict[str, Any] | None] = []
+        self.processes.decide(lambda: read.append(self._read_state()))
+        state = read[0] if read else load_state(self.state_file)
         if state is None:
             return 0
-
-        # Refuse what would not go on as it was begun.
-        if state.get("fingerprint") != self.context.fingerprint:
-            raise ValueError(
-                f"{self.state_file}: the training state of another fit; remove it to start this one"
-            )
-        if len(state["random"]) != self.processes.world:
-            raise ValueError(
-                f"{self.state_file}: begun with {len(state['random'])} processes, now"
-                f" {self.processes.world}; use launcher.nproc={len(state['random'])} or remove the"
-                " file to start again"
-            )
 
         # All that the next update depends on, then what is recorded.
         self.net.load_state_dict(state["net"])
@@ -277,6 +313,25 @@ class Training:
         self.history.best = [tuple(b) for b in state["best"]]
         self.history.seconds = state["seconds"]
         return int(state["update"])
+
+    def _read_state(self) -> dict[str, Any] | None:
+        """Return the state of an interrupted run, or None; refuse one that would not go on here."""
+        state = load_state(self.state_file)
+        if state is None:
+            return None
+
+        if state.get("fingerprint") != self.context.fingerprint:
+            raise ValueError(
+                f"{self.state_file}: the training state of another fit; remove it to start this one"
+            )
+        if len(state["random"]) != self.processes.world:
+            raise ValueError(
+                f"{self.state_file}: begun with {len(state['random'])} processes, now"
+                f" {self.processes.world}; use launcher.nproc={len(state['random'])} or remove the"
+                " file to start again"
+            )
+
+        return state
 
 
 def validation_draws(model: Trainable, held_out: Samples, samples: int, seed: int) -> Draws:
@@ -302,8 +357,14 @@ def batch_loss(
 ) -> Tensor:
     """Return the model's loss of one batch, scalar."""
     x_0 = images.batch(draws.index, draws.flip, draws.noise).to(device)
+    t, eps = draws.t.to(device), draws.eps.to(device)
+
+    condition = images.condition(draws.index)
+    if condition is not None:
+        condition = condition.to(device)
+
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        return model.training_loss(net, x_0, draws.t.to(device), draws.eps.to(device))
+        return model.training_loss(net, x_0, t, eps, condition)
 
 
 @torch.no_grad()
@@ -332,15 +393,3 @@ def validation_loss(
 def best_file(folder: Path, update: int) -> Path:
     """Return the file of the average after an update, if it was one of the best."""
     return folder / f"best-{update:07d}.safetensors"
-
-
-def _require_finite(loss: float, what: str, update: int, path: Path) -> None:
-    if math.isfinite(loss):
-        return
-    state = load_state(path)
-    kept = (
-        f"the state of update {state['update']} is kept in {path}"
-        if state
-        else "no state was saved yet"
-    )
-    raise FloatingPointError(f"the {what} is {loss} at update {update}: lower fit.lr; {kept}")

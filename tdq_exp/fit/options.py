@@ -11,10 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from tdq_exp.config.setting import setting
+from tdq_exp.config.setting import SEED, setting
 
 NETWORK = "network"  # the part of a model that is fitted unless a pre-training names another
 CALIBRATION_KINDS = ("uniform", "ndtc", "ndtc_published", "forward")
+
+# Beyond these a number is a slip of the keyboard.
+MOST_RATE = 1000.0
+MOST_UPDATES = 10**9
+MOST_SAMPLES = 10**7
 
 
 @dataclass
@@ -43,7 +48,7 @@ class FitOptions:
     part: ClassVar[str] = NETWORK
 
     kind: str = setting(help="stable name: none, pretrain, qat, ptq")
-    label: str = setting("", fingerprint=False, help="of the run's name")
+    label: str = setting("", fingerprint=False, is_name=True, help="of the run's name")
     report: str = setting(
         "last",
         choices=("last", "best_of_5"),
@@ -93,10 +98,14 @@ class LoadOptions(FitOptions):
 class TrainOptions:
     """Numbers of the training loop."""
 
-    updates: int = setting(0, low=1, help="optimiser steps")
-    batch_size: int = setting(1, low=1, help="global, over all processes")
-    lr: float = setting(0.0, low=0, help="learning rate of the weights after warm-up")
-    warmup: int = setting(0, low=0, help="updates over which the rates rise linearly from 0")
+    updates: int = setting(0, low=1, most=MOST_UPDATES, help="optimiser steps")
+    batch_size: int = setting(1, low=1, most=MOST_SAMPLES, help="global, over all processes")
+    lr: float = setting(
+        0.0, low=0, most=MOST_RATE, help="learning rate of the weights after warm-up"
+    )
+    warmup: int = setting(
+        0, low=0, most=MOST_UPDATES, help="updates over which the rates rise linearly from 0"
+    )
     lr_schedule: str = setting(
         "constant",
         choices=("constant", "cosine"),
@@ -104,13 +113,20 @@ class TrainOptions:
         help="after warm-up: constant, or cosine to 0 at the last update",
     )
     ema_decay: float = setting(0.9999, low=0, below=1, help="of the average of the weights")
-    grad_clip: float = setting(0.0, low=0, help="largest norm of the gradient; 0 does not clip")
-    validate_every: int = setting(1000, low=1, help="updates between validations and checkpoints")
-    validation_samples: int = setting(1024, low=1, help="(x, t, eps) of the fixed validation set")
+    grad_clip: float = setting(
+        0.0, low=0, most=MOST_RATE, help="largest norm of the gradient; 0 does not clip"
+    )
+    validate_every: int = setting(
+        1000, low=1, most=MOST_UPDATES, help="updates between validations and checkpoints"
+    )
+    validation_samples: int = setting(
+        1024, low=1, most=MOST_SAMPLES, help="(x, t, eps) of the fixed validation set"
+    )
     precision: str = setting("float32", choices=("float32", "bfloat16"))
     stop_after: int = setting(
         0,
         low=0,
+        most=MOST_UPDATES,
         fingerprint=False,
         help="leave after so many updates, as a kill would (0: don't); for rehearsals",
     )
@@ -127,6 +143,13 @@ class TrainOptions:
         return cosine(update - self.warmup, self.updates - self.warmup)
 
 
+def learning_rates(options: TrainOptions) -> dict[str, float]:
+    """Return the rates of a training that are not zero, by key: `fit.lr`, `fit.lr_step_size`."""
+    names = [name for name in vars(options) if name == "lr" or name.startswith("lr_")]
+    rates = {f"fit.{name}": getattr(options, name) for name in names}
+    return {key: rate for key, rate in rates.items() if isinstance(rate, float) and rate}
+
+
 def cosine(update: int, updates: int) -> float:
     """Return `(1 + cos(pi u / updates)) / 2`: from 1 at the first update towards 0."""
     return (1 + math.cos(math.pi * update / updates)) / 2
@@ -136,9 +159,15 @@ def cosine(update: int, updates: int) -> float:
 class QatNumbers(TrainOptions):
     """Numbers of quantization-aware training that a protocol gives."""
 
-    lr_step_size: float = setting(0.0, low=0, help="of static and per-step step sizes")
-    lr_zero_point: float = setting(0.0, low=0, help="of zero points, in shares of the grid")
-    calibration_samples: int = setting(1024, low=1, help="(x_t, t) that set the start values")
+    lr_step_size: float = setting(
+        0.0, low=0, most=MOST_RATE, help="of static and per-step step sizes"
+    )
+    lr_zero_point: float = setting(
+        0.0, low=0, most=MOST_RATE, help="of zero points, in shares of the grid"
+    )
+    calibration_samples: int = setting(
+        1024, low=1, most=MOST_SAMPLES, help="(x_t, t) that set the start values"
+    )
 
 
 @dataclass
@@ -165,9 +194,11 @@ class QatOptions(FitOptions, QatNumbers):
     checkpoints: ClassVar[int] = 5
 
     kind: str = setting("qat", choices=("qat",))
-    weight_decay: float = setting(0.0, low=0, help="of weights")
-    lr_generator: float = setting(0.0, low=0, help="of TDQ's generators")
-    decay_generator: float = setting(0.0, low=0, help="weight decay of the generators")
+    weight_decay: float = setting(0.0, low=0, most=MOST_RATE, help="of weights")
+    lr_generator: float = setting(0.0, low=0, most=MOST_RATE, help="of TDQ's generators")
+    decay_generator: float = setting(
+        0.0, low=0, most=MOST_RATE, help="weight decay of the generators"
+    )
     real_rounding: float = setting(0.2, low=0.0, high=1.0, help="NIPQ: last share of the updates")
 
 
@@ -175,20 +206,30 @@ class QatOptions(FitOptions, QatNumbers):
 class PtqNumbers:
     """Numbers of post-training quantization that a protocol gives."""
 
-    updates: int = setting(0, low=1, help="of each block, or of the fit over time")
-    batch_size: int = setting(1, low=1, help="samples of an update, over all processes")
-    lr: float = setting(0.0, low=0, help="of step sizes and lower bounds")
-    lr_zero_point: float = setting(0.0, low=0, help="of zero points, in shares of the grid")
-    lr_generator: float = setting(0.0, low=0, help="of TDQ's generators")
-    validation_samples: int = setting(1024, low=1, help="(x, t, eps) of the validation set")
-    rounding_updates: int = setting(20000, low=1, help="AdaRound: updates of each block")
+    updates: int = setting(
+        0, low=1, most=MOST_UPDATES, help="of each block, or of the fit over time"
+    )
+    batch_size: int = setting(
+        1, low=1, most=MOST_SAMPLES, help="samples of an update, over all processes"
+    )
+    lr: float = setting(0.0, low=0, most=MOST_RATE, help="of step sizes and lower bounds")
+    lr_zero_point: float = setting(
+        0.0, low=0, most=MOST_RATE, help="of zero points, in shares of the grid"
+    )
+    lr_generator: float = setting(0.0, low=0, most=MOST_RATE, help="of TDQ's generators")
+    validation_samples: int = setting(
+        1024, low=1, most=MOST_SAMPLES, help="(x, t, eps) of the validation set"
+    )
+    rounding_updates: int = setting(
+        20000, low=1, most=MOST_UPDATES, help="AdaRound: updates of each block"
+    )
 
 
 @dataclass
 class ReconstructOptions(PtqNumbers):
     """Numbers of the reconstruction of one block, and of the fit over time."""
 
-    power: float = setting(2.4, above=0, help="p of a block's loss")
+    power: float = setting(2.4, above=0, most=100, help="p of a block's loss")
     balance: bool = setting(
         False,
         since=False,
@@ -201,13 +242,13 @@ class ReconstructOptions(PtqNumbers):
         named={"adaround": "adaround"},
         help="of weights",
     )
-    lr_rounding: float = setting(1.0e-3, low=0, help="AdaRound: rate of V")
-    rounding_weight: float = setting(0.01, low=0, help="AdaRound: lambda")
+    lr_rounding: float = setting(1.0e-3, low=0, most=MOST_RATE, help="AdaRound: rate of V")
+    rounding_weight: float = setting(0.01, low=0, most=1e6, help="AdaRound: lambda")
     beta_start: float = setting(
-        20.0, above=0, since=20.0, help="AdaRound: see `rules.adaround.beta_at`"
+        20.0, above=0, most=1000, since=20.0, help="AdaRound: see `rules.adaround.beta_at`"
     )
     beta_end: float = setting(
-        2.0, above=0, since=2.0, help="AdaRound: see `rules.adaround.beta_at`"
+        2.0, above=0, most=1000, since=2.0, help="AdaRound: see `rules.adaround.beta_at`"
     )
     rounding_warmup: float = setting(
         0.2,
@@ -245,9 +286,11 @@ class PtqOptions(FitOptions, ReconstructOptions):
         help="of the fitted network's prediction, by tables over t: none, or PTQD's",
     )
     memory_gb: float = setting(
-        4.0, above=0, fingerprint=False, help="budget; what does not fit goes to files"
+        4.0, above=0, most=1e6, fingerprint=False, help="budget; what does not fit goes to files"
     )
-    stop_after: int = setting(0, low=0, fingerprint=False, help="leave after so many blocks")
+    stop_after: int = setting(
+        0, low=0, most=MOST_UPDATES, fingerprint=False, help="leave after so many blocks"
+    )
 
     @property
     def reconstructs(self) -> bool:
@@ -277,12 +320,16 @@ class CalibrationSpec:
     """
 
     kind: str = setting("none", help="none, uniform, ndtc, ndtc_published, forward")
-    samples: int = setting(0, help="N, a multiple of `images`")
-    images: int = setting(0, help="number of trajectories, or of training images")
-    mu: float = setting(0.4, help="mean of t, as a share of T (ndtc)")
-    sigma: float = setting(0.4, low=0, help="standard deviation of t, as a share of T (ndtc)")
-    seed: int = setting(0, low=0, help="of noise and time steps")
-    label: str = setting("", fingerprint=False, help="of the run's name")
+    samples: int = setting(0, low=0, most=MOST_SAMPLES, help="N, a multiple of `images`")
+    images: int = setting(
+        0, low=0, most=MOST_SAMPLES, help="number of trajectories, or of training images"
+    )
+    mu: float = setting(0.4, low=0, high=1, help="mean of t, as a share of T (ndtc)")
+    sigma: float = setting(
+        0.4, low=0, most=100, help="standard deviation of t, as a share of T (ndtc)"
+    )
+    seed: int = setting(0, low=0, high=SEED, help="of noise and time steps")
+    label: str = setting("", fingerprint=False, is_name=True, help="of the run's name")
     path: str | None = setting(
         None, fingerprint=False, help="a finished set to use; made and cached if not given"
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tdq_exp.diffusion.draws import require_batch
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.fit import Fit, Subject, Work
 from tdq_exp.fit.loop import History, Training, TrainingSets
@@ -63,10 +64,15 @@ class Pretrain(Fit[PretrainOptions]):
         text = f"{o.kind}, {o.updates} updates of {o.batch_size}"
         return Work(STEP * o.updates * o.batch_size, parameters * 4 * 5, text)
 
-    def require_startable(self) -> None:
+    def require_files(self) -> None:
+        if self.options.export is not None:
+            files.require_folder(Path(self.options.export).expanduser().parent, "fit.export")
+
+    def require_startable(self, subject: Subject, world: int) -> None:
         export = self.options.export
         if export is not None and Path(export).expanduser().exists():
             raise ValueError(f"fit.export={export}: exists; remove it or choose another name")
+        require_batch(self.options.batch_size, len(subject.data.train), world)
 
     def export(self, folder: Path, record: dict[str, Any]) -> None:
         """Copy the trained net to where `fit.export` says, its validation losses beside it.

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tdq_exp.diffusion.draws import require_batch
 from tdq_exp.fit.calibrated import drawn_batches
 from tdq_exp.fit.fit import Subject, Work
 from tdq_exp.fit.loop import Training, TrainingSets
@@ -49,6 +50,9 @@ class Qat(QuantizedFit[QatOptions]):
         optimizer = torch.optim.AdamW(optimizer_groups(net, rates_of(options)), fused=True)
         net, history = QatTraining(net, model, sets, optimizer, options, context).run()
         return net, history.facts()
+
+    def require_startable(self, subject: Subject, world: int) -> None:
+        require_batch(self.options.batch_size, len(subject.data.train), world)
 
     def work(self, model: DiffusionModel, net: nn.Module, sampling_steps: int) -> Work:
         o = self.options

@@ -35,6 +35,7 @@ from torch_fidelity import FeatureExtractorBase, FeatureExtractorInceptionV3
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
 from tdq_exp.metrics.fidelity import METRICS
+from tdq_exp.runtime import files
 from tdq_exp.runtime.hashes import tensor_hash
 
 _POOL_AND_LOGITS = {"fid": "pool", "kid": "pool", "prc": "pool", "isc": "logits"}
@@ -67,6 +68,7 @@ class EfficientNetLite0(FeatureExtractorBase):
         # Depthwise convolutions dominate here, and on a CPU they run 1.4 to 1.9 times as fast in
         # this layout.
         self.network = network.to(memory_format=torch.channels_last)
+        self.session = _lite_session(network)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Compute both layers.
@@ -81,6 +83,9 @@ class EfficientNetLite0(FeatureExtractorBase):
             images.float(), size=(self.IMAGE_SIZE, self.IMAGE_SIZE), mode="bicubic", antialias=True
         )
         x = (x.clamp(0, 255) - 127) / 128  # bicubic interpolation overshoots at edges
+        if self.session is not None and x.device.type == "cpu":
+            return self.session(x)
+
         x = x.contiguous(memory_format=torch.channels_last)
         pool = self.network.extract_features(x).mean(dim=(2, 3))
         return pool, self.network._fc(pool)
@@ -171,6 +176,12 @@ class FeatureNetwork:
             metric: extractor.get_default_feature_layer_for_metric(metric) for metric in METRICS
         }
 
+    def engine(self, device: torch.device | str) -> str:
+        """Return what computes the features on a device: `torch`, or ONNX Runtime's version."""
+        if torch.device(device).type == "cpu" and getattr(self.extractor, "session", None):
+            return str(self.extractor.session.engine)
+        return "torch"
+
     @property
     def weights_hash(self) -> str:
         """The hash of the weights: the same in whatever file they came. See `tensor_hash`."""
@@ -256,7 +267,8 @@ def inception(weights: str | Path | None = None) -> FeatureNetwork:
             Equilibrium", NIPS 2017;
         Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016.
     """
-    path = _cached_inception() if weights is None else Path(weights)
+    path = _cached_inception() if weights is None else Path(weights).expanduser()
+    files.require_regular(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"eval.features.weights={path} does not exist:"
@@ -320,6 +332,7 @@ def digits(weights: str | Path) -> FeatureNetwork:
         FileNotFoundError: There is no such file.
         ValueError: The file holds something else.
     """
+    files.require_regular(Path(weights))
     if not Path(weights).is_file():
         raise FileNotFoundError(
             f"eval.features.weights={weights} does not exist:"
@@ -339,6 +352,15 @@ def digits(weights: str | Path) -> FeatureNetwork:
         ) from error
 
     return FeatureNetwork(extractor)
+
+
+def _lite_session(network: nn.Module) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None:
+    """Return the network on ONNX Runtime, or None where that is not installed."""
+    try:
+        from tdq_exp.metrics.lite_runtime import LiteSession
+    except ImportError:
+        return None
+    return LiteSession(network.eval())
 
 
 def _cached_inception() -> Path:
@@ -367,6 +389,7 @@ def _cached_inception() -> Path:
 
 def _read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """Read a PyTorch file of weights without executing what it may hold."""
+    files.require_regular(Path(path))
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:

@@ -267,6 +267,8 @@ def check_names(metrics: Sequence[str]) -> None:
     """
     if not metrics or any(metric not in METRICS for metric in metrics):
         raise ValueError(f"eval.metrics={list(metrics)}: choose from {', '.join(METRICS)}")
+    if len(set(metrics)) < len(metrics):
+        raise ValueError(f"eval.metrics={list(metrics)}: names one twice")
 
 
 def distances(

@@ -66,8 +66,13 @@ def features_of_known(
     cache: Path,
     label: str,
 ) -> dict[str, torch.Tensor]:
-    """Return the features of a set of known content, kept in the cache under the hashes of both."""
-    name = f"{content}-{len(pixels)}-{network.weights_hash}-{batch}.safetensors"
+    """Return the features of a set of known content, kept in the cache under the hashes of both.
+
+    What computed them is part of the name: another engine's last digits differ.
+    """
+    engine = network.engine(processes.device)
+    suffix = "" if engine == "torch" else "-" + engine.replace(" ", "_")
+    name = f"{content}-{len(pixels)}-{network.weights_hash}-{batch}{suffix}.safetensors"
     file = cache / "features" / name
     if not processes.decide(file.exists):
         found = features_of(network, pixels, batch, processes, label)
@@ -127,7 +132,7 @@ def measure(
         `metrics` of the generated set; `held_out`: the same of real images, with their number
         `images`, which is smaller than asked if there are no more; `reconstructed`: of the
         reconstructions of these; `reference`: the training set's content and size; `features`: name
-        and hash.
+        and hash; `feature_engine`: what computed them.
     """
     generated = features.of(pixels, "features of generated images")
     size = min(reference_images or len(train), len(train))
@@ -158,6 +163,7 @@ def measure(
             },
             "reference": {"content": train.content, "images": size, "protocol": train.protocol},
             "features": {"name": network.name, "weights": network.weights_hash},
+            "feature_engine": network.engine(features.processes.device),
         }
 
     return features.processes.decide(compute)

@@ -25,12 +25,16 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tdq_exp.config.setting import require
 from tdq_exp.data.images import to_uint8
 from tdq_exp.diffusion.draws import Stream, generator
 from tdq_exp.diffusion.objective import Samples
+from tdq_exp.models.network import check_network, constructed, require_memory
 from tdq_exp.models.trainable import Trainable
 from tdq_exp.models.weights.load import load_autoencoder, state_hash
 from tdq_exp.runtime import files
+
+NETWORK = "model.definition.autoencoder.network"
 
 
 class ScaledAutoencoder(nn.Module):
@@ -101,6 +105,9 @@ class Autoencoder(Trainable):
                 f"model.definition.autoencoder.scale={scale}: must be a positive number"
             )
 
+        require("model.definition.autoencoder.kl_weight", kl_weight, float, low=0, most=1e6)
+        check_network(network, AutoencoderKL, NETWORK)
+
         self.network, self.batch, self.scale, self.kl_weight, self.flip = (
             dict(network),
             batch,
@@ -141,12 +148,21 @@ class Autoencoder(Trainable):
 
     def build(self, seed: int = 0) -> ScaledAutoencoder:
         """Return the network with random weights, a function of the seed alone."""
+        require_memory(self.network, AutoencoderKL, NETWORK)
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return ScaledAutoencoder(self.network)
+            return constructed(lambda: ScaledAutoencoder(self.network), NETWORK)
 
-    def training_loss(self, net: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Return the loss of a batch: x_0 are images, eps draws z, t is not used."""
+    def training_loss(
+        self,
+        net: nn.Module,
+        x_0: Tensor,
+        t: Tensor,
+        eps: Tensor,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of a batch: x_0 are images, eps draws z, t and condition are not used."""
         image_hat, mean, log_variance = (value.float() for value in net(x_0, eps))
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
         return (x_0 - image_hat).abs().mean() + self.kl_weight * divergence

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from tdq_exp.models.pixel import DiffusionModel
@@ -38,6 +39,15 @@ class Denoiser:
             eps_hat, `[B, C, H, W]`.
         """
         return self.model.predict(self.net, x_t, t, self.condition)
+
+    def conditioned(self, condition: Tensor | None, device: torch.device) -> Denoiser:
+        """Return a denoiser of the same network with the condition of another batch.
+
+        Args:
+            condition: `[B, ...]`, on the CPU; None leaves this denoiser as it is.
+            device: of the network.
+        """
+        return self if condition is None else replace(self, condition=condition.to(device))
 
     def residual_variance(self, t: int) -> float:
         """Return the variance of the prediction's own error at t, if the network knows it; else 0.

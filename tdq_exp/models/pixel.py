@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from tdq_exp.data.images import Images
 from tdq_exp.data.latents import encoded
+from tdq_exp.diffusion.draws import Stream, generator
 from tdq_exp.diffusion.objective import LOSSES, Samples, noise_prediction_loss
 from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.models.attention import quantize_attention
+from tdq_exp.models.network import check_network, constructed, require_memory
 from tdq_exp.models.resnet_blocks import unet_chains
 from tdq_exp.models.roles import unet_roles
 from tdq_exp.models.trainable import Codec, Trainable
@@ -29,6 +31,8 @@ from tdq_exp.quant.convert import Recipe, quantize
 from tdq_exp.quant.roles import Role
 from tdq_exp.quant.time import TimeContext
 from tdq_exp.runtime.processes import Processes
+
+DEFINITION = "model.definition"
 
 
 class DiffusionModel(Trainable):
@@ -65,6 +69,15 @@ class DiffusionModel(Trainable):
                 f"model.definition.attention_heads={attention_heads}: must be an integer of at"
                 " least 1"
             )
+        if not isinstance(schedule, Schedule):
+            raise ValueError(f"{DEFINITION}.schedule={schedule}: needs a _target_ and its numbers")
+
+        check_network(network, UNet2DModel, f"{DEFINITION}.network")
+        if network.get("out_channels", 3) != network["in_channels"]:
+            raise ValueError(
+                f"{DEFINITION}.network.out_channels={network.get('out_channels', 3)}: the noise has"
+                f" the {network['in_channels']} channels of in_channels"
+            )
         self.network, self.schedule, self.loss, self.flip = dict(network), schedule, loss, flip
         self.attention_heads = attention_heads
 
@@ -77,6 +90,12 @@ class DiffusionModel(Trainable):
     def channels(self) -> int:
         """Channels of an image: 1 or 3."""
         return self.codec.channels if self.codec else int(self.network["in_channels"])
+
+    @property
+    def classes(self) -> int | None:
+        """Number of classes of a class-conditional network; None for an unconditional one."""
+        number = self.network.get("num_class_embeds")
+        return None if number is None else int(number)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -96,12 +115,35 @@ class DiffusionModel(Trainable):
 
     def build(self, seed: int = 0) -> nn.Module:
         """Return the network with random weights, a function of the seed alone."""
+        key = f"{DEFINITION}.network"
+        require_memory(self.network, UNet2DModel, key)
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            net = UNet2DModel(**self.network)
+            net = constructed(lambda: UNet2DModel(**self.network), key)
         if self.attention_heads is not None:
             set_heads(net, self.attention_heads)
         return net
+
+    def require_runnable(self) -> None:
+        """Refuse a network that can't denoise a sample; shapes are followed, nothing is computed.
+
+        Raises:
+            ValueError: one line that names the key.
+        """
+        with torch.device("meta"), torch.no_grad():
+            net = self.build()
+            x = torch.empty(1, *self.sample_shape)
+            t = torch.zeros(1, dtype=torch.long)
+            eps_hat = constructed(
+                lambda: self.predict(net, x, t), f"{DEFINITION}.network, at {list(x.shape)}"
+            )
+
+        if eps_hat.shape != x.shape:
+            raise ValueError(
+                f"{DEFINITION}.network: predicts {list(eps_hat.shape[1:])} from"
+                f" {list(x.shape[1:])}; the noise has the shape of the sample"
+            )
 
     def load(self, net: nn.Module, weights: str, ema: bool = True) -> str:
         """Fill a network with weights and return their content hash. See `weights.load`."""
@@ -121,7 +163,7 @@ class DiffusionModel(Trainable):
             net: the network, float or quantized.
             x_t: `[B, C, H, W]`.
             t: `[B]`, or 0-dim for a batch at one time step.
-            condition: class labels `[B]` of a class-conditional network.
+            condition: class labels `[B]` of a class-conditional network, int64.
 
         Returns:
             eps_hat, `[B, C, H, W]`.
@@ -129,10 +171,26 @@ class DiffusionModel(Trainable):
         options = {} if condition is None else {"class_labels": condition}
         return net(x_t, t, return_dict=False, **options)[0]
 
-    def training_loss(self, net: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Return the noise-prediction loss of a batch: x_0 and eps `[B, C, H, W]`, t `[B]`."""
-        eps_hat = self.predict(net, self.schedule.add_noise(x_0, eps, t), t)
+    def training_loss(
+        self,
+        net: nn.Module,
+        x_0: Tensor,
+        t: Tensor,
+        eps: Tensor,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Return the noise-prediction loss of a batch. Arguments as `Trainable.training_loss`."""
+        x_t = self.schedule.add_noise(x_0, eps, t)
+        eps_hat = self.predict(net, x_t, t, condition)
         return noise_prediction_loss(eps_hat, eps, self.loss)
+
+    def draw_condition(self, seed: int, stream: Stream, indices: range) -> Tensor | None:
+        """Return a class for each image, uniform, `[B]`; see `Trainable.draw_condition`."""
+        if self.classes is None:
+            return None
+
+        generators = [generator(seed, Stream.CONDITION, int(stream), i) for i in indices]
+        return torch.stack([torch.randint(self.classes, (), generator=g) for g in generators])
 
     def roles(self, net: nn.Module) -> dict[str, Role]:
         """Return what each convolution and linear layer is for."""

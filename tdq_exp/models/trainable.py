@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tdq_exp.data.images import Images
+from tdq_exp.diffusion.draws import Stream
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.runtime.processes import Processes
 
@@ -41,8 +42,34 @@ class Trainable(ABC):
         """Return the network with random weights, a function of the seed alone."""
 
     @abstractmethod
-    def training_loss(self, net: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Return the loss of a batch: x_0 and eps `[B, C, H, W]`, t `[B]`."""
+    def training_loss(
+        self,
+        net: nn.Module,
+        x_0: Tensor,
+        t: Tensor,
+        eps: Tensor,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of a batch: x_0 and eps `[B, C, H, W]`, t `[B]`.
+
+        Args:
+            net: the network in training.
+            x_0, t, eps: the batch.
+            condition: of its samples, `[B, ...]`; None for an unconditional model.
+        """
+
+    def draw_condition(self, seed: int, stream: Stream, indices: range) -> Tensor | None:
+        """Return what sampled images are conditioned on, `[B, ...]`, on the CPU.
+
+        An image's condition is a function of its own key, `(seed, stream, index)`, so that it is
+        the same in any batch. By default None: an unconditional model.
+
+        Args:
+            seed: of the set.
+            stream: of the images' noise.
+            indices: of the images.
+        """
+        return None
 
     def parts(self) -> dict[str, str]:
         """Return what its samples depend on beside the images, for fingerprints: hashes."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tdq_exp.config.setting import require
 from tdq_exp.quant.roles import KINDS, Role
 
 
@@ -41,6 +42,12 @@ class Plan:
         keep_float: Sequence[str] = (),
         attention: bool = True,
     ) -> None:
+        if edge_bits is not None:
+            require("plan.plan.edge_bits", edge_bits, int, low=2, high=16)
+        require("plan.plan.attention", attention, bool)
+        if isinstance(keep_float, str):
+            raise ValueError(f"plan.plan.keep_float={keep_float}: must be a list: [{keep_float}]")
+
         unknown = [kind for kind in keep_float if kind not in KINDS]
         if unknown:
             choices = ", ".join(KINDS)

@@ -17,7 +17,10 @@ nearest to 0.2785 / s, so that a padded zero is exact. Its truncated pixels are 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+
+from tdq_exp.config.setting import require
 
 SILU_MINIMUM = -0.2785
 
@@ -47,3 +50,8 @@ class ReleaseDetails:
     def __post_init__(self) -> None:
         if self.start not in ("error", "moments"):
             raise ValueError(f"habits.habits.start={self.start!r}: choose error or moments")
+
+        require("habits.habits.dropout", self.dropout, float, low=0, below=1)
+        for field in dataclasses.fields(self):
+            if isinstance(field.default, bool):
+                require(f"habits.habits.{field.name}", getattr(self, field.name), bool)

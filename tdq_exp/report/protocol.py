@@ -3,12 +3,13 @@
 A reader compares whatever stands in one column, so rows that differ in a field of `PROTOCOL` are
 refused and no table is written. There are two exceptions:
 
-- a short row may differ in its number of images, which its mark says; the distance grows as the
+- a short row may differ in its number of images, which is said beside it; the distance grows as the
   images get fewer, so it takes no part in any gap;
 - the float model has no checkpoints to choose from, so `report` is compared between the quantized
   rows alone.
 
-A stale row is no exception: its mark says that it is old, not that it was measured in another way.
+A stale row is no exception: that it is old is said beside it, but it must have been measured in the
+same way.
 """
 
 from __future__ import annotations

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-PATIENCE = 30.0  # seconds that a stopped command gets to end its processes
+from tdq_exp.runtime.signals import Stopped
+
+PATIENCE = 40.0  # seconds that a stopped command gets to end: it waits for processes of its own
+
+
+class CommandFailed(RuntimeError):
+    """A command that was started has failed.
+
+    Args:
+        line: what to say; empty if the command has said it.
+        code: its exit code.
+    """
+
+    def __init__(self, line: str, code: int) -> None:
+        super().__init__(line)
+        self.code = code
 
 
 def call(command: Sequence[str]) -> int:
     """Run a command with this terminal's input and output, and return its exit code.
 
-    A command is not left behind when this process is stopped: it ends before this process does.
+    A command is not left behind when this process is stopped: it receives the same signal, and ends
+    before this process does.
     """
-    previous = signal.signal(signal.SIGTERM, _exit_on_signal)
     process = subprocess.Popen(command)
 
     try:
@@ -25,6 +38,8 @@ def call(command: Sequence[str]) -> int:
         # The terminal sends Ctrl-C to the command as well.
         if not isinstance(error, KeyboardInterrupt):
             process.terminate()
+        elif isinstance(error, Stopped) and error.number != signal.SIGINT:
+            process.send_signal(error.number)
 
         try:
             process.wait(PATIENCE)
@@ -32,9 +47,3 @@ def call(command: Sequence[str]) -> int:
             process.terminate()
             process.wait()
         raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _exit_on_signal(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+NO_MEMORY = ("out of memory", "can't allocate memory")  # of torch's messages
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PACKAGES = (
     "torch",
@@ -61,6 +68,33 @@ def commit() -> str | None:
         return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def memory_bytes() -> int:
+    """Return the size of this machine's memory, bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def out_of_memory_in_one_line(work: Callable[P, T]) -> Callable[P, T]:
+    """Let a function that runs out of memory end in an `OSError` that says what to lower.
+
+    torch reports memory of the CPU as a `RuntimeError`, and that of a GPU as one of its own.
+    """
+
+    @functools.wraps(work)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return work(*args, **kwargs)
+        except (MemoryError, RuntimeError) as error:
+            told = str(error).lower()
+            if isinstance(error, RuntimeError) and not any(sign in told for sign in NO_MEMORY):
+                raise
+            raise OSError(
+                "out of memory: lower fit.batch_size, fit.validation_samples, sampler.batch or"
+                f" eval.batch ({(str(error).splitlines() or ['no message'])[0]})"
+            ) from error
+
+    return wrapped
 
 
 def peak_memory_gb() -> float:

@@ -12,6 +12,8 @@ import glob
 import hashlib
 import json
 import os
+import stat
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -73,6 +75,45 @@ def _remove_abandoned(path: Path) -> None:
                 part.unlink()
 
 
+def require_regular(path: Path) -> None:
+    """Refuse to read what is there but is no file: a pipe would wait for ever, a device never end.
+
+    Raises:
+        ValueError: naming the path. What is missing is left to whoever opens it.
+    """
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            kind = "a folder" if path.is_dir() else "a pipe, a socket or a device"
+            raise ValueError(f"{path}: is {kind}, where a file is wanted")
+
+
+def require_folder(path: Path, key: str) -> None:
+    """Refuse a folder that can't be made: something else has its name, or it can't be written to.
+
+    Nothing is made.
+
+    Args:
+        path: the folder.
+        key: of the configuration, for the message.
+
+    Raises:
+        OSError: naming key and path.
+    """
+    there = path
+    while not there.exists() and there != there.parent:
+        there = there.parent
+
+    if not there.is_dir():
+        raise OSError(f"{key}={path}: {there} is no folder; name another")
+    try:
+        tempfile.TemporaryFile(dir=there).close()  # it has no name: nothing is left
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise OSError(
+            f"{key}={path}: {there} can't be written to ({reason}); name another folder"
+        ) from error
+
+
 def write_bytes(path: Path, content: bytes, remedy: str = REMEDY) -> None:
     """Replace a file in one step. See `replacing`."""
     with replacing(path, remedy) as part:
@@ -95,9 +136,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: if it is damaged.
     """
+    require_regular(path)
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_bytes().decode())
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or brackets without end
         raise ValueError(f"{path}: damaged ({error}); remove it to do this stage again") from error
+
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise ValueError(
+            f"{path}: damaged (a {kind} in place of an object); remove it to do this stage again"
+        )
+    return content

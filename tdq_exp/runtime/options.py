@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from tdq_exp.config.setting import setting
 
 TRACKERS = ("none", "offline", "wandb")
+MOST_THREADS = 1024  # of a process: beyond what a machine lets it start, it dies of a signal
+MOST_PROCESSES = 1024
 
 
 @dataclass
@@ -18,7 +20,25 @@ class LauncherOptions:
 
     nproc: str = setting("auto", help="a number, or auto: every visible GPU, 1 on a CPU")
     cpu: bool = setting(False, help="stay on the CPU although there is a GPU")
-    threads: int = setting(0, low=0, help="torch threads of each process; 0 leaves torch's default")
+    threads: int = setting(
+        0,
+        low=0,
+        most=MOST_THREADS,
+        help="torch threads of each process; 0 leaves torch's default",
+    )
+
+    def check(self) -> None:
+        """Refuse a number of processes that is none.
+
+        Raises:
+            ValueError: naming the key.
+        """
+        if self.nproc == "auto":
+            return
+        if not (self.nproc.isdecimal() and 0 < int(self.nproc) <= MOST_PROCESSES):
+            raise ValueError(
+                f"launcher.nproc={self.nproc}: a whole number from 1 to {MOST_PROCESSES}, or auto"
+            )
 
 
 @dataclass
@@ -26,4 +46,4 @@ class TrackerOptions:
     """Where a run's curves go."""
 
     kind: str = setting("none", choices=TRACKERS, help="none, offline (a local folder) or wandb")
-    project: str = setting("tdq_exp", help="wandb's project")
+    project: str = setting("tdq_exp", is_name=True, help="wandb's project")

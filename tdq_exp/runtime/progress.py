@@ -21,6 +21,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from tdq_exp.runtime import signals
+
 WIDE = 200  # columns of a table in a file or a pipe
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
 SECONDS = 30.0  # between two lines where there is no terminal
@@ -31,6 +33,8 @@ Advance = Callable[[str], None]
 def track(label: str, total: int, start: int = 0, show: bool = True) -> Iterator[Advance]:
     """Count from `start` to `total`: call what is yielded once per unit, with a short remark.
 
+    A unit is also where a signal that has arrived stops the work, unless it is held back.
+
     Args:
         label: what is being done.
         total: number of units.
@@ -38,7 +42,7 @@ def track(label: str, total: int, start: int = 0, show: bool = True) -> Iterator
         show: False on all processes but one.
     """
     if not show:
-        yield lambda remark: None
+        yield _unseen
         return
 
     # On a terminal: a bar.
@@ -54,7 +58,12 @@ def track(label: str, total: int, start: int = 0, show: bool = True) -> Iterator
             *columns, TimeRemainingColumn(), TextColumn("{task.fields[remark]}"), console=console
         ) as bar:
             task = bar.add_task(label, total=total, completed=start, remark="")
-            yield lambda remark: bar.update(task, advance=1, remark=remark)
+
+            def move(remark: str) -> None:
+                bar.update(task, advance=1, remark=remark)
+                signals.check()
+
+            yield move
         return
 
     # In a log: a line now and then.
@@ -72,8 +81,13 @@ def track(label: str, total: int, start: int = 0, show: bool = True) -> Iterator
             console.print(
                 f"{label} {done}/{total}, {now - began:.0f} s, {left:.0f} s left, {remark}"
             )
+        signals.check()
 
     yield advance
+
+
+def _unseen(remark: str) -> None:
+    signals.check()
 
 
 def print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

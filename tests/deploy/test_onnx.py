@@ -24,7 +24,7 @@ from tdq_exp.quant.rules.lsq import Lsq
 from tdq_exp.quant.rules.minmax import MinMaxWeights
 from tdq_exp.quant.time import TimeContext
 from tdq_exp.quant.zero_point import TableZeroPoint
-from tests.quant.builders import load_model, make_net, randn
+from tests.quant.builders import make_net, randn
 
 STEPS = 10
 onnxruntime = pytest.importorskip("onnxruntime", reason="export is an optional extra")
@@ -195,15 +195,21 @@ def test_what_has_no_table_or_no_bytes_is_refused_by_name():
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A finished run of the tiny network."""
+    """A finished run of a network of one level: residual blocks, and attention in the middle.
+
+    Exporting takes a second for each block. Changes of size are in the latent network that
+    `test_latent_runs` exports, and strides in a layer by itself.
+    """
     folder = tmp_path_factory.mktemp("run")
-    net = load_model("tiny").build()
-    save_weights(net.state_dict(), folder / "tiny.safetensors", {})
     arguments = [
+        "model.definition.network.block_out_channels=[8]",
+        "model.definition.network.down_block_types=[DownBlock2D]",
+        "model.definition.network.up_block_types=[UpBlock2D]",
         "model=tiny", "method=minmax", "tdq=none", "bits=w8a8", f"model.weights={folder / 'tiny.safetensors'}", f"out={folder}",
         "debug=smoke", "tracker=none",
     ]  # fmt: skip
     made = jobs.build(compose(arguments))
+    save_weights(made.model.build().state_dict(), folder / "tiny.safetensors", {})
     pipeline.run(made)
     return made.folder
 

@@ -65,6 +65,9 @@ class SomeImages:
             1, 1, 8, 8
         )
 
+    def condition(self, index):
+        return None
+
 
 def made(
     processes,
@@ -285,7 +288,7 @@ def test_a_set_of_more_runs_begins_with_the_same_runs(tmp_path, processes, tiny,
 def test_x_is_the_runs_own_at_that_step_bit_for_bit(tmp_path, processes, tiny, groups_of_4, kind):
     model, net = tiny
     found = made(processes, tiny, tmp_path, kind, seed=5)
-    x, t = found.batch(slice(None))
+    x, t, _ = found.batch(slice(None))
     image = found.image()
     sampler = Ddim(6)
     for group in range(3):
@@ -312,7 +315,7 @@ def test_forward_sets_are_training_images_noised_to_their_own_t(
 ):
     model, _ = tiny
     found = made(processes, tiny, tmp_path, "forward", samples=400, images=20)
-    (x, t), image, x_0 = found.batch(slice(None)), found.image(), ends(found)
+    (x, t, _), image, x_0 = found.batch(slice(None)), found.image(), ends(found)
     assert image.tolist() == [i for i in range(20) for _ in range(20)]
     pictures = SomeImages().batch(torch.arange(10), torch.zeros(10, dtype=torch.bool))
     which = [int((pictures == end).flatten(1).all(1).nonzero()) for end in x_0]
@@ -347,7 +350,7 @@ def errors_at(digits, found, told):
     eps(t') = (x_t - sqrt(abar_t') x_0) / sqrt(1 - abar_t'),   |<eps(t'), x_0>| / |x_0|^2
     """
     model, net = digits
-    x, _ = found.batch(slice(None))
+    x, _, _ = found.batch(slice(None))
     x_0 = ends(found)[torch.from_numpy(found.image())]
     abar = model.schedule.alphas_cumprod[told].reshape(-1, 1, 1, 1)
     eps = ((x - abar.sqrt() * x_0) / (1 - abar).sqrt()).float()
@@ -372,7 +375,7 @@ def pairing(tmp_path_factory, processes, digits):
                 CalibrationSpec(kind, 96, 8), Denoiser(net, model), Ddim(50), SomeImages(), parts={"kind": kind},
                 cache=tmp_path_factory.mktemp("pairs"), processes=processes,
             )  # fmt: skip
-        _, t = found.batch(slice(None))
+        t = found.times()
         own, mirrored = errors_at(digits, found, t), errors_at(digits, found, T - 1 - t)
         lower = {
             name: {"mirrored": float(o.mean()) < float(m.mean())}

@@ -211,7 +211,7 @@ def test_a_small_memory_budget_gives_the_same_bits(shared, tmp_path, tiny_weight
     monkeypatch.setattr(
         block_by_block,
         "Spill",
-        lambda rows, shape, file=None: files.append(file) or spill(rows, shape, file),
+        lambda rows, shape, file, dtype: files.append(file) or spill(rows, shape, file, dtype),
     )
     pipeline.run(small)
     assert sum(file is not None for file in files) > BLOCKS
@@ -395,15 +395,6 @@ def test_a_uniform_set_of_more_steps_than_the_run_has_names_the_key(tmp_path, ti
         pipeline.run(made)
 
 
-QUICK_PROCESS = """
-from tdq_exp.quant import calibrate
-from tdq_exp.runtime import figures
-
-figures.intervals_over_time = figures.sample_grid = lambda *rest: None
-calibrate.KEPT = 512
-"""
-
-
 def test_two_processes_make_the_same_set_and_the_same_fit(tmp_path, tiny_weights, together):
     cache, options = tmp_path / "cache", [
         *cell(tdq="temporal"), "calibration.images=66", "calibration.samples=66", "fit.updates=2",
@@ -417,9 +408,7 @@ def test_two_processes_make_the_same_set_and_the_same_fit(tmp_path, tiny_weights
         cache / "calibration"
     )  # nothing is left but the decoded images, and features of theirs
     out = f"out={tmp_path / 'two'}"
-    both = together(
-        *QUICK, *ROUNDING, f"model.weights={tiny_weights}", out, *options, setup=QUICK_PROCESS
-    )
+    both = together(*QUICK, *ROUNDING, f"model.weights={tiny_weights}", out, *options)
     assert both.returncode == 0, both.stderr
     assert facts(two)["processes"] == 2
     (second,) = sets(cache)

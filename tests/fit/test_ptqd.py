@@ -1,6 +1,7 @@
 """PTQD's correction: its tables against a slow regression, and its way from a fit to a sampler."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,6 +66,18 @@ def test_tables_are_linear_between_measured_steps_and_constant_beyond():
 def test_one_measured_step_is_the_whole_table():
     correction, _ = corrected([7])
     assert (correction.bias == correction.bias[7]).all() and (correction.bias != 0).all()
+
+
+def test_the_main_process_measures_for_all():
+    table, facts = corrected([3, 10, 15])[0].state_dict(), {"k_min": 0.0}
+    others = SimpleNamespace(
+        decide=lambda ask: ptqd._Found(dict(table), facts), device=torch.device("cpu")
+    )
+    net = nn.Module()
+    net.time = TimeContext(20)
+    model = SimpleNamespace(sample_shape=(2, 3, 3))
+    assert ptqd.correct(net, net, model, None, others) == facts
+    assert all(torch.equal(value, table[key]) for key, value in net.correction.state_dict().items())
 
 
 @pytest.mark.parametrize("t", [10, torch.tensor([3, 10, 15, 3])])

@@ -376,6 +376,14 @@ def test_efficientnet_layers_bits_and_preprocessing():
     for layer in network.layers:
         assert torch.equal(torch.cat([first[layer], second[layer]]), whole[layer])
 
+    # ONNX Runtime, where it is installed, and torch compute the same.
+    assert network.engine("cpu").startswith("onnxruntime") and network.engine("meta") == "torch"
+    network.extractor.session = None
+    assert network.engine("cpu") == "torch"
+    for layer, values in network.extract(images, 2, "cpu").items():
+        assert not torch.equal(values, whole[layer])  # they are two computations
+        torch.testing.assert_close(values, whole[layer], rtol=1e-4, atol=2e-5)
+
     # The package's own forward on images of the network's size, so that only the normalisation is between them.
     large = noise(2, 224, 3)
     with torch.no_grad():

@@ -93,11 +93,11 @@ def _definition(name: str) -> Any:
     )
 
 
-def load_model(name: str) -> DiffusionModel:
-    """A model of `configs/model`."""
+def load_model(name: str, **network: Any) -> DiffusionModel:
+    """A model of `configs/model`, its network changed if asked for."""
     definition = _definition(name)
     schedule = {key: value for key, value in definition["schedule"].items() if key != "_target_"}
-    return DiffusionModel(definition["network"], Schedule(**schedule))
+    return DiffusionModel({**definition["network"], **network}, Schedule(**schedule))
 
 
 def inputs(batch: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -105,9 +105,11 @@ def inputs(batch: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
     return randn(batch, 1, 8, 8, seed=seed), torch.linspace(0, STEPS - 1, batch).long()
 
 
-def make_net(recipe: Recipe, calibrated: bool = True, model: str = "tiny") -> nn.Module:
+def make_net(
+    recipe: Recipe, calibrated: bool = True, model: str = "tiny", **network: Any
+) -> nn.Module:
     """A quantized network in eval mode, on a few calibration samples if asked for."""
-    made = load_model(model)
+    made = load_model(model, **network)
     net = made.build()
     torch.manual_seed(0)
     made.quantize(net, recipe)

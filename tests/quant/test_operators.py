@@ -12,6 +12,12 @@ from tdq_exp.quant import bake, kernels, ops
 from tdq_exp.quant.kernels import operators
 from tests.quant.builders import inputs, make_net, make_recipe, randn
 
+# One level: compiling takes a second for each block, and blocks of one kind are alike.
+ONE_LEVEL = {
+    "block_out_channels": [8],
+    "down_block_types": ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+}
 S, Z = torch.tensor(0.31), torch.tensor(4.0)
 EACH = torch.rand(6, 1, 1, 1, generator=torch.Generator().manual_seed(2)) + 0.1
 pytestmark = pytest.mark.skipif(
@@ -133,7 +139,7 @@ def test_make_fx_records_the_operator():
 
 @pytest.mark.parametrize("interval", ["temporal"])  # and a table of one entry for what is static
 def test_export_and_compile_see_a_baked_network(interval):
-    net = bake(make_net(make_recipe("lsq", interval)))
+    net = bake(make_net(make_recipe("lsq", interval), **ONE_LEVEL))
     x, t = inputs()
     t = t[1]
     with torch.no_grad():
@@ -146,7 +152,7 @@ def test_export_and_compile_see_a_baked_network(interval):
 
 @pytest.mark.parametrize("interval", ["temporal"])  # its weights have static step sizes
 def test_a_training_step_compiles_whole(interval):
-    net = make_net(make_recipe("lsq", interval)).train()
+    net = make_net(make_recipe("lsq", interval), **ONE_LEVEL).train()
     x, t = inputs()
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     found = []

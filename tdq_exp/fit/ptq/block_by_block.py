@@ -23,7 +23,7 @@ from tdq_exp.fit.checkpoint import save_state
 from tdq_exp.fit.options import PtqOptions
 from tdq_exp.fit.ptq.blocks import Block, Call, blocks_of, inputs_of, output_of
 from tdq_exp.fit.ptq.calibration_set import CalibrationSet
-from tdq_exp.fit.ptq.capture import Spill, needed_bytes
+from tdq_exp.fit.ptq.capture import Spill, kept_type, needed_bytes
 from tdq_exp.fit.ptq.part_file import put_back, quant_layers, read_part, state_of
 from tdq_exp.fit.ptq.reconstruct import BlockData, Reconstruction
 from tdq_exp.models.pixel import DiffusionModel
@@ -226,7 +226,10 @@ def capture(
             budget = memory_gb * 1e9 / 4
             in_files = processes.world > 1 or needed_bytes(batches.samples, shapes) > budget
             places = [spill / str(i) if in_files else None for i in range(len(shapes))]
-            stores = [Spill(batches.samples, *where) for where in zip(shapes, places, strict=True)]
+            types = [kept_type(tensor) for tensor in tensors]
+            stores = [
+                Spill(batches.samples, *row) for row in zip(shapes, places, types, strict=True)
+            ]
 
         for store, tensor in zip(stores, tensors, strict=True):
             store.put(number * BATCH, tensor)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tdq_exp.diffusion.draws import Stream
+from tdq_exp.diffusion.objective import NetworkInput
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.convert import activation_quantizers
 from tdq_exp.quant.quantizer import Quantizer
@@ -50,13 +52,13 @@ def blocks_of(net: nn.Module, model: DiffusionModel, roles: Mapping[str, Role]) 
         for name in names
     ]
 
-    device = next(net.parameters()).device
+    example = NetworkInput(
+        torch.zeros(1, *model.sample_shape),
+        torch.zeros(1, dtype=torch.long),
+        model.draw_condition(0, Stream.IMAGE, range(1)),
+    )
     try:
-        model.predict(
-            net,
-            torch.zeros(1, *model.sample_shape, device=device),
-            torch.zeros(1, dtype=torch.long, device=device),
-        )
+        model.predict(net, *example.to(next(net.parameters()).device))
     finally:
         for handle in handles:
             handle.remove()

@@ -19,6 +19,7 @@ read whole:
     t.npy      int64 [N]                  its time step
     image.npy  int64 [N]                  which trajectory (or training image) the sample is of
     x_0.npy    float32 [images, C, H, W]  where each trajectory ended (or the training image)
+    condition.npy  [images, ...]          its condition; only where the model takes one
     groups.npy uint8                      which groups of trajectories are finished
     about.json                            fingerprint and parts
 
@@ -30,6 +31,7 @@ of its loop equals t, and the loop begins with the noisiest step.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +43,10 @@ from torch import Tensor
 from tdq_exp.data.arrays import Column, GroupedArrays
 from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.draws import Stream, fixed_draws, generator, groups, starting_noise
-from tdq_exp.diffusion.objective import Samples
+from tdq_exp.diffusion.objective import NetworkInput, Samples
 from tdq_exp.fit.options import CalibrationSpec
 from tdq_exp.models.denoiser import Denoiser
-from tdq_exp.runtime import files, stage
+from tdq_exp.runtime import files, lock, stage
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import track
 
@@ -72,12 +74,7 @@ def chosen_steps(
 
     # Any steps of the trajectory, none twice.
     if spec.kind == "uniform":
-        if count > len(visited):
-            raise ValueError(
-                f"calibration.samples={spec.samples}: {count} of each trajectory, but the sampler"
-                f" has {len(visited)} steps; take more calibration.images"
-            )
-
+        require_steps(spec, len(visited))
         places = torch.randperm(len(visited), generator=g)[:count].tolist()
         return [(place, visited[place]) for place in places]
 
@@ -95,6 +92,24 @@ def chosen_steps(
     return [(taken, visited[place]) for taken, place in zip(reverse, nearest, strict=True)]
 
 
+def require_steps(spec: CalibrationSpec, visited: int) -> None:
+    """Refuse a `uniform` set of more samples of each trajectory than it has steps.
+
+    Args:
+        spec: of the set.
+        visited: number of steps of the sampler.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    count = spec.samples // spec.images
+    if spec.kind == "uniform" and count > visited:
+        raise ValueError(
+            f"calibration.samples={spec.samples}: {count} of each trajectory, but the sampler"
+            f" has {visited} steps; take more calibration.images"
+        )
+
+
 class CalibrationSet:
     """A calibration set on disk.
 
@@ -104,13 +119,20 @@ class CalibrationSet:
         images: number of trajectories; N is a multiple of it.
         shape: (C, H, W) of a sample.
         group: trajectories that are made (and resumed) at a time.
+        condition: of one trajectory, `[1, ...]`, as an example; None for an unconditional model.
 
     Raises:
         ValueError: from whatever reads, if the files are damaged or another set's.
     """
 
     def __init__(
-        self, folder: Path, samples: int, images: int, shape: Sequence[int], group: int
+        self,
+        folder: Path,
+        samples: int,
+        images: int,
+        shape: Sequence[int],
+        group: int,
+        condition: Tensor | None = None,
     ) -> None:
         self.folder, self.samples, self.images = folder, samples, images
         each = samples // images
@@ -120,6 +142,11 @@ class CalibrationSet:
             "image": Column((samples,), np.int64, group * each),
             "x_0": Column((images, *shape), np.float32, group),
         }
+        if condition is not None:
+            example = condition.numpy()
+            columns["condition"] = Column((images, *example.shape[1:]), example.dtype, group)
+
+        self.conditional = condition is not None
         self.arrays = GroupedArrays(folder, columns, again="make the set", elsewhere="data.cache")
 
     def create(self, parts: Mapping[str, Any]) -> None:
@@ -136,17 +163,21 @@ class CalibrationSet:
         """Return the groups that are not finished."""
         return self.arrays.missing()
 
-    def put(self, group: int, x: Tensor, t: Tensor, image: Tensor, x_0: Tensor) -> None:
-        """Store a group: its samples, and where its trajectories ended."""
-        self.arrays.put(group, x=x.numpy(), t=t.numpy(), image=image.numpy(), x_0=x_0.numpy())
+    def put(self, group: int, rows: Mapping[str, Tensor]) -> None:
+        """Store a group: the rows of every file, by its name."""
+        self.arrays.put(group, **{name: values.numpy() for name, values in rows.items()})
 
     def __len__(self) -> int:
         return self.samples
 
-    def batch(self, index: slice | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Return (x, t) of some samples, copied into memory."""
+    def batch(self, index: slice | NDArray[np.int64]) -> NetworkInput:
+        """Return some samples, copied into memory, each with its trajectory's condition."""
         x, t = (np.array(self.arrays.read(name)[index]) for name in ("x", "t"))
-        return torch.from_numpy(x), torch.from_numpy(t)
+        condition = None
+        if self.conditional:
+            image = self.arrays.read("image")[index]
+            condition = torch.from_numpy(np.array(self.arrays.read("condition")[image]))
+        return NetworkInput(torch.from_numpy(x), torch.from_numpy(t), condition)
 
     def times(self) -> Tensor:
         """Return t of every sample, `[N]`."""
@@ -157,6 +188,20 @@ class CalibrationSet:
         return np.array(self.arrays.read("image"))
 
 
+def require_set(folder: Path) -> None:
+    """Refuse a folder that holds no calibration set.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"calibration.path={folder}: is no folder of a calibration set")
+    if files.read_json(folder / "about.json") is None:
+        raise FileNotFoundError(
+            f"calibration.path={folder}: holds no calibration set (about.json is missing)"
+        )
+
+
 def check(folder: Path, parts: Mapping[str, Any]) -> None:
     """Refuse a set of other parts: another model, schedule, sampler, seed or number.
 
@@ -164,11 +209,9 @@ def check(folder: Path, parts: Mapping[str, Any]) -> None:
         FileNotFoundError: if there is no set.
         ValueError: names up to four differences.
     """
+    require_set(folder)
     about = files.read_json(folder / "about.json")
-    if about is None:
-        raise FileNotFoundError(
-            f"calibration.path={folder}: holds no calibration set (about.json is missing)"
-        )
+    assert about is not None
     if about["fingerprint"] == files.fingerprint(parts):
         return
 
@@ -205,9 +248,14 @@ def make_set(
         path: of a finished set that is to be used; it is refused if it is of other parts.
     """
     folder = path or cache / "calibration_sets" / files.fingerprint(parts)
-
-    batches = list(groups(spec.images, GROUP))
-    found = CalibrationSet(folder, spec.samples, spec.images, denoiser.model.sample_shape, GROUP)
+    found = CalibrationSet(
+        folder,
+        spec.samples,
+        spec.images,
+        denoiser.model.sample_shape,
+        GROUP,
+        _example_condition(spec, denoiser, images),
+    )
 
     # A given set is checked; one of ours is begun if need be.
     if path is not None:
@@ -215,7 +263,25 @@ def make_set(
     else:
         processes.decide(lambda: None if (folder / "about.json").exists() else found.create(parts))
 
-    # Each process makes its share of the groups that are missing.
+    # Where something is missing, one run makes it, and the others wait for that.
+    with ExitStack() as stack:
+        if path is None and processes.decide(found.missing):
+            making = lock.waited_for(folder, "a calibration set")
+            stack.enter_context(lock.by_main(processes, making))
+        _fill(found, spec, denoiser, sampler, images, processes)
+    return found
+
+
+def _fill(
+    found: CalibrationSet,
+    spec: CalibrationSpec,
+    denoiser: Denoiser,
+    sampler: Ddim,
+    images: Samples | None,
+    processes: Processes,
+) -> None:
+    """Make the groups of a set that are missing, each process its share of them."""
+    batches = list(groups(spec.images, GROUP))
     missing = processes.decide(found.missing)
     done = len(batches) - len(missing)
     shown = processes.main and bool(missing)
@@ -223,12 +289,21 @@ def make_set(
         for group in missing[processes.rank :: processes.world]:
             indices = range(group * GROUP, min((group + 1) * GROUP, spec.images))
             make = _noised if spec.kind == "forward" else _trajectories
-            x, t, image, x_0 = make(spec, denoiser, sampler, images, indices, processes.device)
-            found.put(group, x, t, image, x_0)
+            rows = make(spec, denoiser, sampler, images, indices, processes.device)
+            found.put(group, {name: values for name, values in rows.items() if values is not None})
             advance(f"{indices.stop} images")
 
     processes.barrier()
-    return found
+
+
+def _example_condition(
+    spec: CalibrationSpec, denoiser: Denoiser, images: Samples | None
+) -> Tensor | None:
+    """Return the condition of one trajectory or training image, which shows its type and shape."""
+    if spec.kind == "forward":
+        assert images is not None
+        return images.condition(torch.zeros(1, dtype=torch.long))
+    return denoiser.model.draw_condition(spec.seed, Stream.TRAJECTORY, range(1))
 
 
 def _noised(
@@ -238,8 +313,8 @@ def _noised(
     images: Samples | None,
     indices: range,
     device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (x_t, t, image, x_0) of training images, each noised to several t."""
+) -> dict[str, Tensor | None]:
+    """Return the rows of training images, each noised to several t."""
     assert images is not None
     model = denoiser.model
 
@@ -269,7 +344,8 @@ def _noised(
     eps = torch.cat([torch.randn(each, *model.sample_shape, generator=g) for g in streams])
 
     image = torch.tensor(list(indices)).repeat_interleave(each)
-    return model.schedule.add_noise(x_0.repeat_interleave(each, 0), eps, t), t, image, x_0
+    x_t = model.schedule.add_noise(x_0.repeat_interleave(each, 0), eps, t)
+    return {"x": x_t, "t": t, "image": image, "x_0": x_0, "condition": images.condition(pick)}
 
 
 def _trajectories(
@@ -279,8 +355,8 @@ def _trajectories(
     images: Samples | None,
     indices: range,
     device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (x_t, t, image, x_0) of denoising trajectories, of which the chosen steps are kept.
+) -> dict[str, Tensor | None]:
+    """Return the rows of denoising trajectories, of which the chosen steps are kept.
 
     The last group is padded, so that every trajectory is computed in a whole group.
     """
@@ -307,8 +383,17 @@ def _trajectories(
 
     generators = [generator(spec.seed, Stream.TRAJECTORY, i) for i in padded]
     x_t = starting_noise(generators, model.sample_shape).to(device)
+
+    condition = model.draw_condition(spec.seed, Stream.TRAJECTORY, padded)
+    denoiser = denoiser.conditioned(condition, device)
     x_0 = sampler.sample(denoiser, x_t, model.schedule, generators, keep)
 
+    # The padding is dropped.
     t = torch.tensor([[t for _, t in samples] for samples in chosen])
-    image = torch.tensor(list(indices)).repeat_interleave(each)
-    return x.flatten(0, 1), t.flatten(), image, x_0[: len(indices)].cpu()
+    return {
+        "x": x.flatten(0, 1),
+        "t": t.flatten(),
+        "image": torch.tensor(list(indices)).repeat_interleave(each),
+        "x_0": x_0[: len(indices)].cpu(),
+        "condition": None if condition is None else condition[: len(indices)],
+    }

@@ -29,7 +29,13 @@ from tdq_exp.fit.loop import validation_draws, validation_loss
 from tdq_exp.fit.options import CalibrationSpec, PtqOptions
 from tdq_exp.fit.ptq import ptqd
 from tdq_exp.fit.ptq.block_by_block import BlockByBlock
-from tdq_exp.fit.ptq.calibration_set import CalibrationSet, make_set
+from tdq_exp.fit.ptq.calibration_set import (
+    CalibrationSet,
+    check,
+    make_set,
+    require_set,
+    require_steps,
+)
 from tdq_exp.fit.ptq.over_time import learns_over_time, make_over_time
 from tdq_exp.fit.ptq.part_file import quant_layers
 from tdq_exp.fit.quantized import QuantizedFit
@@ -89,6 +95,17 @@ class Ptq(QuantizedFit[PtqOptions]):
             model, str(subject.weights), sampler, subject.data.train.content
         )
 
+    def require_files(self) -> None:
+        if self.calibration.path is not None:
+            require_set(Path(self.calibration.path).expanduser())
+
+    def require_startable(self, subject: Subject, world: int) -> None:
+        if self.options.reconstruct:
+            share_of(self.options.batch_size, 0, world)
+        require_steps(self.calibration, len(self.trajectory.pairs(subject.model.schedule)))
+        if self.calibration.path is not None:
+            check(Path(self.calibration.path).expanduser(), self.set_parts(subject))
+
     def run(
         self, context: RunContext, net: nn.Module | None, subject: Subject
     ) -> tuple[nn.Module, dict[str, Any]]:
@@ -111,7 +128,7 @@ class Ptq(QuantizedFit[PtqOptions]):
         history = fit_to_set(net, float_net, model, samples, self.options, context)
         began, corrected = time.monotonic(), {}
         if self.options.corrects:
-            corrected["correction"] = ptqd.correct(net, float_net, model, samples, processes.device)
+            corrected["correction"] = ptqd.correct(net, float_net, model, samples, processes)
         correction_seconds = time.monotonic() - began
 
         # 4. What it is worth.

@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from tdq_exp.fit.ptq.calibration_set import CalibrationSet
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.time import TimeContext
+from tdq_exp.runtime.processes import Processes
 
 
 class NoiseCorrection(nn.Module):
@@ -87,18 +89,19 @@ def correct(
     float_net: nn.Module,
     model: DiffusionModel,
     samples: CalibrationSet,
-    device: torch.device,
+    processes: Processes,
 ) -> dict[str, float]:
     """Measure and attach the correction of a fitted network.
 
-    Every process measures the whole set, and so all have the same tables.
+    The main process measures the whole set, and all take its tables: the last bits of a sum may
+    differ between two processors.
 
     Args:
         net: quantized and fitted, on the device, without a correction.
         float_net: the same network in float.
         model: their description.
         samples: the calibration set.
-        device: of both networks.
+        processes: who shares the work; both networks are on their device.
 
     Returns:
         Facts for the record: the mean square error of the prediction over the set before and after,
@@ -107,8 +110,31 @@ def correct(
     Raises:
         FloatingPointError: if a prediction is not finite.
     """
-    # 1. Both predictions for every sample.
     net.eval()
+    found = processes.decide(partial(_tables, net, float_net, model, samples, processes.device))
+
+    correction = attach(net, model).to(processes.device)
+    correction.load_state_dict(found.tables)
+    return found.facts
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Tables of a correction, on the CPU, and facts for the record."""
+
+    tables: dict[str, Tensor]
+    facts: dict[str, float]
+
+
+def _tables(
+    net: nn.Module,
+    float_net: nn.Module,
+    model: DiffusionModel,
+    samples: CalibrationSet,
+    device: torch.device,
+) -> _Found:
+    """Measure the tables of a correction over a calibration set."""
+    # 1. Both predictions for every sample.
     pairs = [
         _predictions(net, float_net, model, samples, first, device) for first in _firsts(samples)
     ]
@@ -122,22 +148,24 @@ def correct(
         at_step = times == step
         measured[int(step)] = _measure(eps[at_step], eps_hat[at_step], int(step))
 
-    # 3. Tables over all time steps, on the network.
-    correction = attach(net, model).to(device)
+    # 3. Tables over all time steps.
+    time: Any = net.time
+    correction = NoiseCorrection(model.sample_shape[0], time)
     _fill(correction, measured)
 
-    # 4. What it is worth on the set.
-    k = correction.k.cpu().index_select(0, times)[:, None, None, None]
-    bias = correction.bias.cpu().index_select(0, times)[:, :, None, None]
+    # 4. What they are worth on the set.
+    k = correction.k.index_select(0, times)[:, None, None, None]
+    bias = correction.bias.index_select(0, times)[:, :, None, None]
 
     size = float(eps.square().mean())
 
-    return {
+    facts = {
         "error_before": float((eps_hat - eps).square().mean()) / size,
         "error_after": float((eps_hat / (1 + k) - bias - eps).square().mean()) / size,
         "k_min": float(correction.k.min()),
         "k_max": float(correction.k.max()),
     }
+    return _Found(dict(correction.state_dict()), facts)
 
 
 def _firsts(samples: CalibrationSet) -> range:
@@ -153,9 +181,10 @@ def _predictions(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Return eps and eps_hat of one batch of the set, on the CPU."""
-    x, t = samples.batch(slice(first, first + BATCH))
-    x, t = x.to(device), t.to(device)
-    return Denoiser(float_net, model)(x, t).cpu(), Denoiser(net, model)(x, t).cpu()
+    x, t, condition = samples.batch(slice(first, first + BATCH)).to(device)
+    eps = Denoiser(float_net, model, condition)(x, t)
+    eps_hat = Denoiser(net, model, condition)(x, t)
+    return eps.cpu(), eps_hat.cpu()
 
 
 @dataclass(frozen=True)

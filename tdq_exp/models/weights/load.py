@@ -45,8 +45,11 @@ from safetensors.torch import load_file
 
 from tdq_exp.models.weights import compvis
 from tdq_exp.models.weights.inert_pickle import CheckpointError, read_tensors
+from tdq_exp.models.weights.match import match
 from tdq_exp.models.weights.names import diffusers_names
+from tdq_exp.models.weights.paths import expanded, require_file
 from tdq_exp.models.weights.save import file_hash, save_weights, state_hash
+from tdq_exp.runtime import hub
 
 __all__ = [
     "NOT_WEIGHTS",
@@ -54,6 +57,7 @@ __all__ = [
     "file_hash",
     "load_autoencoder",
     "load_weights",
+    "locate",
     "save_weights",
     "state_hash",
 ]
@@ -114,7 +118,7 @@ def load_weights(
         if path.is_dir()
         else _read_file(path, ema, _subfolder(net))
     )
-    state = _fitted(source, diffusers_names(source, found, net), net.state_dict())
+    state = match(source, diffusers_names(source, found, net), net.state_dict())
     net.load_state_dict(state, strict=True)
     return state_hash(state)
 
@@ -188,6 +192,7 @@ def _stored_scale(path: Path) -> float | None:
 
 def _read_file(path: Path, ema: bool, part: str) -> dict[str, torch.Tensor]:
     """Return the state dict of a network, `unet` or `vae`, in a file, without prefixes."""
+    require_file(path)
     if path.suffix != ".safetensors":
         return read_tensors(path, lambda tree: _state_of(path, tree, ema, part))
     try:
@@ -243,14 +248,37 @@ def _subfolder(net: torch.nn.Module) -> str:
     return "vae" if type(net).__name__ == "AutoencoderKL" else "unet"
 
 
-def _located(source: str, subfolder: str) -> Path:
-    """The file or folder that a source means, downloaded if it is a network of the hub."""
-    path = Path(source).expanduser()
+def locate(source: str, subfolder: str, key: str = "", download: bool = True) -> Path | None:
+    """Return the file or folder that a source means, downloaded if it is a network of the hub.
+
+    Args:
+        source: see the module's docstring.
+        subfolder: where a pipeline's folder has such a network: `unet` or `vae`.
+        key: of the configuration, for messages.
+        download: whether a network of the hub is fetched; None is returned if it is not.
+
+    Raises:
+        CheckpointError: if there is no such file or folder, or it can't be read as one.
+    """
+    named = f"{key}={source}" if key else source
+    path = expanded(source)
+
+    if path.is_dir():
+        _place(path, subfolder)
+        return path
     if path.exists():
+        require_file(path)
         return path
     if _HUB_ID.fullmatch(source) and not source.endswith(_FILE_SUFFIXES):
-        return _download(source, subfolder)
-    raise CheckpointError(f"{source}: no such file or folder")
+        return _download(source, subfolder) if download else None
+    raise CheckpointError(f"{named}: no such file or folder")
+
+
+def _located(source: str, subfolder: str) -> Path:
+    """Return the file or folder that a source means, downloaded if need be."""
+    path = locate(source, subfolder)
+    assert path is not None
+    return path
 
 
 def _place(folder: Path, subfolder: str) -> Path:
@@ -264,9 +292,10 @@ def _place(folder: Path, subfolder: str) -> Path:
 
 
 def _config(path: Path) -> dict[str, Any]:
+    require_file(path)
     try:
         return dict(json.loads(path.read_text()))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a JSON config ({error})") from error
 
 
@@ -326,6 +355,7 @@ def _download(repository: str, subfolder: str) -> Path:
     """Return the local folder of a network on the model hub, downloaded if need be."""
     key = "autoencoder" if subfolder == "vae" else "weights"
     advice = f"give a local file or folder with model.{key}=PATH"
+    hub.prepare()
     try:
         try:
             folder = Path(hf_hub_download(repository, "config.json")).parent
@@ -356,42 +386,3 @@ def _download(repository: str, subfolder: str) -> Path:
     except (HTTPError, OSError) as error:
         reason = f"the hub can't be reached ({type(error).__name__})"
         raise CheckpointError(f"{repository}: no local path, and {reason}; {advice}") from error
-
-
-def _fitted(
-    source: str, found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Return the found weights in the shapes, type and places of the wanted ones.
-
-    Raises:
-        CheckpointError: listing all differences at once.
-    """
-    fitted: dict[str, torch.Tensor] = {}
-    misshapen, mistyped = [], []
-    for name in found.keys() & wanted.keys():
-        tensor, target = found[name], wanted[name]
-
-        if target.ndim == 2 and tensor.shape in ((*target.shape, 1), (*target.shape, 1, 1)):
-            tensor = tensor.reshape(target.shape)  # a convolution of size 1 is a linear layer
-        if tensor.shape != target.shape:
-            misshapen.append(f"{name} {list(tensor.shape)}, wanted {list(target.shape)}")
-        elif target.is_floating_point() != tensor.is_floating_point():
-            mistyped.append(f"{name} {tensor.dtype}, wanted {target.dtype}")
-        fitted[name] = tensor.to(target)
-
-    # All differences at once: they tell together what the file is of.
-    faults = {
-        "missing": [name for name in wanted if name not in found],
-        "left over": [name for name in found if name not in wanted],
-        "misshapen": sorted(misshapen),
-        "mistyped": sorted(mistyped),
-    }
-
-    if any(faults.values()):
-        parts = [f"{len(keys)} {fault} ({_first(keys)})" for fault, keys in faults.items() if keys]
-        raise CheckpointError(f"{source}: its keys are not the network's: {'; '.join(parts)}")
-    return fitted
-
-
-def _first(keys: list[str], count: int = 3) -> str:
-    return "; ".join(keys[:count]) + ("; ..." if len(keys) > count else "")

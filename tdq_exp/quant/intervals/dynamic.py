@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from tdq_exp.config.setting import require
 from tdq_exp.quant import ops
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.intervals.base import Interval
@@ -69,6 +70,7 @@ class DynamicIntervals:
     """
 
     def __init__(self, per_sample: bool) -> None:
+        require("tdq.interval.per_sample", per_sample, bool)
         self.per_sample = per_sample
 
     def make(

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tdq_exp.config.setting import require
 from tdq_exp.quant.intervals.base import Interval, inverse_softplus
 from tdq_exp.quant.ops import at
 from tdq_exp.quant.time import TimeContext
@@ -102,6 +103,7 @@ class PerStepIntervals:
     """
 
     def __init__(self, groups: int) -> None:
+        require("tdq.interval.groups", groups, int, low=1)
         self.groups = groups
 
     def make(

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tdq_exp.config.setting import require
 from tdq_exp.quant.intervals.base import Interval, inverse_softplus
 from tdq_exp.quant.time import TimeContext
 
@@ -350,6 +351,9 @@ class Temporal(Interval):
         return self.bank.table()[self.row]
 
 
+MOST_WIDTH, MOST_LAYERS = 1 << 14, 64  # beyond these a number is a slip of the keyboard
+
+
 class TemporalIntervals:
     """Give every activation quantizer a network f of its own: TDQ.
 
@@ -365,6 +369,14 @@ class TemporalIntervals:
     def __init__(
         self, encoding: int, width: int = 64, layers: int = 4, dropout: float = 0.0, he: bool = True
     ) -> None:
+        require("tdq.interval.encoding", encoding, int, low=2, most=MOST_WIDTH)
+        if encoding % 2:
+            raise ValueError(f"tdq.interval.encoding={encoding}: must be even")
+        require("tdq.interval.width", width, int, low=1, most=MOST_WIDTH)
+        require("tdq.interval.layers", layers, int, low=1, most=MOST_LAYERS)
+        require("tdq.interval.dropout", dropout, float, low=0, below=1)
+        require("tdq.interval.he", he, bool)
+
         self.encoding, self.width, self.layers = encoding, width, layers
         self.dropout, self.he = dropout, he
 

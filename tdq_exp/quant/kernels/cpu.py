@@ -12,10 +12,13 @@ torch.compile would fuse the same passes; but its calls cost more than these ker
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
 import platform
+import shutil
+import stat
 import subprocess
 import sysconfig
 import tempfile
@@ -52,19 +55,19 @@ def library() -> ctypes.CDLL | str:
     about = "\n".join([SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _cpu_flags()])
 
     # Named after all that the machine code depends on.
-    folder = Path(os.path.expanduser("~/.cache/tdq_exp/kernels"))
+    folder = private_folder(Path(os.path.expanduser("~/.cache/tdq_exp/kernels")))
     file = folder / f"{hashlib.sha256(about.encode()).hexdigest()[:20]}.so"
 
     # Built in a folder of its own, then moved: processes that start together may all build it.
     try:
         if not file.exists():
-            folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as part:
                 built = Path(part) / file.name
                 command = [compiler, *FLAGS, "-fopenmp", str(SOURCE), "-o", str(built), "-lm"]
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
                 os.replace(built, file)
 
+        _require_own(file)
         found = ctypes.CDLL(str(file))
     except subprocess.CalledProcessError as error:
         return f"{compiler} failed: {(error.stderr.strip().splitlines() or ['no message'])[0]}"
@@ -94,6 +97,53 @@ def library() -> ctypes.CDLL | str:
         kernel.restype = None
 
     return found
+
+
+def private_folder(wanted: Path) -> Path:
+    """Return a folder for code that will be run: of this user, and closed to all others.
+
+    Whoever can write to the folder, or to one above it, could put code of theirs in its place. A
+    folder of ours that others may enter is closed; one that is not ours is left alone, and the code
+    goes to a new folder that lasts as long as this process.
+
+    Args:
+        wanted: where it would be kept between runs.
+    """
+    try:
+        wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if wanted.stat().st_uid == os.getuid():
+            wanted.chmod(0o700)
+        _require_own(wanted)
+        for above in wanted.resolve().parents:
+            _require_closed(above)
+        return wanted
+    except OSError:
+        temporary = tempfile.mkdtemp(prefix="tdq_exp-kernels-")  # mode 0700
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        return Path(temporary)
+
+
+def _require_own(path: Path) -> None:
+    """Refuse a file or folder of another user, or one that others can write to.
+
+    Raises:
+        OSError: naming it.
+    """
+    state = path.lstat()
+    if state.st_uid != os.getuid() or stat.S_ISLNK(state.st_mode) or state.st_mode & 0o022:
+        raise PermissionError(f"{path}: is not this user's alone, and its code is not run")
+
+
+def _require_closed(folder: Path) -> None:
+    """Refuse a folder in which others can rename what is this user's.
+
+    Raises:
+        OSError: naming it.
+    """
+    state = folder.stat()
+    open_to_others = state.st_mode & 0o022 and not state.st_mode & stat.S_ISVTX
+    if open_to_others or state.st_uid not in (0, os.getuid()):
+        raise PermissionError(f"{folder}: others can write to it")
 
 
 def _cpu_flags() -> str:

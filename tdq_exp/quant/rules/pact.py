@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tdq_exp.config.setting import require
 from tdq_exp.quant import ops
 from tdq_exp.quant.quantizer import Quantizer
 
@@ -29,6 +30,7 @@ class Pact(Quantizer):
 
     def __init__(self, *args: object, decay: float = 2e-4, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        require("act.quantizer.decay", decay, float, low=0, most=1e6)
         self.decay = decay
 
     def rule(self, x: Tensor, s: Tensor, z: Tensor | None) -> Tensor:

@@ -1,0 +1,89 @@
+"""What a run would refuse only after hours: looked for before anything is computed or written.
+
+A network that can't run, quantizers that it can't have, weights that are not there, a feature
+network whose file is missing: each is found here within seconds, by its key.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from tdq_exp.experiment.build import QUANTIZERS, Experiment
+from tdq_exp.models.weights.load import locate
+from tdq_exp.runtime import files
+from tdq_exp.runtime.environment import memory_bytes
+
+# Networks that were found to run, by their configuration: one process may start many runs of one.
+_RUNNABLE: set[str] = set()
+
+
+def require_inputs(job: Experiment, download: bool = True) -> None:
+    """Refuse a run whose network, weights or features can't be had.
+
+    Args:
+        job: the experiment.
+        download: whether what the hub has is fetched now; else only local files are looked for.
+
+    Raises:
+        ValueError, OSError: one line that names the key or the file.
+    """
+    # 1. The folder that everything is written to.
+    files.require_folder(job.folder, "out")
+    files.require_folder(job.data.cache, "data.cache")
+
+    # 2. The network, with its quantizers: shapes alone, nothing is computed.
+    require_network(job)
+
+    # 3. Weights, of the network and of the autoencoder.
+    if job.weights.path is not None:
+        locate(job.weights.path, "unet", "model.weights", download)
+    autoencoder = job.config["model"]["autoencoder"]
+    if autoencoder is not None and job.fit.options.fits_network:
+        locate(autoencoder, "vae", "model.autoencoder", download)
+
+    # 4. What the fit is given, and the network that measures.
+    job.fit.require_files()
+    if job.fit.options.gives_rows:
+        require_features(job, download)
+
+
+def require_features(job: Experiment, download: bool = True) -> None:
+    """Refuse a feature network whose weights or package are missing, or are something else.
+
+    Args:
+        job: the experiment.
+        download: whether weights that are named by no file are fetched.
+    """
+    node = job.config["eval"]["features"]
+    named = node.get("weights") is not None
+
+    # Without a file of its own, Inception is fetched to torch's cache.
+    if named or download or not str(node["_target_"]).endswith(".inception"):
+        job.features()
+
+
+def require_network(job: Experiment) -> None:
+    """Refuse a network that can't denoise a sample, or can't have these quantizers.
+
+    Raises:
+        ValueError: one line that names the key.
+    """
+    key = json.dumps(job.part("model", *QUANTIZERS), sort_keys=True, default=str)
+    if key in _RUNNABLE:
+        return
+
+    job.model.require_runnable()
+    with torch.device("meta"):
+        net = job.model.build()
+        if job.recipe is not None:
+            job.model.quantize(net, job.recipe)
+
+    wanted = sum(t.numel() * t.element_size() for t in (*net.parameters(), *net.buffers()))
+    if wanted > memory_bytes():
+        raise ValueError(
+            f"model.definition, tdq.interval: the network takes {wanted / 1e9:.0f} GB, and this"
+            f" machine has {memory_bytes() / 1e9:.0f} GB"
+        )
+    _RUNNABLE.add(key)
