@@ -31,6 +31,7 @@ from tdq_exp.report.axes import (
 from tdq_exp.report.figure_manifest import FigureManifest
 from tdq_exp.runtime.figures import TIME_LABEL, save_figure, svg_text
 
+COLOURFUL = ("grids", "layers")  # kinds of figures that need more than 256 colours
 PAPER = {"deviation > 0.5": 0.621, "deviation > 0.7": 0.388}  # So et al., section 3
 
 
@@ -43,7 +44,7 @@ def draw(figure: FigureManifest, record: Numbers, path: Path) -> Path:
         path: PNG to write.
     """
     title = f"{figure.title}, scale {record['scale']}"
-    save_figure(build(figure, record, title), path, images=figure.kind == "grids")
+    save_figure(build(figure, record, title), path, images=figure.kind in COLOURFUL)
     return path
 
 
@@ -261,7 +262,7 @@ def _alone(axis: Any, run: Numbers) -> None:
     axis.barh(range(len(errors)), errors, color=ORANGE, height=0.8)
     axis.set_xscale("log")
     axis.set_xlabel("error of $x_0$, alone", fontsize=6)
-    axis.set_title(f"{short_name(largest)}: {run['shares'][largest]:.0%} of all", fontsize=5)
+    axis.set_title(f"{short_name(largest)}: {run['shares'][largest]:.1%} of all", fontsize=5)
     axis.tick_params(axis="x", labelsize=6)
     axis.tick_params(axis="y", left=False, labelleft=False)
 
@@ -270,23 +271,27 @@ def _alone(axis: Any, run: Numbers) -> None:
 
 
 def _grids(record: Numbers) -> Figure:
-    columns = list(record["columns"].values())
-    rows = sum(len(column["runs"]) + len(column["missing"]) for column in columns)
-    figure = Figure(figsize=(9, 0.4 + 0.82 * rows), dpi=120, layout="constrained")
-    axes = np.atleast_1d(figure.subplots(rows, 1))
+    strips = [
+        (f"{column['model']}: {label}", run["png"])
+        for column in record["columns"].values()
+        for label, run in column["runs"].items()
+    ]
+    missing = [
+        f"{column['model']}: {', '.join(column['missing'])}"
+        for column in record["columns"].values()
+        if column["missing"]
+    ]
 
-    place = iter(axes)
-    for column in columns:
-        for label, run in column["runs"].items():
-            axis = next(place)
-            picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(run["png"]))))
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axis.set_title(f"{column['model']}: {label}", fontsize=SMALL, loc="left", pad=2)
-            axis.axis("off")
-        for label in column["missing"]:
-            axis = next(place)
-            axis.set_title(f"{column['model']}: {label}: missing", fontsize=SMALL, loc="left")
-            axis.axis("off")
+    figure = Figure(figsize=(9, 0.5 + 0.82 * len(strips)), dpi=120, layout="constrained")
+    axes = figure.subplots(len(strips), 1, squeeze=False)[:, 0]
+    for axis, (title, png) in zip(axes, strips, strict=True):
+        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))))
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.set_title(title, fontsize=SMALL, loc="left", pad=2)
+        axis.axis("off")
+
+    if missing:
+        figure.supxlabel(f"Missing: {'; '.join(missing)}", fontsize=6, x=0.01, ha="left")
     return figure
 
 
