@@ -5,8 +5,9 @@ SCALE ?= paper
 RUN = $(VENV)/bin/python -m tdq_exp.run
 
 TABLES = table1 table2 table3 table4 table5 table6 table7 table8
+FIGURES = figure2 figure3 figure8 figure9 grids layers
 
-.PHONY: help demo test lint $(TABLES) claims render status paper bench bench-cost bench-integer bench-gpu house clean
+.PHONY: help demo test lint $(TABLES) $(FIGURES) figures claims render status report paper verify bench bench-cost bench-integer bench-gpu house clean
 
 help:
 	@echo "make demo                    set up, then digits W4A4 LSQ+TDQ from float model to picture (minutes, CPU)"
@@ -20,6 +21,10 @@ help:
 	@echo "make render SCALE=small      all tables and claims again, from the rows that are there (a minute)"
 	@echo "make paper SCALE=small       everything: runs what has no row, in the order of the tables, then renders"
 	@echo "make bench-cost              what the lines of Table 7 cost -> results/bench/cost.json"
+	@echo "make figure3 SCALE=digits    a figure: measure it if it was not, train what is missing for it, draw"
+	@echo "                             (figure2 figure3 figure8 figure9 grids layers; figures: all of them)"
+	@echo "make report                  everything on one page, results/report.html (seconds)"
+	@echo "make verify                  checks the checksums of everything under results/ (seconds)"
 	@echo "make bench                   speed of training and denoising steps -> results/bench/"
 	@echo "make bench-integer           a denoising step on integers, simulated, in float and in ONNX Runtime (half an hour)"
 	@echo "make bench-gpu               tests and speed that need a GPU -> results/bench/ (eight minutes)"
@@ -53,11 +58,23 @@ render: $(VENV)/installed
 	$(VENV)/bin/python -m tdq_exp table all --scale $(SCALE)
 	$(VENV)/bin/python -m tdq_exp claims --scale $(SCALE)
 
-# One table after the other, then the figures, then what they say.
+# One table after the other, then the figures, then what they say, on one page.
 paper: $(VENV)/installed
 	$(VENV)/bin/python -m tdq_exp table all --scale $(SCALE) --run $(TABLE_ARGS)
 	$(foreach figure,$(FIGURES),$(MAKE) $(figure) SCALE=$(SCALE) &&) true
 	$(VENV)/bin/python -m tdq_exp claims --scale $(SCALE)
+	$(VENV)/bin/python -m tdq_exp report
+
+$(FIGURES): $(VENV)/installed
+	$(VENV)/bin/python -m tdq_exp figure $@ --scale $(SCALE) --run $(FIGURE_ARGS)
+
+figures: $(FIGURES)
+
+report: $(VENV)/installed
+	$(VENV)/bin/python -m tdq_exp report
+
+verify: $(VENV)/installed
+	$(VENV)/bin/python -m tdq_exp verify results
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python scripts/bench/qat.py

@@ -25,7 +25,7 @@ FLOORS = {
     "runtime": 0, "config": 0,  # what is about the machine and the configuration: any floor may use it
     "models": 1, "data": 1, "metrics": 1, "deploy": 1,
     "fit": 2,
-    "experiment": 3, "report": 4,
+    "experiment": 3, "report": 4, "analysis": 4,
     # The root of the configuration is made of what the components declare.
     "config.schema": 3, "config.compose": 3, "config.naming": 3, "config.experiments": 3,
     "commands": 5,
@@ -46,7 +46,7 @@ DOORS = {
     "accelerate": {"runtime.processes"},
     "datasets": {"data.tables"},
     "lmdb": {"data.lsun"},
-    "matplotlib": {"runtime.figures", "report.charts"},
+    "matplotlib": {"runtime.figures", "report.axes", "report.charts", "report.drawings"},
     "rich": {"runtime.progress"},
     "onnx": {"deploy.onnx", "metrics.lite_runtime"},
     "triton": {"quant.kernels.triton"},

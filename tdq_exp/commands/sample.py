@@ -22,6 +22,8 @@ from tdq_exp.runtime import figures, files
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console
 
+LINES = 16  # of the picture that shows the images side by side, at most
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit code."""
@@ -128,13 +130,22 @@ def draw(options: argparse.Namespace) -> None:
         )
 
         sample_stage.write_pngs(store.read(), options.out)
-        figures.sample_grid({f"{job.name}, seed {seed}": store.read()}, options.out / "grid.png")
+        shown = figures.sample_grid(
+            {f"{job.name}, seed {seed}": store.read()}, options.out / "grid.png", lines=LINES
+        )
     finally:
         processes.close()
 
     console.print(
-        f"{options.images} images in {options.out}, side by side in {options.out / 'grid.png'}"
+        f"{options.images} images in {options.out}; {_shown(shown, options.images)} side by side in"
+        f" {options.out / 'grid.png'}",
+        markup=False,
     )
+
+
+def _shown(shown: int, images: int) -> str:
+    """Return how many of all images a picture shows, in words."""
+    return "all" if shown == images else f"the first {shown}"
 
 
 def _require_ranges(options: argparse.Namespace) -> None:

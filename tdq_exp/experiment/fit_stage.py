@@ -178,9 +178,9 @@ def _bake(
 
     tables = quantized.interval_tables(net)
     if tables:  # dynamic ones have no step size before they see an input
-        picture, title = job.folder / "intervals.png", f"{job.name}: step sizes over time"
+        picture, title = job.folder / "intervals.png", f"{job.name}: step sizes and zero points"
         decide(lambda: figures.intervals_over_time(tables, picture, title))
-        tracker.intervals(tables)
+        tracker.intervals({name: s for name, (s, _) in tables.items()})
         tracker.picture("intervals", picture)
 
     baked = bake(net)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,10 +95,22 @@ def skeleton(model: DiffusionModel, recipe: Recipe) -> nn.Module:
     return net.eval()
 
 
-def interval_tables(net: nn.Module) -> dict[str, Tensor]:
-    """Return the step size over t of every activation quantizer, by name, on the CPU."""
+def interval_tables(net: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return (s, z) over t of every activation quantizer, by name, on the CPU.
+
+    Each is `[T]`, or `[1]` where it does not depend on t; those that are read from the input are
+    left out.
+    """
     tables = {name: q.tables() for name, q in activation_quantizers(net).items()}
-    return {name: table[0].cpu() for name, table in tables.items() if table is not None}
+    return {name: (s.cpu(), z.cpu()) for name, (s, z) in _filled(tables)}
+
+
+def _filled(
+    tables: Mapping[str, tuple[Tensor, Tensor] | None],
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    for name, table in tables.items():
+        if table is not None:
+            yield name, table
 
 
 def _write_layer_map(folder: Path, model: DiffusionModel, net: nn.Module) -> None:

@@ -1,7 +1,8 @@
-"""Charts of tables: distance over bits."""
+"""Charts of rows: distance over bits and over sampling steps, validation losses."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, NullFormatter, NullLocator
 
-from tdq_exp.runtime.figures import save_figure
+from tdq_exp.report.axes import COLOURS, GREY, MARKERS, SMALL, Numbers, finish, side_by_side
+from tdq_exp.runtime.figures import save_figure, svg_text
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ def distance_over_bits(panels: Sequence[Panel], path: Path, title: str) -> None:
         title: above them all.
     """
     figure = Figure(figsize=(5.5 * len(panels) + 0.5, 4), dpi=150)
-    axes = np.atleast_1d(figure.subplots(1, len(panels)))
+
+    # Panels of one measure have one scale, so that heights compare.
+    same = len({panel.label for panel in panels}) == 1
+    axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=same))
 
     # A method looks the same in every panel.
     names = list(dict.fromkeys(name for panel in panels for name in panel.methods))
@@ -79,5 +84,74 @@ def _draw_panel(axis: Any, panel: Panel, styles: Mapping[str, Mapping[str, str]]
 
     axis.set(xlabel="bits of activations", ylabel=panel.label.replace(" (", "\n("))
     axis.set_title(panel.title, fontsize=9)
+    axis.tick_params(axis="y", which="both", labelleft=True)  # on every panel, shared or not
     axis.grid(axis="y", which="both", color="0.92")
     axis.legend(fontsize=8, frameon=False)
+
+
+def distance_over_steps(record: Numbers) -> Figure:
+    """Return Figure 8: the distance over the number of sampling steps, a panel for each model.
+
+    Args:
+        record: of `figure_numbers.distances`.
+    """
+    figure, axes = side_by_side(record, height=4.2)
+    for axis, column in zip(axes, record["columns"].values(), strict=True):
+        every: set[int] = set()
+        for number, (label, line) in enumerate(column["lines"].items()):
+            steps = sorted(map(int, line), reverse=True)
+            every |= set(steps)
+            float_line = number == 0
+            axis.plot(
+                steps,
+                [line[str(s)]["distance"] for s in steps],
+                label=label if steps else f"{label}: missing",
+                color=GREY if float_line else COLOURS[(number - 1) % 2],
+                ls="--" if float_line else ("-" if "A4" in label and "W4" in label else ":"),
+                marker=MARKERS[number],
+                ms=4,
+            )
+
+        axis.set(xscale="log", yscale="log")
+        axis.set_xlabel("sampling steps", fontsize=8)
+        axis.set_ylabel(column["label"], fontsize=8)
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xticks(sorted(every), [str(s) for s in sorted(every)])
+        axis.invert_xaxis()
+        axis.yaxis.set_major_formatter("{x:.4g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.grid(color=GREY, alpha=0.2, which="both", axis="y")
+        finish(axis, column)
+    return figure
+
+
+def training_svg(curves: Mapping[str, Sequence[Sequence[float]]], title: str, name: str) -> str:
+    """Return validation losses as an SVG element: a panel for each pair of widths.
+
+    Args:
+        curves: run -> [update, loss] of each validation.
+        title: above them.
+        name: unique on the page.
+    """
+    panels: dict[str, dict[str, Sequence[Sequence[float]]]] = {}
+    for run, curve in curves.items():
+        widths = re.search(r"_(w\d+a\d+)_(.+)", run)
+        bits, label = (widths[1], widths[2]) if widths else ("float", run)
+        panels.setdefault(bits, {})[label] = curve
+
+    figure = Figure(figsize=(3.4 * len(panels) + 0.4, 3.2), dpi=100, layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (bits, runs) in zip(axes, panels.items(), strict=True):
+        for number, (label, curve) in enumerate(runs.items()):
+            updates, losses = zip(*curve, strict=True)
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            axis.plot(updates, losses, color=colour, marker=marker, ms=3, lw=1, label=label)
+
+        axis.set_title(bits.upper(), fontsize=8)
+        axis.set_xlabel("updates", fontsize=SMALL)
+        axis.set_ylabel("validation loss", fontsize=SMALL)
+        axis.tick_params(labelsize=6)
+        axis.grid(color=GREY, alpha=0.2)
+        axis.legend(fontsize=6, frameon=False)
+    return svg_text(figure, name)

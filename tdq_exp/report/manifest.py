@@ -206,4 +206,4 @@ def _require_groups(choices: Mapping[str, Any]) -> None:
 
 
 def _is_group(folder: Path) -> bool:
-    return folder.is_dir() and folder.name not in ("table", "experiment")
+    return folder.is_dir() and folder.name not in ("table", "figure", "experiment")

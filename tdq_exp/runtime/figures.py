@@ -1,7 +1,8 @@
-"""Pictures of a run: sample grids and intervals over time. The only importer of matplotlib."""
+"""Pictures of a run: sample grids and step sizes over time; and how any figure is written."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,24 @@ from torch import Tensor
 
 from tdq_exp.runtime import files
 
+TIME_LABEL = "time step t (noise grows to the right)"
+BLACK = "#000000"
+MOST = 6  # curves that are drawn by name
+
 
 def sample_grid(
     rows: Mapping[str, NDArray[np.uint8]], path: Path, columns: int = 16, lines: int = 3
-) -> None:
+) -> int:
     """Draw image sets above each other, the same seeds in the same places.
 
     Args:
         rows: title -> uint8 `[N, H, W, C]`.
         path: PNG to write.
         columns: images side by side.
-        lines: lines of images per set.
+        lines: lines of images per set, at most.
+
+    Returns:
+        How many images of each set the picture shows.
     """
     count = min([columns * lines, *(len(images) for images in rows.values())])
     lines = -(-count // columns)
@@ -40,7 +48,8 @@ def sample_grid(
         axis.axis("off")
 
     figure.tight_layout(pad=0.3)
-    save_figure(figure, path)
+    save_figure(figure, path, images=True)
+    return count
 
 
 def _tile(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
@@ -53,86 +62,142 @@ def _tile(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
     return sheet.squeeze(-1) if channels == 1 else sheet
 
 
-def intervals_over_time(tables: Mapping[str, Tensor], path: Path, title: str) -> None:
-    """Draw the step size over t of every quantizer: `[T]`, or `[1]` if it is static."""
-    timed = {
-        name.removesuffix("_quantizer"): table for name, table in tables.items() if len(table) > 1
-    }
-    curves_over_time(timed, path, title, "step size s(t)", rest=f"{len(tables)} static intervals")
-
-
-def curves_over_time(
-    curves: Mapping[str, Tensor],
-    path: Path,
-    title: str,
-    label: str,
-    *,
-    t: Tensor | None = None,
-    most: int = 6,
-    rest: str = "",
+def intervals_over_time(
+    tables: Mapping[str, tuple[Tensor, Tensor]], path: Path, title: str
 ) -> None:
-    """Draw positive quantities over t, relative to their means.
+    """Draw the step size and the zero point of every activation quantizer.
 
-    The layers that change most are drawn by name, and the spread of all.
+    Where step sizes depend on t, they are curves over t; where none does, they are bars.
 
     Args:
-        curves: layer -> `[S]`.
+        tables: quantizer -> (s, z): `[T]`, or `[1]` where it does not depend on t.
         path: PNG to write; an SVG goes beside it.
         title: of the picture.
-        label: of the quantity.
-        t: the time steps, `[S]`, if not 0..S-1.
-        most: number of layers drawn by name: the curve itself faint, its mean over S / 40
-            neighbouring steps strong.
-        rest: label of the flat line that is drawn where there is no curve.
     """
-    figure = Figure(figsize=(8, 4.2), dpi=150)
-    axis = figure.subplots()
-    if curves:
-        relative = {name: curve.numpy() / float(curve.mean()) for name, curve in curves.items()}
-        every = np.stack(list(relative.values()))
+    named = {name.removesuffix("_quantizer"): table for name, table in tables.items()}
+    timed = {name: table for name, table in named.items() if len(table[0]) > 1}
+    if not timed:
+        _bars(named, path, title)
+        return
 
-        steps = np.arange(every.shape[1]) if t is None else t.numpy()
+    figure = Figure(figsize=(8, 7), dpi=150)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    moving = _relative_curves(upper, {name: s for name, (s, _) in timed.items()}, "step size s(t)")
+    upper.set_title(title)
 
-        # All layers: their median, and how far they spread.
-        low, middle, high = np.quantile(every, [0.05, 0.5, 0.95], axis=0)
-        axis.fill_between(steps, low, high, color="0.88", label=f"5 to 95 % of {len(every)}")
-        axis.plot(steps, middle, color="0.55", lw=1, label="median")
+    # The zero points of the same quantizers, in the same colours.
+    steps = np.arange(max(len(s) for s, _ in timed.values()))
+    for name, colour in moving.items():
+        lower.plot(steps, timed[name][1].expand(len(steps)).numpy(), lw=1, color=colour, label=name)
+    lower.set(xlabel=TIME_LABEL, ylabel="zero point z(t), code")
+    _legend_beside(lower)
 
-        # Those that change most, by name: the mean over neighbours strong, the curve faint.
-        moving = sorted(
-            relative, key=lambda name: float(np.ptp(_smooth(relative[name]))), reverse=True
-        )[:most]
-        for name in moving:
-            line = axis.plot(steps, _smooth(relative[name]), lw=1.2, label=name)[0]
-            axis.plot(steps, relative[name], lw=0.4, alpha=0.25, color=line.get_color())
+    _save_both(figure, path)
 
-        axis.set_xlim(steps[0], steps[-1])
-    else:
-        axis.axhline(1.0, color="0.55", label=rest)
 
-    axis.set(xlabel="time step t (noise grows to the right)", ylabel=f"{label} / mean", title=title)
+def _bars(named: Mapping[str, tuple[Tensor, Tensor]], path: Path, title: str) -> None:
+    """Draw step sizes that do not depend on t as bars, the zero points beside them."""
+    names = list(named)
+    figure = Figure(figsize=(8, 1.2 + 0.14 * len(names)), dpi=150)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+
+    place = np.arange(len(names))
+    left.barh(place, [float(s[0]) for s, _ in named.values()], color="C0", height=0.7)
+    left.set(xlabel="step size s", xscale="log", title=title)
+    left.set_yticks(place, names, fontsize=5)
+    left.invert_yaxis()
+
+    right.plot([float(z[0]) for _, z in named.values()], place, "o", ms=2.5, color="C1")
+    right.set(xlabel="zero point z, code")
+    for axis in (left, right):
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.grid(axis="x", color="0.92")
+        axis.set_axisbelow(True)
+
+    _save_both(figure, path)
+
+
+def _relative_curves(axis: Any, curves: Mapping[str, Tensor], label: str) -> dict[str, str]:
+    """Draw positive quantities over t, each divided by its mean.
+
+    The ones that change most are drawn by name, a curve thin and its mean over neighbouring steps
+    thick; behind them stand the median and the spread of all.
+
+    Returns:
+        Name -> colour of those that are drawn by name.
+    """
+    relative = {name: curve.numpy() / float(curve.mean()) for name, curve in curves.items()}
+    every = np.stack(list(relative.values()))
+    steps = np.arange(every.shape[1])
+
+    # All of them: their median, and how far they spread.
+    low, middle, high = np.quantile(every, [0.05, 0.5, 0.95], axis=0)
+    axis.fill_between(steps, low, high, color="0.88", label=f"5 to 95 % of {len(every)}")
+    axis.plot(steps, middle, color="0.55", lw=1, label="median")
+
+    # Those that change most.
+    smooth = {name: _smooth(curve) for name, curve in relative.items()}
+    moving = sorted(smooth, key=lambda name: float(np.ptp(smooth[name])), reverse=True)[:MOST]
+    colours = {}
+    for name in moving:
+        line = axis.plot(steps, smooth[name], lw=1.2, label=name)[0]
+        colours[name] = line.get_color()
+        axis.plot(steps, relative[name], lw=0.4, alpha=0.25, color=colours[name])
+
+    # What thick and thin lines are, in grey.
+    axis.plot([], [], lw=1.2, color="0.3", label=f"thick: mean of {_width(len(steps))} steps")
+    axis.plot([], [], lw=0.4, alpha=0.5, color="0.3", label="thin: every step")
+
+    axis.set_xlim(steps[0], steps[-1])
     axis.set_ylim(bottom=0)
+    axis.set_ylabel(f"{label} / mean")
+    _legend_beside(axis)
+    return colours
+
+
+def _legend_beside(axis: Any) -> None:
     axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 
+
+def _save_both(figure: Figure, path: Path) -> None:
     figure.tight_layout()
     save_figure(figure, path)
     save_figure(figure, path.with_suffix(".svg"))
 
 
+def _width(count: int) -> int:
+    """Return over how many of `count` steps a curve is smoothed."""
+    return max(count // 40, 1)
+
+
 def _smooth(curve: NDArray[Any]) -> NDArray[Any]:
-    width = max(len(curve) // 40, 1)
+    width = _width(len(curve))
     padded = np.pad(curve.astype(np.float64), width // 2, mode="edge")
     return np.convolve(padded, np.ones(width) / width, mode="same")[
         width // 2 : width // 2 + len(curve)
     ]
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure without a date, so that the same figure is the same file."""
-    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    kind = path.suffix.removeprefix(".")
-    with rc_context({"svg.hashsalt": path.stem}), files.replacing(path) as part:
-        figure.savefig(part, format=kind, metadata=metadata)
+def save_figure(figure: Figure, path: Path, images: bool = False) -> None:
+    """Write a figure without a date, so that the same figure is the same file.
+
+    Args:
+        figure: the figure.
+        path: a PNG or an SVG.
+        images: whether it shows images, whose colours are all kept; a chart has enough of 256.
+    """
+    if path.suffix == ".svg":
+        with rc_context(_reproducible(path.stem)), files.replacing(path) as part:
+            figure.savefig(part, format="svg", metadata={"Date": None})
+        return
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    picture = Image.open(buffer).convert("RGB")
+    if not images:
+        picture = picture.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    with files.replacing(path) as part:
+        picture.save(part, format="PNG", optimize=True)
 
 
 def is_whole(path: Path) -> bool:
@@ -143,3 +208,25 @@ def is_whole(path: Path) -> bool:
     except (OSError, SyntaxError, ValueError):
         return False
     return path.read_bytes()[-12:-8] == bytes(4)  # the last part, IEND, is empty
+
+
+def svg_text(figure: Figure, name: str) -> str:
+    """Return a figure as an `<svg>` element of a page.
+
+    Letters stay text; what is black becomes the page's own colour of text, and nothing is painted
+    behind.
+
+    Args:
+        figure: the figure.
+        name: identifiers inside of the element are made of it; each figure of a page has its own.
+    """
+    buffer = io.StringIO()
+    with rc_context(_reproducible(name)):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace(BLACK, "currentColor")
+
+
+def _reproducible(name: str) -> dict[Any, Any]:
+    return {"svg.hashsalt": name, "svg.fonttype": "none"}

@@ -1,0 +1,148 @@
+"""Draw a figure of the paper from measured numbers, and measure them first if asked to.
+
+examples:
+  python -m tdq_exp figure 3 --scale digits          draw from results/figures/figure3-digits.json
+  python -m tdq_exp figure 3 --scale digits --run    measure first, and train what is missing
+  python -m tdq_exp figure 3 --scale small --measure    measure the networks that there are
+  python -m tdq_exp figure 8 --scale small --run     run the cells that have no row, then draw
+  python -m tdq_exp figure all --scale small         draw everything that has numbers
+Figures: 2, 3, 8, 9, grids (Figures 5 to 7), layers. The same numbers give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tdq_exp.commands import cli, figure_data, table_runs
+from tdq_exp.report import cells as cells_module
+from tdq_exp.report import drawings, figure_manifest, figure_numbers
+from tdq_exp.report.figure_manifest import FigureManifest
+from tdq_exp.runtime import files
+from tdq_exp.runtime.progress import console
+
+ALL = "all"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        The exit code: 1 if a cell failed, 2 for a user's mistake.
+    """
+    options = _parser().parse_intermixed_args(arguments)
+    return cli.exit_code(make, options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.parser(__doc__, "python -m tdq_exp figure")
+
+    # Which figure, of which networks.
+    parser.add_argument("figure", help=f"one of {', '.join(figure_manifest.names())}, or {ALL}")
+    parser.add_argument("overrides", nargs="*", help="of every run, as data.source.path=PATH")
+    parser.add_argument("--scale", default="paper", help="paper, small or digits (default: paper)")
+
+    # What may be computed.
+    parser.add_argument(
+        "--run",
+        action="store_true",
+        help="measure what was not measured yet; networks that are missing are trained for it",
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure anew, on the networks that there are; nothing is trained",
+    )
+    parser.add_argument(
+        "--go", action="store_true", help="run the paper's scale although there is no GPU"
+    )
+
+    # Where things lie.
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results"),
+        help="folder of runs and figures (default: results)",
+    )
+    parser.add_argument(
+        "--nets",
+        type=Path,
+        help="another folder of runs, looked through for networks and filled with those that are"
+        " trained (default: the folder `nets` of --out)",
+    )
+    return parser
+
+
+def make(options: argparse.Namespace) -> int:
+    """Measure what is asked for, then draw.
+
+    Returns:
+        The exit code: 1 if a cell failed.
+    """
+    out = options.out.expanduser()
+    options.nets = (options.nets or out / "nets").expanduser()
+
+    every = options.figure == ALL
+    names = figure_manifest.names() if every else [options.figure]
+    figures = [figure_manifest.read_figure(name) for name in names]
+
+    failed = False
+    for figure in figures:
+        # A figure of all that has no numbers yet is left out, not refused.
+        file = figure_numbers.numbers_file(figure.name, options.scale, out)
+        wanted = options.run or options.measure
+        if every and not wanted and not file.exists():
+            console.print(f"{figure.name} has no numbers yet: add --run", markup=False)
+            continue
+        failed = _make_one(figure, out, options) or failed
+    return 1 if failed else 0
+
+
+def _make_one(figure: FigureManifest, out: Path, options: argparse.Namespace) -> bool:
+    """Make one figure; return whether a cell failed."""
+    file = figure_numbers.numbers_file(figure.name, options.scale, out)
+    failed: list[str] = []
+
+    # 1. The numbers.
+    if figure.kind == "steps":
+        cells, failed = _rows(figure, out, options)
+        figure_numbers.write(file, figure_numbers.distances(figure, options.scale, cells))
+    elif options.measure or (options.run and not file.exists()):
+        cells = figure_manifest.cells_of_figure(figure, options.scale, out, options.overrides)
+        found = [cells_module.find(cell) for cell in cells]
+        figure_numbers.write(file, figure_data.measure(figure, options.scale, found, options))
+
+    record = files.read_json(file)
+    if record is None:
+        raise ValueError(
+            f"{figure.name} at scale {options.scale} was not measured yet: add --run (it would"
+            f" write {file})"
+        )
+
+    # 2. The picture.
+    _tell_missing(record)
+    path = drawings.draw(figure, record, file.with_suffix(".png"))
+    console.print(f"numbers   {file}", markup=False)
+    console.print(f"figure    {path}", markup=False)
+    return bool(failed)
+
+
+def _rows(
+    figure: FigureManifest, out: Path, options: argparse.Namespace
+) -> tuple[list[cells_module.Cell], list[str]]:
+    """Return the cells of a figure that is drawn from rows, and the names of those that failed."""
+    asked = figure_manifest.cells_of_figure(figure, options.scale, out, options.overrides)
+    cells = [cells_module.find(cell) for cell in asked]
+    if not options.run:
+        return cells, []
+
+    failed = table_runs.run(cells, options.go)
+    return [cells_module.find(cell) for cell in asked], failed
+
+
+def _tell_missing(record: dict[str, Any]) -> None:
+    for name, column in record["columns"].items():
+        if column["missing"]:
+            console.print(f"{name}: missing {', '.join(column['missing'])}", markup=False)

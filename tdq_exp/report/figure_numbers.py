@@ -1,0 +1,99 @@
+"""Numbers of figures: the file that keeps them, and those that come from rows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tdq_exp.report import columns
+from tdq_exp.report.cells import Cell
+from tdq_exp.report.figure_manifest import FigureManifest
+from tdq_exp.runtime import files
+
+FLOAT = "float"
+
+
+def numbers_file(figure: str, scale: str, out: Path) -> Path:
+    """Return the file that a figure's numbers lie in.
+
+    Args:
+        figure: its name.
+        scale: of the runs.
+        out: folder of results.
+    """
+    return out / "figures" / f"{figure}-{scale}.json"
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a figure's numbers as JSON: in their own order, a list of numbers on one line."""
+    text = json.dumps(record, indent=1, allow_nan=False)
+    files.write_text(path, re.sub(r"\[[^\[\]{}]*\]", _one_line, text) + "\n")
+
+
+def _one_line(match: re.Match[str]) -> str:
+    return re.sub(r"\s*\n\s*", " ", match[0]).replace("[ ", "[").replace(" ]", "]")
+
+
+def distances(figure: FigureManifest, scale: str, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Return the distance of every line at every number of sampling steps.
+
+    Stale and short rows are left out and count as missing.
+
+    Args:
+        figure: the manifest.
+        scale: of the cells.
+        cells: with their rows.
+
+    Returns:
+        `columns`: column -> `model`, `label` of the distance, `lines` (line -> steps -> distance,
+        run, images, seed, fingerprint and commit), and `missing` cells.
+    """
+    record: dict[str, Any] = {"figure": figure.name, "scale": scale, "columns": {}}
+
+    for name in dict.fromkeys(cell.column for cell in cells):
+        of_column = [cell for cell in cells if cell.column == name]
+        record["columns"][name] = {
+            "model": columns.model_label(of_column),
+            "label": columns.distance_name(of_column),
+            "lines": _lines(of_column),
+            "missing": [f"{line_label(c)}, {_steps(c)} steps" for c in of_column if not _good(c)],
+        }
+    return record
+
+
+def line_label(cell: Cell) -> str:
+    """Return how a figure calls a line: `LSQ + TDQ W4A4`."""
+    if not cell.config["method"]["quantized"]:
+        return FLOAT
+    weight, act = cell.line.bits.split("/")
+    return f"{cell.line.label} W{weight}A{act}"
+
+
+def _lines(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    lines: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        of_line = lines.setdefault(line_label(cell), {})
+        row = cell.row
+        if row is None or not _good(cell):
+            continue
+
+        of_line[str(_steps(cell))] = {
+            "distance": row["metrics"]["fid"],
+            "run": row["name"],
+            "images": row["images"],
+            "seed": row["seed"],
+            "fingerprint": row["fingerprints"]["measure"],
+            "commit": row["environment"]["commit"],
+        }
+    return lines
+
+
+def _steps(cell: Cell) -> int:
+    return int(cell.config["sampler"]["steps"])
+
+
+def _good(cell: Cell) -> bool:
+    return cell.row is not None and not cell.changes and not cell.short

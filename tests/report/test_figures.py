@@ -1,0 +1,274 @@
+"""Figures and the page of results: drawn from numbers alone, to the same bytes, and fit to be read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tdq_exp.analysis import samples
+from tdq_exp.commands import figure as figure_command
+from tdq_exp.commands import report as report_command
+from tdq_exp.report import drawings, figure_manifest, figure_numbers, page_markdown
+from tdq_exp.runtime import figures
+
+T = [0, 500, 999]
+SLOW = ("activations", "layers", "ranges")  # drawn once: all share one way to be written
+
+
+def record_of(kind: str) -> dict:
+    """Return numbers of a kind of figure, small and made up."""
+    column = {"model": "digits", "missing": ["NIPQ W4A4"]}
+    about = {"images": 2, "steps": 3, "seed": 0, "commit": "abc", "machine": "a <machine>"}
+    runs = {}
+    for number, label in enumerate(("LSQ W4A4", "LSQ + TDQ W4A4")):
+        run = {"run": f"run{number}", "fit": "f" * 16}
+        if kind == "errors":
+            run |= {"truncation": [0.1, 0.01, 0.2], "rounding": [0.01] * 3, "quantizers": 2}
+        elif kind == "ranges":
+            values = {"low": [-1, -2, -3], "q01": [-0.5] * 3, "q99": [0.5] * 3, "high": [1, 2, 3]}
+            run["quantizers"] = {
+                "conv_in.input": {**values, "grid_low": [-2] * 3, "grid_high": [2] * 3, "bits": 4}
+            }
+        elif kind == "layers":
+            names = ("z.input", "a.input")
+            run |= {"sqnr": {n: [10.0, 20.0, 30.0] for n in names}, "together": 0.1}
+            run |= {"errors": dict.fromkeys(names, 0.01), "shares": dict.fromkeys(names, 0.5)}
+        elif kind == "grids":
+            run |= {"steps": 50, "size": 4, "png": samples.strip(np.zeros((3, 4, 4, 1), np.uint8))}
+        runs[label] = run
+
+    if kind == "activations":
+        tensors = {name: {"deviation": 0.6, "range": 0.1, "change": 0.2} for name in ("z", "a")}
+        shares = {"deviation > 0.5": 1.0, "deviation > 0.7": 0.0}
+        boxes = {"t": T, "tensors": {name: [[-3, -2, -1, 0, 1, 2, 3]] * 3 for name in tensors}}
+        column |= {
+            "tensors": tensors,
+            "boxes": boxes,
+            "held": dict.fromkeys(("nothing", "t", "x_t"), shares),
+        }
+    elif kind == "steps":
+        column |= {
+            "label": "distance",
+            "lines": {"float": {}, "LSQ W4A4": {"10": {"distance": 3.0}, "100": {"distance": 1.0}}},
+        }
+    else:
+        column |= {"t": T, "runs": runs}
+    return {"figure": "x", "scale": "digits", "columns": {"ddim": column}, "about": about}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Return a folder of results with a table, the claims, every figure, a fit and a row."""
+    out = tmp_path_factory.mktemp("results")
+    (out / "tables").mkdir()
+    (out / "tables" / "table1-digits.md").write_text(
+        "# Table 1, scale digits\n\n| method | bits | distance |\n|---|---|---:|\n"
+        "| LSQ <1> | 4/4 | missing |\n| a \\| b | 3/3 | 1.50 |\n\n- A note of `code`.\n"
+    )
+    (out / "tables" / "claims-digits.md").write_text(
+        "# Claims\n\n| claim | verdict |\n|---|---|\n| order | holds |\n"
+    )
+    for name in figure_manifest.names():
+        kind = figure_manifest.read_figure(name).kind
+        figure_numbers.write(
+            figure_numbers.numbers_file(name, "digits", out), {**record_of(kind), "figure": name}
+        )
+
+    sampling = {"images": 10, "steps": 50, "batch": 5}
+    protocol = {"scale": "digits", "sampling": sampling, "ptq": {"steps": 20}}
+    config = {
+        "protocol": protocol, "label": "", "fit": {"kind": "qat"}, "model": {"label": "digits"},
+        "sampler": {**sampling, "steps": 10, "seed": 1, "engine": "fake"},
+    }  # fmt: skip
+    row = {
+        "name": "digits_w4a4_lsq", "sample": "ddim10_n10_seed1", "images": 10, "seed": 0, "config": config,
+        "metrics": {"fid": 1.234}, "fingerprints": {"fit": "f", "sample": "s", "measure": "m"},
+        "environment": {"commit": "c", "machine": "a machine"}, "seconds": {"fit": 1.0, "sample": 2.0},
+    }  # fmt: skip
+    run = out / "runs" / "digits_w4a4_lsq" / "seed0"
+    (run / row["sample"]).mkdir(parents=True)
+    (run / row["sample"] / "metrics.json").write_text(json.dumps({"rows": [row]}))
+    fit = {"name": row["name"], "config": config, "facts": {"validation": [[1, 0.5], [2, 0.25]]}}
+    (run / "fit.json").write_text(json.dumps(fit))
+    return out
+
+
+def test_every_figure_has_a_manifest_that_chooses_lines():
+    assert {"figure2", "figure3", "figure8", "figure9", "grids", "layers"} <= set(
+        figure_manifest.names()
+    )
+    for name in figure_manifest.names():
+        figure = figure_manifest.read_figure(name)
+        lines = figure.lines_of().lines
+        assert len(lines) == len(figure.methods) * len(figure.bits)
+    assert figure_manifest.read_figure("3") == figure_manifest.read_figure("figure3")
+
+
+def test_a_wrong_manifest_says_what_is_wrong(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="no such figure"):
+        figure_manifest.read_figure("4")
+
+    monkeypatch.setattr(figure_manifest, "_folder", lambda: tmp_path)
+    for text, message in (
+        ("kind: x", "kind: x"),
+        ("kind: grids\nmethods: [LSQ+TDQ]", "LSQ\\+TDQ: no line"),
+    ):
+        (tmp_path / "bad.yaml").write_text(f"title: t\ntable: table1\n{text}\n")
+        with pytest.raises(ValueError, match=message):
+            figure_manifest.read_figure("bad").lines_of()
+
+
+def test_figure_8_asks_for_every_number_of_steps(tmp_path):
+    figure = figure_manifest.read_figure("figure8")
+    assert figure.sampling_steps == (100, 50, 20, 10)
+    short = dataclasses.replace(figure, sampling_steps=(50, 10), methods=("LSQ",), bits=("4/4",))
+    cells = figure_manifest.cells_of_figure(short, "digits", tmp_path)
+    assert [cell.config["sampler"]["steps"] for cell in cells] == [50, 50, 10, 10]
+
+    record = figure_numbers.distances(short, "digits", cells)
+    assert list(record["columns"]["ddim"]["lines"]) == ["float", "LSQ W4A4"]
+    assert len(record["columns"]["ddim"]["missing"]) == 4
+
+
+@pytest.mark.parametrize("name", figure_manifest.names())
+def test_the_same_numbers_give_the_same_picture(name, results, tmp_path):
+    figure = figure_manifest.read_figure(name)
+    file = figure_numbers.numbers_file(name, "digits", results)
+    record = json.loads(file.read_text())
+    assert record == {**record_of(figure.kind), "figure": name}  # in their own order, too
+    assert json.dumps(record) == json.dumps({**record_of(figure.kind), "figure": name})
+
+    picture = drawings.draw(figure, record, tmp_path / "a.png")
+    assert np.asarray(Image.open(picture).convert("L")).std() > 5  # there is something on it
+    if figure.kind not in SLOW:
+        again = drawings.draw(figure, record, tmp_path / "b.png")
+        assert again.read_bytes() == picture.read_bytes()
+        assert len({drawings.svg(figure, record, "name") for _ in range(2)}) == 1
+
+
+def test_numbers_that_are_not_there_are_asked_for(tmp_path, capsys):
+    assert figure_command.main(["3", "--scale", "digits", "--out", str(tmp_path)]) == 2
+    assert "--run" in capsys.readouterr().err
+
+
+def test_a_figure_is_drawn_without_a_network(results, capsys):
+    assert figure_command.main(["3", "--scale", "digits", "--out", str(results)]) == 0
+    assert (results / "figures" / "figure3-digits.png").exists()
+    assert "missing NIPQ W4A4" in capsys.readouterr().out
+
+
+class Page(HTMLParser):
+    """The elements of a page, and whether every one that is opened is closed."""
+
+    VOID = {"meta", "img", "link", "br", "path", "use", "rect", "image"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def text(results):
+    assert report_command.main(["--out", str(results)]) == 0
+    return (results / "report.html").read_text()
+
+
+def test_the_page_is_whole_and_needs_nothing_else(results, text):
+    parsed = Page(text)
+    assert parsed.open == []
+
+    loaded = [a.get("src", "") for a in parsed.all("img")] + [
+        a.get("href", "") for a in parsed.all("link")
+    ]
+    loaded += [a.get("xlink:href", "") for tag in ("image", "use") for a in parsed.all(tag)]
+    assert loaded and all(target.startswith(("data:", "#")) for target in loaded)
+    assert not parsed.all("script") and "url(http" not in text and "@import" not in text
+    assert "/tmp" not in text.replace(str(results), "")
+
+
+def test_the_page_can_be_read_without_seeing_it(text):
+    parsed = Page(text)
+    identifiers = [a["id"] for _, a in parsed.elements if "id" in a]
+    assert [name for name in identifiers if identifiers.count(name) > 1] == []
+    targets = [a["href"][1:] for a in parsed.all("a") if a["href"].startswith("#")]
+    assert targets and set(targets) <= set(identifiers)
+
+    assert parsed.all("html") == [{"lang": "en"}] and len(parsed.all("h1")) == 1
+    assert all(image.get("alt") for image in parsed.all("img"))
+    assert all(a.get("role") == "img" and a.get("aria-label") for a in parsed.all("svg"))
+    assert all(cell.get("scope") in ("row", "col") for cell in parsed.all("th"))
+    assert len(parsed.all("caption")) == len(parsed.all("table"))
+    assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+
+    # Headings leave out no level.
+    levels = [int(tag[1]) for tag, _ in parsed.elements if re.fullmatch(r"h\d", tag)]
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+
+
+def test_the_page_says_what_is_missing_and_how_a_number_was_made(text):
+    assert "Missing: digits NIPQ W4A4" in text and 'class="number missing">missing<' in text
+    assert (
+        'class="holds">holds<' in text and "LSQ &lt;1&gt;" in text and "a &lt;machine&gt;" in text
+    )
+    assert (
+        "python -m tdq_exp.run +experiment=digits_w4a4_lsq sampler.seed=1 sampler.steps=10<" in text
+    )
+    assert "1.23" in text and "make figure3 SCALE=digits" in text
+
+
+def test_nothing_to_show_is_refused(tmp_path, capsys):
+    assert report_command.main(["--out", str(tmp_path)]) == 2
+    assert "holds no tables" in capsys.readouterr().err
+
+
+def test_our_markdown_becomes_html():
+    lines = list(page_markdown.html_lines("# A\n## B\n\ntwo\nlines with [x](y.md)\n", level=3))
+    assert lines == ["<h3>A</h3>", "<h4>B</h4>", '<p>two lines with <a href="y.md">x</a></p>']
+    assert page_markdown.cells_of(r"| a \| b | - |") == ["a | b", "-"]
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_step_sizes_are_drawn_with_their_zero_points(timed, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_save_both", lambda figure, path: drawn.append(figure))
+    length = 80 if timed else 1
+    tables = {
+        f"layer{i}_quantizer": (torch.linspace(1 + i, 2, length), torch.full((length,), float(i)))
+        for i in range(3)
+    }
+    figures.intervals_over_time(tables, tmp_path / "x.png", "title")
+
+    (figure,) = drawn
+    labels = " ".join(axis.get_xlabel() + axis.get_ylabel() for axis in figure.axes)
+    assert "step size" in labels and "zero point" in labels
+    if timed:
+        legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        assert any(t.startswith("thin") for t in legend) and any(
+            t.startswith("thick") for t in legend
+        )
+    else:
+        assert [bar.get_width() for bar in figure.axes[0].patches] == [1.0, 2.0, 3.0]
+        assert "time step" not in labels
