@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -186,6 +187,7 @@ def one_of(world: int, rank: int, decided: list[object]) -> SimpleNamespace:
         return decided[-1]
 
     return SimpleNamespace(
+        sharing=nullcontext,
         rank=rank, world=world, main=not rank, device=torch.device("cpu"), decide=decide,
         barrier=lambda: None,
     )  # fmt: skip

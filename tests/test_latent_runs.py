@@ -302,21 +302,21 @@ def test_mistakes_are_one_line_that_names_the_key(tmp_path, weights, autoencoder
         ),
         (
             "model.definition.autoencoder.scale=inf",
-            "autoencoder.scale=inf: must be a positive number",
+            "autoencoder.scale=inf: must be a finite number",
         ),
         (
             "model.definition.autoencoder.scale=big",
-            "autoencoder.scale=big: must be a positive number",
+            "autoencoder.scale=big: must be a number or null",
         ),
-        ("model.definition.autoencoder.batch=2.5", "autoencoder.batch=2.5: must be an integer"),
-        ("model.definition.autoencoder.batch=big", "autoencoder.batch=big: must be an integer"),
+        ("model.definition.autoencoder.batch=2.5", "autoencoder.batch=2.5: must be a whole number"),
+        ("model.definition.autoencoder.batch=big", "autoencoder.batch=big: must be a whole number"),
         (
             "model.definition.autoencoder=null",
             "model.definition.autoencoder=None: a latent model needs one",
         ),
         (
             "model.definition.attention_heads=x",
-            "model.definition.attention_heads=x: must be an integer",
+            "model.definition.attention_heads=x: must be a whole number",
         ),
         ("model.definition.loss=L1", "model.definition.loss=L1: choose one of l2, l1"),
     ],

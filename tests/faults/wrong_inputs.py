@@ -132,7 +132,7 @@ ARGUMENTS = [
     Wrong((f"{NETWORK}.block_out_channels=8",), (NETWORK,)),
     Wrong((f"{NETWORK}.down_block_types=[Nope,Nope]",), (NETWORK, "Nope")),
     Wrong((f"+{NETWORK}.layers_per_blocks=1",), (NETWORK, "did you mean layers_per_block?")),
-    Wrong((f"+{NETWORK}.num_class_embeds=10",), (NETWORK, "class_labels")),
+    Wrong((f"+{NETWORK}.class_embed_type=timestep",), (NETWORK, "num_class_embeds=N")),
     Wrong((f"{NETWORK}.out_channels=2",), (f"{NETWORK}.out_channels=2", "channels")),
     Wrong(("model.definition=null",), ("model.definition",)),
     Wrong(("model.definition._target_=tdq_exp.quant.Lsq",), ("model.definition",)),

@@ -428,7 +428,7 @@ def test_two_processes_make_the_same_set_and_the_same_fit(tmp_path, tiny_weights
     assert first.name == second.name
     for file in first.iterdir():  # two groups of trajectories, one for each
         assert file.read_bytes() == (second / file.name).read_bytes(), file.name
-    assert np.load(first / "groups.npy").tolist() == [1, 1]
+    assert (np.load(first / "groups.npy") != 0).all()
     marks = [json.loads((run.folder / "fit.json").read_text())["fingerprint"] for run in (one, two)]
     assert marks[0] == marks[1]
     for number in range(BLOCKS):
