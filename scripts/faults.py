@@ -154,7 +154,12 @@ def no_list(file: Path, other: Path | None, sign: Path) -> bool:
 
 
 def foreign(file: Path, other: Path | None, sign: Path) -> bool:
-    """Put the file of the same name of a run with another seed in its place."""
+    """Put the file of the same name of a run with another seed in its place.
+
+    Not so for pictures: nothing is read from them, and they do not say which run they are of.
+    """
+    if file.suffix == ".png":
+        return False
     if other is None or not other.is_file() or other.read_bytes() == file.read_bytes():
         return False
     shutil.copyfile(other, file)
@@ -346,8 +351,9 @@ class Counts:
             print(f"OTHER  {part}, {row}: {why}", flush=True)
 
 
-def damage(subject: Subject, start: Path, other: Path, wanted: dict[str, Any], counts: Counts,
-           state: str) -> None:
+def damage(
+    subject: Subject, start: Path, other: Path, wanted: dict[str, Any], counts: Counts, state: str
+) -> None:
     """Damage every file of a run in every way, one at a time on a copy.
 
     Args:
@@ -382,8 +388,13 @@ def kinds_of_files(folder: Path) -> list[Path]:
     return list(kinds.values())
 
 
-def kills(subject: Subject, places: Iterable[int], wanted: dict[str, Any], counts: Counts,
-          keep: dict[int, Path]) -> None:
+def kills(
+    subject: Subject,
+    places: Iterable[int],
+    wanted: dict[str, Any],
+    counts: Counts,
+    keep: dict[int, Path],
+) -> None:
     """Kill a run at the given file operations, and run the command again.
 
     Args:
@@ -422,7 +433,9 @@ def inputs(counts: Counts) -> None:
             check=False,
         )
         for case in ElementTree.parse(report).getroot().iter("testcase"):
-            failed = case.find("failure") if case.find("failure") is not None else case.find("error")
+            failed = (
+                case.find("failure") if case.find("failure") is not None else case.find("error")
+            )
             hostile = "hostile" in case.get("classname", "")
             row = "hostile files" if hostile else "wrong inputs"
             if failed is None:
@@ -444,7 +457,9 @@ def subjects(place: Path) -> list[Subject]:
         network = Subject(model, [f"model={model}", "method=fp", "fit=pretrain", *parents], folder)
         pipeline.run(job := network.job())
         made[model] = [
-            f"model={model}", *parents, f"model.weights={job.folder / 'weights.safetensors'}"
+            f"model={model}",
+            *parents,
+            f"model.weights={job.folder / 'weights.safetensors'}",
         ]
 
     ptq = ["method=ptq4dm", "calibration=backward"]
