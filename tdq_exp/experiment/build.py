@@ -193,7 +193,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
     fit.trained(model)
 
     if fit.options.fits_network:
-        model.attach(_shipped(config.model.autoencoder))
+        model.attach(shipped(config.model.autoencoder))
 
     if config.model.weights is None and fit.options.needs_weights:
         raise ValueError(
@@ -201,7 +201,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
             " (method=fp fit=pretrain)"
         )
 
-    weights = _shipped(config.model.weights) if fit.options.needs_weights else None
+    weights = shipped(config.model.weights) if fit.options.needs_weights else None
 
     # 3. The sampler: what it can't do is known before a fit of days.
     sampler = make(resolved, "sampler.method")
@@ -273,7 +273,7 @@ def trajectory_of(s: SamplerOptions) -> Ddim:
     return Ddim(s.steps, s.spacing, 0.0, s.clip, s.offset, s.final_alpha_one)
 
 
-def _shipped(weights: str | None) -> str | None:
+def shipped(weights: str | None) -> str | None:
     """Return the path of a shipped net; anything else as it is (a path, or a hub id)."""
     return (
         str(assets.weights(weights))
@@ -286,7 +286,7 @@ def features_of(cfg: DictConfig) -> FeatureNetwork:
     """Return the feature network that a config names."""
     cfg = cfg.copy()
     if cfg.eval.features.get("weights") is not None:
-        cfg.eval.features.weights = _shipped(cfg.eval.features.weights)
+        cfg.eval.features.weights = shipped(cfg.eval.features.weights)
     return make(cfg, "eval.features")
 
 

@@ -10,7 +10,7 @@ import json
 
 import torch
 
-from tdq_exp.experiment.build import QUANTIZERS, Experiment
+from tdq_exp.experiment.build import QUANTIZERS, Experiment, shipped
 from tdq_exp.models.weights.load import locate
 from tdq_exp.runtime import files
 from tdq_exp.runtime.environment import memory_bytes
@@ -39,7 +39,7 @@ def require_inputs(job: Experiment, download: bool = True) -> None:
     # 3. Weights, of the network and of the autoencoder.
     if job.weights.path is not None:
         locate(job.weights.path, "unet", "model.weights", download)
-    autoencoder = job.config["model"]["autoencoder"]
+    autoencoder = shipped(job.config["model"]["autoencoder"])
     if autoencoder is not None and job.fit.options.fits_network:
         locate(autoencoder, "vae", "model.autoencoder", download)
 

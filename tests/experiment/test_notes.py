@@ -12,6 +12,7 @@ from tdq_exp.config.compose import compose
 from tdq_exp.data.images import Data, Images
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import pipeline, show
+from tdq_exp.experiment.inputs import require_inputs
 from tdq_exp.metrics.measure import Features, measure
 from tdq_exp.runtime import environment
 
@@ -101,3 +102,9 @@ def test_the_summary_warns_of_few_images(capsys, tmp_path, monkeypatch):
     printed = capsys.readouterr().out
     assert "6 (few)" in printed
     assert "warning: (few) the Frechet distance of 6 images by 1280 features" in printed
+
+
+@pytest.mark.parametrize("model", ["digits", "ddim_small", "ldm_small"])
+def test_what_is_shipped_is_found_before_the_run(model, tmp_path):
+    job = jobs.build(compose([f"model={model}", f"out={tmp_path}", "eval=digits"]), source=False)
+    require_inputs(job, download=False)
