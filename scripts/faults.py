@@ -158,7 +158,7 @@ def foreign(file: Path, other: Path | None, sign: Path) -> bool:
 
     Not so for pictures: nothing is read from them, and they do not say which run they are of.
     """
-    if file.suffix == ".png":
+    if file.suffix in (".png", ".svg"):
         return False
     if other is None or not other.is_file() or other.read_bytes() == file.read_bytes():
         return False
@@ -462,7 +462,7 @@ def subjects(place: Path) -> list[Subject]:
             f"model.weights={job.folder / 'weights.safetensors'}",
         ]
 
-    ptq = ["method=ptq4dm", "calibration=backward"]
+    ptq = ["method=ptq4dm", "calibration=uniform"]
     return [
         Subject("trained, pixels", made["tiny"], place / "qat" / "work"),
         Subject("block reconstruction, pixels", [*made["tiny"], *ptq], place / "ptq" / "work"),
