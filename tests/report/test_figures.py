@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from tdq_exp.analysis import samples
@@ -272,3 +274,22 @@ def test_step_sizes_are_drawn_with_their_zero_points(timed, tmp_path, monkeypatc
     else:
         assert [bar.get_width() for bar in figure.axes[0].patches] == [1.0, 2.0, 3.0]
         assert "time step" not in labels
+
+
+def test_a_damaged_picture_is_not_whole(tmp_path):
+    figure = Figure(figsize=(1, 1))
+    for name in ("chart.svg", "chart.png"):
+        file = tmp_path / name
+        figures.save_figure(figure, file)
+        assert figures.is_whole(file)
+
+        content = file.read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+        for damaged in (flipped, content[:middle], b"", b"{}"):
+            file.write_bytes(damaged)
+            assert not figures.is_whole(file)
+
+        file.unlink()
+        os.mkfifo(file)
+        assert not figures.is_whole(file)
