@@ -44,6 +44,7 @@ from tdq_exp.runtime.progress import console
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = Path("results/analysis/faults")
+HASHED = 16  # letters; a longer name holds a hash
 SECONDS = 120  # whatever takes longer hangs
 
 SAME = "same bits"
@@ -311,7 +312,28 @@ def outcome(subject: Subject, file: Path, wanted: dict[str, Any], sign: Path) ->
         return SAME, ""
     if [line for line in faults_of(job, file) if file.name in line]:
         return NAMED, ""
+    if subject.folder / "cache" in file.parents:
+        return outcome_when_read(subject, file, wanted)
     return OTHER, "silence, and `verify` does not name it"
+
+
+def outcome_when_read(subject: Subject, file: Path, wanted: dict[str, Any]) -> tuple[str, str]:
+    """Return how the next run ends that reads a damaged cache, which a finished one does not."""
+    before = state_of(file)
+    job = subject.job("label=again")
+    ending = run(job)
+
+    if ending.trace:
+        return OTHER, ending.trace.strip().splitlines()[-1]
+    if ending.code:
+        clear = "error: " in ending.printed
+        return (REFUSED if clear else OTHER), ending.printed.strip()[-200:]
+
+    if products(job)["network"] != wanted["network"]:
+        return OTHER, "other bits in the next run"
+    if state_of(file) != before:
+        return REMADE, ""
+    return OTHER, "the next run takes it without a word"
 
 
 def state_of(file: Path) -> object:
@@ -383,7 +405,8 @@ def kinds_of_files(folder: Path) -> list[Path]:
         ours = "wandb" not in file.parts and not file.name.startswith(".")
         if file.is_file() and ours:
             name = "".join("#" if c.isdigit() else c for c in file.name)
-            name = file.suffix if "cache" in file.parts else name
+            if len(file.stem) > HASHED:
+                name = file.suffix
             kinds.setdefault((file.parent.name, name), file.relative_to(folder))
     return list(kinds.values())
 
