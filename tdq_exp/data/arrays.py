@@ -31,8 +31,9 @@ def open_array(path: Path, mode: Any = "r") -> np.memmap[Any, Any]:
     """Return a `.npy` file, memory-mapped.
 
     Raises:
-        ValueError: if it is no whole array: cut short, too long, or of Python objects.
+        ValueError: if it is no whole array: cut short, too long, of Python objects, or no file.
     """
+    files.require_regular(path)
     try:
         with path.open("rb") as file:
             np.lib.format.read_magic(file)  # NumPy would take anything else for a pickle

@@ -23,6 +23,7 @@ from PIL import Image
 from tdq_exp.data.decode import decode_cell
 from tdq_exp.data.images import resize_center
 from tdq_exp.data.sources import pictures_in
+from tdq_exp.runtime import files
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def read(path: Path, size: int, channels: int) -> GivenImages | GivenStatistics:
         return _folder(path, size, channels)
     if path.suffix not in (".npy", ".npz"):
         raise ValueError(f"{path}: is no folder of pictures, .npy or .npz file")
+    files.require_regular(path)
 
     try:
         loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None)

@@ -219,6 +219,9 @@ def _file_faults(
 
     if file.name.startswith(".") and file.suffix == ".part":
         return [f"{file}: left by a killed run; the run's command removes it"]
+    if not file.is_file():
+        return [f"{file}: is a pipe, a socket or a device; remove it"]
+
     if file.suffix == ".json":
         _tried(found, lambda: files.read_json(file, must_be_sealed=must_be_sealed))
     elif file.suffix == ".png" and not figures.is_whole(file):
@@ -255,7 +258,8 @@ def _files(folder: Path) -> list[Path]:
         file
         for file in sorted(folder.rglob("*"))
         if file.suffix in kinds
-        and file.is_file()
+        and file.exists()
+        and not file.is_dir()
         and not OTHERS.intersection(file.relative_to(folder).parts)
     ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
@@ -47,7 +49,9 @@ def test_another_set_in_the_same_folder_and_a_damaged_file_are_errors(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["images", "groups"])
-@pytest.mark.parametrize("damage", ["empty", "cut", "longer", "header", "rows", "{}", "gone"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "cut", "longer", "header", "rows", "{}", "gone", "pipe"]
+)
 def test_damaged_files_lose_their_groups_and_nothing_damaged_is_read(
     tmp_path, file, damage, capsys
 ):
@@ -65,7 +69,12 @@ def test_damaged_files_lose_their_groups_and_nothing_damaged_is_read(
         "rows": whole[:last] + bytes([whole[last] ^ 4]) + whole[last + 1 :],
         "{}": b"{}",
     }
-    path.unlink() if damage == "gone" else path.write_bytes(spoilt[damage])
+    if damage in spoilt:
+        path.write_bytes(spoilt[damage])
+    else:
+        path.unlink()
+    if damage == "pipe":
+        os.mkfifo(path)
 
     assert store.faults()
     with pytest.raises(ValueError):

@@ -6,6 +6,7 @@ added to it, never lost.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,4 +169,8 @@ def test_the_verb_verify_says_what_is_wrong_and_ends_with_a_code(tmp_path, insid
     file.write_text(file.read_text().replace('"fid"', '"fie"'))
     found = inside(str(run), verb="verify")
     assert found.returncode == 1 and f"{file}: damaged" in found.stdout
+
+    os.mkfifo(run / "state.pt")  # nothing reads it in a finished run, and whoever did would wait
+    found = inside(str(run), verb="verify")
+    assert "state.pt: is a pipe" in found.stdout.replace("\n", " ")
     assert inside(str(tmp_path / "none"), verb="verify").returncode == 2
