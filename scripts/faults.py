@@ -26,12 +26,16 @@ import traceback
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 
 from tdq_exp.commands import cli
 from tdq_exp.config.compose import compose
@@ -45,6 +49,7 @@ from tdq_exp.runtime.progress import console
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = Path("results/analysis/faults")
 HASHED = 16  # letters; a longer name holds a hash
+WORKERS = 2  # processes
 SECONDS = 120  # whatever takes longer hangs
 
 SAME = "same bits"
@@ -78,7 +83,13 @@ class Subject(NamedTuple):
     def job(self, *more: str) -> jobs.Experiment:
         """Return the experiment, new for every command as it would be in a process of its own."""
         places = [f"out={self.folder}", f"data.cache={self.folder / 'cache'}"]
-        return jobs.build(compose([*self.choices, *QUICK, *places, *more]))
+        return jobs.build(composed((*self.choices, *QUICK, *places, *more)).copy())
+
+
+@lru_cache
+def composed(arguments: tuple[str, ...]) -> DictConfig:
+    """Return one composition for all cases of a command line: it takes longer than a finished run."""
+    return compose(list(arguments))
 
 
 class Ending(NamedTuple):
@@ -372,6 +383,13 @@ class Counts:
             self.others.append(f"{part}, {row}: {why}")
             print(f"OTHER  {part}, {row}: {why}", flush=True)
 
+    def take(self, more: Counts) -> None:
+        """Add the counts of another process."""
+        for part, rows in more.tables.items():
+            for row, count in rows.items():
+                self.tables.setdefault(part, {}).setdefault(row, Counter()).update(count)
+        self.others += more.others
+
 
 def damage(
     subject: Subject, start: Path, other: Path, wanted: dict[str, Any], counts: Counts, state: str
@@ -443,8 +461,9 @@ def kills(
         counts.add("Kills", row, SAME if same and not left else OTHER, f"{place}: {why}")
 
 
-def inputs(counts: Counts) -> None:
-    """Try every wrong input and hostile file, as the tests do, and count them by outcome."""
+def inputs() -> Counts:
+    """Try every wrong input and hostile file, as the tests do, and return them by outcome."""
+    counts = Counts()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "tests.xml"
         command = [sys.executable, "-m", "pytest", "tests/faults", "-q", "-p", "no:cacheprovider"]
@@ -465,6 +484,7 @@ def inputs(counts: Counts) -> None:
                 counts.add("Inputs", row, REFUSED)
             else:
                 counts.add("Inputs", row, OTHER, f"{case.get('name')}: {failed.get('message')}")
+    return counts
 
 
 def subjects(place: Path) -> list[Subject]:
@@ -511,17 +531,22 @@ def main() -> int:
         os.environ["XDG_CACHE_HOME"] = folder
         chosen = subjects(Path(folder))[: 1 if options.quick else None]
         console.quiet = False
-        for subject in chosen:
-            of_run(subject, counts, range(1, 30, 9 if options.quick else 3))
-    inputs(counts)
+        places = range(1, 30, 9 if options.quick else 3)
+        with ProcessPoolExecutor(WORKERS, get_context("fork")) as workers:
+            tasks: list[Future[Counts]] = [
+                workers.submit(of_run, subject, places) for subject in chosen
+            ]
+            for task in [*tasks, workers.submit(inputs)]:
+                counts.take(task.result())
 
     write(options.out, counts)
     print(options.out.with_suffix(".md").read_text())
     return 1 if counts.others else 0
 
 
-def of_run(subject: Subject, counts: Counts, places: range) -> None:
-    """Do everything with one run: finished, killed, and half done."""
+def of_run(subject: Subject, places: range) -> Counts:
+    """Do everything with one run, finished, killed, and half done, and return the counts."""
+    counts = Counts()
     whole, half = subject.folder.parent / "whole", subject.folder.parent / "half"
     job = subject.job()
     pipeline.run(job)
@@ -538,6 +563,7 @@ def of_run(subject: Subject, counts: Counts, places: range) -> None:
     kills(subject, places, wanted, counts, {places[len(places) // 2]: half})
     if half.exists():
         damage(subject, half, other, wanted, counts, "half done")
+    return counts
 
 
 def write(target: Path, counts: Counts) -> None:
