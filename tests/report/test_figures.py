@@ -17,7 +17,7 @@ from PIL import Image
 from tdq_exp.analysis import samples
 from tdq_exp.commands import figure as figure_command
 from tdq_exp.commands import report as report_command
-from tdq_exp.report import drawings, figure_manifest, figure_numbers, page_markdown
+from tdq_exp.report import drawings, figure_manifest, figure_numbers, page, page_markdown
 from tdq_exp.runtime import figures
 
 T = [0, 500, 999]
@@ -29,8 +29,8 @@ def record_of(kind: str) -> dict:
     column = {"model": "digits", "missing": ["NIPQ W4A4"]}
     about = {"images": 2, "steps": 3, "seed": 0, "commit": "abc", "machine": "a <machine>"}
     runs = {}
-    for number, label in enumerate(("LSQ W4A4", "LSQ + TDQ W4A4")):
-        run = {"run": f"run{number}", "fit": "f" * 16}
+    for label, name in (("LSQ W4A4", "lsq"), ("LSQ + TDQ W4A4", "lsq_tdq")):
+        run = {"run": f"digits_w4a4_{name}_release", "fit": "f" * 16}
         if kind == "errors":
             run |= {"truncation": [0.1, 0.01, 0.2], "rounding": [0.01] * 3, "quantizers": 2}
         elif kind == "ranges":
@@ -153,6 +153,19 @@ def test_the_same_numbers_give_the_same_picture(name, results, tmp_path):
         again = drawings.draw(figure, record, tmp_path / "b.png")
         assert again.read_bytes() == picture.read_bytes()
         assert len({drawings.svg(figure, record, "name") for _ in range(2)}) == 1
+
+
+def test_numbers_of_other_runs_than_the_manifest_asks_for_are_refused(tmp_path, capsys):
+    record = {**record_of("errors"), "figure": "figure3"}
+    record["columns"]["ddim"]["runs"]["LSQ W4A4"]["run"] = "digits_w4a4_lsq"
+    figure_numbers.write(figure_numbers.numbers_file("figure3", "digits", tmp_path), record)
+
+    assert figure_command.main(["3", "--scale", "digits", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "ddim, LSQ W4A4 is of digits_w4a4_lsq, asked for is digits_w4a4_lsq_release" in said
+    assert "--measure" in said and not (tmp_path / "figures" / "figure3-digits.png").exists()
+    with pytest.raises(ValueError, match="asked for is digits_w4a4_lsq_release"):
+        list(page._figures(tmp_path, "digits"))
 
 
 def test_numbers_that_are_not_there_are_asked_for(tmp_path, capsys):
