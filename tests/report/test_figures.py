@@ -113,6 +113,17 @@ def test_every_figure_has_a_manifest_that_chooses_lines():
     assert figure_manifest.read_figure("3") == figure_manifest.read_figure("figure3")
 
 
+@pytest.mark.parametrize("name", figure_manifest.names())
+def test_a_figure_asks_for_one_seed_of_each_line(name, tmp_path):
+    cells = figure_manifest.cells_of_figure(figure_manifest.read_figure(name), "small", tmp_path)
+    shown = [
+        (cell.column, figure_numbers.line_label(cell), cell.config["sampler"]["steps"])
+        for cell in cells
+    ]
+    assert len(set(shown)) == len(shown)
+    assert {(cell.config["seed"], cell.config["sampler"]["seed"]) for cell in cells} == {(0, 0)}
+
+
 def test_a_wrong_manifest_says_what_is_wrong(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no such figure"):
         figure_manifest.read_figure("4")
