@@ -130,6 +130,14 @@ def show_plan(cells: Sequence[Cell]) -> bool:
     lines.append([f"all {len(cells)}", sum(images), *total])
     print_table("cells to run, and about what they cost", ["cell", "images", "time", "disk"], lines)
 
+    cards = [cost.card for cost in per_cell if cost.card is not None]
+    if len(cards) == len(per_cell):
+        there = costs.duration(sum(cost.seconds for cost in cards))
+        most = max((cost.memory_gb or 0.0 for cost in cards), default=0.0)
+        memory = f", at most {most:.0f} GB of its memory" if most else ""
+        basis = "" if all(c.measured for c in cards) else "; at least, from counted multiplications"
+        console.print(f"on one {cards[0].card}: about {there}{memory}{basis}", markup=False)
+
     encode = max((cost.encode_seconds for cost in per_cell), default=0.0)
     if encode:
         duration = costs.duration(1000 * encode)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.diffusion.draws import Stream
+from tdq_exp.experiment import card
 from tdq_exp.experiment.build import Experiment
+from tdq_exp.experiment.card import CardCost
 from tdq_exp.experiment.row import read_rows
 from tdq_exp.quant.convert import Recipe, layer_map
 from tdq_exp.runtime import files, launch
@@ -38,6 +40,7 @@ class Cost:
             in no sum: how many there are is known when they have been read, and no run encodes them
             a second time.
         fit_text: what the fit does, for a reader; empty if nothing.
+        card: the same on a GPU that was measured, where this machine has none.
     """
 
     fit_seconds: float
@@ -46,6 +49,7 @@ class Cost:
     parameters: int
     encode_seconds: float = 0.0
     fit_text: str = ""
+    card: CardCost | None = None
 
     @property
     def seconds(self) -> float:
@@ -87,6 +91,7 @@ def estimate(job: Experiment) -> Cost:
         parameters=parameters,
         encode_seconds=encode if encodes else 0.0,
         fit_text=work.text if work else "",
+        card=card.estimate(job, passes, images) if device.type == "cpu" else None,
     )
 
 
@@ -181,6 +186,8 @@ def show(job: Experiment) -> Cost:
         console.print(f"  measure  {metrics} on {job.evaluation.label} features")
 
     console.print(f"  disk     {cost.disk_bytes / 1e9:.2f} GB")
+    if cost.card is not None and cost.card.seconds:
+        console.print(f"  on a GPU {on_card(cost.card)}")
     for line in job.notes:
         console.print(f"note: {line}", markup=False)
     return cost
@@ -200,6 +207,14 @@ def _show_layers(job: Experiment, recipe: Recipe) -> None:
     title = f"{quantized} of {len(leaves)} convolutions and linear layers quantized"
     lines = [(role, count, w, i) for (role, w, i), count in groups.items()]
     print_table(title, ["role", "count", "weight", "input"], lines)
+
+
+def on_card(there: CardCost) -> str:
+    """Return what a run would take on a card, for a reader."""
+    fit, sample = duration(there.fit_seconds), duration(there.sample_seconds)
+    memory = f", {there.memory_gb:.0f} GB of its memory" if there.memory_gb else ""
+    basis = "" if there.measured else "; at least, from counted multiplications"
+    return f"{there.card}: fit {fit} in {there.precision}, images {sample}{memory}{basis}"
 
 
 def duration(seconds: float) -> str:
