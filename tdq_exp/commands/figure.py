@@ -124,7 +124,8 @@ def _make_one(figure: FigureManifest, out: Path, options: argparse.Namespace) ->
     # 2. The picture, of no other networks than the manifest names today.
     asked = figure_manifest.cells_of_figure(figure, options.scale, out, options.overrides)
     figure_numbers.require_asked(file, record, asked)
-    _tell_missing(record)
+    if figure.kind != "steps":  # which lists its missing rows with their commands
+        _tell_missing(record)
     path = drawings.draw(figure, record, file.with_suffix(".png"))
     console.print(f"numbers   {file}", markup=False)
     console.print(f"figure    {path}", markup=False)
@@ -138,6 +139,7 @@ def _rows(
     asked = figure_manifest.cells_of_figure(figure, options.scale, out, options.overrides)
     cells = [cells_module.find(cell) for cell in asked]
     if not options.run:
+        table_runs.show_missing(cells)
         return cells, []
 
     failed = table_runs.run(cells, options.go)
@@ -147,4 +149,4 @@ def _rows(
 def _tell_missing(record: dict[str, Any]) -> None:
     for name, column in record["columns"].items():
         if column["missing"]:
-            console.print(f"{name}: missing {', '.join(column['missing'])}", markup=False)
+            console.print(f"{name}: missing {'; '.join(column['missing'])}", markup=False)
