@@ -1,7 +1,7 @@
 """Draw a figure of the paper from measured numbers, and measure them first if asked to.
 
 examples:
-  python -m tdq_exp figure 3 --scale digits          draw from results/figures/figure3-digits.json
+  python -m tdq_exp figure 3 --scale digits          draw from results/numbers/figure3-digits.json
   python -m tdq_exp figure 3 --scale digits --run    measure first, and train what is missing
   python -m tdq_exp figure 3 --scale small --measure    measure the networks that there are
   python -m tdq_exp figure 8 --scale small --run     run the cells that have no row, then draw
@@ -92,7 +92,7 @@ def make(options: argparse.Namespace) -> int:
     for figure in figures:
         # A figure of all that has no numbers yet is left out, not refused.
         file = figure_numbers.numbers_file(figure.name, options.scale, out)
-        wanted = options.run or options.measure
+        wanted = options.run or options.measure or figure.kind == "steps"
         if every and not wanted and not file.exists():
             console.print(f"{figure.name} has no numbers yet: add --run", markup=False)
             continue
@@ -126,7 +126,7 @@ def _make_one(figure: FigureManifest, out: Path, options: argparse.Namespace) ->
     figure_numbers.require_asked(file, record, asked)
     if figure.kind != "steps":  # which lists its missing rows with their commands
         _tell_missing(record)
-    path = drawings.draw(figure, record, file.with_suffix(".png"))
+    path = drawings.draw(figure, record, out / "figures" / f"{file.stem}.png")
     console.print(f"numbers   {file}", markup=False)
     console.print(f"figure    {path}", markup=False)
     return bool(failed)

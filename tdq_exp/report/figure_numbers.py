@@ -24,7 +24,7 @@ def numbers_file(figure: str, scale: str, out: Path) -> Path:
         scale: of the runs.
         out: folder of results.
     """
-    return out / "figures" / f"{figure}-{scale}.json"
+    return out / "numbers" / f"{figure}-{scale}.json"
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
