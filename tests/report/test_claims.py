@@ -37,6 +37,8 @@ def comparison(ours, theirs, float_model=(10.0, 11.0), column="ddim"):
         ("no_larger", [12.9], [12], "holds"),
         ("no_larger", [13.1], [12], "does not hold"),
         ("no_larger", [9], [12], "holds"),
+        ("no_larger", [3.9], [3.5], "can't tell"),  # a spread of more than a quarter
+        ("no_larger", [1.5], [3.5], "holds"),
     ],
 )
 def test_a_rule_looks_beyond_the_spread(rule, ours, theirs, verdict):
