@@ -92,8 +92,8 @@ def make(options: argparse.Namespace) -> int:
     for figure in figures:
         # A figure of all that has no numbers yet is left out, not refused.
         file = figure_numbers.numbers_file(figure.name, options.scale, out)
-        wanted = options.run or options.measure or figure.kind == "steps"
-        if every and not wanted and not file.exists():
+        wanted = options.run or options.measure
+        if every and not wanted and not file.exists() and not _has_rows(figure, out, options):
             console.print(f"{figure.name} has no numbers yet: add --run", markup=False)
             continue
         failed = _make_one(figure, out, options) or failed
@@ -144,6 +144,15 @@ def _rows(
 
     failed = table_runs.run(cells, options.go)
     return [cells_module.find(cell) for cell in asked], failed
+
+
+def _has_rows(figure: FigureManifest, out: Path, options: argparse.Namespace) -> bool:
+    """Return whether there are rows to draw a figure from that needs no other numbers."""
+    if figure.kind != "steps":
+        return False
+    asked = figure_manifest.cells_of_figure(figure, options.scale, out, options.overrides)
+    found = [cells_module.find(cell) for cell in asked]
+    return figure_numbers.has_curve(figure_numbers.distances(figure, options.scale, found))
 
 
 def _tell_missing(record: dict[str, Any]) -> None:

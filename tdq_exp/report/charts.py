@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import LogFormatter, NullLocator
 
 from tdq_exp.report.axes import (
     COLOURS,
@@ -53,6 +53,12 @@ class _PlainNumbers(LogFormatter):
         return f"{x:.4g}" if super().__call__(x, pos) else ""
 
 
+def _plain_numbers(ticks: Any) -> None:
+    """Label a logarithmic axis with plain numbers, between powers of ten too if it is short."""
+    ticks.set_major_formatter(_PlainNumbers())
+    ticks.set_minor_formatter(_PlainNumbers(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+
+
 def distance_over_bits(panels: Sequence[Panel], path: Path, title: str) -> None:
     """Draw distance over the activations' bits: a panel for each model, a line for each method.
 
@@ -92,8 +98,7 @@ def _draw_panel(axis: Any, panel: Panel, styles: Mapping[str, Mapping[str, Any]]
     axis.invert_xaxis()
 
     axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(_PlainNumbers())
-    axis.yaxis.set_minor_formatter(_PlainNumbers(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    _plain_numbers(axis.yaxis)
 
     axis.set(xlabel="bits of activations", ylabel=panel.label.replace(" (", "\n("))
     axis.set_title(panel.title, fontsize=9)
@@ -131,8 +136,7 @@ def distance_over_steps(record: Numbers) -> Figure:
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xticks(sorted(every), [str(s) for s in sorted(every)])
         axis.invert_xaxis()
-        axis.yaxis.set_major_formatter("{x:.4g}")
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        _plain_numbers(axis.yaxis)
         axis.grid(color=GREY, alpha=0.2, which="both", axis="y")
         finish(axis, column)
     return figure
@@ -195,8 +199,7 @@ def paired_svg(groups: Sequence[Group], name: str) -> str:
 
         axis.set(xscale="log", yscale="log")
         for ticks in (axis.xaxis, axis.yaxis):
-            ticks.set_major_formatter(_PlainNumbers())
-            ticks.set_minor_formatter(_PlainNumbers(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+            _plain_numbers(ticks)
         axis.set_title(f"{group.model}, {group.steps} steps", fontsize=9)
         axis.set_xlabel("relative L2 distance to the float model's images", fontsize=SMALL)
         axis.set_ylabel(f"Frechet distance ({group.features} features)", fontsize=SMALL)

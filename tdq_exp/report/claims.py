@@ -194,6 +194,8 @@ def _verdicts(claim: Claim, comparisons: Sequence[Comparison]) -> list[str]:
         [comparison for comparison in comparisons if comparison.column == column]
         for column in claim.columns
     )
+    if not first or not second:  # a scale without one of the models
+        return []
     return [_less_gain(a, b) for a, b in zip(first, second, strict=True)]
 
 

@@ -267,7 +267,7 @@ def _alone(axis: Any, run: Numbers) -> None:
     axis.barh(range(len(errors)), errors, color=ORANGE, height=0.8)
     axis.set_xscale("log")
     axis.set_xlabel("error of $x_0$, alone", fontsize=TINY)
-    axis.set_title(f"{short_name(largest)}: {run['shares'][largest]:.1%} of all", fontsize=TINY)
+    axis.set_title(f"{short_name(largest)}:\n{run['shares'][largest]:.1%} of all", fontsize=TINY)
     axis.tick_params(axis="x", labelsize=TINY)
     axis.tick_params(axis="y", left=False, labelleft=False)
 

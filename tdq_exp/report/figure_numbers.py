@@ -90,6 +90,12 @@ def distances(figure: FigureManifest, scale: str, cells: Sequence[Cell]) -> dict
     return record
 
 
+def has_curve(record: Mapping[str, Any]) -> bool:
+    """Return whether a line of a figure of rows has more than one point."""
+    columns = record["columns"].values()
+    return any(len(line) > 1 for column in columns for line in column["lines"].values())
+
+
 def line_label(cell: Cell) -> str:
     """Return how a figure calls a line: `LSQ + TDQ W4A4`."""
     if not cell.config["method"]["quantized"]:

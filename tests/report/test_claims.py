@@ -87,6 +87,13 @@ def test_every_claim_asks_for_lines_of_the_tables():
                     assert json.dumps(choices, sort_keys=True) in asked, (claim.name, choices)
 
 
+def test_a_gain_in_a_model_that_the_scale_lacks_is_not_told(tmp_path):
+    claim = next(claim for claim in claims.read_claims() if claim.rule == "less_gain")
+    (judged,) = claims.judge([claim], "digits", tmp_path)
+    assert judged.verdicts == [] and judged.verdict == "can't tell"
+    assert "| latents |" in claims.markdown([judged], "digits", tmp_path)
+
+
 def test_an_unknown_rule_is_refused(tmp_path, monkeypatch):
     text = (assets.configs() / "claims.yaml").read_text().replace("no_larger", "nearly")
     (tmp_path / "claims.yaml").write_text(text)
