@@ -103,7 +103,7 @@ def show_summary(cells: Sequence[Cell], codes: Sequence[int]) -> list[str]:
 
 
 def show_missing(cells: Sequence[Cell]) -> None:
-    """Print the cells without a row, each with the command that makes it, and those to beware of."""
+    """Print the cells without a row, each with the command that makes it; and stale ones."""
     _warn_of_stale(cells)
     missing = [cell for cell in cells if not cell.done]
     if not missing:

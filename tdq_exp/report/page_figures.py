@@ -1,4 +1,4 @@
-"""Figures on the page of results: those of the paper, grids of images, charts of tables and runs."""
+"""Figures on the page of results: those of the paper, grids of images, charts of rows."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ CAPTIONS = {
     " are told the same time step while x_t changes; with x_t held, the other way round.",
     "errors": "Squared error of the activation quantizers, relative to the power of what they"
     " quantize: truncation is that of values beyond the grid, rounding that of all others.",
-    "steps": "Each network sampled with fewer and fewer steps. Which differences are larger than the"
-    " spread is said by the claim fewer-steps.",
+    "steps": "Each network sampled with fewer and fewer steps. The claim fewer-steps says which"
+    " differences are larger than the spread.",
     "ranges": "What an activation takes at every t, and what the grid of its quantizer covers,"
     " s (n - z) to s (p - z), which shows the zero point as well. The layers whose range changes"
     " most.",
