@@ -141,7 +141,8 @@ def _coding_seconds(job: Experiment, device: torch.device) -> tuple[float, float
 def stages_done(job: Experiment) -> tuple[bool, bool]:
     """Return whether there is nothing left to fit, and whether there is a row.
 
-    Fingerprints are checked when it runs. A finished fit whose network is gone is made again where something new is wanted of it.
+    Fingerprints are checked when it runs. A finished fit whose network is gone is made again where
+    something new is wanted of it.
     """
     fit = files.read_json(job.folder / "fit.json", needs=["done"])
     rows = read_rows(job.folder / job.sample_name / "metrics.json")

@@ -193,9 +193,11 @@ def paired_lines(groups: Sequence[Group], scale: str) -> Iterator[str]:
     table = markdown_lines(HEADERS, summary(groups))
     yield from page_markdown.table_lines(table, "Rank correlations of the two distances")
 
-    title = "Frechet distance of every row over its distance to the float model's images"
-    svg = charts.paired_svg(groups, f"paired-{scale}")
-    yield scroll_region(f"{title}, drawing", accessible(svg, title))
+    told = [group for group in groups if group.by_l2 is not None]
+    if told:
+        title = "Frechet distance of every row over its distance to the float model's images"
+        svg = charts.paired_svg(told, f"paired-{scale}")
+        yield scroll_region(f"{title}, drawing", accessible(svg, title))
     yield (
         "<figcaption>Spearman's rank correlation. The paired distance is that of a run's first"
         " images to those of the float model from the same noise; it takes seconds. 1: both rank"

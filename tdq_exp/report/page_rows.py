@@ -41,7 +41,8 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
     caption = f"All {len(rows)} rows"
     yield f"<details><summary>{caption}: fingerprints, seeds, commits, commands</summary>"
-    yield f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>'
+    yield f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}">'
+    yield '<table class="rows">'
     yield f"<caption>{caption}</caption><thead><tr>"
     for header, number in HEADERS:
         yield f'<th scope="col"{" class=number" if number else ""}>{header}</th>'

@@ -50,8 +50,8 @@ tbody th.long { min-width: 10rem; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 .missing { color: var(--quiet); font-style: italic; }
 .notes { font-size: .8125rem; color: var(--quiet); padding-left: 1.2rem; }
-details code { overflow-wrap: normal; }
-details td code { white-space: nowrap; }
+td code, .rows td { white-space: nowrap; }
+.rows th a { overflow-wrap: anywhere; }
 figure { margin: 1.5rem 0; }
 figure svg { display: block; width: 100%; height: auto; color: var(--text); }
 figure svg text { fill: currentColor; }
