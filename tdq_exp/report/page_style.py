@@ -64,5 +64,6 @@ figcaption { font-size: .875rem; color: var(--quiet); margin-top: .5rem; }
 .holds { color: var(--good); font-weight: 600; }
 .fails { color: var(--bad); font-weight: 600; }
 @media (max-width: 40rem) { tbody th { max-width: 9rem; } tbody th.long { min-width: 8rem; } }
+@media (min-width: 60rem) { .rows tbody th { min-width: 16rem; } }
 @media print { .scroll { overflow: visible; } tbody th { position: static; } }
 """
