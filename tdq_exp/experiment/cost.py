@@ -19,6 +19,7 @@ from tdq_exp.diffusion.draws import Stream
 from tdq_exp.experiment import card
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.card import CardCost
+from tdq_exp.experiment.network import network_is_here
 from tdq_exp.experiment.row import read_rows
 from tdq_exp.quant.convert import Recipe, layer_map
 from tdq_exp.runtime import files, launch
@@ -143,13 +144,18 @@ def _coding_seconds(job: Experiment, device: torch.device) -> tuple[float, float
 
 
 def stages_done(job: Experiment) -> tuple[bool, bool]:
-    """Return whether there is a finished fit, and a row; fingerprints are checked when it runs."""
+    """Return whether there is nothing left to fit, and whether there is a row.
+
+    Fingerprints are checked when it runs. A finished fit whose network is gone is made again where
+    something new is wanted of it.
+    """
     fit = files.read_json(job.folder / "fit.json", needs=["done"])
     rows = read_rows(job.folder / job.sample_name / "metrics.json")
 
     name = job.evaluation.label
     measured = any(row["config"]["eval"]["label"] == name for row in rows)
-    return bool(fit and fit["done"]), measured
+    here = measured or job.fit.options.loads_only or network_is_here(job)
+    return bool(fit and fit["done"] and here), measured
 
 
 def show(job: Experiment) -> Cost:
