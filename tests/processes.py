@@ -83,8 +83,9 @@ def command_line(arguments: list[str], stderr: str | Path) -> None:
     """Be `python -m tdq_exp.run`, with what it says of errors in a file."""
     from tdq_exp import commands
 
-    sys.stderr = Path(stderr).open("w", buffering=1)
-    os.dup2(sys.stderr.fileno(), 2)
+    file = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 2)
+    sys.stderr = os.fdopen(file, "w", buffering=1)
     sys.argv = ["tdq_exp", "run", *arguments]
     sys.exit(commands.main())
 

@@ -202,9 +202,9 @@ def write(graph: nn.Module, shape: tuple[int, ...], file: Path) -> int:
         file: `*.onnx`.
     """
 
-    # Any batch size; t is a number for the whole batch. diffusers' upsampling asks whether there are
-    # 64 samples, for the sake of memory's layout alone: without this limit torch records the network,
-    # meets the question, and records it again. The graph itself holds no limit.
+    # Any batch size; t is a number for the whole batch. diffusers' upsampling asks whether there
+    # are 64 samples, only for the layout of memory: without the limit torch records the network,
+    # meets that question, and records it again. The graph itself holds no limit.
     x, t = torch.zeros(2, *shape), torch.tensor(1)
     batch = torch.export.Dim("batch", min=1, max=63)
 
