@@ -121,7 +121,9 @@ def _make_one(figure: FigureManifest, out: Path, options: argparse.Namespace) ->
             f" write {file})"
         )
 
-    # 2. The picture.
+    # 2. The picture, of no other networks than the manifest names today.
+    asked = figure_manifest.cells_of_figure(figure, options.scale, out, options.overrides)
+    figure_numbers.require_asked(file, record, asked)
     _tell_missing(record)
     path = drawings.draw(figure, record, file.with_suffix(".png"))
     console.print(f"numbers   {file}", markup=False)

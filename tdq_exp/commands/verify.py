@@ -55,6 +55,7 @@ def verify(what: str, out: Path) -> int:
 def table_faults(name: str, out: Path) -> list[str]:
     """Return what is wrong with the runs of a table, at all of its scales, and with its files."""
     from tdq_exp.report import cells, columns, manifest, render
+    from tdq_exp.report.costs import read_costs
 
     table = manifest.read_manifest(name)
     found: list[str] = []
@@ -70,7 +71,9 @@ def table_faults(name: str, out: Path) -> list[str]:
         file = out / "tables" / f"{name}-{scale}.md"
         if not here and file.exists():
             rows = [cells.find(cell) for cell in asked]
-            if file.read_text() != render.markdown(columns.text_table(table, scale, rows, [])):
+            costs = read_costs(out / table.measured if table.measured else None)
+            wanted = columns.text_table(table, scale, rows, [], costs)
+            if file.read_text() != render.markdown(wanted):
                 found.append(
                     f"{file}: is not what its rows give; render it again:"
                     f" python -m tdq_exp table {name} --scale {scale}"

@@ -224,14 +224,26 @@ def _file_faults(
 
     if file.suffix == ".json":
         _tried(found, lambda: files.read_json(file, must_be_sealed=must_be_sealed))
-    elif file.suffix == ".png" and not figures.is_whole(file):
+    elif file.suffix in (".png", ".svg") and not figures.is_whole(file):
         found.append(f"{file}: damaged (no whole picture); remove it")
     elif file.suffix == ".pt":
         checked = _tried(found, lambda: tensor_files.check_state(file))
         if must_be_sealed and checked is False:
             found.append(f"{file}: {UNCHECKED}")
+        if checked and fit is not None:
+            found += _state_faults(file, fit)
     elif file.suffix == ".safetensors":
         found += _tensor_faults(file, fit, must_be_sealed)
+    return found
+
+
+def _state_faults(file: Path, fit: Mapping[str, Any]) -> list[str]:
+    """Return a line if a training state or a block says that it is of another fit."""
+    found: list[str] = []
+    state = _tried(found, lambda: tensor_files.read_state(file)) or {}
+    stated = state.get("fingerprint", fit["fingerprint"])
+    if stated != fit["fingerprint"]:
+        found.append(f"{file}: is of the fit {stated}, beside it is {fit['fingerprint']}")
     return found
 
 
@@ -253,7 +265,7 @@ def _tensor_faults(file: Path, fit: Mapping[str, Any] | None, must_be_sealed: bo
 
 def _files(folder: Path) -> list[Path]:
     """Return the files below a folder that have a checksum of their own."""
-    kinds = {".json", ".png", ".pt", ".safetensors", ".part"}
+    kinds = {".json", ".png", ".svg", ".pt", ".safetensors", ".part"}
     return [
         file
         for file in sorted(folder.rglob("*"))

@@ -191,7 +191,7 @@ def _verdicts(claim: Claim, comparisons: Sequence[Comparison]) -> list[str]:
         [comparison for comparison in comparisons if comparison.column == column]
         for column in claim.columns
     )
-    return [_less_gain(a, b) for a, b in zip(first, second, strict=False)]
+    return [_less_gain(a, b) for a, b in zip(first, second, strict=True)]
 
 
 def _verdict(rule: str, comparison: Comparison) -> str:

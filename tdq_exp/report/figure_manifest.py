@@ -50,14 +50,16 @@ class FigureManifest:
             raise ValueError(f"kind: {self.kind}: choose one of {', '.join(KINDS)}")
 
     def lines_of(self) -> Manifest:
-        """Return the table with only the lines that the figure is about.
+        """Return the table with only the lines that the figure is about, at their first seeds.
 
         Raises:
             ValueError: if a method or a pair of widths chooses no line.
         """
         table = manifests.read_manifest(self.table)
         lines = [
-            line for line in table.lines if line.label in self.methods and line.bits in self.bits
+            dataclasses.replace(line, seeds={})
+            for line in table.lines
+            if line.label in self.methods and line.bits in self.bits
         ]
 
         chosen = {line.label for line in lines} | {line.bits for line in lines}

@@ -37,6 +37,32 @@ def _one_line(match: re.Match[str]) -> str:
     return re.sub(r"\s*\n\s*", " ", match[0]).replace("[ ", "[").replace(" ]", "]")
 
 
+def require_asked(file: Path, record: Mapping[str, Any], cells: Sequence[Cell]) -> None:
+    """Refuse numbers of other runs than a figure asks for: its manifest or table has changed.
+
+    Args:
+        file: of the numbers, for the message.
+        record: the numbers.
+        cells: that the manifest asks for now.
+
+    Raises:
+        ValueError: naming every line that is of another run.
+    """
+    asked: dict[tuple[str, str], set[str]] = {}
+    for cell in cells:
+        asked.setdefault((cell.column, line_label(cell)), set()).add(cell.run)
+
+    faults = []
+    for column, numbers in record["columns"].items():
+        for label, measured in numbers.get("runs", {}).items():
+            wanted = asked.get((column, label), set())
+            if measured["run"] not in wanted:
+                instead = " or ".join(sorted(wanted)) or "no such line"
+                faults.append(f"{column}, {label} is of {measured['run']}, asked for is {instead}")
+    if faults:
+        raise ValueError(f"{file}: {'; '.join(faults)}; measure it again with --measure")
+
+
 def distances(figure: FigureManifest, scale: str, cells: Sequence[Cell]) -> dict[str, Any]:
     """Return the distance of every line at every number of sampling steps.
 

@@ -143,9 +143,15 @@ def _pages(out: Path, pattern: str) -> Iterator[str]:
 def _figures(out: Path, scale: str) -> Iterator[str]:
     """Yield every figure that has numbers."""
     for name in figure_manifest.names():
-        record = files.read_json(figure_numbers.numbers_file(name, scale, out))
-        if record is not None:
-            yield from _figure(figure_manifest.read_figure(name), record)
+        file = figure_numbers.numbers_file(name, scale, out)
+        record = files.read_json(file)
+        if record is None:
+            continue
+
+        figure = figure_manifest.read_figure(name)
+        asked = figure_manifest.cells_of_figure(figure, scale, out)
+        figure_numbers.require_asked(file, record, asked)
+        yield from _figure(figure, record)
 
 
 def _figure(figure: FigureManifest, record: Mapping[str, Any]) -> Iterator[str]:

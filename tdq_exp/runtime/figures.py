@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -187,12 +188,13 @@ def save_figure(figure: Figure, path: Path, images: bool = False) -> None:
         path: a PNG or an SVG.
         images: whether it shows images, whose colours are all kept; a chart has enough of 256.
     """
+    buffer = io.BytesIO()
     if path.suffix == ".svg":
-        with rc_context(_reproducible(path.stem)), files.replacing(path) as part:
-            figure.savefig(part, format="svg", metadata={"Date": None})
+        with rc_context(_reproducible(path.stem)):
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
+        files.write_bytes(path, buffer.getvalue() + _svg_checksum(buffer.getvalue()))
         return
 
-    buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     picture = Image.open(buffer).convert("RGB")
     if not images:
@@ -202,13 +204,28 @@ def save_figure(figure: Figure, path: Path, images: bool = False) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether a file is a PNG whose parts match their checksums."""
+    """Return whether a file is a PNG or an SVG that matches its checksums.
+
+    An SVG of an earlier version has none: it is whole if it has an end.
+    """
+    if not path.is_file():  # a pipe would wait for ever
+        return False
+    if path.suffix == ".svg":
+        content = path.read_bytes()
+        picture = content[: content.rfind(b"<!--")]
+        return content.endswith(b"</svg>\n") or content == picture + _svg_checksum(picture)
+
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.verify()
     except (OSError, SyntaxError, ValueError):
         return False
     return path.read_bytes()[-12:-8] == bytes(4)  # the last part, IEND, is empty
+
+
+def _svg_checksum(content: bytes) -> bytes:
+    """Return the comment that ends an SVG: the CRC-32 of all before it."""
+    return f"<!-- crc32 {zlib.crc32(content):08x} -->\n".encode()
 
 
 def svg_text(figure: Figure, name: str) -> str:

@@ -13,11 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from tdq_exp.commands.verify import table_faults
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import fit_stage, pipeline, verify
 from tdq_exp.experiment.load import load
-from tdq_exp.runtime import environment
+from tdq_exp.runtime import environment, tensor_files
 from tdq_exp.runtime.files import fingerprint, read_json, sealed, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,6 +160,11 @@ def test_a_changed_row_is_a_fault_and_is_in_no_table(path, value, fault, tmp_pat
     assert last == "commit" or verify.row_faults(file)
 
 
+def test_a_table_with_measured_costs_is_what_its_rows_give(monkeypatch):
+    monkeypatch.setattr(verify, "run_faults", lambda folder: [])  # every run has its own test
+    assert table_faults("table7", RUNS.parent) == []
+
+
 def test_the_verb_verify_says_what_is_wrong_and_ends_with_a_code(tmp_path, inside):
     run = tmp_path / "digits_w4a4_lsq_tdq" / "seed0"
     shutil.copytree(RUNS / "digits_w4a4_lsq_tdq" / "seed0", run)
@@ -169,6 +175,9 @@ def test_the_verb_verify_says_what_is_wrong_and_ends_with_a_code(tmp_path, insid
     file.write_text(file.read_text().replace('"fid"', '"fie"'))
     found = inside(str(run), verb="verify")
     assert found.returncode == 1 and f"{file}: damaged" in found.stdout
+
+    tensor_files.write_state(run / "state.earlier.pt", {"fingerprint": "0" * 16})
+    assert any("is of the fit 0000000000000000" in fault for fault in verify.run_faults(run))
 
     os.mkfifo(run / "state.pt")  # nothing reads it in a finished run, and whoever did would wait
     found = inside(str(run), verb="verify")

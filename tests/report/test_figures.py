@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from tdq_exp.analysis import samples
 from tdq_exp.commands import figure as figure_command
 from tdq_exp.commands import report as report_command
-from tdq_exp.report import drawings, figure_manifest, figure_numbers, page_markdown
+from tdq_exp.report import drawings, figure_manifest, figure_numbers, page, page_markdown
 from tdq_exp.runtime import figures
 
 T = [0, 500, 999]
@@ -27,8 +29,8 @@ def record_of(kind: str) -> dict:
     column = {"model": "digits", "missing": ["NIPQ W4A4"]}
     about = {"images": 2, "steps": 3, "seed": 0, "commit": "abc", "machine": "a <machine>"}
     runs = {}
-    for number, label in enumerate(("LSQ W4A4", "LSQ + TDQ W4A4")):
-        run = {"run": f"run{number}", "fit": "f" * 16}
+    for label, name in (("LSQ W4A4", "lsq"), ("LSQ + TDQ W4A4", "lsq_tdq")):
+        run = {"run": f"digits_w4a4_{name}_release", "fit": "f" * 16}
         if kind == "errors":
             run |= {"truncation": [0.1, 0.01, 0.2], "rounding": [0.01] * 3, "quantizers": 2}
         elif kind == "ranges":
@@ -111,6 +113,17 @@ def test_every_figure_has_a_manifest_that_chooses_lines():
     assert figure_manifest.read_figure("3") == figure_manifest.read_figure("figure3")
 
 
+@pytest.mark.parametrize("name", figure_manifest.names())
+def test_a_figure_asks_for_one_seed_of_each_line(name, tmp_path):
+    cells = figure_manifest.cells_of_figure(figure_manifest.read_figure(name), "small", tmp_path)
+    shown = [
+        (cell.column, figure_numbers.line_label(cell), cell.config["sampler"]["steps"])
+        for cell in cells
+    ]
+    assert len(set(shown)) == len(shown)
+    assert {(cell.config["seed"], cell.config["sampler"]["seed"]) for cell in cells} == {(0, 0)}
+
+
 def test_a_wrong_manifest_says_what_is_wrong(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no such figure"):
         figure_manifest.read_figure("4")
@@ -151,6 +164,19 @@ def test_the_same_numbers_give_the_same_picture(name, results, tmp_path):
         again = drawings.draw(figure, record, tmp_path / "b.png")
         assert again.read_bytes() == picture.read_bytes()
         assert len({drawings.svg(figure, record, "name") for _ in range(2)}) == 1
+
+
+def test_numbers_of_other_runs_than_the_manifest_asks_for_are_refused(tmp_path, capsys):
+    record = {**record_of("errors"), "figure": "figure3"}
+    record["columns"]["ddim"]["runs"]["LSQ W4A4"]["run"] = "digits_w4a4_lsq"
+    figure_numbers.write(figure_numbers.numbers_file("figure3", "digits", tmp_path), record)
+
+    assert figure_command.main(["3", "--scale", "digits", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "ddim, LSQ W4A4 is of digits_w4a4_lsq, asked for is digits_w4a4_lsq_release" in said
+    assert "--measure" in said and not (tmp_path / "figures" / "figure3-digits.png").exists()
+    with pytest.raises(ValueError, match="asked for is digits_w4a4_lsq_release"):
+        list(page._figures(tmp_path, "digits"))
 
 
 def test_numbers_that_are_not_there_are_asked_for(tmp_path, capsys):
@@ -272,3 +298,22 @@ def test_step_sizes_are_drawn_with_their_zero_points(timed, tmp_path, monkeypatc
     else:
         assert [bar.get_width() for bar in figure.axes[0].patches] == [1.0, 2.0, 3.0]
         assert "time step" not in labels
+
+
+def test_a_damaged_picture_is_not_whole(tmp_path):
+    figure = Figure(figsize=(1, 1))
+    for name in ("chart.svg", "chart.png"):
+        file = tmp_path / name
+        figures.save_figure(figure, file)
+        assert figures.is_whole(file)
+
+        content = file.read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+        for damaged in (flipped, content[:middle], b"", b"{}"):
+            file.write_bytes(damaged)
+            assert not figures.is_whole(file)
+
+        file.unlink()
+        os.mkfifo(file)
+        assert not figures.is_whole(file)
