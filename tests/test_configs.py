@@ -317,6 +317,36 @@ def test_values_set_on_a_kept_composition_are_what_hydra_composes(overrides):
     assert compose(overrides).seed != 77
 
 
+def test_an_option_of_an_independent_group_is_what_hydra_composes():
+    files = compose_module._state_of_files()
+    independent = compose_module._independent_groups(files)
+    assert {"bits", "tdq", "plan", "habits"} <= independent
+    assert not {"method", "model", "debug", "fit", "sampler", "calibration"} & independent
+
+    # With the frames and the nodes of compositions that have not both.
+    model = ("model=ddim_small", "method=lsq")
+    for options in (
+        (*model, "bits=w4a4", "tdq=temporal"),
+        ("model=digits", "method=minmax", "bits=w8a6", "plan=edge8", "tdq=none", "habits=release"),
+        (*model, "bits=w4a4", "tdq=none", "plan=release"),
+    ):
+        compose(options)
+    for options in (
+        (*model, "bits=w8a6", "tdq=none"),
+        (*model, "tdq=none", "plan=edge8", "bits=w8a6"),
+        ("method=minmax", "habits=release", "plan=release", "model=digits", "bits=w4a4", "tdq=none"),
+    ):
+        before = compose_module._composed.cache_info().misses
+        found = compose(options)
+        assert compose_module._composed.cache_info().misses == before
+        whole = compose_module._composed(options, files)
+        assert _typed_values(found) == _typed_values(whole)
+        assert OmegaConf.is_struct(found) and OmegaConf.is_struct(found.bits)
+
+    with pytest.raises(ValueError, match="bits=w5a99|w5a99"):
+        compose([*model, "bits=w5a99", "tdq=none"])
+
+
 def _typed_values(node):
     if OmegaConf.is_dict(node):
         values = {key: _typed_values(node._get_node(key)) for key in node}

@@ -252,6 +252,14 @@ def test_a_latent_net_is_exported_in_the_portable_form(tmp_path, weights):
     differences = [found for _, found, _ in export.compare(*sample_command.load(made.folder), file)]
     assert len(differences) == 4 and max(differences) < 0.02
 
+    # It takes any batch, also beyond the limit with which it was recorded, and promises none.
+    run, x = export.session(file), torch.randn(65, *made.model.sample_shape).numpy()
+    whole = run.run(None, {"x_t": x, "t": np.array(400)})[0]
+    for batch in (1, 63, 64):
+        part = run.run(None, {"x_t": x[-batch:], "t": np.array(400)})[0]
+        assert np.abs(part - whole[-batch:]).max() <= 1e-5 * np.abs(whole).max()
+    assert b"VR[" not in file.read_bytes()
+
 
 @pytest.mark.usefixtures("few_start_values")
 def test_two_processes_encode_and_sample_a_latent_model_as_one_does(tmp_path, weights, together):
