@@ -57,6 +57,35 @@ def _small_charts():
     figures.RESOLUTION = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _step_sizes_drawn_once():
+    """A run's chart of step sizes is drawn once with curves and once with bars; other runs get a copy.
+
+    What it shows has tests of its own, which call the function itself.
+    """
+    from tdq_exp.experiment import fit_stage
+    from tdq_exp.runtime import figures
+
+    drawn = {}
+
+    def intervals_over_time(tables, path, title):
+        draw, timed = figures.intervals_over_time, any(len(s) > 1 for s, _ in tables.values())
+        if (draw, timed) not in drawn:
+            draw(tables, path, title)
+            both = [path, path.with_suffix(".svg")]
+            drawn[draw, timed] = [(p.suffix, p.read_bytes()) for p in both if p.exists()]
+        for suffix, content in drawn[draw, timed]:
+            path.with_suffix(suffix).write_bytes(content)
+
+    class Figures:
+        def __getattr__(self, name):
+            return intervals_over_time if name == "intervals_over_time" else getattr(figures, name)
+
+    fit_stage.figures = Figures()
+    yield
+    fit_stage.figures = figures
+
+
 @pytest.fixture
 def few_start_values(monkeypatch):
     """Calibrates on fewer values: the search for start values takes longer than fitting a tiny net."""

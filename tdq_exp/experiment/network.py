@@ -60,20 +60,30 @@ def finished_net(
         load_weights(net, str(checkpoint))
         return bake(net, inplace=True).to(device)
 
+    require_file(job)
     file = job.fit.network_file(job.folder)
-    if not file.exists() and (job.folder / PACKED).exists():
-        return packed_net(job, job.folder / PACKED, fit).to(device)
     if not file.exists():
-        raise FileNotFoundError(
-            f"{file}: is not here, and no {PACKED} either; remove {job.folder / RECORD} and run the"
-            " command again to fit anew"
-        )
+        return packed_net(job, job.folder / PACKED, fit).to(device)
 
     found = tensor_files.read_tensors(file)
     tensor_files.require_of(file, found.metadata, fit)
     net = job.fit.finished(job.model, job.recipe, job.folder, device)
     require_recorded(job.folder, file, net)
     return net
+
+
+def require_file(job: Experiment) -> None:
+    """Refuse a finished fit whose network is not here, neither as it was baked nor packed.
+
+    Raises:
+        FileNotFoundError: naming the file.
+    """
+    file = job.fit.network_file(job.folder)
+    if not file.exists() and not (job.folder / PACKED).exists():
+        raise FileNotFoundError(
+            f"{file}: is not here, and no {PACKED} either; remove {job.folder / RECORD} and run the"
+            " command again to fit anew"
+        )
 
 
 def packed_net(job: Experiment, path: Path, fit: str | None = None) -> nn.Module:
