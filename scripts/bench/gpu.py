@@ -46,6 +46,10 @@ FORMS = ("float", "LSQ", "LSQ+TDQ")
 Batch = tuple[Tensor, Tensor, Tensor]  # x_0, t, eps
 
 
+class NoTimeLeft(Exception):
+    """The bench is at its end; the message names the first part that is left out."""
+
+
 class Bench:
     """Where results go, and how large everything is.
 
@@ -79,16 +83,21 @@ class Bench:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Keep an error within the block from ending the bench."""
+        """Keep an error within the block from ending the bench.
+
+        Raises:
+            NoTimeLeft: if the block would begin after the last moment, and so would all others.
+        """
+        if time.monotonic() > self.deadline:
+            raise NoTimeLeft(name)
         try:
-            if time.monotonic() > self.deadline:
-                raise TimeoutError("no time was left")
             yield
         except Exception as error:
+            if isinstance(error, NoTimeLeft):
+                raise
             lines = str(error).strip().splitlines() or [""]
             self.note("failed", name, f"{type(error).__name__}: {lines[0]}"[:300])
-            if not isinstance(error, TimeoutError):
-                traceback.print_exc(limit=-4)
+            traceback.print_exc(limit=-4)
         finally:
             gc.collect()
             if not self.small:
@@ -250,7 +259,7 @@ class Training:
         )
         self.ema = Ema(self.net, 0.9999)
         self.batches = [self.random_batch(batch, seed) for seed in range(3)]
-        self.graph = TrainingGraph(self.net, self.loss, *self.batches[0]) if recorded else None
+        self.graph = TrainingGraph(self.net, self.backward, self.batches[0]) if recorded else None
         self.update = 0
 
     def random_batch(self, batch: int, seed: int) -> Batch:
@@ -265,6 +274,12 @@ class Training:
         """The loss at this precision."""
         with autocast(self.device, self.precision):
             return self.model.training_loss(self.net, x_0, t, eps)
+
+    def backward(self, *batch: Tensor) -> Tensor:
+        """Add the loss's gradients to the parameters; return the loss."""
+        loss = self.loss(*batch)
+        loss.backward()
+        return loss.detach()
 
     def __call__(self, batch: Batch | None = None, wait: bool = False) -> None:
         """One update, on a batch that is there unless one is given; `wait` reads the loss on the host."""
@@ -439,8 +454,17 @@ def churches_images(bench: Bench, job: jobs.Experiment, precisions: tuple[str, .
 
 
 def run(options: argparse.Namespace) -> None:
-    """All parts, the bars first."""
+    """All parts that there is time for, then the page."""
     bench = Bench(options)
+    try:
+        parts(bench)
+    except NoTimeLeft as part:
+        bench.note("about", "left_out", f"no time was left for: {part}, and what comes after it")
+    gpu_report.write(options.out, hours=False)
+
+
+def parts(bench: Bench) -> None:
+    """All parts, the bars first."""
     bench.note(
         "about", "batch", {"ddim": 4 if bench.small else 128, "ldm": 2 if bench.small else 32}
     )
@@ -469,7 +493,6 @@ def run(options: argparse.Namespace) -> None:
         loop(bench, pixel, precision, batch)
         profiles(bench, pixel, precision, batch)
         layouts(bench, pixel, precision, batch)
-    gpu_report.write(options.out, hours=False)
 
 
 def _job(experiment: str, model: str | None) -> jobs.Experiment:
