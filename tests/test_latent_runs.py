@@ -107,9 +107,8 @@ def test_a_latent_model_goes_from_float_net_to_row(tmp_path, weights, overrides)
     pixels = np.load(made.folder / made.sample_name / "images" / "images.npy")
     assert pixels.shape == (12, 8, 8, 1)  # decoded
     layers = json.loads((made.folder / "layers.json").read_text())["layers"]
-    assert not any(
-        "encoder" in layer["layer"] for layer in layers
-    )  # the first stage is not quantized
+    # The first stage is not quantized.
+    assert layers and not any("encoder" in name for name, _ in layers)
     assert pipeline.run(build(tmp_path, *weights, *overrides)) == [row]
 
 
