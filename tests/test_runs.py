@@ -27,7 +27,7 @@ from tdq_exp.fit import Qat
 from tdq_exp.fit.loop import Interrupted
 from tdq_exp.fit.qat import QatTraining
 from tdq_exp.models import pixel
-from tdq_exp.runtime import files, signals
+from tdq_exp.runtime import environment, files, signals
 from tests import processes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,6 +179,29 @@ def test_killed_sampling_goes_on_with_the_same_bits(tmp_path, tiny_weights, fini
     (folder / "metrics.json").unlink()
     pipeline.run(made)
     assert np.array_equal(images(made), before)
+
+
+def test_a_row_says_where_its_network_was_fitted_and_its_images_sampled(
+    tmp_path, tiny_weights, finished, monkeypatch
+):
+    made = build(tmp_path, tiny_weights)
+    folder = made.folder / made.sample_name
+    (here,) = pipeline.run(made)
+    assert "sampled_on" not in here and "fitted_on" not in here
+
+    # One group of the images is lost, and sampled on another machine, where all is measured.
+    done = np.load(folder / "images" / "groups.npy", mmap_mode="r+")
+    done[1] = 0
+    done.flush()
+    (folder / "metrics.json").unlink()
+    other = {"machine": "another"}
+    monkeypatch.setattr(environment, "environment", lambda device=None: other)
+    (there,) = pipeline.run(build(tmp_path, tiny_weights))
+
+    assert there["environment"] == other
+    assert there["sampled_on"] == [here["environment"]]
+    assert there["fitted_on"] == here["environment"]
+    assert there["metrics"] == here["metrics"]
 
 
 def flipped(path):

@@ -15,31 +15,41 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gpu_report
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from tdq_exp.config.compose import compose
+from tdq_exp.data.images import Images
 from tdq_exp.diffusion.denoising_graph import RecordedSteps
 from tdq_exp.diffusion.draws import draw_batch
 from tdq_exp.experiment import build as jobs
 from tdq_exp.fit.ahead import batches_ahead
 from tdq_exp.fit.ema import Ema
-from tdq_exp.fit.qat import optimizer_groups, rates_of
+from tdq_exp.fit.gradients import Gradients
+from tdq_exp.fit.loop import TrainingSets
+from tdq_exp.fit.options import QatOptions
+from tdq_exp.fit.qat import QatTraining, optimizer_groups, rates_of
 from tdq_exp.fit.training_graph import TrainingGraph
 from tdq_exp.models.pixel import DiffusionModel
+from tdq_exp.models.recompute import recompute_activations
 from tdq_exp.quant import Recipe, StaticIntervals, TemporalIntervals, bake, kernels, ops
 from tdq_exp.quant.quantizer import Quantizer
 from tdq_exp.quant.rules.lsq import Lsq
 from tdq_exp.runtime import environment, files
+from tdq_exp.runtime.context import RunContext
+from tdq_exp.runtime.processes import Processes
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 FORMS = ("float", "LSQ", "LSQ+TDQ")
@@ -442,6 +452,68 @@ def churches(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> 
             )
 
 
+def savings(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
+    """What micro-batches and recomputed activations save, and cost, in the latent model's training."""
+    processes = Processes(cpu=bench.small)
+    for title, recompute, micro in (
+        ("4 micro-batches", False, 4),
+        ("activations computed again", True, 1),
+    ):
+        name = f"train ldm LSQ+TDQ {precision}, graph, {title}"
+        with bench.part(name):
+            net = built(job.model, "LSQ+TDQ", bench.device)
+            if recompute:
+                recompute_activations(net)
+
+            def loss(x_0: Tensor, t: Tensor, eps: Tensor, net: nn.Module = net) -> Tensor:
+                with autocast(bench.device, precision):
+                    return job.model.training_loss(net, x_0, t, eps)
+
+            gradients = Gradients(net, loss, processes, micro)
+            x = torch.randn(batch, *job.model.sample_shape, device=bench.device)
+            t = torch.randint(job.model.schedule.steps, (batch,), device=bench.device)
+            bench.timed(name, partial(gradients, (x, t, torch.randn_like(x))), rounds=3)
+
+
+def fit_loop(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
+    """Updates of the loop that a fit runs: its batches, its readings of the loss, its average."""
+    updates = 12 if bench.small else 60
+    size, channels = job.model.sample_shape[-1], job.model.sample_shape[0]
+    shape = (2000, size, size, channels)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    sets = TrainingSets(Images(pixels, "noise", ""), Images(pixels[:64], "noise", ""))
+
+    for form in FORMS:
+        name = f"fit's loop {form} {precision}"
+        with bench.part(name), tempfile.TemporaryDirectory() as folder:
+            net = built(job.model, form, bench.device)
+            rates = dict.fromkeys(("lr", "lr_step_size", "lr_zero_point", "lr_generator"), 1e-6)
+            options = QatOptions(
+                kind="qat", updates=updates, batch_size=batch, precision=precision,
+                validate_every=updates, validation_samples=8, **rates,
+            )  # fmt: skip
+            optimizer = torch.optim.AdamW(optimizer_groups(net, rates_of(options)), fused=True)
+            context = RunContext(Path(folder), "", 0, Processes(cpu=bench.small), Path(folder))
+            training = QatTraining(net, job.model, sets, optimizer, options, context)
+
+            # What lies between two readings is all that a reader of the clock can know.
+            stamps: list[float] = []
+            read = training._read
+
+            def noted(
+                done: int, read: Callable[..., Any] = read, stamps: list[float] = stamps
+            ) -> Any:
+                answer = read(done)
+                stamps.append(time.perf_counter())
+                return answer
+
+            training._read = noted  # type: ignore[method-assign]
+            training.run()
+            every = training.read_every
+            times = [1e3 * (b - a) / every for a, b in zip(stamps, stamps[1:], strict=False)]
+            bench._keep(name, times[:-1] or times)  # the last one holds a validation
+
+
 def churches_images(bench: Bench, job: jobs.Experiment, precisions: tuple[str, ...]) -> None:
     """The latent model's denoising step, and the decoding of images."""
     denoising(bench, job, "ldm", 2 if bench.small else 100, precisions)
@@ -482,6 +554,9 @@ def parts(bench: Bench) -> None:
     latent = _job("ldm_w4a4_lsq_tdq", "tiny_latent" if bench.small else None)
     fast = bench.precisions[-1]
     churches(bench, latent, fast, bench.results["about"]["batch"]["ldm"])
+    savings(bench, latent, fast, bench.results["about"]["batch"]["ldm"])
+    for precision in ("bfloat16",) if bench.small else bench.precisions[1:]:
+        fit_loop(bench, pixel, precision, batch)
     loop(bench, pixel, fast, batch)
     profiles(bench, pixel, fast, batch)
     layouts(bench, pixel, fast, batch)

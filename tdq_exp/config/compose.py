@@ -109,8 +109,7 @@ def _independent_choices(options: Sequence[str], files: object) -> dict[str, str
     anywhere, and of a group that is named twice Hydra says what is wrong.
     """
     found = [_PLAIN_OPTION.fullmatch(option) for option in options]
-    pairs = [match.groups() for match in found if match is not None]
-    choices = dict(pairs)
+    choices = {match[1]: match[2] for match in found if match is not None}
     if len(choices) < len(options) or "experiment" in choices:
         return {}
     return {group: choices[group] for group in choices.keys() & _independent_groups(files)}
