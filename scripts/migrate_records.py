@@ -7,9 +7,9 @@ again when a name in them changes. For each run this script first computes every
 record as it stands and stops if one differs from what is recorded: what it cannot reproduce it does
 not rewrite. Then it renames (`config.records.upgrade`), hashes again down the chain
 fit < sample < measure, and rewrites fit.json, samples.json, metrics.json and the header of a packed
-network. Every JSON file and row gets its seal, every file of tensors its checksum; what an older
-row lacks (the hash of its image set) it goes on to lack. Numbers, facts and images are not touched.
-A second call changes nothing.
+network; a layer map gets its present form. Every JSON file and row gets its seal, every file of
+tensors its checksum; what an older row lacks (the hash of its image set) it goes on to lack.
+Numbers, facts and images are not touched. A second call changes nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tdq_exp.config.schema import plain
 from tdq_exp.diffusion import Ddim
 from tdq_exp.experiment.row import measure_parts
 from tdq_exp.fit.ptq.calibration_set import CalibrationSpec
+from tdq_exp.fit.quantized import layer_record
 from tdq_exp.runtime import tensor_files
 from tdq_exp.runtime.files import fingerprint, read_json, sealed, write_json
 
@@ -66,6 +67,8 @@ def migrate(run: Path, data_sets: list[Any]) -> bool:
         _migrate_samples(samples_file, old, new, data_sets)
 
     write_json(run / "fit.json", new)
+    if (run / "layers.json").exists():
+        _migrate_layers(run / "layers.json")
     if (run / "packed.safetensors").exists():
         _migrate_packed(run / "packed.safetensors", old, new)
 
@@ -92,6 +95,13 @@ def add_checksum(file: Path) -> None:
         state = tensor_files.read_state(file)
         assert state is not None
         tensor_files.write_state(file, state)
+
+
+def _migrate_layers(path: Path) -> None:
+    content = _read(path)
+    if "kinds" not in content:
+        content |= layer_record(content["layers"])
+    write_json(path, content)
 
 
 def _new_fit(old: Record, path: Path) -> Record:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import processes
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -43,6 +45,45 @@ def _no_old_garbage():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_charts():
+    """Charts of every run at a quarter of their resolution: drawing them takes longer than a tiny fit."""
+    from tdq_exp.runtime import figures
+
+    before, figures.RESOLUTION = figures.RESOLUTION, figures.RESOLUTION // 4
+    yield
+    figures.RESOLUTION = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _step_sizes_drawn_once():
+    """A run's chart of step sizes is drawn once with curves and once with bars; other runs get a copy.
+
+    What it shows has tests of its own, which call the function itself.
+    """
+    from tdq_exp.experiment import fit_stage
+    from tdq_exp.runtime import figures
+
+    drawn = {}
+
+    def intervals_over_time(tables, path, title):
+        draw, timed = figures.intervals_over_time, any(len(s) > 1 for s, _ in tables.values())
+        if (draw, timed) not in drawn:
+            draw(tables, path, title)
+            both = [path, path.with_suffix(".svg")]
+            drawn[draw, timed] = [(p.suffix, p.read_bytes()) for p in both if p.exists()]
+        for suffix, content in drawn[draw, timed]:
+            path.with_suffix(suffix).write_bytes(content)
+
+    class Figures:
+        def __getattr__(self, name):
+            return intervals_over_time if name == "intervals_over_time" else getattr(figures, name)
+
+    fit_stage.figures = Figures()
+    yield
+    fit_stage.figures = figures
 
 
 @pytest.fixture
@@ -106,43 +147,26 @@ def inside(tmp_path, monkeypatch, capsys):
     return run
 
 
-_TWO_PROCESSES = """
-import os, sys
-import torch
-from tdq_exp.config.compose import compose
-from tdq_exp.experiment import build, pipeline
-from tdq_exp.quant import calibrate
-from tdq_exp.runtime import figures
-
-calibrate.KEPT = 512
-figures.intervals_over_time = figures.sample_grid = lambda *rest: None
-
-
-def process(rank, ports, arguments):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    for port in ports:
-        end = arguments.index("--") if "--" in arguments else len(arguments)
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        pipeline.run(build.build(compose(arguments[:end])))
-        arguments = arguments[end + 1 :]
-
-
-ports = sys.argv[1].split(",")
-torch.multiprocessing.start_processes(process, (ports, sys.argv[2:]), nprocs=2, start_method="fork")
-"""
-
-
 @pytest.fixture
 def together(tmp_path):
-    """Runs jobs, with `--` between them, in two processes with gloo between these, and one import.
+    """Runs jobs, with `--` between them, in two processes with gloo between these; returns 0, or an exit code.
 
-    They are started as torch's launcher would, with few start values (see `few_start_values`, which
-    a test wants beside this) and without figures.
+    They begin as copies of this process, with few start values (see `few_start_values`, which a
+    test wants beside this) and without figures. What they print is among what the test printed.
     """
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        ports = ",".join(_free_ports(1 + arguments.count("--")))
-        return _process(["-c", _TWO_PROCESSES, ports, *arguments], tmp_path)
+    def run(*arguments: str) -> int:
+        jobs = [[]]
+        for argument in arguments:
+            if argument == "--":
+                jobs.append([])
+            else:
+                jobs[-1].append(argument)
+
+        ports, cache = _free_ports(len(jobs)), os.environ["XDG_CACHE_HOME"]
+        return processes.wait(
+            [processes.start(processes.one_of_two, r, ports, jobs, tmp_path, cache) for r in (0, 1)]
+        )
 
     return run
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 import tdq_exp.config.compose as compose_module
@@ -148,8 +149,37 @@ def test_a_documented_experiment_is_the_choices_of_its_name(name):
     assert by_file == by_name
 
 
-@pytest.mark.parametrize("name", sorted({*TABLE_1[::8], *TABLE_2[::8], *ROWS}))
+NAMES = sorted({*TABLE_1[::8], *TABLE_2[::8], *ROWS})
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_name_of_a_row_is_an_experiment(name):
+    choices = experiments.choices_of(name)
+    assert naming.fit_name(compose(choices)) == name
+
+    # What Hydra reads as `+experiment=NAME` are these choices and nothing else.
+    if name not in DOCUMENTED:
+        experiments.register([f"+experiment={name}"])
+        node = ConfigStore.instance().load(f"experiment/{name}.yaml").node
+        options = [next(iter(entry.items())) for entry in node.pop("defaults")]
+        found = [f"{group.removeprefix('override /')}={option}" for group, option in options]
+        values = {choice for choice in choices if "." in choice.split("=")[0]}
+        assert found == [choice for choice in choices if choice not in values]
+        assert node == OmegaConf.from_dotlist(sorted(values))
+
+
+def _with_new_choices(names):
+    """The names that have a choice which no earlier one has."""
+    seen = set()
+    for name in names:
+        choices = set(experiments.choices_of(name))
+        if not choices <= seen:
+            yield name
+        seen |= choices
+
+
+@pytest.mark.parametrize("name", _with_new_choices(NAMES))
+def test_hydra_reads_every_choice_of_a_name(name):
     assert naming.fit_name(compose([f"+experiment={name}"])) == name
 
 
@@ -315,6 +345,43 @@ def test_values_set_on_a_kept_composition_are_what_hydra_composes(overrides):
     # A copy: what a caller changes is not kept.
     found.seed = 77
     assert compose(overrides).seed != 77
+
+
+def test_an_option_of_an_independent_group_is_what_hydra_composes():
+    files = compose_module._state_of_files()
+    independent = compose_module._independent_groups(files)
+    assert {"bits", "tdq", "plan", "habits"} <= independent
+    assert not {"method", "model", "debug", "fit", "sampler", "calibration"} & independent
+
+    # With the frames and the nodes of compositions that have not both.
+    model = ("model=ddim_small", "method=lsq")
+    for options in (
+        (*model, "bits=w4a4", "tdq=temporal"),
+        ("model=digits", "method=minmax", "bits=w8a6", "plan=edge8", "tdq=none", "habits=release"),
+        (*model, "bits=w4a4", "tdq=none", "plan=release"),
+    ):
+        compose(options)
+    for options in (
+        (*model, "bits=w8a6", "tdq=none"),
+        (*model, "tdq=none", "plan=edge8", "bits=w8a6"),
+        (
+            "method=minmax",
+            "habits=release",
+            "plan=release",
+            "model=digits",
+            "bits=w4a4",
+            "tdq=none",
+        ),
+    ):
+        before = compose_module._composed.cache_info().misses
+        found = compose(options)
+        assert compose_module._composed.cache_info().misses == before
+        whole = compose_module._composed(options, files)
+        assert _typed_values(found) == _typed_values(whole)
+        assert OmegaConf.is_struct(found) and OmegaConf.is_struct(found.bits)
+
+    with pytest.raises(ValueError, match="bits=w5a99|w5a99"):
+        compose([*model, "bits=w5a99", "tdq=none"])
 
 
 def _typed_values(node):

@@ -107,9 +107,8 @@ def test_a_latent_model_goes_from_float_net_to_row(tmp_path, weights, overrides)
     pixels = np.load(made.folder / made.sample_name / "images" / "images.npy")
     assert pixels.shape == (12, 8, 8, 1)  # decoded
     layers = json.loads((made.folder / "layers.json").read_text())["layers"]
-    assert not any(
-        "encoder" in layer["layer"] for layer in layers
-    )  # the first stage is not quantized
+    # The first stage is not quantized.
+    assert layers and not any("encoder" in name for name, _ in layers)
     assert pipeline.run(build(tmp_path, *weights, *overrides)) == [row]
 
 
@@ -122,6 +121,8 @@ def test_a_killed_fit_ends_with_the_bits_of_one_that_was_not(tmp_path, weights, 
         overrides, name, cache = ["method=fp", "fit=pretrain_autoencoder"], "weights", "data.cache="
     whole = build(tmp_path / "whole", *overrides, f"{cache}{tmp_path / 'one'}")
     pipeline.run(whole)
+    if kind == "qat":  # that two processes encode the same latents is a law of its own
+        shutil.copytree(tmp_path / "one" / "latents", tmp_path / "other" / "latents")
     with pytest.raises(Interrupted):
         pipeline.run(
             build(
@@ -250,6 +251,14 @@ def test_a_latent_net_is_exported_in_the_portable_form(tmp_path, weights):
     differences = [found for _, found, _ in export.compare(*sample_command.load(made.folder), file)]
     assert len(differences) == 4 and max(differences) < 0.02
 
+    # It takes any batch, also beyond the limit with which it was recorded, and promises none.
+    run, x = export.session(file), torch.randn(65, *made.model.sample_shape).numpy()
+    whole = run.run(None, {"x_t": x, "t": np.array(400)})[0]
+    for batch in (1, 63, 64):
+        part = run.run(None, {"x_t": x[-batch:], "t": np.array(400)})[0]
+        assert np.abs(part - whole[-batch:]).max() <= 1e-5 * np.abs(whole).max()
+    assert b"VR[" not in file.read_bytes()
+
 
 @pytest.mark.usefixtures("few_start_values")
 def test_two_processes_encode_and_sample_a_latent_model_as_one_does(tmp_path, weights, together):
@@ -260,8 +269,7 @@ def test_two_processes_encode_and_sample_a_latent_model_as_one_does(tmp_path, we
         if count == "1":
             pipeline.run(jobs.build(compose([*arguments, *out])))
         else:
-            done = together(*arguments, *out)
-            assert done.returncode == 0, done.stderr
+            assert together(*arguments, *out) == 0
         cache = tmp_path / f"cache{count}" / "latents"
         moments = {path.parent.name: path.read_bytes() for path in cache.glob("*/moments.npy")}
         row = json.loads(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import subprocess
 import pytest
 import torch
 
+from tdq_exp.fit.quantized import layer_record
 from tdq_exp.models.weights.load import state_hash
 from tdq_exp.runtime import environment, files, stage
 from tdq_exp.runtime.hashes import tensor_hash
@@ -168,3 +170,25 @@ def test_part_files_of_ended_processes_are_swept_and_those_of_living_ones_stay(t
     with files.scratch(tmp_path / "x.so") as folder:
         assert folder.is_dir()
     assert not folder.exists()
+
+
+def test_a_record_is_written_in_lines_and_reads_back(monkeypatch):
+    content = {"b": {"z": [1, 2.5, None], "a": "x" * 30}, "a": [[1, "é"], {}, []], "c": "y" * 50}
+    for columns in (10, 40, 1000):
+        monkeypatch.setattr(files, "JSON_COLUMNS", columns)
+        lines = files.json_text(content).split("\n")
+        assert json.loads("\n".join(lines)) == content
+        assert all(len(line) <= columns + 1 or not set("[{") & set(line) for line in lines)
+        keys = [line[2] for line in lines if line.startswith(' "')]
+        assert keys == (sorted(content) if columns < 1000 else [])
+    assert len(lines) == 1
+
+
+def test_a_layer_map_is_recorded_by_kinds_without_a_loss():
+    rows = [
+        {"layer": name, "role": role, "weight": "4 bits", "input": role}
+        for name, role in (("a", "conv"), ("b", "first"), ("c", "conv"))
+    ]
+    found = layer_record(rows)
+    assert len(found["kinds"]) == 2
+    assert [{"layer": name, **found["kinds"][kind]} for name, kind in found["layers"]] == rows

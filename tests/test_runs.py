@@ -28,7 +28,9 @@ from tdq_exp.fit.loop import Interrupted
 from tdq_exp.fit.qat import QatTraining
 from tdq_exp.models import pixel
 from tdq_exp.runtime import environment, files, signals
+from tests import processes
 
+ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["model=tiny", "tracker=none", "launcher=cpu", "protocol.qat.calibration_samples=64"]
 
 
@@ -457,28 +459,31 @@ def test_a_finished_run_can_be_loaded_and_sampled(tmp_path, tiny_weights, finish
 
 def kill_one_of_two(folder, arguments):
     """Begin a run in two processes, kill one when the fit has begun, and look how the other ends."""
-    run = [sys.executable, "-m", "tdq_exp.run", *arguments]
-    launcher = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+    stderr = folder.parents[3] / "stderr.txt"
+    launcher = processes.start(processes.command_line, arguments, stderr)
     while not (folder / "fit.json").exists():
-        assert launcher.poll() is None, launcher.stderr.read()
+        assert launcher.is_alive(), stderr.read_text()
         time.sleep(0.02)
     assert json.loads((folder / ".lock").read_text())["host"]
 
     first, second = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     os.kill(int(second), signal.SIGKILL)
-    errors = [line for line in launcher.communicate(timeout=60)[1].splitlines() if "error" in line]
-    assert launcher.returncode == 137
+    assert processes.wait([launcher], timeout=60) == 137
+    errors = [line for line in stderr.read_text().splitlines() if "error" in line]
     assert len(errors) == 1 and f"(pid {second}) was ended by SIGKILL" in errors[0]
     assert not Path(f"/proc/{first}").exists()
 
 
-def test_two_processes_make_the_same_images_and_one_row(tmp_path, tiny_weights, finished, command):
+def test_two_processes_make_the_same_images_and_one_row(
+    tmp_path, tiny_weights, finished, inside, monkeypatch
+):
     # Fits differ in the last bits, and rounding amplifies that: images of one and the same fit.
     made = build(tmp_path, tiny_weights)
     folder, before = made.folder / made.sample_name, images(made).copy()
     for file in ("images/images.npy", "images/groups.npy", "metrics.json"):
         (folder / file).unlink()
-    done = command(
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = inside(
         *QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}",
         "launcher.nproc=2", "launcher.threads=1",
     )  # fmt: skip
@@ -489,7 +494,8 @@ def test_two_processes_make_the_same_images_and_one_row(tmp_path, tiny_weights, 
 
 
 @pytest.mark.usefixtures("few_start_values")
-def test_two_processes_fit_as_one_does(tmp_path, tiny_weights, together):
+def test_two_processes_fit_as_one_does(tmp_path, tiny_weights, together, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     qat = [*QUICK, f"model.weights={tiny_weights}", "launcher.threads=1"]
     pretrain = [
         "model=tiny", "method=fp", "fit=pretrain", "tracker=none", "launcher=cpu",
@@ -498,8 +504,7 @@ def test_two_processes_fit_as_one_does(tmp_path, tiny_weights, together):
     pipeline.run(jobs.build(compose([*qat, f"out={tmp_path / 'one'}"])))
     out = f"out={tmp_path / 'two'}"
     kill_one_of_two(tmp_path / "two/runs/tiny_w4a4_lsq_tdq/seed0", [*qat, out, "launcher.nproc=2"])
-    done = together(*qat, out, "--", *pretrain, out)
-    assert done.returncode == 0, done.stderr
+    assert together(*qat, out, "--", *pretrain, out) == 0
 
     # Quantization-aware training.
     one, two = (

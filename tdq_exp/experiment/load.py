@@ -12,7 +12,7 @@ from torch import nn
 
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment.inputs import require_network
-from tdq_exp.experiment.network import finished_net, packed_net, read_fit
+from tdq_exp.experiment.network import finished_net, packed_net, read_fit, require_file
 
 
 def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
@@ -37,6 +37,8 @@ def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
     # Built again from the configuration that was recorded.
     job = jobs.rebuild(found["config"], folder / "fit.json")
     job = dataclasses.replace(job, folder=folder)
+    if not job.fit.options.loads_only:
+        require_file(job)
     require_network(job)
     _check_parts(job.trained.parts(), found["parts"], folder)
 

@@ -60,13 +60,8 @@ def finished_net(
         load_weights(net, str(checkpoint))
         return bake(net, inplace=True).to(device)
 
+    require_file(job)
     file = job.fit.network_file(job.folder)
-    if not network_is_here(job):
-        raise FileNotFoundError(
-            f"{file}: is not here, and no {PACKED} either; remove {job.folder / RECORD} and run the"
-            " command again to fit anew"
-        )
-
     if not file.exists():
         return packed_net(job, job.folder / PACKED, fit).to(device)
 
@@ -80,6 +75,20 @@ def finished_net(
 def network_is_here(job: Experiment) -> bool:
     """Return whether a fit's network lies in its folder, packed or not."""
     return job.fit.network_file(job.folder).exists() or (job.folder / PACKED).exists()
+
+
+def require_file(job: Experiment) -> None:
+    """Refuse a finished fit whose network is not here, neither as it was baked nor packed.
+
+    Raises:
+        FileNotFoundError: naming the file.
+    """
+    if not network_is_here(job):
+        file = job.fit.network_file(job.folder)
+        raise FileNotFoundError(
+            f"{file}: is not here, and no {PACKED} either; remove {job.folder / RECORD} and run the"
+            " command again to fit anew"
+        )
 
 
 def packed_net(job: Experiment, path: Path, fit: str | None = None) -> nn.Module:

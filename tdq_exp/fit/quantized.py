@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -121,5 +121,27 @@ def _write_layer_map(folder: Path, model: DiffusionModel, net: nn.Module) -> Non
     quantized = sum(row["weight"] not in ("float", "-") for row in rows)
     leaves = sum(row["weight"] != "-" for row in rows)
     files.write_json(
-        folder / "layers.json", {"quantized_leaves": quantized, "leaves": leaves, "layers": rows}
+        folder / "layers.json",
+        {"quantized_leaves": quantized, "leaves": leaves, **layer_record(rows)},
     )
+
+
+def layer_record(rows: Sequence[Mapping[str, str]]) -> dict[str, list[Any]]:
+    """Return a layer map as it is recorded: most layers are one of a few kinds.
+
+    Args:
+        rows: of `layer_map`.
+
+    Returns:
+        kinds: what a layer is besides its name, each once.
+        layers: (name, index of its kind), in the order of the network.
+    """
+    kinds: list[dict[str, str]] = []
+    layers: list[tuple[str, int]] = []
+    for row in rows:
+        kind = {key: value for key, value in row.items() if key != "layer"}
+        if kind not in kinds:
+            kinds.append(kind)
+        layers.append((row["layer"], kinds.index(kind)))
+
+    return {"kinds": kinds, "layers": [list(layer) for layer in layers]}

@@ -283,8 +283,8 @@ def _affine(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 def _errors(values: Tensor, steps: Tensor, zeros: Tensor, grid: Grid) -> Tensor:
     """Return the mean squared error of each candidate (s, z)."""
     errors = []
-    for s, z in zip(steps, zeros, strict=True):  # one at a time: the values stay in the cache
+    for s, z in zip(steps, zeros.tolist(), strict=True):  # one at a time: they stay in the cache
         v = values / s
-        v.clamp_(float(grid.n - z), float(grid.p - z)).round_().mul_(s).sub_(values)
+        v.clamp_(grid.n - z, grid.p - z).round_().mul_(s).sub_(values)
         errors.append(torch.dot(v, v))
     return torch.stack(errors)

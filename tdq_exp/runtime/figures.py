@@ -22,6 +22,7 @@ TIME_LABEL = "time step t (noise grows to the right)"
 BLACK = "#000000"
 MOST = 6  # curves that are drawn by name
 FEW_CODES = 16  # those of 4 bits
+RESOLUTION = 150  # dots per inch of a run's pictures
 
 
 def sample_grid(
@@ -41,7 +42,7 @@ def sample_grid(
     count = min([columns * lines, *(len(images) for images in rows.values())])
     lines = -(-count // columns)
 
-    figure = Figure(figsize=(columns * 0.55, len(rows) * (lines * 0.55 + 0.3)), dpi=150)
+    figure = Figure(figsize=(columns * 0.55, len(rows) * (lines * 0.55 + 0.3)), dpi=RESOLUTION)
     axes = np.atleast_1d(figure.subplots(len(rows), 1))
     for axis, (title, images) in zip(axes, rows.items(), strict=True):
         axis.imshow(
@@ -83,7 +84,7 @@ def intervals_over_time(
         _bars(named, path, title)
         return
 
-    figure = Figure(figsize=(8, 7), dpi=150)
+    figure = Figure(figsize=(8, 7), dpi=RESOLUTION)
     upper, lower = figure.subplots(2, 1, sharex=True)
     moving = _relative_curves(upper, {name: s for name, (s, _) in timed.items()}, "step size s(t)")
     upper.set_title(title)
@@ -116,7 +117,7 @@ def _spread_codes(axis: Any, largest: Sequence[float]) -> None:
 def _bars(named: Mapping[str, tuple[Tensor, Tensor]], path: Path, title: str) -> None:
     """Draw step sizes that do not depend on t as bars, the zero points beside them."""
     names = list(named)
-    figure = Figure(figsize=(8, 1.2 + 0.14 * len(names)), dpi=150)
+    figure = Figure(figsize=(8, 1.2 + 0.14 * len(names)), dpi=RESOLUTION)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
 
     place = np.arange(len(names))

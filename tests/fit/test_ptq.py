@@ -421,8 +421,7 @@ def test_two_processes_make_the_same_set_and_the_same_fit(tmp_path, tiny_weights
         cache / "calibration"
     )  # nothing is left but the decoded images, and features of theirs
     out = f"out={tmp_path / 'two'}"
-    both = together(*QUICK, *ROUNDING, f"model.weights={tiny_weights}", out, *options)
-    assert both.returncode == 0, both.stderr
+    assert together(*QUICK, *ROUNDING, f"model.weights={tiny_weights}", out, *options) == 0
     assert facts(two)["processes"] == 2
     (second,) = sets(cache)
     assert first.name == second.name

@@ -202,9 +202,11 @@ def write(graph: nn.Module, shape: tuple[int, ...], file: Path) -> int:
         file: `*.onnx`.
     """
 
-    # Any batch size; t is a number for the whole batch.
+    # Any batch size; t is a number for the whole batch. diffusers' upsampling asks whether there
+    # are 64 samples, only for the layout of memory: without the limit torch records the network,
+    # meets that question, and records it again. The operators are those of any batch.
     x, t = torch.zeros(2, *shape), torch.tensor(1)
-    batch = torch.export.Dim("batch", min=1, max=1 << 16)
+    batch = torch.export.Dim("batch", min=1, max=63)
 
     program = torch.onnx.export(
         graph,
@@ -221,7 +223,9 @@ def write(graph: nn.Module, shape: tuple[int, ...], file: Path) -> int:
     assert program is not None
     model = program.model_proto
 
-    # Where each node came from in our source is twice as long as the weights.
+    # Where each node came from in our source is twice as long as the weights, and torch's notes on
+    # the graph name the limit of the batch above, which the graph has not.
+    del model.graph.metadata_props[:]
     for node in model.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
