@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tdq_exp.config import assets, naming, records, schema
 from tdq_exp.config.compose import compose
@@ -23,7 +25,7 @@ from tdq_exp.data.images import Data, default_cache
 from tdq_exp.data.sources import Source
 from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.experiment.adapt import adapted
-from tdq_exp.experiment.arguments import check_arguments
+from tdq_exp.experiment.arguments import check_arguments, require_node
 from tdq_exp.experiment.options import EvalOptions, SamplerOptions
 from tdq_exp.fit.fit import Fit, Subject
 from tdq_exp.fit.options import FitOptions
@@ -34,6 +36,9 @@ from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.models.trainable import Trainable
 from tdq_exp.models.weights.folder import which_weights
 from tdq_exp.quant.convert import Recipe
+from tdq_exp.quant.plan import Plan
+from tdq_exp.quant.quantizer import Quantizer
+from tdq_exp.quant.release import ReleaseDetails
 from tdq_exp.runtime.options import LauncherOptions, TrackerOptions
 
 M = TypeVar("M")
@@ -177,9 +182,17 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
         ValueError: one line that names the key.
     """
     # 1. Values, checked; names; and the same values without interpolations.
-    cfg, notes = adapted(cfg)
+    try:
+        cfg, notes = adapted(cfg)
+    except OmegaConfBaseException as error:
+        raise schema.one_line(error) from error
+
     config = schema.typed(cfg)
+    require_node(schema.plain(config.eval.features), "eval.features")
     check_names(config.eval.metrics)
+    if not config.out.strip():  # an unset variable of a script
+        raise ValueError("out has no value: name a folder, out=FOLDER")
+
     name, sample, folder = naming.fit_name(cfg), naming.sample_name(cfg), naming.run_folder(cfg)
 
     values = schema.plain(cfg)
@@ -195,7 +208,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
     if fit.options.fits_network:
         model.attach(shipped(config.model.autoencoder))
 
-    if config.model.weights is None and fit.options.needs_weights:
+    if not config.model.weights and fit.options.needs_weights:
         raise ValueError(
             "model.weights has no value: name a file, or train the model first"
             " (method=fp fit=pretrain)"
@@ -224,7 +237,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
 
     # 4. The rest.
     cache = Path(config.data.cache).expanduser() if config.data.cache else default_cache()
-    images = make(resolved, "data.source") if source else None
+    images = _source(resolved) if source else None
 
     return Experiment(
         name=name,
@@ -290,18 +303,47 @@ def features_of(cfg: DictConfig) -> FeatureNetwork:
     return make(cfg, "eval.features")
 
 
+def _source(cfg: DictConfig) -> Source:
+    """Return the source of images that a config names.
+
+    Raises:
+        ValueError: if it names something else.
+    """
+    images = make(cfg, "data.source")
+    if not callable(getattr(images, "read", None)):
+        raise ValueError("data.source: must name a source of images by its _target_")
+    return images  # type: ignore[no-any-return]
+
+
 def _recipe(cfg: DictConfig) -> Recipe:
+    intervals = make(cfg, "tdq.interval")
+    if not callable(getattr(intervals, "make", None)):
+        raise ValueError("tdq.interval: must name a source of step sizes by its _target_")
+
     return Recipe(
         weight_bits=cfg.bits.weight,
         act_bits=cfg.bits.act,
-        weight=make(cfg, "weight.quantizer"),
-        act=make(cfg, "act.quantizer"),
-        intervals=make(cfg, "tdq.interval"),
+        weight=_rule(cfg, "weight.quantizer"),
+        act=_rule(cfg, "act.quantizer"),
+        intervals=intervals,
         weight_interval=cfg.weight.interval,
         zero_point=cfg.tdq.zero_point,
-        plan=make(cfg, "plan.plan"),
-        habits=make(cfg, "habits.habits"),
+        plan=make_of(cfg, "plan.plan", Plan),
+        habits=make_of(cfg, "habits.habits", ReleaseDetails),
     )
+
+
+def _rule(cfg: DictConfig, key: str) -> Any:
+    """Return a class of quantizers that a config names, with what it is to be called with.
+
+    Raises:
+        ValueError: if it names something else.
+    """
+    rule = make(cfg, key)
+    named = rule.func if isinstance(rule, partial) else None
+    if not (isinstance(named, type) and issubclass(named, Quantizer)):
+        raise ValueError(f"{key}: must name a quantizer by its _target_, with _partial_: true")
+    return rule
 
 
 def of_network(network: dict[str, Any], overrides: Sequence[str]) -> Experiment:
@@ -379,7 +421,7 @@ def make(cfg: DictConfig, key: str) -> Any:
         ValueError: what its constructor says of a value, or which option it does not know.
     """
     node = OmegaConf.select(cfg, key)
-    check_arguments(schema.plain(node), key)
+    require_node(schema.plain(node), key)
 
     try:
         return instantiate(node, _convert_="all")
