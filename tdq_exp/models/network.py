@@ -28,6 +28,13 @@ COUNTS = ("sample_size", "in_channels", "out_channels", "latent_channels", "norm
 WIDTHS = ("block_out_channels",)
 BLOCKS = ("down_block_types", "up_block_types")
 
+# diffusers takes any other word for one of these.
+CHOICES = {
+    "downsample_type": ("conv", "resnet"),
+    "upsample_type": ("conv", "resnet"),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+}
+
 T = TypeVar("T")
 
 
@@ -54,6 +61,8 @@ def check_network(network: Any, kind: type[nn.Module], key: str) -> None:
             raise ValueError(f"{key}.{name}: {kind.__name__} takes no such key{hint}")
         _check_value(value, name, f"{key}.{name}")
         _check_kind(value, taken[name].default, f"{key}.{name}")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"{key}.{name}={value}: choose {' or '.join(CHOICES[name])}")
 
     # Without these two a description has no shape.
     for name in ("sample_size", "in_channels"):
