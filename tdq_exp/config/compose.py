@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tdq_exp.config import assets, experiments, schema
 
 KEPT = 128  # compositions
+_UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'\. To append to your config use \+")
 _PLAIN_KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 
 
@@ -141,6 +142,12 @@ def _one_line(error: BaseException) -> str:
 
     said = str(error).split("Config search path")[0].split("Set the environment")[0]
     words = " ".join(said.split())
+
+    # Hydra advises to add the key, which the schema refuses then.
+    unknown = _UNKNOWN_KEY.match(words)
+    if unknown:
+        return f"{unknown[1]}: there is no such key among these choices"
+
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and str(cause).splitlines()[0] not in words:
         words += f": {str(cause).splitlines()[0]}"
