@@ -317,7 +317,10 @@ class Training:
             self.history.validation = [(int(u), float(loss)) for u, loss in state["validation"]]
             self.history.best = [(float(loss), int(u)) for loss, u in state["best"]]
             self.history.seconds = float(state["seconds"])
-            return int(state["update"])
+            update = int(state["update"])
+            if not 0 < update <= self.options.updates:
+                raise ValueError(f"its update is {update}, of {self.options.updates}")
+            return update
 
     def _state_to_go_on_from(self) -> Path | None:
         """Return the file of the last whole state, or None; refuse one that can't go on here."""

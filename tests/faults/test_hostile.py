@@ -13,12 +13,14 @@ from tdq_exp.commands import export, sample
 from tdq_exp.config.compose import compose
 from tdq_exp.deploy import packed
 from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment import pipeline
+from tdq_exp.fit.checkpoint import whole_state
 from tdq_exp.fit.quantized import BAKED
 from tdq_exp.models.weights.load import save_weights
 from tdq_exp.quant.convert import bake
 from tdq_exp.quant.kernels import cpu
 from tdq_exp.runtime import files
-from tests.faults.hostile import PACKED, RUNS
+from tests.faults.hostile import NO_STATES, PACKED, RUNS, STATES
 
 SECONDS = 30  # whatever takes longer hangs
 
@@ -106,6 +108,47 @@ def test_the_commands_say_the_same_line(verb, whole, tmp_path, capsys):
     printed = capsys.readouterr().err.strip()
     assert printed.startswith("error: ") and "\n" not in printed
     assert not out.exists() and not (tmp_path / "executed").exists()
+
+
+# The state of a training
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A training that was stopped after one update, and the choices that go on with it."""
+    folder = tmp_path_factory.mktemp("begun")
+    choices = ["model=tiny", "method=fp", "fit=pretrain", "debug=smoke", "fit.validate_every=1"]
+    choices += ["tracker=none", "launcher=cpu", f"out={folder}", f"data.cache={folder / 'cache'}"]
+    job = jobs.build(compose([*choices, "fit.stop_after=1"]))
+    with pytest.raises(InterruptedError):
+        pipeline.run(job)
+    return jobs.build(compose(choices)), (job.folder / "state.pt").read_bytes()
+
+
+def spoilt(begun, hostile, tmp_path):
+    job, whole = begun
+    file = job.folder / "state.pt"
+    (job.folder / "state.earlier.pt").unlink(missing_ok=True)
+    file.unlink(missing_ok=True)
+    file.write_bytes(whole)
+    hostile.spoil(file, tmp_path / "executed")
+    return job
+
+
+@pytest.mark.parametrize("hostile", STATES, ids=name)
+def test_a_strangers_training_state_is_refused_in_one_line(hostile, begun, tmp_path):
+    job = spoilt(begun, hostile, tmp_path)
+    answer = refused(pipeline.run, job)
+    assert "state.pt" in answer and all(word in answer for word in hostile.words)
+
+
+@pytest.mark.parametrize("hostile", NO_STATES, ids=name)
+def test_what_is_no_training_state_is_not_executed(hostile, begun, tmp_path, capsys):
+    job, whole = begun
+    spoilt(begun, hostile, tmp_path)
+    assert whole_state(job.folder / "state.pt") is None
+    assert "state.pt" in capsys.readouterr().out.replace("\n", "")
+    assert not (tmp_path / "executed").exists()
 
 
 # The folder of compiled kernels
