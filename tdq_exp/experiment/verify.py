@@ -70,6 +70,13 @@ def run_faults(run: Path, everything: bool = True) -> list[str]:
         run: its folder.
         everything: also read images and training states, which a finished run needs no more.
     """
+    try:
+        return _run_faults(run, everything)
+    except (LookupError, TypeError, AttributeError) as error:  # sealed by a stranger
+        return [f"{run}: its records hold what no run writes ({type(error).__name__}: {error})"]
+
+
+def _run_faults(run: Path, everything: bool) -> list[str]:
     found: list[str] = []
     record = _tried(found, lambda: read_fit(run, must_be_sealed=True))
 
