@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in at most eight minutes: the tests marked `gpu`, then the bench.
 #   scripts/gpu_check.sh [python] [options of the bench, such as --rehearse]
+#   LIMIT=200 scripts/gpu_check.sh        in at most so many seconds; the bench leaves parts out
 # What comes out is written as it comes below $OUT (default: results/bench): tests.txt, gpu.json, gpu.md, bench.txt.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +10,7 @@ python=${1:-python3}
 out=${OUT:-results/bench}
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
-began=$SECONDS
+began=$SECONDS limit=${LIMIT:-465}
 
 # Kernels are compiled for many shapes: several processes, if pytest-xdist is there.
 workers=()
@@ -20,7 +21,7 @@ timeout 170 "$python" -m pytest -m gpu "${workers[@]}" --tb=short \
 tests=${PIPESTATUS[0]}
 echo "tests: exit code $tests after $((SECONDS - began)) s"
 
-left=$((465 - (SECONDS - began)))
+left=$((limit - (SECONDS - began)))
 timeout "$left" "$python" scripts/bench/gpu.py --out "$out" --seconds $((left - 40)) "$@" 2>&1 | tee "$out/bench.txt" | tail -n 120
 bench=${PIPESTATUS[0]}
 echo "bench: exit code $bench after $((SECONDS - began)) s"

@@ -133,8 +133,9 @@ def test_a_signal_saves_where_no_validation_does_and_the_run_ends_with_the_same_
     def stop_at_third(training, update):
         if update == 2:
             os.kill(os.getpid(), signal.SIGUSR1)
+        return 0
 
-    monkeypatch.setattr(QatTraining, "before_update", stop_at_third)
+    monkeypatch.setattr(QatTraining, "phase", stop_at_third)
     made = build(tmp_path, tiny_weights)
     with signals.handled(), pytest.raises(signals.Stopped, match="update 3 is saved"):
         pipeline.run(made)

@@ -15,35 +15,49 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gpu_report
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from tdq_exp.config.compose import compose
+from tdq_exp.data.images import Images
 from tdq_exp.diffusion.denoising_graph import RecordedSteps
 from tdq_exp.diffusion.draws import draw_batch
 from tdq_exp.experiment import build as jobs
 from tdq_exp.fit.ahead import batches_ahead
 from tdq_exp.fit.ema import Ema
-from tdq_exp.fit.qat import optimizer_groups, rates_of
+from tdq_exp.fit.gradients import Gradients
+from tdq_exp.fit.loop import TrainingSets
+from tdq_exp.fit.options import QatOptions
+from tdq_exp.fit.qat import QatTraining, optimizer_groups, rates_of
 from tdq_exp.fit.training_graph import TrainingGraph
 from tdq_exp.models.pixel import DiffusionModel
+from tdq_exp.models.recompute import recompute_activations
 from tdq_exp.quant import Recipe, StaticIntervals, TemporalIntervals, bake, kernels, ops
 from tdq_exp.quant.quantizer import Quantizer
 from tdq_exp.quant.rules.lsq import Lsq
 from tdq_exp.runtime import environment, files
+from tdq_exp.runtime.context import RunContext
+from tdq_exp.runtime.processes import Processes
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 FORMS = ("float", "LSQ", "LSQ+TDQ")
 Batch = tuple[Tensor, Tensor, Tensor]  # x_0, t, eps
+
+
+class NoTimeLeft(Exception):
+    """The bench is at its end; the message names the first part that is left out."""
 
 
 class Bench:
@@ -79,16 +93,21 @@ class Bench:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Keep an error within the block from ending the bench."""
+        """Keep an error within the block from ending the bench.
+
+        Raises:
+            NoTimeLeft: if the block would begin after the last moment, and so would all others.
+        """
+        if time.monotonic() > self.deadline:
+            raise NoTimeLeft(name)
         try:
-            if time.monotonic() > self.deadline:
-                raise TimeoutError("no time was left")
             yield
         except Exception as error:
+            if isinstance(error, NoTimeLeft):
+                raise
             lines = str(error).strip().splitlines() or [""]
             self.note("failed", name, f"{type(error).__name__}: {lines[0]}"[:300])
-            if not isinstance(error, TimeoutError):
-                traceback.print_exc(limit=-4)
+            traceback.print_exc(limit=-4)
         finally:
             gc.collect()
             if not self.small:
@@ -250,7 +269,7 @@ class Training:
         )
         self.ema = Ema(self.net, 0.9999)
         self.batches = [self.random_batch(batch, seed) for seed in range(3)]
-        self.graph = TrainingGraph(self.net, self.loss, *self.batches[0]) if recorded else None
+        self.graph = TrainingGraph(self.net, self.backward, self.batches[0]) if recorded else None
         self.update = 0
 
     def random_batch(self, batch: int, seed: int) -> Batch:
@@ -265,6 +284,12 @@ class Training:
         """The loss at this precision."""
         with autocast(self.device, self.precision):
             return self.model.training_loss(self.net, x_0, t, eps)
+
+    def backward(self, *batch: Tensor) -> Tensor:
+        """Add the loss's gradients to the parameters; return the loss."""
+        loss = self.loss(*batch)
+        loss.backward()
+        return loss.detach()
 
     def __call__(self, batch: Batch | None = None, wait: bool = False) -> None:
         """One update, on a batch that is there unless one is given; `wait` reads the loss on the host."""
@@ -427,6 +452,68 @@ def churches(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> 
             )
 
 
+def savings(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
+    """What micro-batches and recomputed activations save, and cost, in the latent model's training."""
+    processes = Processes(cpu=bench.small)
+    for title, recompute, micro in (
+        ("4 micro-batches", False, 4),
+        ("activations computed again", True, 1),
+    ):
+        name = f"train ldm LSQ+TDQ {precision}, graph, {title}"
+        with bench.part(name):
+            net = built(job.model, "LSQ+TDQ", bench.device)
+            if recompute:
+                recompute_activations(net)
+
+            def loss(x_0: Tensor, t: Tensor, eps: Tensor, net: nn.Module = net) -> Tensor:
+                with autocast(bench.device, precision):
+                    return job.model.training_loss(net, x_0, t, eps)
+
+            gradients = Gradients(net, loss, processes, micro)
+            x = torch.randn(batch, *job.model.sample_shape, device=bench.device)
+            t = torch.randint(job.model.schedule.steps, (batch,), device=bench.device)
+            bench.timed(name, partial(gradients, (x, t, torch.randn_like(x))), rounds=3)
+
+
+def fit_loop(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
+    """Updates of the loop that a fit runs: its batches, its readings of the loss, its average."""
+    updates = 12 if bench.small else 60
+    size, channels = job.model.sample_shape[-1], job.model.sample_shape[0]
+    shape = (2000, size, size, channels)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    sets = TrainingSets(Images(pixels, "noise", ""), Images(pixels[:64], "noise", ""))
+
+    for form in FORMS:
+        name = f"fit's loop {form} {precision}"
+        with bench.part(name), tempfile.TemporaryDirectory() as folder:
+            net = built(job.model, form, bench.device)
+            rates = dict.fromkeys(("lr", "lr_step_size", "lr_zero_point", "lr_generator"), 1e-6)
+            options = QatOptions(
+                kind="qat", updates=updates, batch_size=batch, precision=precision,
+                validate_every=updates, validation_samples=8, **rates,
+            )  # fmt: skip
+            optimizer = torch.optim.AdamW(optimizer_groups(net, rates_of(options)), fused=True)
+            context = RunContext(Path(folder), "", 0, Processes(cpu=bench.small), Path(folder))
+            training = QatTraining(net, job.model, sets, optimizer, options, context)
+
+            # What lies between two readings is all that a reader of the clock can know.
+            stamps: list[float] = []
+            read = training._read
+
+            def noted(
+                done: int, read: Callable[..., Any] = read, stamps: list[float] = stamps
+            ) -> Any:
+                answer = read(done)
+                stamps.append(time.perf_counter())
+                return answer
+
+            training._read = noted  # type: ignore[method-assign]
+            training.run()
+            every = training.read_every
+            times = [1e3 * (b - a) / every for a, b in zip(stamps, stamps[1:], strict=False)]
+            bench._keep(name, times[:-1] or times)  # the last one holds a validation
+
+
 def churches_images(bench: Bench, job: jobs.Experiment, precisions: tuple[str, ...]) -> None:
     """The latent model's denoising step, and the decoding of images."""
     denoising(bench, job, "ldm", 2 if bench.small else 100, precisions)
@@ -439,8 +526,17 @@ def churches_images(bench: Bench, job: jobs.Experiment, precisions: tuple[str, .
 
 
 def run(options: argparse.Namespace) -> None:
-    """All parts, the bars first."""
+    """All parts that there is time for, then the page."""
     bench = Bench(options)
+    try:
+        parts(bench)
+    except NoTimeLeft as part:
+        bench.note("about", "left_out", f"no time was left for: {part}, and what comes after it")
+    gpu_report.write(options.out, hours=False)
+
+
+def parts(bench: Bench) -> None:
+    """All parts, the bars first."""
     bench.note(
         "about", "batch", {"ddim": 4 if bench.small else 128, "ldm": 2 if bench.small else 32}
     )
@@ -458,6 +554,9 @@ def run(options: argparse.Namespace) -> None:
     latent = _job("ldm_w4a4_lsq_tdq", "tiny_latent" if bench.small else None)
     fast = bench.precisions[-1]
     churches(bench, latent, fast, bench.results["about"]["batch"]["ldm"])
+    savings(bench, latent, fast, bench.results["about"]["batch"]["ldm"])
+    for precision in ("bfloat16",) if bench.small else bench.precisions[1:]:
+        fit_loop(bench, pixel, precision, batch)
     loop(bench, pixel, fast, batch)
     profiles(bench, pixel, fast, batch)
     layouts(bench, pixel, fast, batch)
@@ -469,7 +568,6 @@ def run(options: argparse.Namespace) -> None:
         loop(bench, pixel, precision, batch)
         profiles(bench, pixel, precision, batch)
         layouts(bench, pixel, precision, batch)
-    gpu_report.write(options.out, hours=False)
 
 
 def _job(experiment: str, model: str | None) -> jobs.Experiment:

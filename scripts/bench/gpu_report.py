@@ -56,6 +56,8 @@ def _about(results: Mapping[str, Any]) -> list[str]:
         "medians by CUDA events. `make bench-gpu`."
     )
     failed = [f"- {name}: {reason}" for name, reason in results["failed"].items()]
+    if "left_out" in about:
+        first += f" {about['left_out'].capitalize()}."
     return [first, "", *(["Not measured:", "", *failed, ""] if failed else [])]
 
 
@@ -79,6 +81,12 @@ def _bars(results: Mapping[str, Any]) -> list[str]:
             lines.append(
                 f"| {name}: peak memory, GB | {gigabytes:.1f} | {'<= 24' if 'LSQ' in name else ''} |"
             )
+    for form, below, aim in (("LSQ", "float", 1.25), ("LSQ+TDQ", "LSQ", 1.05)):
+        for precision in PRECISIONS:
+            a, b = (_median(results, f"fit's loop {name} {precision}") for name in (form, below))
+            if a is not None and b is not None:
+                line = f"fit's loop as it runs, {form} / {below}, {precision}"
+                lines.append(f"| {line} | {a / b:.3f} | <= {aim} |")
     for name, share in results["busy"].items():
         lines.append(f"| GPU busy, {name} | {100 * share:.1f} % | >= 95 % |")
     return [*lines, ""]

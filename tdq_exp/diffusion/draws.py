@@ -127,13 +127,14 @@ def share_of(batch: int, rank: int, world: int) -> slice:
     return slice(rank * batch // world, (rank + 1) * batch // world)
 
 
-def require_batch(batch: int, images: int, world: int = 1) -> None:
+def require_batch(batch: int, images: int, world: int = 1, micro_batches: int = 1) -> None:
     """Refuse a global batch that a training set does not fill, or that processes can't share.
 
     Args:
         batch: samples of one update, over all processes.
         images: size of the training set.
         world: number of processes.
+        micro_batches: passes in which each computes its part.
 
     Raises:
         ValueError: naming the key.
@@ -142,7 +143,12 @@ def require_batch(batch: int, images: int, world: int = 1) -> None:
         raise ValueError(
             f"fit.batch_size={batch} is larger than the training set ({images} images)"
         )
-    share_of(batch, 0, world)
+    share = share_of(batch, 0, world)
+    if share.stop % micro_batches:
+        raise ValueError(
+            f"launcher.micro_batches={micro_batches}: does not divide the {share.stop} samples"
+            " that a process computes of each batch"
+        )
 
 
 @dataclass(frozen=True)

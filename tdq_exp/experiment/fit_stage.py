@@ -63,12 +63,16 @@ def run_fit(job: Experiment, data: Data, processes: Processes, tracker: Tracker)
         processes=processes,
         cache=job.data.cache,
         log=tracker.log if processes.main else None,
+        micro_batches=job.machine.launcher.micro_batches,
+        recompute=job.machine.launcher.recompute,
     )
     made: list[nn.Module] = []
 
     def make() -> Result:
         def begin() -> None:
-            job.fit.require_startable(job.subject(data, weights), processes.world)
+            job.fit.require_startable(
+                job.subject(data, weights), processes.world, context.micro_batches
+            )
             record.begin()
 
         processes.decide(begin)
@@ -196,7 +200,7 @@ def _facts(
     if not job.fit.options.loads_only:
         facts |= {"processes": processes.world, "threads": torch.get_num_threads()}
         facts |= {"peak_memory_gb": environment.peak_memory_gb()}
-    return facts | {"environment": environment.environment()}
+    return facts | {"environment": environment.environment(processes.device.type)}
 
 
 def _first_layer(job: Experiment, net: nn.Module, say: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 
 from tdq_exp.experiment.build import QUANTIZERS, Experiment, shipped
 from tdq_exp.models.weights.load import locate
-from tdq_exp.runtime import files
+from tdq_exp.runtime import files, launch
 from tdq_exp.runtime.environment import memory_bytes
 
 # Networks that were found to run, by their configuration: one process may start many runs of one.
@@ -33,17 +33,24 @@ def require_inputs(job: Experiment, download: bool = True) -> None:
     files.require_folder(job.folder, "out")
     files.require_folder(job.data.cache, "data.cache")
 
-    # 2. The network, with its quantizers: shapes alone, nothing is computed.
+    # 2. The precision of a fit that is still to be made.
+    precision = getattr(job.fit.options, "precision", None)
+    fitted = files.read_json(job.folder / "fit.json") or {}
+    on_cpu = launch.device(job.machine.launcher).type == "cpu"
+    if precision == "tf32" and on_cpu and not fitted.get("done"):
+        raise ValueError("fit.precision=tf32: only GPUs have it; take float32, or bfloat16")
+
+    # 3. The network, with its quantizers: shapes alone, nothing is computed.
     require_network(job)
 
-    # 3. Weights, of the network and of the autoencoder.
+    # 4. Weights, of the network and of the autoencoder.
     if job.weights.path is not None:
         locate(job.weights.path, "unet", "model.weights", download)
     autoencoder = shipped(job.config["model"]["autoencoder"])
     if autoencoder is not None and job.fit.options.fits_network:
         locate(autoencoder, "vae", "model.autoencoder", download)
 
-    # 4. What the fit is given, and the network that measures.
+    # 5. What the fit is given, and the network that measures.
     job.fit.require_files()
     if job.fit.options.gives_rows:
         require_features(job, download)

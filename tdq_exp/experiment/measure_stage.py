@@ -7,16 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tdq_exp.data.images import Data
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.fit_stage import FittedModel
 from tdq_exp.experiment.paired import paired_distance
 from tdq_exp.experiment.row import Row, RowRecord, measure_parts
-from tdq_exp.experiment.sample_stage import Reconstructions, SampleStage, run_sampling, store_of
+from tdq_exp.experiment.sample_stage import (
+    Reconstructions,
+    SampleStage,
+    place_of,
+    run_sampling,
+    store_of,
+)
 from tdq_exp.metrics.measure import Features, measure
-from tdq_exp.quant import kernels
 from tdq_exp.runtime import environment, files
 from tdq_exp.runtime.hashes import images_hash
 from tdq_exp.runtime.processes import Processes
@@ -86,6 +89,12 @@ def run_measures(
             "measure": round(time.monotonic() - began, 1),
         }
 
+        # The images count: they may have been sampled, and the network fitted, somewhere else.
+        here = place_of(processes)
+        place = (images.made or [here])[-1]
+        sampled_on = [other["environment"] for other in images.made if other != here]
+        fitted_on = fit.facts.get("environment", here["environment"])
+
         return Row(
             name=job.name,
             seed=job.seed,
@@ -101,12 +110,14 @@ def run_measures(
             validation_loss=fit.facts["validation_loss"],
             seconds=seconds,
             peak_memory_gb=environment.peak_memory_gb(),
-            processes=processes.world,
-            device=processes.device.type,
-            threads=torch.get_num_threads(),
-            kernels=kernels.used(processes.device),
+            processes=place["processes"],
+            device=place["device"],
+            threads=place["threads"],
+            kernels=place["kernels"],
             engine=images.engine,
-            environment=environment.environment(),
+            environment=here["environment"],
+            sampled_on=sampled_on or None,
+            fitted_on=fitted_on if fitted_on != here["environment"] else None,
             config=job.recorded(),
             paired=paired,
             **measured,

@@ -24,6 +24,7 @@ from tdq_exp.experiment.sample_stage import sample_stage_of
 from tdq_exp.fit.loop import best_file
 from tdq_exp.runtime import failures, files, lock
 from tdq_exp.runtime.environment import out_of_memory_in_one_line
+from tdq_exp.runtime.precision import products
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console
 from tdq_exp.runtime.tracking import Tracker
@@ -57,7 +58,8 @@ def _run(job: Experiment) -> list[dict[str, Any]]:
         if processes.main:
             for line in job.notes:
                 console.print(f"note: {line}", markup=False)
-        with lock.by_main(processes, lock.held(job.folder, IN_USE)):
+        # float32 is float32 on every device, unless a fit asks for less.
+        with products("float32"), lock.by_main(processes, lock.held(job.folder, IN_USE)):
             # What killed runs left behind.
             for place in (job.folder, job.data.cache):
                 processes.decide(partial(files.sweep, place))

@@ -47,6 +47,8 @@ OPTIONAL = (
     "precision_recall",
     "paired",
     "candidates",
+    "sampled_on",
+    "fitted_on",
 )
 
 
@@ -69,12 +71,12 @@ class Row:
         validation_loss: of the fit; None where nothing was fitted.
         seconds: of `fit`, `sample` and `measure`, interrupted runs included.
         peak_memory_gb: largest resident size of the main process, GB.
-        processes: how many shared the run.
-        device: type of the device, such as `cpu`.
-        threads: of torch, in each process.
-        kernels: which kernels quantized.
+        processes: how many shared the sampling.
+        device: type of the device that sampled, such as `cpu`.
+        threads: of torch, in each process that sampled.
+        kernels: which kernels quantized while sampling.
         engine: `fake` (simulated quantization) or `integer`, and which layers ran so, or why not.
-        environment: commit, machine, versions.
+        environment: commit, machine, versions; of the measuring.
         config: the configuration, without what only concerns the machine.
         metrics: of the images, by name: `fid`, `isc_mean`, `kid_mean`, `precision`, ...
         features: `name` and content hash (`weights`) of the feature network.
@@ -92,6 +94,9 @@ class Row:
         precision_recall: `precision` and `recall`, where they are not among `metrics`.
         paired: distance to the float model's images from the same noise; not of the float model.
         candidates: of `best_of_5`, every checkpoint's update and metrics; else None, and no key.
+        sampled_on: environments that sampled, where they are not that of the measuring, or are
+            several; else None, and no key.
+        fitted_on: environment of the fit, likewise.
     """
 
     name: str
@@ -126,6 +131,8 @@ class Row:
     precision_recall: dict[str, float] | None = None
     paired: dict[str, Any] | None = None
     candidates: list[dict[str, Any]] | None = None
+    sampled_on: list[dict[str, Any]] | None = None
+    fitted_on: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the row as it is written and read, with its seal."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.fit_stage import FittedModel
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
+from tdq_exp.quant import kernels
+from tdq_exp.runtime import environment
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console, track
 from tdq_exp.runtime.stage import Result, StageFile, stage
@@ -54,11 +57,20 @@ class SampleStage:
 
 @dataclass(frozen=True)
 class SampledSet:
-    """A finished set: uint8 `[N, H, W, C]`, seconds that it took, and its engine."""
+    """A finished set of images.
+
+    Args:
+        pixels: uint8 `[N, H, W, C]`.
+        seconds: that it took, interrupted runs included.
+        engine: of its quantized layers.
+        made: where it was sampled (see `place_of`), one entry for each machine; empty for sets
+            that were sampled before this was noted.
+    """
 
     pixels: NDArray[np.uint8]
     seconds: float
     engine: str
+    made: list[dict[str, Any]] = field(default_factory=list)
 
 
 def sample_stage_of(
@@ -103,6 +115,7 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
     folder, record = sampling.folder, sampling.record
     store = store_of(job, folder)
     engines: list[str] = []
+    made: list[dict[str, Any]] = []
 
     def begin() -> float:
         found = record.begun()
@@ -112,7 +125,8 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
                 " remove them to sample again"
             )
         earlier = float(found.get("seconds", 0.0)) if found else 0.0
-        record.write({"seconds": earlier})
+        made.extend(found.get("made", []) if found else [])
+        record.write({"seconds": earlier, "made": made})
         return earlier
 
     def make() -> Result:
@@ -120,8 +134,12 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
         net, name = choose_engine(job, sampling.net(), folder, processes)
         engines.append(name)
 
+        here = place_of(processes)
+
         def note(seconds: float) -> None:  # after each group, so that an interrupted run counts too
-            record.write({"seconds": earlier + seconds})
+            if here not in made:
+                made.append(here)
+            record.write({"seconds": earlier + seconds, "made": made})
 
         spent = sample_set(
             Denoiser(net, job.model),
@@ -139,7 +157,18 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
 
     if job.sampling.png and processes.main:
         write_pngs(store.read(), folder / "png")
-    return SampledSet(store.read(), result["seconds"], engines[0])
+    return SampledSet(store.read(), result["seconds"], engines[0], made)
+
+
+def place_of(processes: Processes) -> dict[str, Any]:
+    """Return where processes compute: device, processes, threads, kernels, environment."""
+    return {
+        "device": processes.device.type,
+        "processes": processes.world,
+        "threads": torch.get_num_threads(),
+        "kernels": kernels.used(processes.device),
+        "environment": environment.environment(processes.device.type),
+    }
 
 
 @torch.no_grad()

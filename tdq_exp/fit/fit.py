@@ -145,12 +145,13 @@ class Fit(Generic[O_co]):
             ValueError, OSError: one line that names the key.
         """
 
-    def require_startable(self, subject: Subject, world: int) -> None:
+    def require_startable(self, subject: Subject, world: int, micro_batches: int = 1) -> None:
         """Refuse, before anything is computed or written, what would fail later.
 
         Args:
             subject: what the fit works on.
             world: number of processes.
+            micro_batches: passes in which each computes its part of a training batch.
 
         Raises:
             ValueError: one line that names the key.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,20 +19,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.diffusion.draws import Draws, Stream, draw_batch, fixed_draws, seed_global
+from tdq_exp.diffusion.draws import Draws, Stream, draw_batch, seed_global
 from tdq_exp.diffusion.objective import Samples
+from tdq_exp.fit.ahead import batches_ahead
 from tdq_exp.fit.checkpoint import load_state, remove_earlier, save_state, whole_state
 from tdq_exp.fit.ema import Ema
+from tdq_exp.fit.gradients import Batch, Gradients
+from tdq_exp.fit.losses import batch_of, validation_draws, validation_loss
 from tdq_exp.fit.options import TrainOptions, learning_rates
+from tdq_exp.models.recompute import recompute_activations
 from tdq_exp.models.trainable import Trainable
 from tdq_exp.models.weights.load import save_weights
 from tdq_exp.runtime import signals
 from tdq_exp.runtime.context import RunContext
-from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime.precision import autocast, products
 from tdq_exp.runtime.progress import track
 from tdq_exp.runtime.tensor_files import values_of
 
-LOG_EVERY = 10  # updates
+LOG_EVERY = 10  # updates; on a GPU the loss is read as often, for each reading waits for it
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ class Interrupted(InterruptedError):
 class Training:
     """The training of one network, resumable at every validation.
 
-    A fit that adds something to the loss, or has phases, overrides `penalty` and `before_update`.
+    A fit that adds something to the loss, or has phases, overrides `penalty`, `phase` and
+    `set_phase`.
 
     Args:
         net: network in its starting state, on the processes' device; trained in place.
@@ -106,15 +112,26 @@ class Training:
         self.state_file = context.folder / "state.pt"
 
         self.ema = Ema(net, options.ema_decay)
+        if context.recompute:
+            recompute_activations(net)
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.history = History()
+
+        self.gradients = Gradients(net, self._loss, context.processes, context.micro_batches)
+        self.read_every = 1 if context.processes.device.type == "cpu" else LOG_EVERY
+        self._unread: list[Tensor] = []  # losses since the last reading
+        self._phase: int | None = None
 
     def penalty(self) -> Tensor | None:
         """Return what is added to the loss of an update, or None."""
         return None
 
-    def before_update(self, update: int) -> None:
-        """Prepare for an update, counted from 0."""
+    def phase(self, update: int) -> int:
+        """Return the number of the phase that an update, counted from 0, belongs to."""
+        return 0
+
+    def set_phase(self, phase: int) -> None:
+        """Prepare for a phase."""
 
     def run(self) -> tuple[nn.Module, History]:
         """Train, and return the average of the weights and the history.
@@ -130,8 +147,8 @@ class Training:
         seed_global(context.seed, Stream.TRAINING_NOISE, self.processes.rank)  # all else has a key
         first = self._restore()
 
-        # 2. The network whose backward pass averages over processes, and the fixed validation set.
-        shared = self.processes.wrap(self.net)
+        # 2. The same network on all processes, and the fixed validation set.
+        self.processes.share(self.net)
         validation = validation_draws(
             self.model, self.sets.held_out, options.validation_samples, context.seed
         )
@@ -139,20 +156,25 @@ class Training:
         # 3. The updates.
         self.net.train()
         began, before = time.monotonic(), self.history.seconds
+        device, remark = self.processes.device, ""
 
         with (
             track("training", options.updates, first, show=self.processes.main) as advance,
             signals.deferred(),
+            closing(batches_ahead(self._batch, first, options.updates, device)) as batches,
         ):
-            for update in range(first, options.updates):
-                self.before_update(update)
-                loss, stop = self._update(shared, update)
-                done = update + 1
-                advance(f"loss {loss:.4f}")
-                self._log(loss, done)
+            for done, batch in enumerate(batches, first + 1):
+                self._update(done - 1, batch)
 
                 # A validation is also where an interrupted run goes on.
                 validates = done % options.validate_every == 0 or done == options.updates
+                stop = False
+                if validates or done == options.stop_after or done % self.read_every == 0:
+                    loss, stop = self._read(done)
+                    remark = f"loss {loss:.4f}"
+                    self._log(loss, done)
+
+                advance(remark)
                 if validates:
                     self._validate(validation, done)
 
@@ -170,56 +192,77 @@ class Training:
         self.processes.decide(lambda: remove_earlier(self.state_file))
         return self.ema.net, self.history
 
-    def _update(self, shared: nn.Module, update: int) -> tuple[float, bool]:
-        """Make one update.
+    def _batch(self, update: int) -> Batch:
+        """Return this process' part of the batch of an update, on the CPU (see `batch_of`)."""
+        model, images = self.model, self.sets.train
+        draws = draw_batch(
+            self.context.seed,
+            update,
+            batch_size=self.options.batch_size,
+            images=len(images),
+            shape=model.sample_shape,
+            steps=model.steps,
+            flip=model.flip,
+            random=images.random,
+        )
+        return batch_of(images, draws.shard(self.processes.rank, self.processes.world))
 
-        Returns:
-            Its loss, the mean over processes, and whether a signal asks any of them to stop.
+    def _loss(self, *batch: Tensor) -> Tensor:
+        """Return the loss of a batch, with penalties."""
+        with autocast(self.processes.device, self.options.precision):
+            loss = self.model.training_loss(self.net, *batch)
+        penalty = self.penalty()
+        return loss if penalty is None else loss + penalty
+
+    def _update(self, update: int, batch: Batch) -> None:
+        """Make one update; its loss is left for `_read`.
+
+        Args:
+            update: counted from 0.
+            batch: this process' part, on its device.
         """
-        options, model, images = self.options, self.model, self.sets.train
+        options = self.options
+
+        # A new phase changes what a recording holds.
+        phase = self.phase(update)
+        if phase != self._phase:
+            self.set_phase(phase)
+            self.gradients.forget()
+            self._phase = phase
 
         # Learning rates: warm-up, then the schedule.
         share = options.rate(update)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share
 
-        # The draws of the whole batch, of which this process takes its part.
-        draws = draw_batch(
-            self.context.seed,
-            update,
-            batch_size=options.batch_size,
-            images=len(images),
-            shape=model.sample_shape,
-            steps=model.steps,
-            flip=model.flip,
-            random=images.random,
-        ).shard(self.processes.rank, self.processes.world)
-
-        # The loss, refused before a step is made with it.
-        loss = batch_loss(shared, model, images, draws, self.processes.device, options.precision)
-        penalty = self.penalty()
-        total = loss if penalty is None else loss + penalty
-        value, stop = self._agree(total.detach())
-        self._require_finite(value, "loss", update + 1)
-
         # The step, and the average of the weights.
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        with products(options.precision):
+            loss = self.gradients(batch)
+        self._unread.append(loss.clone())
         if options.grad_clip:
             nn.utils.clip_grad_norm_(self.net.parameters(), options.grad_clip)
         self.optimizer.step()
         self.ema.update(self.net, update)
 
-        return value, stop
+    def _read(self, done: int) -> tuple[float, bool]:
+        """Return the loss of the last update, and whether any process was asked to stop.
 
-    def _agree(self, loss: Tensor) -> tuple[float, bool]:
-        """Return the mean loss, and whether any process was asked to stop, in one message.
+        One message for both: a state is saved by all processes after the same update, or by none.
+        Nothing is saved before it: a loss that is no number ends the run here.
 
-        A state is saved by all processes after the same update, or by none.
+        Args:
+            done: number of updates so far.
+
+        Raises:
+            FloatingPointError: if one of the losses since the last reading is not finite.
         """
-        asked = loss.new_tensor(float(signals.pending() is not None))
-        value, share = self.processes.mean(torch.stack([loss, asked])).tolist()
-        return value, share > 0
+        losses, self._unread = torch.stack(self._unread), []
+        asked = losses.new_tensor([float(signals.pending() is not None)])
+        *values, share = self.processes.mean(torch.cat([losses, asked])).tolist()
+
+        for update, value in enumerate(values, done - len(values) + 1):
+            self._require_finite(value, "loss", update)
+        return values[-1], share > 0
 
     def _require_finite(self, loss: float, what: str, update: int) -> None:
         """Refuse a loss that is no number, and say what is known of its cause.
@@ -343,62 +386,6 @@ class Training:
             )
 
         return file
-
-
-def validation_draws(model: Trainable, held_out: Samples, samples: int, seed: int) -> Draws:
-    """Return the fixed draws of the validation loss."""
-    return fixed_draws(
-        seed,
-        Stream.VALIDATION,
-        samples=samples,
-        images=len(held_out),
-        shape=model.sample_shape,
-        steps=model.steps,
-        random=held_out.random,
-    )
-
-
-def batch_loss(
-    net: nn.Module,
-    model: Trainable,
-    images: Samples,
-    draws: Draws,
-    device: torch.device,
-    precision: str = "float32",
-) -> Tensor:
-    """Return the model's loss of one batch, scalar."""
-    x_0 = images.batch(draws.index, draws.flip, draws.noise).to(device)
-    t, eps = draws.t.to(device), draws.eps.to(device)
-
-    condition = images.condition(draws.index)
-    if condition is not None:
-        condition = condition.to(device)
-
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        return model.training_loss(net, x_0, t, eps, condition)
-
-
-@torch.no_grad()
-def validation_loss(
-    net: nn.Module,
-    model: Trainable,
-    images: Samples,
-    draws: Draws,
-    batch_size: int,
-    processes: Processes,
-) -> float:
-    """Return the mean loss over fixed draws, in float32. Processes take batches in turn."""
-    was_training = net.training
-    net.eval()
-    total, samples = torch.zeros((), dtype=torch.float64), len(draws.t)
-
-    for number, start in enumerate(range(0, samples, batch_size)):
-        if number % processes.world == processes.rank:
-            batch = draws.of(slice(start, min(start + batch_size, samples)))
-            total += float(batch_loss(net, model, images, batch, processes.device)) * len(batch.t)
-
-    net.train(was_training)
-    return float(processes.sum(total.float().to(processes.device))) / samples
 
 
 def best_file(folder: Path, update: int) -> Path:

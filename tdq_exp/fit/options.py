@@ -123,7 +123,7 @@ class TrainOptions:
     validation_samples: int = setting(
         1024, low=1, most=MOST_SAMPLES, help="(x, t, eps) of the fixed validation set"
     )
-    precision: str = setting("float32", choices=("float32", "bfloat16"))
+    precision: str = setting("float32", choices=("float32", "tf32", "bfloat16"))
     stop_after: int = setting(
         0,
         low=0,

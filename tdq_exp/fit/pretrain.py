@@ -69,11 +69,11 @@ class Pretrain(Fit[PretrainOptions]):
         if self.options.export is not None:
             files.require_folder(Path(self.options.export).expanduser().parent, "fit.export")
 
-    def require_startable(self, subject: Subject, world: int) -> None:
+    def require_startable(self, subject: Subject, world: int, micro_batches: int = 1) -> None:
         export = self.options.export
         if export is not None and Path(export).expanduser().exists():
             raise ValueError(f"fit.export={export}: exists; remove it or choose another name")
-        require_batch(self.options.batch_size, len(subject.data.train), world)
+        require_batch(self.options.batch_size, len(subject.data.train), world, micro_batches)
 
     def export(self, folder: Path, record: dict[str, Any]) -> None:
         """Copy the trained net to where `fit.export` says, its validation losses beside it.

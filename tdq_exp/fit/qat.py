@@ -51,8 +51,8 @@ class Qat(QuantizedFit[QatOptions]):
         net, history = QatTraining(net, model, sets, optimizer, options, context).run()
         return net, history.facts()
 
-    def require_startable(self, subject: Subject, world: int) -> None:
-        require_batch(self.options.batch_size, len(subject.data.train), world)
+    def require_startable(self, subject: Subject, world: int, micro_batches: int = 1) -> None:
+        require_batch(self.options.batch_size, len(subject.data.train), world, micro_batches)
 
     def work(self, model: DiffusionModel, net: nn.Module, sampling_steps: int) -> Work:
         o = self.options
@@ -79,8 +79,11 @@ class QatTraining(Training):
         super().__init__(net, model, sets, optimizer, options, context)
         self.first_final = round(options.updates * (1 - options.real_rounding))
 
-    def before_update(self, update: int) -> None:
-        set_final_phase(self.net, update >= self.first_final)
+    def phase(self, update: int) -> int:
+        return int(update >= self.first_final)
+
+    def set_phase(self, phase: int) -> None:
+        set_final_phase(self.net, final=phase == 1)
 
     def penalty(self) -> Tensor | None:
         return penalty(self.net)

@@ -22,6 +22,8 @@ class RunContext:
         seed: of the fit's draws.
         processes: who shares the work.
         cache: folder of what is kept between runs.
+        micro_batches: passes in which a process computes its part of a batch.
+        recompute: whether activations are computed again in the backward pass, to save memory.
         log: receives (numbers by name, update); None on processes that say nothing.
     """
 
@@ -31,3 +33,5 @@ class RunContext:
     processes: Processes
     cache: Path
     log: Log | None = None
+    micro_batches: int = 1
+    recompute: bool = False

@@ -31,8 +31,12 @@ PACKAGES = (
 
 
 @lru_cache
-def environment() -> dict[str, Any]:
-    """Return commit, machine and versions, for the row."""
+def environment(device: str | None = None) -> dict[str, Any]:
+    """Return commit, machine and versions, for the row.
+
+    Args:
+        device: type of what computes; its model is named where it is no CPU.
+    """
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -42,10 +46,20 @@ def environment() -> dict[str, Any]:
     return {
         "commit": commit(),
         "machine": f"{platform.system()} {platform.machine()}, {_cpu()}, {os.cpu_count()} cores",
+        **({} if device in (None, "cpu") else {"accelerator": accelerator(device)}),
         "python": sys.version.split()[0],
         "instructions": instructions(),
         "versions": versions,
     }
+
+
+def accelerator(device: str) -> str:
+    """Return the model of the current accelerator of a type, such as `NVIDIA H100`."""
+    import torch
+
+    module = torch.get_device_module(device)
+    name = getattr(module, "get_device_name", None)
+    return str(name()) if name is not None else device
 
 
 def instructions() -> dict[str, Any]:

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def records(device: torch.device) -> bool:
+    """Return whether work on a device can be recorded."""
+    return device.type != "cpu" and torch.cuda.is_available()
+
+
 class Recorded:
     """A function without arguments, recorded once and replayed at each call.
 
@@ -15,6 +20,9 @@ class Recorded:
     tensors, and read results from the tensors that it returned. It must not wait for the GPU, nor
     depend on numbers that change on the host. On a CPU there is nothing to record: each call runs
     the function.
+
+    What the function draws from the device's generator is drawn anew by each call. Warm-up and
+    recording leave the generator as it was, so that work that is resumed goes on with its numbers.
 
     Args:
         function: the step; called `warm_up` times before it is recorded, so that whatever is made
@@ -31,9 +39,10 @@ class Recorded:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: Tensor | None = None
         self._warm_up = warm_up
+        self._random: Tensor | None = None  # the generator's state before the warm-up
         # One stream for warm-up and recording: autograd adds gradients up on the stream that it
         # first saw.
-        self._stream = torch.cuda.Stream(device) if self._on_gpu() else None
+        self._stream = torch.cuda.Stream(device) if records(device) else None
 
     def prepare(self) -> None:
         """Run the warm-up; the caller puts changed inputs back before `record`.
@@ -44,6 +53,7 @@ class Recorded:
         side = self._stream
         if side is None:
             return
+        self._random = torch.cuda.get_rng_state(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(self._warm_up):
@@ -76,6 +86,8 @@ class Recorded:
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._result = self._function()
         self._graph = graph
+        if self._random is not None:
+            torch.cuda.set_rng_state(self._random, self._device)
 
     def __call__(self) -> Tensor:
         """Run the step; the result is overwritten by the next call."""
@@ -84,6 +96,3 @@ class Recorded:
         self._graph.replay()
         assert self._result is not None
         return self._result
-
-    def _on_gpu(self) -> bool:
-        return self._device.type != "cpu" and torch.cuda.is_available()

@@ -1,6 +1,6 @@
 """Options of the machine: processes, threads, and who follows a run.
 
-Free of torch; no result depends on them.
+Free of torch; no result depends on them, but for the order of sums.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from tdq_exp.config.setting import setting
 TRACKERS = ("none", "offline", "wandb")
 MOST_THREADS = 1024  # of a process: beyond what a machine lets it start, it dies of a signal
 MOST_PROCESSES = 1024
+MOST_MICRO_BATCHES = 10**4
 
 
 @dataclass
 class LauncherOptions:
-    """The processes of a run."""
+    """The processes of a run, and how they make do with a card's memory."""
 
     nproc: str = setting("auto", help="a number, or auto: every visible GPU, 1 on a CPU")
     cpu: bool = setting(False, help="stay on the CPU although there is a GPU")
@@ -25,6 +26,18 @@ class LauncherOptions:
         low=0,
         most=MOST_THREADS,
         help="torch threads of each process; 0 leaves torch's default",
+    )
+    micro_batches: int = setting(
+        1,
+        low=1,
+        most=MOST_MICRO_BATCHES,
+        help="training: passes in which a process computes its part of a batch, to save memory;"
+        " the gradients are the same up to the order of a sum",
+    )
+    recompute: bool = setting(
+        False,
+        help="training: compute activations again in the backward pass, to save memory; the same"
+        " gradients, in about a third more time",
     )
 
     def check(self) -> None:

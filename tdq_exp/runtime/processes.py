@@ -6,7 +6,7 @@ trivial.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -15,8 +15,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
+    broadcast,
     broadcast_object_list,
     gather_object,
 )
@@ -39,10 +39,7 @@ class Processes:
         self._accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="no",
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=PATIENCE),
-                DistributedDataParallelKwargs(broadcast_buffers=False),  # they are constants
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
 
     @property
@@ -69,9 +66,26 @@ class Processes:
         """Wait for all processes."""
         self._accelerator.wait_for_everyone()
 
-    def wrap(self, net: nn.Module) -> nn.Module:
-        """Return the network whose backward pass averages gradients over processes."""
-        return self._accelerator.prepare_model(net) if self.world > 1 else net
+    @torch.no_grad()
+    def share(self, net: nn.Module) -> None:
+        """Give every process the parameters of the main one."""
+        if self.world > 1:
+            parameters: list[Tensor] = list(net.parameters())
+            _scatter(broadcast(_gather(parameters)), parameters)
+
+    @torch.no_grad()
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace every gradient by its mean over processes, in one message.
+
+        Unlike DistributedDataParallel it takes gradients as they are, so that the backward pass may
+        be one recording.
+
+        Args:
+            parameters: the same on all processes; those without a gradient are left out.
+        """
+        if self.world > 1:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            _scatter(self.mean(_gather(gradients)), gradients)
 
     def mean(self, value: Tensor) -> Tensor:
         """Return the mean over processes of a tensor of the same shape on each."""
@@ -149,3 +163,15 @@ class Processes:
         alone = self.world == 1  # a process group outlives the job: the next one joins it again
         self._accelerator.free_memory()
         AcceleratorState._reset_state(reset_partial_state=alone)
+
+
+def _gather(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the elements of all tensors, one after another."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _scatter(elements: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Write the elements back into the tensors that they were gathered from."""
+    parts = elements.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))

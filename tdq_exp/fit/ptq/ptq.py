@@ -25,7 +25,7 @@ from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.draws import share_of
 from tdq_exp.fit.calibrated import BATCH, set_batches
 from tdq_exp.fit.fit import Subject, Work
-from tdq_exp.fit.loop import validation_draws, validation_loss
+from tdq_exp.fit.losses import validation_draws, validation_loss
 from tdq_exp.fit.options import IMPORTED, CalibrationSpec, PtqOptions
 from tdq_exp.fit.ptq import ptqd
 from tdq_exp.fit.ptq.block_by_block import BlockByBlock
@@ -105,7 +105,7 @@ class Ptq(QuantizedFit[PtqOptions]):
         if self.calibration.path is not None and self.calibration.kind != IMPORTED:
             require_set(Path(self.calibration.path).expanduser())
 
-    def require_startable(self, subject: Subject, world: int) -> None:
+    def require_startable(self, subject: Subject, world: int, micro_batches: int = 1) -> None:
         if self.options.reconstruct:
             share_of(self.options.batch_size, 0, world)
         if self.imported(subject.model) is not None:

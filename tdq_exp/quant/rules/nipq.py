@@ -32,6 +32,8 @@ class Nipq(Quantizer):
             uniform law.
     """
 
+    draws_noise = True  # from the global generator, while training
+
     def __init__(self, *args: object, histogram: bool = True, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self.histogram = histogram

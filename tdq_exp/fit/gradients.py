@@ -1,0 +1,92 @@
+"""Loss and gradients of a batch, averaged over processes.
+
+On a GPU the forward and the backward pass are launched as one CUDA graph (`fit.training_graph`);
+where there is none, or the network can't be recorded, one operation after another.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tdq_exp.fit.training_graph import TrainingGraph
+from tdq_exp.runtime.graphs import records
+from tdq_exp.runtime.processes import Processes
+
+Batch = tuple[Tensor, ...]
+Loss = Callable[..., Tensor]
+
+
+class Gradients:
+    """Leaves the gradients of a batch's loss in the parameters, on all processes the same.
+
+    Gradients are written anew by each call, and not added to earlier ones.
+
+    Args:
+        net: in training mode, on the processes' device; the same on all of them.
+        loss: of the tensors of a batch, 0-dim: a mean over samples.
+        processes: each calls with its part of the batch.
+        micro_batches: passes that a process' part is computed in, of equal size: less memory, the
+            same gradients up to the order of a sum.
+    """
+
+    def __init__(
+        self, net: nn.Module, loss: Loss, processes: Processes, micro_batches: int = 1
+    ) -> None:
+        self.net, self.loss, self.processes = net, loss, processes
+        self.micro_batches = micro_batches
+        self._parameters = [p for p in net.parameters() if p.requires_grad]
+        self._graph: TrainingGraph | None = None
+        self._records = records(processes.device)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the loss of this process' part; the next call overwrites it.
+
+        Args:
+            batch: this process' part, on the device, of the same shapes at every call.
+        """
+        if self._records and self._graph is None:
+            self._record(batch)
+
+        if self._graph is not None:
+            loss = self._graph(*batch)
+        else:
+            for parameter in self._parameters:
+                parameter.grad = None
+            loss = self._backward(*batch)
+
+        self.processes.average_gradients(self._parameters)
+        return loss
+
+    def forget(self) -> None:
+        """Drop the recording: what the host decides is about to change, such as a phase."""
+        self._graph = None
+
+    def _record(self, batch: Batch) -> None:
+        """Record a pass, or say why there is no recording."""
+        try:
+            self._graph = TrainingGraph(self.net, self._backward, batch)
+        except RuntimeError as error:
+            reason = (str(error).strip().splitlines() or [""])[0]
+            self._records = False
+            warnings.warn(
+                f"training launches its operations one by one, which may take several times as"
+                f" long: no CUDA graph of this network ({reason})",
+                stacklevel=3,
+            )
+
+    def _backward(self, *batch: Tensor) -> Tensor:
+        """Add the gradients of a batch's loss to the parameters; return the loss."""
+        parts: Sequence[Batch] = [batch]
+        if self.micro_batches > 1:
+            parts = list(zip(*(tensor.chunk(self.micro_batches) for tensor in batch), strict=True))
+
+        shares = []
+        for part in parts:
+            share = self.loss(*part) / len(parts)
+            share.backward()
+            shares.append(share.detach())
+        return torch.stack(shares).sum()
