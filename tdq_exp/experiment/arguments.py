@@ -72,7 +72,9 @@ def check_arguments(node: Any, key: str) -> None:
             continue
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(known) or 'none'}"
+            hint = (
+                f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(known) or 'none'}"
+            )
             raise ValueError(f"{key}.{name}: {target.__name__} takes no such key{hint}")
 
         _check_value(value, known[name], f"{key}.{name}")

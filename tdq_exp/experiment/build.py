@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -25,7 +22,8 @@ from tdq_exp.data.images import Data, default_cache
 from tdq_exp.data.sources import Source
 from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.experiment.adapt import adapted
-from tdq_exp.experiment.arguments import check_arguments, require_node
+from tdq_exp.experiment.arguments import require_node
+from tdq_exp.experiment.nodes import make, make_of, recipe_of, source_of
 from tdq_exp.experiment.options import EvalOptions, SamplerOptions
 from tdq_exp.fit.fit import Fit, Subject
 from tdq_exp.fit.options import FitOptions
@@ -36,12 +34,7 @@ from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.models.trainable import Trainable
 from tdq_exp.models.weights.folder import which_weights
 from tdq_exp.quant.convert import Recipe
-from tdq_exp.quant.plan import Plan
-from tdq_exp.quant.quantizer import Quantizer
-from tdq_exp.quant.release import ReleaseDetails
 from tdq_exp.runtime.options import LauncherOptions, TrackerOptions
-
-M = TypeVar("M")
 
 # What only says where things lie on this machine, or how they are run.
 UNRECORDED = ("out", "plan_only", "go", "traceback", "tracker", "launcher")
@@ -237,7 +230,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
 
     # 4. The rest.
     cache = Path(config.data.cache).expanduser() if config.data.cache else default_cache()
-    images = _source(resolved) if source else None
+    images = source_of(resolved) if source else None
 
     return Experiment(
         name=name,
@@ -249,7 +242,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
         weights=FloatWeights(weights, config.model.ema),
         data=DataChoice(images, cache, config.data.limit),
         fit=fit,
-        recipe=_recipe(resolved) if config.method.quantized else None,
+        recipe=recipe_of(resolved) if config.method.quantized else None,
         sampler=sampler,
         sampling=config.sampler,
         evaluation=config.eval,
@@ -301,49 +294,6 @@ def features_of(cfg: DictConfig) -> FeatureNetwork:
     if cfg.eval.features.get("weights") is not None:
         cfg.eval.features.weights = shipped(cfg.eval.features.weights)
     return make(cfg, "eval.features")
-
-
-def _source(cfg: DictConfig) -> Source:
-    """Return the source of images that a config names.
-
-    Raises:
-        ValueError: if it names something else.
-    """
-    images = make(cfg, "data.source")
-    if not callable(getattr(images, "read", None)):
-        raise ValueError("data.source: must name a source of images by its _target_")
-    return images  # type: ignore[no-any-return]
-
-
-def _recipe(cfg: DictConfig) -> Recipe:
-    intervals = make(cfg, "tdq.interval")
-    if not callable(getattr(intervals, "make", None)):
-        raise ValueError("tdq.interval: must name a source of step sizes by its _target_")
-
-    return Recipe(
-        weight_bits=cfg.bits.weight,
-        act_bits=cfg.bits.act,
-        weight=_rule(cfg, "weight.quantizer"),
-        act=_rule(cfg, "act.quantizer"),
-        intervals=intervals,
-        weight_interval=cfg.weight.interval,
-        zero_point=cfg.tdq.zero_point,
-        plan=make_of(cfg, "plan.plan", Plan),
-        habits=make_of(cfg, "habits.habits", ReleaseDetails),
-    )
-
-
-def _rule(cfg: DictConfig, key: str) -> Any:
-    """Return a class of quantizers that a config names, with what it is to be called with.
-
-    Raises:
-        ValueError: if it names something else.
-    """
-    rule = make(cfg, key)
-    named = rule.func if isinstance(rule, partial) else None
-    if not (isinstance(named, type) and issubclass(named, Quantizer)):
-        raise ValueError(f"{key}: must name a quantizer by its _target_, with _partial_: true")
-    return rule
 
 
 def of_network(network: dict[str, Any], overrides: Sequence[str]) -> Experiment:
@@ -400,35 +350,3 @@ def _rebuilt(recorded: dict[str, Any], where: Path) -> Experiment:
     declared = {path: set(OmegaConf.select(root, path)) for path in known}
     current = records.of_its_kind(current, declared, known)
     return build(OmegaConf.merge(root, current), source=False)  # type: ignore[arg-type]
-
-
-def make_of(cfg: DictConfig, key: str, kind: type[M]) -> M:
-    """Instantiate a node whose class is known.
-
-    Raises:
-        ValueError: if it gives anything else; and as `make`.
-    """
-    made = make(cfg, key)
-    if not isinstance(made, kind):
-        raise ValueError(f"{key}: must name a {kind.__name__} by its _target_")
-    return made
-
-
-def make(cfg: DictConfig, key: str) -> Any:
-    """Instantiate a node.
-
-    Raises:
-        ValueError: what its constructor says of a value, or which option it does not know.
-    """
-    node = OmegaConf.select(cfg, key)
-    require_node(schema.plain(node), key)
-
-    try:
-        return instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        if isinstance(cause, FileNotFoundError | ValueError):
-            raise type(cause)(str(cause)) from error
-        raise ValueError(f"{key}: {str(cause or error).splitlines()[0]}") from error

@@ -102,7 +102,9 @@ def _check_kind(value: Any, default: Any, key: str) -> None:
     if isinstance(default, bool):
         require(key, value, bool)
     elif isinstance(value, bool) and default is not None:
-        raise ValueError(f"{key}={value}: must be {'a text' if isinstance(default, str) else 'a number'}")
+        raise ValueError(
+            f"{key}={value}: must be {'a text' if isinstance(default, str) else 'a number'}"
+        )
 
 
 def constructed(make: Callable[[], T], key: str) -> T:

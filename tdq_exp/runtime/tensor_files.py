@@ -204,7 +204,9 @@ def values_of(path: Path) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = f"it holds no state of this fit: {type(error).__name__}, {_first_line(error)[:120]}"
+        reason = (
+            f"it holds no state of this fit: {type(error).__name__}, {_first_line(error)[:120]}"
+        )
         raise files.damaged(path, reason) from error
 
 
