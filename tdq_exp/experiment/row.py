@@ -187,7 +187,8 @@ class RowRecord:
         """Return the row of this fingerprint, or None."""
         rows = read_rows(self.file)
         stated = [row.get("fingerprints", {}).get("measure") for row in rows]
-        return dict(zip(stated, rows, strict=True)).get(self.fingerprint)
+        same = [row for row, s in zip(rows, stated, strict=True) if s == self.fingerprint]
+        return same[-1] if same else None
 
     def write(self, row: dict[str, Any]) -> None:
         """Add the row, in place of an older one of the same features."""
