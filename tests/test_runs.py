@@ -22,12 +22,12 @@ from tdq_exp.config.compose import compose
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.diffusion.objective import noise_prediction_loss
 from tdq_exp.experiment import build as jobs
-from tdq_exp.experiment import measure_stage, pipeline, sample_stage, verify
+from tdq_exp.experiment import cost, measure_stage, network, pipeline, sample_stage, verify
 from tdq_exp.fit import Qat
 from tdq_exp.fit.loop import Interrupted
 from tdq_exp.fit.qat import QatTraining
 from tdq_exp.models import pixel
-from tdq_exp.runtime import files, signals
+from tdq_exp.runtime import environment, files, signals
 
 QUICK = ["model=tiny", "tracker=none", "launcher=cpu", "protocol.qat.calibration_samples=64"]
 
@@ -179,6 +179,29 @@ def test_killed_sampling_goes_on_with_the_same_bits(tmp_path, tiny_weights, fini
     assert np.array_equal(images(made), before)
 
 
+def test_a_row_says_where_its_network_was_fitted_and_its_images_sampled(
+    tmp_path, tiny_weights, finished, monkeypatch
+):
+    made = build(tmp_path, tiny_weights)
+    folder = made.folder / made.sample_name
+    (here,) = pipeline.run(made)
+    assert "sampled_on" not in here and "fitted_on" not in here
+
+    # One group of the images is lost, and sampled on another machine, where all is measured.
+    done = np.load(folder / "images" / "groups.npy", mmap_mode="r+")
+    done[1] = 0
+    done.flush()
+    (folder / "metrics.json").unlink()
+    other = {"machine": "another"}
+    monkeypatch.setattr(environment, "environment", lambda device=None: other)
+    (there,) = pipeline.run(build(tmp_path, tiny_weights))
+
+    assert there["environment"] == other
+    assert there["sampled_on"] == [here["environment"]]
+    assert there["fitted_on"] == here["environment"]
+    assert there["metrics"] == here["metrics"]
+
+
 def flipped(path):
     """Flip one bit of a file, near its end."""
     content = path.read_bytes()
@@ -236,6 +259,40 @@ def test_what_can_not_be_made_again_is_refused_in_one_line(
         pipeline.run(build(tmp_path, tiny_weights))
     assert "\n" not in str(caught.value)
     assert any(file in fault for fault in verify.faults_of(made.folder))
+
+
+def test_a_network_that_is_gone_is_fitted_again_where_something_new_is_wanted(
+    tmp_path, tiny_weights, finished, capsys, monkeypatch
+):
+    made = build(tmp_path, tiny_weights)
+    before = (made.folder / "baked.safetensors").read_bytes()
+    for name in ("baked.safetensors", "state.pt"):
+        (made.folder / name).unlink()
+
+    pipeline.run(made)
+    assert "the record stands" in capsys.readouterr().out, "its row is there: nothing is done"
+    assert not (made.folder / "baked.safetensors").exists()
+
+    other = build(tmp_path, tiny_weights, "sampler.steps=2")
+    assert cost.stages_done(other) == (False, False) and cost.stages_done(made) == (True, True)
+    pipeline.run(other)
+    assert "fitting again" in capsys.readouterr().out
+    assert (made.folder / "baked.safetensors").read_bytes() == before
+    assert verify.faults_of(made.folder) == []
+
+    # Other bits than the recorded ones are refused, and leave nothing behind.
+    for name in ("baked.safetensors", "state.pt"):
+        (made.folder / name).unlink()
+    third = build(tmp_path, tiny_weights, "sampler.steps=4")
+    monkeypatch.setattr(network, "state_hash", lambda state: "0" * 16)
+    with pytest.raises(ValueError, match="is not the network of"):
+        pipeline.run(third)
+    assert not (made.folder / "baked.safetensors").exists()
+    assert not (made.folder / "state.pt").exists()
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    with pytest.raises(ValueError, match="launcher.threads=1 to fit it again"):
+        pipeline.run(third)
 
 
 def test_a_damaged_network_without_states_is_refused_by_every_reader(

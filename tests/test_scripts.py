@@ -141,7 +141,7 @@ def test_the_numbers_of_the_results_page_are_those_of_its_rows():
     known |= {number for number, _ in lines}
 
     # Or it is a median of Figure 2.
-    figure = json.loads((RESULTS / "figures" / "figure2-small.json").read_text())
+    figure = json.loads((RESULTS / "numbers" / "figure2-small.json").read_text())
     for column in figure["columns"].values():
         known |= {f"{value:.2f}" for shares in column["held"].values() for value in shares.values()}
 

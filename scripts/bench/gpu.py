@@ -52,6 +52,7 @@ from tdq_exp.runtime.context import RunContext
 from tdq_exp.runtime.processes import Processes
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
+RATE = 1e-6  # of all that is trained: nothing depends on it
 FORMS = ("float", "LSQ", "LSQ+TDQ")
 Batch = tuple[Tensor, Tensor, Tensor]  # x_0, t, eps
 
@@ -487,10 +488,10 @@ def fit_loop(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> 
         name = f"fit's loop {form} {precision}"
         with bench.part(name), tempfile.TemporaryDirectory() as folder:
             net = built(job.model, form, bench.device)
-            rates = dict.fromkeys(("lr", "lr_step_size", "lr_zero_point", "lr_generator"), 1e-6)
             options = QatOptions(
                 kind="qat", updates=updates, batch_size=batch, precision=precision,
-                validate_every=updates, validation_samples=8, **rates,
+                validate_every=updates, validation_samples=8, lr=RATE, lr_step_size=RATE,
+                lr_zero_point=RATE, lr_generator=RATE,
             )  # fmt: skip
             optimizer = torch.optim.AdamW(optimizer_groups(net, rates_of(options)), fused=True)
             context = RunContext(Path(folder), "", 0, Processes(cpu=bench.small), Path(folder))

@@ -39,8 +39,59 @@ def write(folder: Path, hours: bool) -> None:
     lines = [*_about(results), *_bars(results), *_times(results), *_profiles(results)]
     if hours:
         lines += _hours(results)
+        write_cards(results)
     (folder / "gpu.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+CARDS = """\
+# Measured on GPUs: seconds of one image in a training step and in a denoising step, memory of the
+# training in GB, for plans (`plan_only=true`). `scripts/bench/gpu.py --report` writes this file.
+"""
+
+
+def write_cards(results: Mapping[str, Any]) -> None:
+    """Write configs/cards.yaml, from which plans for a GPU are made."""
+    from omegaconf import OmegaConf
+
+    from tdq_exp.config import assets
+    from tdq_exp.config.compose import compose
+    from tdq_exp.experiment import build
+    from tdq_exp.experiment.card import multiplications
+
+    networks = {}
+    for name, model in (("ddim_cifar10", "ddim"), ("ldm_churches", "ldm")):
+        job = build.build(compose([f"model={name}", "model.weights=random"]), source=False)
+        prefix = "ldm " if model == "ldm" else ""
+        train: dict[str, Any] = {}
+        denoise: dict[str, Any] = {}
+        memory: dict[str, Any] = {}
+        decode = 0.0
+        for precision in PRECISIONS:
+            rates = _rates(results, model, precision)
+            if rates is None:
+                continue
+            train[precision], denoise[precision], decode = rates
+            memory[precision] = {
+                form: results["gigabytes"][f"train {prefix}{form} {precision}"]
+                for form in ("float", "LSQ", "LSQ+TDQ")
+            }
+        networks[name] = {
+            "multiplications": multiplications(job),
+            "decode": decode,
+            "train": _short(train),
+            "denoise": _short(denoise),
+            "memory_gb": memory,
+        }
+
+    about = {"commit": results["about"]["commit"], "torch": results["about"]["torch"]}
+    text = OmegaConf.to_yaml(OmegaConf.create({results["about"]["device"]: {**about, **networks}}))
+    (assets.configs() / "cards.yaml").write_text(CARDS + text)
+
+
+def _short(rates: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Return rates to four digits."""
+    return {p: {form: float(f"{s:.4g}") for form, s in r.items()} for p, r in rates.items()}
 
 
 def _about(results: Mapping[str, Any]) -> list[str]:

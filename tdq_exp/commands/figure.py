@@ -1,7 +1,7 @@
 """Draw a figure of the paper from measured numbers, and measure them first if asked to.
 
 examples:
-  python -m tdq_exp figure 3 --scale digits          draw from results/figures/figure3-digits.json
+  python -m tdq_exp figure 3 --scale digits          draw from results/numbers/figure3-digits.json
   python -m tdq_exp figure 3 --scale digits --run    measure first, and train what is missing
   python -m tdq_exp figure 3 --scale small --measure    measure the networks that there are
   python -m tdq_exp figure 8 --scale small --run     run the cells that have no row, then draw
@@ -93,7 +93,7 @@ def make(options: argparse.Namespace) -> int:
         # A figure of all that has no numbers yet is left out, not refused.
         file = figure_numbers.numbers_file(figure.name, options.scale, out)
         wanted = options.run or options.measure
-        if every and not wanted and not file.exists():
+        if every and not wanted and not file.exists() and not _has_rows(figure, out, options):
             console.print(f"{figure.name} has no numbers yet: add --run", markup=False)
             continue
         failed = _make_one(figure, out, options) or failed
@@ -124,8 +124,9 @@ def _make_one(figure: FigureManifest, out: Path, options: argparse.Namespace) ->
     # 2. The picture, of no other networks than the manifest names today.
     asked = figure_manifest.cells_of_figure(figure, options.scale, out, options.overrides)
     figure_numbers.require_asked(file, record, asked)
-    _tell_missing(record)
-    path = drawings.draw(figure, record, file.with_suffix(".png"))
+    if figure.kind != "steps":  # which lists its missing rows with their commands
+        _tell_missing(record)
+    path = drawings.draw(figure, record, out / "figures" / f"{file.stem}.png")
     console.print(f"numbers   {file}", markup=False)
     console.print(f"figure    {path}", markup=False)
     return bool(failed)
@@ -138,13 +139,23 @@ def _rows(
     asked = figure_manifest.cells_of_figure(figure, options.scale, out, options.overrides)
     cells = [cells_module.find(cell) for cell in asked]
     if not options.run:
+        table_runs.show_missing(cells)
         return cells, []
 
     failed = table_runs.run(cells, options.go)
     return [cells_module.find(cell) for cell in asked], failed
 
 
+def _has_rows(figure: FigureManifest, out: Path, options: argparse.Namespace) -> bool:
+    """Return whether there are rows to draw a figure from that needs no other numbers."""
+    if figure.kind != "steps":
+        return False
+    asked = figure_manifest.cells_of_figure(figure, options.scale, out, options.overrides)
+    found = [cells_module.find(cell) for cell in asked]
+    return figure_numbers.has_curve(figure_numbers.distances(figure, options.scale, found))
+
+
 def _tell_missing(record: dict[str, Any]) -> None:
     for name, column in record["columns"].items():
         if column["missing"]:
-            console.print(f"{name}: missing {', '.join(column['missing'])}", markup=False)
+            console.print(f"{name}: missing {'; '.join(column['missing'])}", markup=False)

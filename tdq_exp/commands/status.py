@@ -74,10 +74,9 @@ def show(tables: Sequence[str], scale: str, out: Path, every: bool = False) -> N
 
     known = [seconds for seconds in left.values() if seconds is not None]
     unknown = len(left) - len(known)
-    console.print(
-        f"time left: about {duration(sum(known))} one after the other"
-        + (f"; {unknown} cells without a measured run of their model" if unknown else "")
-    )
+    text = f"about {duration(sum(known))} one after the other" if known or not left else "unknown"
+    text += f"; {unknown} cells without a measured run of their model" if unknown else ""
+    console.print(f"time left: {text}")
 
 
 def _left_text(state: CellState, left: dict[str, float | None]) -> str:

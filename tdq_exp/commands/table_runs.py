@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tdq_exp.config.compose import compose
@@ -53,48 +54,69 @@ def run(cells: Sequence[Cell], go: bool = False) -> list[str]:
         )
 
     # One process a cell: a failure stops that cell alone, and is told at the end.
-    codes: dict[str, int] = {}
-    for number, cell in enumerate(missing, 1):
+    codes: list[int] = []
+    for number, (cell, name) in enumerate(zip(missing, names_of(missing), strict=True), 1):
         command = ["-m", "tdq_exp.run", *cell.overrides, *(["go=true"] if go else [])]
         console.print(
             f"cell {number} of {len(missing)}: python {shlex.join(command)}", markup=False
         )
 
-        codes[cell.name] = call([sys.executable, *command])
-        if codes[cell.name]:
+        codes.append(call([sys.executable, *command]))
+        if codes[-1]:
             console.print(
-                f"cell {number} of {len(missing)}: {cell.name} failed"
-                f" (exit code {codes[cell.name]})",
+                f"cell {number} of {len(missing)}: {name} failed (exit code {codes[-1]})",
                 markup=False,
             )
 
     return show_summary(missing, codes)
 
 
-def show_summary(cells: Sequence[Cell], codes: Mapping[str, int]) -> list[str]:
+def names_of(cells: Sequence[Cell]) -> list[str]:
+    """Return a name for each cell: its run, and the sampled set where a run has several cells."""
+    counts = Counter(cell.name for cell in cells)
+    return [cell.key if counts[cell.name] > 1 else cell.name for cell in cells]
+
+
+def show_summary(cells: Sequence[Cell], codes: Sequence[int]) -> list[str]:
     """Print what became of each cell that was run, and the commands of those that failed.
 
     Args:
         cells: that were run.
-        codes: the exit code of each, by name.
+        codes: the exit code of each.
 
     Returns:
         The names of those that failed.
     """
-    lines = [
-        [cell.name, "failed" if codes[cell.name] else "done", codes[cell.name]] for cell in cells
-    ]
+    ended = list(zip(names_of(cells), cells, codes, strict=True))
+    lines = [[name, "failed" if code else "done", code] for name, _, code in ended]
     print_table("cells that were run", ["cell", "state", "exit code"], lines)
 
-    failed = [cell for cell in cells if codes[cell.name]]
+    failed = {name: cell for name, cell, code in ended if code}
     if failed:
-        names = ", ".join(cell.name for cell in failed)
-        console.print(f"{len(failed)} of {len(cells)} cells failed: {names}", markup=False)
+        console.print(
+            f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}", markup=False
+        )
 
-    for cell in failed:
-        again = shlex.join(["-m", "tdq_exp.run", *cell.overrides])
-        console.print(f"  {cell.name} again, alone: python {again}", markup=False)
-    return [cell.name for cell in failed]
+    for name, cell in failed.items():
+        console.print(f"  {name} again, alone: {command_of(cell)}", markup=False)
+    return list(failed)
+
+
+def show_missing(cells: Sequence[Cell]) -> None:
+    """Print the cells without a row, each with the command that makes it; and stale ones."""
+    _warn_of_stale(cells)
+    missing = [cell for cell in cells if not cell.done]
+    if not missing:
+        return
+
+    console.print(f"{len(missing)} of {len(cells)} rows are missing; to run them all, add --run:")
+    for name, cell in zip(names_of(missing), missing, strict=True):
+        console.print(f"  {name}: {command_of(cell)}", markup=False)
+
+
+def command_of(cell: Cell) -> str:
+    """Return the command that makes a cell's row."""
+    return f"python {shlex.join(['-m', 'tdq_exp.run', *cell.overrides])}"
 
 
 def show_plan(cells: Sequence[Cell]) -> bool:
@@ -121,14 +143,22 @@ def show_plan(cells: Sequence[Cell]) -> bool:
 
     images = [cell.config["sampler"]["images"] for cell in cells]
     lines: list[list[Any]] = [
-        [cell.name, count, *_costs(cost.seconds, cost.disk_bytes)]
-        for cell, count, cost in zip(cells, images, per_cell, strict=True)
+        [name, count, *_costs(cost.seconds, cost.disk_bytes)]
+        for name, count, cost in zip(names_of(cells), images, per_cell, strict=True)
     ]
     total = _costs(
         sum(cost.seconds for cost in per_cell), sum(cost.disk_bytes for cost in per_cell)
     )
     lines.append([f"all {len(cells)}", sum(images), *total])
     print_table("cells to run, and about what they cost", ["cell", "images", "time", "disk"], lines)
+
+    cards = [cost.card for cost in per_cell if cost.card is not None]
+    if len(cards) == len(per_cell):
+        there = costs.duration(sum(cost.seconds for cost in cards))
+        most = max((cost.memory_gb or 0.0 for cost in cards), default=0.0)
+        memory = f", at most {most:.0f} GB of its memory" if most else ""
+        basis = "" if all(c.measured for c in cards) else "; at least, from counted multiplications"
+        console.print(f"on one {cards[0].card}: about {there}{memory}{basis}", markup=False)
 
     encode = max((cost.encode_seconds for cost in per_cell), default=0.0)
     if encode:

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.diffusion.draws import Stream
+from tdq_exp.experiment import card
 from tdq_exp.experiment.build import Experiment
+from tdq_exp.experiment.card import CardCost
+from tdq_exp.experiment.network import network_is_here
 from tdq_exp.experiment.row import read_rows
 from tdq_exp.metrics.features import inception_file
 from tdq_exp.quant.convert import Recipe, layer_map
@@ -39,6 +42,7 @@ class Cost:
             in no sum: how many there are is known when they have been read, and no run encodes them
             a second time.
         fit_text: what the fit does, for a reader; empty if nothing.
+        card: the same on a GPU that was measured, where this machine has none.
     """
 
     fit_seconds: float
@@ -47,6 +51,7 @@ class Cost:
     parameters: int
     encode_seconds: float = 0.0
     fit_text: str = ""
+    card: CardCost | None = None
 
     @property
     def seconds(self) -> float:
@@ -88,6 +93,7 @@ def estimate(job: Experiment) -> Cost:
         parameters=parameters,
         encode_seconds=encode if encodes else 0.0,
         fit_text=work.text if work else "",
+        card=card.estimate(job, passes, images) if device.type == "cpu" else None,
     )
 
 
@@ -139,13 +145,18 @@ def _coding_seconds(job: Experiment, device: torch.device) -> tuple[float, float
 
 
 def stages_done(job: Experiment) -> tuple[bool, bool]:
-    """Return whether there is a finished fit, and a row; fingerprints are checked when it runs."""
+    """Return whether there is nothing left to fit, and whether there is a row.
+
+    Fingerprints are checked when it runs. A finished fit whose network is gone is made again where
+    something new is wanted of it.
+    """
     fit = files.read_json(job.folder / "fit.json", needs=["done"])
     rows = read_rows(job.folder / job.sample_name / "metrics.json")
 
     name = job.evaluation.label
     measured = any(row["config"]["eval"]["label"] == name for row in rows)
-    return bool(fit and fit["done"]), measured
+    here = measured or job.fit.options.loads_only or network_is_here(job)
+    return bool(fit and fit["done"] and here), measured
 
 
 def show(job: Experiment) -> Cost:
@@ -184,6 +195,8 @@ def show(job: Experiment) -> Cost:
         )
 
     console.print(f"  disk     {cost.disk_bytes / 1e9:.2f} GB")
+    if cost.card is not None and cost.card.seconds:
+        console.print(f"  on a GPU {on_card(cost.card)}")
     for line in job.notes:
         console.print(f"note: {line}", markup=False)
     return cost
@@ -212,6 +225,14 @@ def _show_layers(job: Experiment, recipe: Recipe) -> None:
     title = f"{quantized} of {len(leaves)} convolutions and linear layers quantized"
     lines = [(role, count, w, i) for (role, w, i), count in groups.items()]
     print_table(title, ["role", "count", "weight", "input"], lines)
+
+
+def on_card(there: CardCost) -> str:
+    """Return what a run would take on a card, for a reader."""
+    fit, sample = duration(there.fit_seconds), duration(there.sample_seconds)
+    memory = f", {there.memory_gb:.0f} GB of its memory" if there.memory_gb else ""
+    basis = "" if there.measured else "; at least, from counted multiplications"
+    return f"{there.card}: fit {fit} in {there.precision}, images {sample}{memory}{basis}"
 
 
 def duration(seconds: float) -> str:

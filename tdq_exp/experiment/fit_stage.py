@@ -7,8 +7,10 @@ stopped.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,13 @@ from torch import nn
 from tdq_exp.data.images import Data
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.first_layer import first_range, noise_beyond
-from tdq_exp.experiment.network import finished_net, require_recorded
+from tdq_exp.experiment.network import (
+    RECORD,
+    finished_net,
+    network_is_here,
+    read_fit,
+    require_recorded,
+)
 from tdq_exp.fit import quantized
 from tdq_exp.models.weights.load import save_weights, state_hash
 from tdq_exp.quant.convert import bake
@@ -97,9 +105,13 @@ def run_fit(job: Experiment, data: Data, processes: Processes, tracker: Tracker)
 
     def network() -> nn.Module:
         # Read when it is wanted: where the row is there already, there need not be a net.
+        if not made and job.fit.options.loads_only:
+            assert net is not None
+            made.append(net)
         if not made:
-            loaded = net if job.fit.options.loads_only else None
-            made.append(loaded or finished_net(job, record.fingerprint, processes.device))
+            if not processes.decide(lambda: network_is_here(job)):
+                _fit_again(job, data, weights, net, context)
+            made.append(finished_net(job, record.fingerprint, processes.device))
         return made[0]
 
     return FittedModel(network, record.fingerprint, result["facts"])
@@ -161,13 +173,71 @@ def _confirm_network(
         return
 
     # 2. The fit, from the states that it left: its last steps only, and the same bits.
+    _repeat(job, data, weights, net, context)
+
+
+def _fit_again(
+    job: Experiment, data: Data, weights: str | None, net: nn.Module | None, context: RunContext
+) -> None:
+    """Fit a network that is not here from the start: something new is wanted of a recorded fit.
+
+    Raises:
+        ValueError: before it begins if the fit was made with another number of threads, and at the
+            end if the network is not the recorded one.
+    """
+
+    def announce() -> None:
+        record = read_fit(job.folder)
+        facts = record["facts"] if record is not None else {}
+        threads, here = facts.get("threads"), torch.get_num_threads()
+        path = job.folder / RECORD
+        if threads is not None and threads != here:
+            raise ValueError(
+                f"{job.fit.network_file(job.folder)}: is not here, and {path} is of {threads}"
+                f" threads, where other bits come out of {here}: add launcher.threads={threads} to"
+                " fit it again, or label=NAME for a network of its own"
+            )
+        console.print(
+            f"note: fitting again, to the network whose hash {path} states; on another kind of"
+            " machine other bits come out, which are refused at the end (label=NAME, or another"
+            " out=FOLDER, keeps them)",
+            markup=False,
+        )
+
+    context.processes.decide(announce)
+    try:
+        _repeat(job, data, weights, net, context)
+    except ValueError:
+        # Without these states the record stands, and the rows of the run are found as before.
+        context.processes.decide(lambda: _remove_states(job.folder))
+        raise
+
+
+def _remove_states(folder: Path) -> None:
+    for name in STATES:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _repeat(
+    job: Experiment, data: Data, weights: str | None, net: nn.Module | None, context: RunContext
+) -> None:
+    """Run a recorded fit once more, from whatever states it left, and write its network.
+
+    Raises:
+        ValueError: if the network is not the recorded one.
+    """
+    decide = context.processes.decide
     quiet = dataclasses.replace(context, log=None)
     fitted, _ = job.fit.run(quiet, net, job.subject(data, weights))
-    if job.fit.options.quantizes:
-        fitted = bake(fitted)
-        decide(lambda: _write_network(job, fitted, context.fingerprint))
+    fitted = bake(fitted) if job.fit.options.quantizes else fitted
 
-    decide(lambda: require_recorded(folder, file, fitted))
+    decide(lambda: require_recorded(job.folder, job.fit.network_file(job.folder), fitted))
+    if job.fit.options.quantizes:
+        decide(lambda: _write_network(job, fitted, context.fingerprint))
 
 
 def _write_network(job: Experiment, net: nn.Module, fit: str) -> None:

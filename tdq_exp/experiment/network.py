@@ -65,19 +65,25 @@ def finished_net(
         return bake(net, inplace=True).to(device)
 
     file = job.fit.network_file(job.folder)
-    if not file.exists() and (job.folder / PACKED).exists():
-        return packed_net(job, job.folder / PACKED, fit).to(device)
-    if not file.exists():
+    if not network_is_here(job):
         raise FileNotFoundError(
             f"{file}: is not here, and no {PACKED} either; remove {job.folder / RECORD} and run the"
             " command again to fit anew"
         )
+
+    if not file.exists():
+        return packed_net(job, job.folder / PACKED, fit).to(device)
 
     found = tensor_files.read_tensors(file)
     tensor_files.require_of(file, found.metadata, fit)
     net = job.fit.finished(job.model, job.recipe, job.folder, device)
     require_recorded(job.folder, file, net)
     return net
+
+
+def network_is_here(job: Experiment) -> bool:
+    """Return whether a fit's network lies in its folder, packed or not."""
+    return job.fit.network_file(job.folder).exists() or (job.folder / PACKED).exists()
 
 
 def packed_net(job: Experiment, path: Path, fit: str | None = None) -> nn.Module:

@@ -150,7 +150,7 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
             truncate=job.sampling.truncate,
             on_group=note,
         )
-        return {"seconds": earlier + spent}
+        return {"seconds": earlier + spent, "made": made}
 
     # The record never says `done`: its store knows which groups are there.
     result, _ = stage(record, make, processes)

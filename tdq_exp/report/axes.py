@@ -10,11 +10,18 @@ from matplotlib.figure import Figure
 
 Numbers = Mapping[str, Any]
 
-# Colours that differ for everybody, on white and on black (Okabe and Ito).
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#808080"
+# Colours that differ for everybody, on white and on black (Okabe and Ito, the pink darker).
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#b8578f", "#808080"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#b08a00", "#5b8db8")
 MARKERS = "osD^v<>"
-SMALL = 7  # points
+LINES = ("-", "--", ":")
+SMALL, TINY = 8, 7  # points
+
+
+def style(number: int) -> dict[str, str]:
+    """Return colour, marker and line of a curve, by its number: none alike for the first 18."""
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    return {"color": colour, "marker": marker, "ls": LINES[number // len(COLOURS) % len(LINES)]}
 
 
 def side_by_side(record: Numbers, height: float) -> tuple[Figure, list[Any]]:
@@ -39,9 +46,9 @@ def finish(axis: Any, column: Numbers) -> None:
         missing = "missing:\n" + "\n".join(column["missing"])
         axis.text(0.5, 0.5, missing, ha="center", va="center", fontsize=SMALL, color=GREY)
     else:
-        axis.tick_params(labelsize=7, which="both")
-        axis.legend(fontsize=6, frameon=False)
-    axis.set_title(with_missing(column), fontsize=8)
+        axis.tick_params(labelsize=TINY, which="both")
+        axis.legend(fontsize=TINY, frameon=False)
+    axis.set_title(with_missing(column), fontsize=9)
 
 
 def with_missing(column: Numbers) -> str:

@@ -10,10 +10,23 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import LogFormatter, NullLocator
 
-from tdq_exp.report.axes import COLOURS, GREY, MARKERS, SMALL, Numbers, finish, side_by_side
+from tdq_exp.report.axes import (
+    COLOURS,
+    GREY,
+    MARKERS,
+    SMALL,
+    TINY,
+    Numbers,
+    finish,
+    side_by_side,
+    style,
+)
+from tdq_exp.report.paired_rank import Group
 from tdq_exp.runtime.figures import save_figure, svg_text
+
+ACROSS = 3  # panels of training curves side by side
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,12 @@ class _PlainNumbers(LogFormatter):
         return f"{x:.4g}" if super().__call__(x, pos) else ""
 
 
+def _plain_numbers(ticks: Any) -> None:
+    """Label a logarithmic axis with plain numbers, between powers of ten too if it is short."""
+    ticks.set_major_formatter(_PlainNumbers())
+    ticks.set_minor_formatter(_PlainNumbers(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+
+
 def distance_over_bits(panels: Sequence[Panel], path: Path, title: str) -> None:
     """Draw distance over the activations' bits: a panel for each model, a line for each method.
 
@@ -56,7 +75,7 @@ def distance_over_bits(panels: Sequence[Panel], path: Path, title: str) -> None:
 
     # A method looks the same in every panel.
     names = list(dict.fromkeys(name for panel in panels for name in panel.methods))
-    styles = {name: {"color": f"C{i}", "marker": "osD^v<>"[i % 7]} for i, name in enumerate(names)}
+    styles = {name: style(number) for number, name in enumerate(names)}
 
     for axis, panel in zip(axes, panels, strict=True):
         _draw_panel(axis, panel, styles)
@@ -67,25 +86,24 @@ def distance_over_bits(panels: Sequence[Panel], path: Path, title: str) -> None:
     save_figure(figure, path.with_suffix(".svg"))
 
 
-def _draw_panel(axis: Any, panel: Panel, styles: Mapping[str, Mapping[str, str]]) -> None:
+def _draw_panel(axis: Any, panel: Panel, styles: Mapping[str, Mapping[str, Any]]) -> None:
     for name, values in panel.methods.items():
         bits = sorted(values, reverse=True)
         axis.plot(bits, [values[b] for b in bits], ms=4, lw=1.3, label=name, **styles[name])
     if panel.floor is not None:
-        axis.axhline(panel.floor, color="0.4", ls="--", lw=1, label="float")
+        axis.axhline(panel.floor, color=GREY, ls="--", lw=1, label="float")
 
     # Bits fall to the right: the further right, the harder.
     axis.set_xticks(sorted({b for values in panel.methods.values() for b in values}, reverse=True))
     axis.invert_xaxis()
 
     axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(_PlainNumbers())
-    axis.yaxis.set_minor_formatter(_PlainNumbers(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    _plain_numbers(axis.yaxis)
 
     axis.set(xlabel="bits of activations", ylabel=panel.label.replace(" (", "\n("))
     axis.set_title(panel.title, fontsize=9)
     axis.tick_params(axis="y", which="both", labelleft=True)  # on every panel, shared or not
-    axis.grid(axis="y", which="both", color="0.92")
+    axis.grid(axis="y", which="both", color=GREY, alpha=0.2)
     axis.legend(fontsize=8, frameon=False)
 
 
@@ -118,19 +136,17 @@ def distance_over_steps(record: Numbers) -> Figure:
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xticks(sorted(every), [str(s) for s in sorted(every)])
         axis.invert_xaxis()
-        axis.yaxis.set_major_formatter("{x:.4g}")
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        _plain_numbers(axis.yaxis)
         axis.grid(color=GREY, alpha=0.2, which="both", axis="y")
         finish(axis, column)
     return figure
 
 
-def training_svg(curves: Mapping[str, Sequence[Sequence[float]]], title: str, name: str) -> str:
+def training_svg(curves: Mapping[str, Sequence[Sequence[float]]], name: str) -> str:
     """Return validation losses as an SVG element: a panel for each pair of widths.
 
     Args:
         curves: run -> [update, loss] of each validation.
-        title: above them.
         name: unique on the page.
     """
     panels: dict[str, dict[str, Sequence[Sequence[float]]]] = {}
@@ -139,19 +155,55 @@ def training_svg(curves: Mapping[str, Sequence[Sequence[float]]], title: str, na
         bits, label = (widths[1], widths[2]) if widths else ("float", run)
         panels.setdefault(bits, {})[label] = curve
 
-    figure = Figure(figsize=(3.4 * len(panels) + 0.4, 3.2), dpi=100, layout="constrained")
-    figure.suptitle(title, fontsize=9)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (bits, runs) in zip(axes, panels.items(), strict=True):
+    # A few panels a line, so that a phone shows one of them in letters that can be read.
+    across = min(len(panels), ACROSS)
+    down = -(-len(panels) // ACROSS)
+    figure = Figure(figsize=(3.6 * across + 0.4, 3.4 * down), dpi=100, layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).ravel()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+
+    for axis, (bits, runs) in zip(axes, panels.items(), strict=False):
         for number, (label, curve) in enumerate(runs.items()):
             updates, losses = zip(*curve, strict=True)
-            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-            axis.plot(updates, losses, color=colour, marker=marker, ms=3, lw=1, label=label)
+            axis.plot(updates, losses, ms=3, lw=1, label=label, **style(number))
 
-        axis.set_title(bits.upper(), fontsize=8)
+        axis.set_title(bits.upper(), fontsize=9)
         axis.set_xlabel("updates", fontsize=SMALL)
         axis.set_ylabel("validation loss", fontsize=SMALL)
-        axis.tick_params(labelsize=6)
+        axis.tick_params(labelsize=TINY)
         axis.grid(color=GREY, alpha=0.2)
-        axis.legend(fontsize=6, frameon=False)
+        axis.legend(fontsize=TINY, frameon=False)
+    return svg_text(figure, name)
+
+
+def paired_svg(groups: Sequence[Group], name: str) -> str:
+    """Return the Frechet distance of rows over their paired distance: a panel for each group.
+
+    Args:
+        groups: of `paired_rank.groups_of`.
+        name: unique on the page.
+    """
+    count = len(groups)
+    figure = Figure(figsize=(4.4 * count + 0.4, 3.6), dpi=100, layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    methods = sorted({point.method for group in groups for point in group.points})
+    styles = {method: style(number) for number, method in enumerate(methods)}
+
+    for axis, group in zip(axes, groups, strict=True):
+        for method in methods:
+            points = [point for point in group.points if point.method == method]
+            if points:
+                x, y = [p.relative_l2 for p in points], [p.distance for p in points]
+                axis.plot(x, y, label=method, **{**styles[method], "ls": "none", "ms": 5})
+
+        axis.set(xscale="log", yscale="log")
+        for ticks in (axis.xaxis, axis.yaxis):
+            _plain_numbers(ticks)
+        axis.set_title(f"{group.model}, {group.steps} steps", fontsize=9)
+        axis.set_xlabel("relative L2 distance to the float model's images", fontsize=SMALL)
+        axis.set_ylabel(f"Frechet distance ({group.features} features)", fontsize=SMALL)
+        axis.tick_params(labelsize=TINY, which="both")
+        axis.grid(color=GREY, alpha=0.2)
+        axis.legend(fontsize=TINY, frameon=False)
     return svg_text(figure, name)

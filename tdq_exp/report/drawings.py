@@ -21,6 +21,7 @@ from tdq_exp.report.axes import (
     MARKERS,
     ORANGE,
     SMALL,
+    TINY,
     Numbers,
     finish,
     short_name,
@@ -117,9 +118,9 @@ def _boxes(axis: Any, name: str, t: Sequence[int], boxes: Sequence[Sequence[floa
 
     ends = [0, len(t) // 2, len(t) - 1]
     axis.set_xticks(ends, [str(t[end]) for end in ends])
-    axis.set_title(name, fontsize=6)
+    axis.set_title(name, fontsize=TINY)
     axis.set_xlabel("time step t", fontsize=SMALL)
-    axis.tick_params(labelsize=6)
+    axis.tick_params(labelsize=TINY)
 
 
 def _correlations(axis: Any, tensors: Mapping[str, Mapping[str, float]]) -> None:
@@ -132,7 +133,7 @@ def _correlations(axis: Any, tensors: Mapping[str, Mapping[str, float]]) -> None
     axis.set(ylim=(0, 1), xlim=(-0.7, len(r) - 0.3))
     axis.set_xlabel("tensor, from the first layer to the last", fontsize=SMALL)
     axis.set_ylabel("|r| of standard deviation and t", fontsize=SMALL)
-    axis.tick_params(labelsize=6)
+    axis.tick_params(labelsize=TINY)
 
 
 def _shares(axis: Any, column: Numbers) -> None:
@@ -150,14 +151,16 @@ def _shares(axis: Any, column: Numbers) -> None:
         values = [100 * shares[key] for shares in bars.values()]
         label = f"|r| > {key.split()[-1]}"
         drawn = axis.barh(place + 0.38 * offset, values, 0.36, color=colour, label=label)
-        axis.bar_label(drawn, fmt="%.1f", fontsize=6, padding=2)
+        axis.bar_label(drawn, fmt="%.1f", fontsize=TINY, padding=2)
 
-    axis.set_yticks(place + 0.19, list(bars), fontsize=6)
+    axis.set_yticks(place + 0.19, list(bars), fontsize=TINY)
     axis.invert_yaxis()
     axis.set_xlim(0, 118)
     axis.set_xlabel("share of tensors, %", fontsize=SMALL)
-    axis.tick_params(axis="x", labelsize=6)
-    axis.legend(fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.4, 1.2), ncols=2)
+    axis.tick_params(axis="x", labelsize=TINY)
+    axis.legend(
+        fontsize=TINY, frameon=False, loc="upper center", bbox_to_anchor=(0.4, 1.2), ncols=2
+    )
 
 
 # --- Figure 3
@@ -190,15 +193,17 @@ def _ranges(record: Numbers) -> Figure:
     for part, column in zip(stacked(figure, len(columns)), columns, strict=True):
         part.suptitle(with_missing(column), fontsize=9)
         most = max(len(run["quantizers"]) for run in column["runs"].values())
-        axes = part.subplots(len(column["runs"]), most, squeeze=False, sharex=True)
+        axes = part.subplots(len(column["runs"]), most, squeeze=False, sharex=True, sharey="col")
         for line, (label, run) in zip(axes, column["runs"].items(), strict=True):
             for axis, (name, values) in zip(line, run["quantizers"].items(), strict=True):
                 _range(axis, column["t"], values)
-                axis.set_title(short_name(name), fontsize=6)
+                axis.set_title(short_name(name), fontsize=TINY)
             line[0].set_ylabel(label, fontsize=8)
         for axis in axes[-1]:
             axis.set_xlabel("time step t", fontsize=SMALL)
-        axes[0, -1].legend(fontsize=5, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        axes[0, -1].legend(
+            fontsize=TINY, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False
+        )
     return figure
 
 
@@ -211,7 +216,7 @@ def _range(axis: Any, t: Sequence[int], values: Numbers) -> None:
     for key in ("grid_low", "grid_high"):
         label = "covered by the grid" if key == "grid_low" else None
         axis.plot(t, values[key], color=ORANGE, lw=1.6, ls="--", label=label)
-    axis.tick_params(labelsize=6)
+    axis.tick_params(labelsize=TINY)
 
 
 # --- Layers
@@ -220,7 +225,7 @@ def _range(axis: Any, t: Sequence[int], values: Numbers) -> None:
 def _layers(record: Numbers) -> Figure:
     columns = [column for column in record["columns"].values() if column["runs"]]
     heights = [max(len(run["sqnr"]) for run in column["runs"].values()) for column in columns]
-    figure = Figure(figsize=(13, 0.6 + 0.085 * sum(heights) + len(columns)), dpi=120)
+    figure = Figure(figsize=(13, 0.6 + 0.115 * sum(heights) + len(columns)), dpi=120)
     figure.set_layout_engine("constrained")
 
     for part, column in zip(stacked(figure, len(columns), heights), columns, strict=True):
@@ -233,7 +238,7 @@ def _layers(record: Numbers) -> Figure:
             _alone(axes[2 * number + 1], run)
         bar = part.colorbar(image, ax=axes, shrink=0.6, pad=0.01)
         bar.set_label("signal to quantization noise of the output, dB", fontsize=SMALL)
-        bar.ax.tick_params(labelsize=6)
+        bar.ax.tick_params(labelsize=TINY)
     return figure
 
 
@@ -248,8 +253,8 @@ def _noise(axis: Any, label: str, t: Sequence[int], run: Numbers) -> Any:
 
     ticks = [0, len(t) // 2, len(t) - 1]
     axis.set_xticks(ticks, [str(t[tick]) for tick in ticks])
-    axis.set_yticks(range(len(names)), [short_name(name) for name in names], fontsize=4)
-    axis.tick_params(axis="x", labelsize=6)
+    axis.set_yticks(range(len(names)), [short_name(name) for name in names], fontsize=6)
+    axis.tick_params(axis="x", labelsize=TINY)
     axis.set_title(label, fontsize=8)
     axis.set_xlabel("time step t", fontsize=SMALL)
     return image
@@ -261,9 +266,9 @@ def _alone(axis: Any, run: Numbers) -> None:
     largest = max(run["shares"], key=run["shares"].__getitem__)
     axis.barh(range(len(errors)), errors, color=ORANGE, height=0.8)
     axis.set_xscale("log")
-    axis.set_xlabel("error of $x_0$, alone", fontsize=6)
-    axis.set_title(f"{short_name(largest)}: {run['shares'][largest]:.1%} of all", fontsize=5)
-    axis.tick_params(axis="x", labelsize=6)
+    axis.set_xlabel("error of $x_0$, alone", fontsize=TINY)
+    axis.set_title(f"{short_name(largest)}:\n{run['shares'][largest]:.1%} of all", fontsize=TINY)
+    axis.tick_params(axis="x", labelsize=TINY)
     axis.tick_params(axis="y", left=False, labelleft=False)
 
 
@@ -291,7 +296,7 @@ def _grids(record: Numbers) -> Figure:
         axis.axis("off")
 
     if missing:
-        figure.supxlabel(f"Missing: {'; '.join(missing)}", fontsize=6, x=0.01, ha="left")
+        figure.supxlabel(f"Missing: {'; '.join(missing)}", fontsize=TINY, x=0.01, ha="left")
     return figure
 
 

@@ -24,7 +24,7 @@ def numbers_file(figure: str, scale: str, out: Path) -> Path:
         scale: of the runs.
         out: folder of results.
     """
-    return out / "figures" / f"{figure}-{scale}.json"
+    return out / "numbers" / f"{figure}-{scale}.json"
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
@@ -88,6 +88,12 @@ def distances(figure: FigureManifest, scale: str, cells: Sequence[Cell]) -> dict
             "missing": [f"{line_label(c)}, {_steps(c)} steps" for c in of_column if not _good(c)],
         }
     return record
+
+
+def has_curve(record: Mapping[str, Any]) -> bool:
+    """Return whether a line of a figure of rows has more than one point."""
+    columns = record["columns"].values()
+    return any(len(line) > 1 for column in columns for line in column["lines"].values())
 
 
 def line_label(cell: Cell) -> str:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from tdq_exp.report import charts, drawings, figure_manifest, figure_numbers, page_markdown
-from tdq_exp.report.figure_manifest import FigureManifest
+from tdq_exp.report import page_figures, page_markdown, page_rows, paired_rank
 from tdq_exp.report.page_style import STYLE
-from tdq_exp.runtime import files
+from tdq_exp.report.render import markdown_lines
 
 SCALES = {
     "paper": "CIFAR-10 32x32 and LSUN-Churches 256x256",
@@ -23,20 +21,15 @@ SCALES = {
     "digits": "8x8 digits",
 }
 
-CAPTIONS = {
-    "activations": "Above: quantiles of a few layers' inputs over t (box 25 to 75 %, whiskers 5 to"
-    " 95 %, dots minimum and maximum). Below: the correlation |r| of t with the standard deviation"
-    " of every layer's input, and the share of layers beyond 0.5 and 0.7. With t held, all layers"
-    " are told the same time step while x_t changes; with x_t held, the other way round.",
-    "errors": "Squared error of the activation quantizers, relative to the power of what they"
-    " quantize: truncation is that of values beyond the grid, rounding that of all others.",
-    "steps": "Each network sampled with fewer and fewer steps.",
-    "ranges": "What an activation takes at every t, and what the grid of its quantizer covers,"
-    " s (n - z) to s (p - z), which shows the zero point as well. The layers whose range changes"
-    " most.",
-    "layers": "Left of each pair: noise of every layer's output when its input is quantized, in"
-    " decibels (more is better). Right: the error of x_0 when that quantizer alone is on.",
+PARTS = {
+    "claims": "The paper's claims",
+    "tables": "Tables",
+    "figures": "Figures",
+    "training": "Training",
+    "numbers": "How each number was made",
 }
+
+COUNTED = re.compile(r"Of (\d+) cells (\d+) missing")
 
 
 def html(out: Path, scales: Sequence[str]) -> str:
@@ -49,7 +42,7 @@ def html(out: Path, scales: Sequence[str]) -> str:
     Raises:
         ValueError: if there is nothing to show.
     """
-    rows = read_rows(out)
+    rows = page_rows.read_rows(out)
     sections = {scale: list(_section(out, scale, rows)) for scale in scales}
     filled = {scale: lines for scale, lines in sections.items() if lines}
     if not filled:
@@ -65,10 +58,11 @@ def html(out: Path, scales: Sequence[str]) -> str:
             "<title>tdq_exp: results</title>",
             f"<style>{STYLE}</style>",
             "</head>",
-            "<body>",
+            '<body id="top">',
             '<a class="skip" href="#main">Skip to the results</a>',
             *_head(list(filled)),
             '<main id="main">',
+            *_glance(out, list(filled)),
             *(line for lines in filled.values() for line in lines),
             "</main>",
             "</body>",
@@ -88,279 +82,124 @@ def _head(scales: Sequence[str]) -> Iterator[str]:
     )
     yield "<p>Made by <code>make report</code> from the files of this folder.</p>"
 
-    yield '<nav aria-label="Contents"><ul>'
+    yield '<nav aria-label="Contents">'
     for scale in scales:
-        for part in ("claims", "tables", "figures", "training", "numbers"):
-            yield f'<li><a href="#{scale}-{part}">{scale}: {part}</a></li>'
-    yield "</ul></nav></header>"
+        links = (f'<a href="#{scale}-{part}">{part}</a>' for part in PARTS)
+        yield f"<ul><li><strong>{scale}</strong></li>"
+        yield from (f"<li>{link}</li>" for link in links)
+        yield "</ul>"
+    yield "</nav></header>"
+
+
+# --- All scales at a glance
+
+
+def _glance(out: Path, scales: Sequence[str]) -> Iterator[str]:
+    """Yield the verdicts of all scales side by side, and how many cells have rows."""
+    verdicts = {scale: _verdicts(out, scale) for scale in scales}
+    claims = dict.fromkeys(claim for of_scale in verdicts.values() for claim in of_scale)
+    counts = {scale: _cells(out, scale) for scale in scales}
+    if not claims and not any(total for _, total in counts.values()):
+        return
+
+    yield '<section aria-labelledby="glance"><h2 id="glance">At a glance</h2>'
+    if claims:
+        rows = [[claim, *(verdicts[scale].get(claim, "-") for scale in scales)] for claim in claims]
+        table = markdown_lines(["claim of the paper", *scales], rows, left=len(scales) + 1)
+        yield from page_markdown.table_lines(table, "Verdicts on the paper's claims")
+    for scale, (done, total) in counts.items():
+        if total:
+            yield f"<p>Scale {scale}: {done} of {total} cells of its tables have a row.</p>"
+    yield "</section>"
+
+
+def _verdicts(out: Path, scale: str) -> dict[str, str]:
+    """Return claim -> verdict, from the page of claims."""
+    file = out / "tables" / f"claims-{scale}.md"
+    if not file.exists():
+        return {}
+
+    tables = (b for b in page_markdown.blocks(file.read_text()) if b[0].startswith("|"))
+    headers, _, *lines = (page_markdown.cells_of(line) for line in next(tables, ["||", "||"]))
+    if "verdict" not in headers:
+        return {}
+    verdict, text = headers.index("verdict"), min(1, headers.index("verdict") - 1)
+    return {line[text]: line[verdict] for line in lines}
+
+
+def _cells(out: Path, scale: str) -> tuple[int, int]:
+    """Return how many cells of a scale's tables have a row, and how many there are."""
+    pages = (path.read_text() for path in (out / "tables").glob(f"table*-{scale}.md"))
+    counted = [COUNTED.search(page) for page in pages]
+    numbers = [(int(found[1]), int(found[2])) for found in counted if found]
+    total = sum(cells for cells, _ in numbers)
+    return total - sum(missing for _, missing in numbers), total
+
+
+# --- One scale
 
 
 def _section(out: Path, scale: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield what there is of one scale; nothing if there is nothing."""
     of_scale = [row for row in rows if row["config"]["protocol"]["scale"] == scale]
+    figures = page_figures.any_numbers(out, scale)
+    groups = paired_rank.groups_of(of_scale)
+
     parts = {
-        "claims": list(_pages(out, f"claims*-{scale}.md")),
-        "tables": list(_pages(out, f"table*-{scale}.md")),
-        "figures": list(_figures(out, scale)),
-        "training": list(_training(out, scale)),
-        "numbers": list(_numbers(out, of_scale)),
+        "claims": list(_claims(out, scale)),
+        "tables": list(_tables(out, scale)),
+        "figures": [
+            *(page_figures.lines(out, scale) if figures else ()),
+            *page_figures.paired_lines(groups, scale),
+        ],
+        "training": list(page_figures.training_lines(out, scale)),
+        "numbers": list(page_rows.lines(of_scale)),
     }
     if not any(parts.values()):
         return
 
-    titles = {
-        "claims": "The paper's claims",
-        "tables": "Tables",
-        "figures": "Figures",
-        "training": "Training",
-        "numbers": "How each number was made",
-    }
     yield f'<section aria-labelledby="{scale}">'
     yield f'<h2 id="{scale}">Scale {scale}: {SCALES[scale]}</h2>'
+    yield from _links(scale, parts, page_figures.links(scale) if figures else [])
     for part, lines in parts.items():
-        yield f'<h3 id="{scale}-{part}">{titles[part]}</h3>'
+        yield f'<h3 id="{scale}-{part}">{PARTS[part]}</h3>'
         yield from lines or ["<p>Nothing yet.</p>"]
+        yield '<p class="up"><a href="#top">Contents</a></p>'
     yield "</section>"
 
 
-# --- Tables and claims
+def _links(
+    scale: str, parts: Mapping[str, Sequence[str]], figures: Sequence[tuple[str, str]]
+) -> Iterator[str]:
+    """Yield links to the tables and figures of a scale."""
+    tables = re.findall(rf'id="({scale}-table(\d+))"', "".join(parts["tables"]))
+    links = [*((name, f"Table {number}") for name, number in tables), *figures]
+    if links:
+        yield f'<nav aria-label="Tables and figures of scale {scale}"><ul>'
+        yield from (f'<li><a href="#{name}">{title}</a></li>' for name, title in links)
+        yield "</ul></nav>"
 
 
-def _pages(out: Path, pattern: str) -> Iterator[str]:
-    """Yield pages that other commands wrote into the folder of tables."""
-    for path in sorted((out / "tables").glob(pattern)):
-        yield from page_markdown.html_lines(path.read_text(), level=4)
-
-        table = path.stem.split("-")[0]
-        if table.startswith("table"):
-            scale = path.stem.split("-", 1)[1]
-            yield f"<p>Again: <code>make {table} SCALE={scale}</code></p>"
-
-
-# --- Figures
-
-
-def _figures(out: Path, scale: str) -> Iterator[str]:
-    """Yield every figure that has numbers."""
-    for name in figure_manifest.names():
-        file = figure_numbers.numbers_file(name, scale, out)
-        record = files.read_json(file)
-        if record is None:
-            continue
-
-        figure = figure_manifest.read_figure(name)
-        asked = figure_manifest.cells_of_figure(figure, scale, out)
-        figure_numbers.require_asked(file, record, asked)
-        yield from _figure(figure, record)
+def _claims(out: Path, scale: str) -> Iterator[str]:
+    """Yield the verdicts, then every claim's comparisons, folded."""
+    file = out / "tables" / f"claims-{scale}.md"
+    if file.exists():
+        summary, *details = re.split(r"^(?=## )", file.read_text(), flags=re.MULTILINE)
+        yield from page_markdown.html_lines(summary.partition("\n")[2], "The paper's claims")
+        for text in details:
+            title, _, body = text.removeprefix("## ").partition("\n")
+            yield f"<details><summary>{page_markdown.inline(title)}</summary>"
+            yield from page_markdown.html_lines(body, title)
+            yield "</details>"
+        yield f"<p>Again: <code>make claims SCALE={scale}</code></p>"
 
 
-def _figure(figure: FigureManifest, record: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one figure with its caption."""
-    scale = record["scale"]
-    yield f"<figure><h4>{escape(figure.title)}</h4>"
-    if figure.kind == "grids":
-        yield from _strips(record)
-    else:
-        label = f"{figure.title}: {_models(record)}"
-        narrow = " narrow" if figure.kind in ("errors", "steps") else ""
-        yield (
-            f'<div class="scroll{narrow}" tabindex="0" role="region"'
-            f' aria-label="{escape(figure.title)}, drawing">'
-        )
-        yield accessible(drawings.svg(figure, record, f"{figure.name}-{scale}"), label)
-        yield "</div>"
-
-    yield f"<figcaption>{escape(CAPTIONS.get(figure.kind, ''))} {_made(figure, record)}"
-    yield "</figcaption></figure>"
-
-
-def accessible(svg: str, label: str) -> str:
-    """Return an SVG element with a label, and without the identifiers that figures share."""
-    svg = re.sub(r'(<(?:g|image)\b[^>]*?) id="[^"]*"', r"\1", svg)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
-
-
-def _models(record: Mapping[str, Any]) -> str:
-    """Return which networks a figure shows, in words, for those who can't see it."""
-    texts = []
-    for column in record["columns"].values():
-        shown = column.get("runs") or column.get("lines") or {"float network": None}
-        missing = f"; missing: {', '.join(column['missing'])}" if column["missing"] else ""
-        texts.append(f"{column['model']}: {', '.join(shown)}{missing}")
-    return ". ".join(texts)
-
-
-def _made(figure: FigureManifest, record: Mapping[str, Any]) -> str:
-    """Return how a figure's numbers were made, as HTML."""
-    texts = []
-    about = record.get("about")
-    if about:
-        texts.append(
-            f"{about['images']} images, {about['steps'] or 'the sampler&#39;s'} steps, seed"
-            f" {about['seed']}, commit {about['commit']}, {escape(about['machine'])}."
-        )
-
-    runs = [
-        f"{escape(label)} ({run['run']}, fit {run['fit']})"
-        for column in record["columns"].values()
-        for label, run in (column.get("runs") or {}).items()
-    ]
-    if runs:
-        texts.append(f"Networks: {'; '.join(runs)}.")
-
-    missing = [
-        f"{column['model']} {escape(label)}"
-        for column in record["columns"].values()
-        for label in column["missing"]
-    ]
-    if missing:
-        texts.append(f"Missing: {'; '.join(missing)}.")
-
-    name, scale = figure.name, record["scale"]
-    texts.append(f'Numbers: <a href="figures/{name}-{scale}.json">{name}-{scale}.json</a>.')
-    texts.append(f"Again: <code>make {name} SCALE={scale}</code>")
-    return " ".join(texts)
-
-
-def _strips(record: Mapping[str, Any]) -> Iterator[str]:
-    """Yield images of several networks from the same noise, below each other."""
-    yield (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Images from the same noise,'
-        ' a line for each network">'
-    )
-    for column in record["columns"].values():
-        for label, run in column["runs"].items():
-            title = f"{column['model']}: {label}"
-            yield (
-                f'<div class="strip"><span>{escape(title)}</span>'
-                f'<img alt="{escape(title)}: images of the same noise as the other lines"'
-                f' src="data:image/png;base64,{run["png"]}"></div>'
-            )
-        for label in column["missing"]:
-            title = f"{column['model']}: {label}: missing"
-            yield f'<div class="strip"><span>{escape(title)}</span></div>'
-    yield "</div>"
-
-
-# --- Training
-
-
-def _training(out: Path, scale: str) -> Iterator[str]:
-    """Yield a picture of the validation losses of each model's trained runs."""
-    for model, curves in sorted(training_curves(out, scale).items()):
-        title = f"{model}: validation loss over updates"
-        svg = charts.training_svg(curves, title, f"training-{model}")
-        yield f"<figure><h4>{escape(title)}</h4>"
-        yield (
-            '<div class="scroll" tabindex="0" role="region"'
-            f' aria-label="{escape(title)}, drawing">{accessible(svg, title)}</div>'
-        )
-        yield (
-            "<figcaption>Loss of the noise prediction on held-out images, of the averaged"
-            " weights: a panel for each pair of bits (W, A).</figcaption></figure>"
-        )
-
-
-def training_curves(out: Path, scale: str) -> dict[str, dict[str, list[list[float]]]]:
-    """Return model -> run -> [[update, loss], ...] of all runs that were trained."""
-    curves: dict[str, dict[str, list[list[float]]]] = {}
-    for path in sorted((out / "runs").glob("*/seed*/fit.json")):
-        record = files.read_json(path) or {}
-        config = record.get("config", {})
-        validation = record.get("facts", {}).get("validation")
-        if not validation or config["protocol"]["scale"] != scale:
-            continue
-
-        model, name = config["model"]["label"], record["name"]
-        seed = path.parent.name.removeprefix("seed")
-        name += "" if seed == "0" else f" seed {seed}"
-        curves.setdefault(model, {})[name] = validation
-    return curves
-
-
-# --- Numbers
-
-
-def read_rows(out: Path) -> list[dict[str, Any]]:
-    """Return all rows of a folder of results."""
-    rows = []
-    for path in sorted((out / "runs").glob("*/seed*/*/metrics.json")):
-        content = files.read_json(path) or {"rows": []}
-        folder = path.parent.relative_to(out)
-        rows += [{**row, "folder": str(folder)} for row in content["rows"]]
-    return rows
-
-
-HEADERS = (
-    ("run", False),
-    ("sampler", False),
-    ("images", True),
-    ("seeds: fit, noise", True),
-    ("distance", True),
-    ("fingerprints: fit, sample, measure", False),
-    ("commit", False),
-    ("machine", False),
-    ("seconds: fit, sample", True),
-    ("command", False),
-)
-
-
-def _numbers(out: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield the table of all rows, folded."""
-    if not rows:
-        return
-
-    caption = f"All {len(rows)} rows"
-    yield f"<details><summary>{caption}: fingerprints, seeds, commits, commands</summary>"
-    yield f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>'
-    yield f"<caption>{caption}</caption><thead><tr>"
-    for header, number in HEADERS:
-        yield f'<th scope="col"{" class=number" if number else ""}>{header}</th>'
-    yield "</tr></thead><tbody>"
-
-    for row in rows:
-        texts = _row_texts(row)
-        name = f'<a href="{escape(row["folder"])}/metrics.json">{escape(row["name"])}</a>'
-        cells = [
-            f"<td{' class=number' if number else ''}>{text}</td>"
-            for text, (_, number) in zip(texts, HEADERS[1:], strict=True)
-        ]
-        yield f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>'
-    yield "</tbody></table></div></details>"
-
-
-def _row_texts(row: Mapping[str, Any]) -> list[str]:
-    """Return the cells of a row's line beside its name, as HTML."""
-    prints, seconds = row["fingerprints"], row["seconds"]
-    return [
-        escape(row["sample"]),
-        str(row["images"]),
-        f"{row['seed']}, {row['config']['sampler']['seed']}",
-        f"{row['metrics']['fid']:.2f}",
-        ", ".join(f"<code>{prints[part]}</code>" for part in ("fit", "sample", "measure")),
-        f"<code>{row['environment']['commit']}</code>",
-        escape(row["environment"]["machine"]),
-        f"{seconds['fit']:.0f}, {seconds['sample']:.0f}",
-        f"<code>{escape(command_of(row))}</code>",
-    ]
-
-
-def command_of(row: Mapping[str, Any]) -> str:
-    """Return the command that makes a row again."""
-    config = row["config"]
-    if config["label"]:
-        return "the configuration in its metrics.json: it has a name of its own"
-
-    sampler, usual = config["sampler"], config["protocol"]["sampling"]
-
-    parts = [f"python -m tdq_exp.run +experiment={row['name']}"]
-    parts += [f"seed={row['seed']}"] if row["seed"] else []
-    parts += [f"sampler.seed={sampler['seed']}"] if sampler["seed"] else []
-    parts += [
-        f"sampler.{key}={sampler[key]}"
-        for key in ("images", "steps", "batch")
-        if sampler[key] != usual[key]
-    ]
-    parts += [f"sampler.engine={sampler['engine']}"] if sampler["engine"] != "fake" else []
-    return " ".join(parts)
+def _tables(out: Path, scale: str) -> Iterator[str]:
+    """Yield the tables, each with its chart, what its signs say, and its protocol, folded."""
+    for path in sorted((out / "tables").glob(f"table*-{scale}.md")):
+        name = path.stem.removesuffix(f"-{scale}")
+        title, _, body = path.read_text().removeprefix("# ").partition("\n")
+        yield f'<h4 id="{scale}-{name}">{page_markdown.inline(title)}</h4>'
+        yield from page_markdown.html_lines(body, title)
+        yield from page_figures.table_chart(out, path.stem, title)
+        yield f"<p>Again: <code>make {name} SCALE={scale}</code></p>"

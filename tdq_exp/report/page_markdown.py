@@ -12,30 +12,45 @@ from html import escape
 CELL = re.compile(r"(?<!\\)\|")
 MISSING = ("missing", "-", "")
 VERDICTS = {"holds": "holds", "does not hold": "fails"}
+SIGNS = re.compile("[≈†‡]")
+LONG = 40  # letters beyond which a cell is wide enough for a few words
 
 
-def html_lines(markdown: str, level: int) -> Iterator[str]:
-    """Yield the lines of a page.
+def html_lines(markdown: str, caption: str) -> Iterator[str]:
+    """Yield the lines of a page below its heading: tables, lists and paragraphs.
 
     Args:
-        markdown: the page. A table is captioned by the heading above it.
-        level: of the heading that `#` becomes: 3 is `<h3>`.
+        markdown: the page.
+        caption: of its tables.
     """
-    title = ""
     for block in blocks(markdown):
-        first = block[0]
-        if first.startswith("#"):
-            marks, _, title = first.partition(" ")
-            depth = min(level + len(marks) - 1, 6)
-            yield f"<h{depth}>{inline(title)}</h{depth}>"
-        elif first.startswith("|"):
-            yield from table_lines(block, title)
-        elif first.startswith("- "):
-            yield '<ul class="notes">'
-            yield from (f"<li>{inline(line.removeprefix('- '))}</li>" for line in block)
-            yield "</ul>"
+        if block[0].startswith("|"):
+            yield from table_lines(block, caption)
+        elif block[0].startswith("- "):
+            yield from note_lines([line.removeprefix("- ") for line in block])
         else:
             yield f"<p>{inline(' '.join(block))}</p>"
+
+
+def note_lines(notes: Sequence[str]) -> Iterator[str]:
+    """Yield the notes of a table: those that explain it, then its protocol, folded.
+
+    The first one is the caption; those with a sign say what the sign means.
+    """
+    shown = [note for number, note in enumerate(notes) if not number or SIGNS.search(note)]
+    folded = [note for note in notes if note not in shown]
+
+    yield from _list(shown)
+    if folded:
+        yield "<details><summary>How these numbers were made</summary>"
+        yield from _list(folded)
+        yield "</details>"
+
+
+def _list(notes: Sequence[str]) -> Iterator[str]:
+    yield '<ul class="notes">'
+    yield from (f"<li>{inline(note)}</li>" for note in notes)
+    yield "</ul>"
 
 
 def blocks(markdown: str) -> Iterator[list[str]]:
@@ -44,35 +59,52 @@ def blocks(markdown: str) -> Iterator[list[str]]:
         lines = part.split("\n")
         while lines and lines[0].startswith("#"):
             yield [lines.pop(0)]
-        if lines:
+        if any(lines):
             yield lines
 
 
 def table_lines(lines: Sequence[str], caption: str) -> Iterator[str]:
     """Yield an HTML table of a Markdown table.
 
+    Lines of equal bits are set apart from those of others.
+
     Args:
         lines: headers, rule, rows.
-        caption: above it.
+        caption: for those who don't see what stands above it.
     """
     headers, rule, *rows = (cells_of(line) for line in lines)
     numbers = [cell.endswith(":") for cell in rule]
+    group = next((i for i, header in enumerate(headers) if header.startswith("bits")), None)
 
     yield f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
     yield f"<caption>{inline(caption)}</caption>"
     yield "<thead><tr>"
     yield from (
-        f'<th scope="col"{_class(number)}>{inline(header)}</th>'
+        f'<th scope="col"{_class(["number"] * number)}>{inline(header)}</th>'
         for header, number in zip(headers, numbers, strict=True)
     )
     yield "</tr></thead>"
 
     yield "<tbody>"
+    before = None
     for row in rows:
         first, *rest = row
         cells = [_cell(cell, number) for cell, number in zip(rest, numbers[1:], strict=True)]
-        yield f'<tr><th scope="row">{inline(first)}</th>{"".join(cells)}</tr>'
+        of_group = None if group is None else row[group]
+        new = _class(["group"] * (before not in (None, of_group)))
+        before = of_group
+
+        head = _class(["long"] * (len(first) > LONG))
+        yield f'<tr{new}><th scope="row"{head}>{inline(first)}</th>{"".join(cells)}</tr>'
     yield "</tbody></table></div>"
+
+
+def scroll_region(label: str, content: str) -> str:
+    """Return content that scrolls sideways by itself, by keyboard too."""
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">'
+        f"{content}</div>"
+    )
 
 
 def cells_of(line: str) -> list[str]:
@@ -90,12 +122,12 @@ def inline(text: str) -> str:
 
 
 def _cell(text: str, number: bool) -> str:
-    classes = ["number"] if number else []
-    classes += ["missing"] if text in MISSING else []
+    classes = ["number"] * number
+    classes += ["missing"] * (text in MISSING or text.endswith(": missing"))
     classes += [VERDICTS[text]] if text in VERDICTS else []
-    attribute = f' class="{" ".join(classes)}"' if classes else ""
-    return f"<td{attribute}>{inline(text)}</td>"
+    classes += ["long"] * (len(text) > LONG)
+    return f"<td{_class(classes)}>{inline(text)}</td>"
 
 
-def _class(number: bool) -> str:
-    return ' class="number"' if number else ""
+def _class(names: Sequence[str]) -> str:
+    return f' class="{" ".join(names)}"' if names else ""

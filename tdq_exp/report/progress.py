@@ -4,8 +4,8 @@
 |-----------|-----------------------------------------------------------------------------|
 | done      | its row                                                                     |
 | stale     | its row, made with another configuration than the command has now           |
-| running   | a lock file that its holder keeps fresh, or a file written a moment ago      |
-| failed    | `failed.json`, and nothing written since                                    |
+| running   | a lock file that its holder keeps fresh                                     |
+| failed    | `failed.json`, and nobody works on it                                       |
 | half done | a fit that was begun or is done, images that are there; and no row          |
 | missing   | nothing of it                                                               |
 """
@@ -28,7 +28,6 @@ HALF, MISSING = "half done", "missing"
 STATES = (DONE, STALE, RUNNING, FAILED, HALF, MISSING)
 
 LOCK, FRESH = ".lock", 180.0  # a lock's holder touches it every half minute
-QUIET = 300.0  # seconds after which a run that writes nothing is not counted as running
 
 
 @dataclass(frozen=True)
@@ -113,21 +112,15 @@ def _where(begun: bool, fit_done: bool, sampled: float, cell: Cell) -> str:
 
 def _is_running(cell: Cell, now: float, fit_done: bool) -> bool:
     """Return whether somebody works on a cell, as far as files tell."""
-    folder = cell.folder / cell.sample if fit_done else cell.folder
     lock = _age(cell.folder / LOCK, now)
-    if lock is not None and lock < FRESH and (not fit_done or _newest(folder, now) is not None):
-        return True
-
-    age = _newest(folder, now)
-    has_note = (cell.folder / failures.NAME).exists()
-    return age is not None and age < QUIET and not has_note
+    if lock is None or lock >= FRESH:
+        return False
+    return not fit_done or _begun(cell.folder / cell.sample)
 
 
-def _newest(folder: Path, now: float) -> float | None:
-    """Return the age of the newest file directly in a folder or its images; None without any."""
-    paths = [*folder.glob("*"), *folder.glob("images/*")]
-    ages = [age for path in paths if path.is_file() and (age := _age(path, now)) is not None]
-    return min(ages, default=None)
+def _begun(folder: Path) -> bool:
+    """Return whether a sampled set has any file."""
+    return any(path.is_file() for path in (*folder.glob("*"), *folder.glob("images/*")))
 
 
 def _age(path: Path, now: float) -> float | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -20,6 +21,7 @@ from tdq_exp.runtime import files
 TIME_LABEL = "time step t (noise grows to the right)"
 BLACK = "#000000"
 MOST = 6  # curves that are drawn by name
+FEW_CODES = 16  # those of 4 bits
 
 
 def sample_grid(
@@ -91,9 +93,24 @@ def intervals_over_time(
     for name, colour in moving.items():
         lower.plot(steps, timed[name][1].expand(len(steps)).numpy(), lw=1, color=colour, label=name)
     lower.set(xlabel=TIME_LABEL, ylabel="zero point z(t), code")
+    _spread_codes(lower, [float(timed[name][1].max()) for name in moving])
     _legend_beside(lower)
 
     _save_both(figure, path)
+
+
+def _spread_codes(axis: Any, largest: Sequence[float]) -> None:
+    """Make the axis of zero points logarithmic beyond 16 codes if some stay below and some do not.
+
+    Layers at 4 and at 8 bits would else share an axis on which the former are flat.
+    """
+    if min(largest) <= FEW_CODES < max(largest):
+        axis.set_yscale("symlog", linthresh=FEW_CODES, linscale=2)
+        ticks = [0, 4, 8, 12, 16, 32, 64, 128, 256]
+        axis.set_yticks([tick for tick in ticks if tick <= max(largest) * 1.1])
+        axis.yaxis.set_major_formatter("{x:.0f}")
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.set_ylabel(f"zero point z(t), code\n(logarithmic beyond {FEW_CODES})")
 
 
 def _bars(named: Mapping[str, tuple[Tensor, Tensor]], path: Path, title: str) -> None:

@@ -91,13 +91,23 @@ def _unseen(remark: str) -> None:
 
 
 def print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a small table; numbers with four digits, None as "-"."""
+    """Print a small table; numbers with four digits and to the right, None as "-"."""
+    texts = [[_cell(value) for value in row] for row in rows]
+
     table = Table(title=title, title_justify="left")
     for column, header in enumerate(headers):
-        table.add_column(header, justify="right" if column else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row))
+        words = any(_is_words(row[column]) for row in texts)
+        table.add_column(
+            header, justify="left" if words or not column else "right", overflow="fold"
+        )
+    for row in texts:
+        table.add_row(*row)
     console.print(table)
+
+
+def _is_words(text: str) -> bool:
+    """Return whether a cell is read, not compared: `missing` and `-` stand for a number."""
+    return text[:1].isalpha() and text != "missing"
 
 
 def _cell(value: object) -> str:

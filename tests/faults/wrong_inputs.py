@@ -220,6 +220,8 @@ LABELS = [
 # Choices that are none, or that contradict each other.
 CHOICES = [
     Wrong(("fit.precision=float16",), ("fit.precision='float16'", "bfloat16")),
+    Wrong(("fit.precision=tf32",), ("fit.precision=tf32", "only GPUs have it")),
+    Wrong(("launcher.micro_batches=0",), ("launcher.micro_batches=0", "at least 1")),
     Wrong(("fit.lr_schedule=linear",), ("fit.lr_schedule='linear'", "cosine")),
     Wrong(("fit.report=best",), ("fit.report='best'", "best_of_5")),
     Wrong(("fit.kind=ptq",), ("fit.kind='ptq'", "fit=OPTION")),

@@ -37,6 +37,8 @@ def comparison(ours, theirs, float_model=(10.0, 11.0), column="ddim"):
         ("no_larger", [12.9], [12], "holds"),
         ("no_larger", [13.1], [12], "does not hold"),
         ("no_larger", [9], [12], "holds"),
+        ("no_larger", [3.9], [3.5], "can't tell"),  # a spread of more than a quarter
+        ("no_larger", [1.5], [3.5], "holds"),
     ],
 )
 def test_a_rule_looks_beyond_the_spread(rule, ours, theirs, verdict):
@@ -83,6 +85,13 @@ def test_every_claim_asks_for_lines_of_the_tables():
                     choices = {**models[column].scales["small"], **claim.shared, **at, **line}
                     choices = {k: v for k, v in choices.items() if k not in ("label", "overrides")}
                     assert json.dumps(choices, sort_keys=True) in asked, (claim.name, choices)
+
+
+def test_a_gain_in_a_model_that_the_scale_lacks_is_not_told(tmp_path):
+    claim = next(claim for claim in claims.read_claims() if claim.rule == "less_gain")
+    (judged,) = claims.judge([claim], "digits", tmp_path)
+    assert judged.verdicts == [] and judged.verdict == "can't tell"
+    assert "| latents |" in claims.markdown([judged], "digits", tmp_path)
 
 
 def test_an_unknown_rule_is_refused(tmp_path, monkeypatch):

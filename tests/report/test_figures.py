@@ -13,11 +13,19 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy import stats
 
 from tdq_exp.analysis import samples
 from tdq_exp.commands import figure as figure_command
 from tdq_exp.commands import report as report_command
-from tdq_exp.report import drawings, figure_manifest, figure_numbers, page, page_markdown
+from tdq_exp.report import (
+    drawings,
+    figure_manifest,
+    figure_numbers,
+    page_figures,
+    page_markdown,
+    paired_rank,
+)
 from tdq_exp.runtime import figures
 
 T = [0, 500, 999]
@@ -73,10 +81,14 @@ def results(tmp_path_factory):
     (out / "tables" / "table1-digits.md").write_text(
         "# Table 1, scale digits\n\n| method | bits | distance |\n|---|---|---:|\n"
         "| LSQ <1> | 4/4 | missing |\n| a \\| b | 3/3 | 1.50 |\n\n- A note of `code`.\n"
+        "- Of 3 cells 2 missing; 0 stale (\u2020: x).\n"
     )
     (out / "tables" / "claims-digits.md").write_text(
         "# Claims\n\n| claim | verdict |\n|---|---|\n| order | holds |\n"
     )
+    chart = Figure(figsize=(1, 1))
+    chart.subplots()
+    figures.save_figure(chart, out / "figures" / "table1-digits.svg")
     for name in figure_manifest.names():
         kind = figure_manifest.read_figure(name).kind
         figure_numbers.write(
@@ -88,11 +100,13 @@ def results(tmp_path_factory):
     config = {
         "protocol": protocol, "label": "", "fit": {"kind": "qat"}, "model": {"label": "digits"},
         "sampler": {**sampling, "steps": 10, "seed": 1, "engine": "fake"},
+        "method": {"label": "lsq"}, "tdq": {"label": ""},
     }  # fmt: skip
     row = {
         "name": "digits_w4a4_lsq", "sample": "ddim10_n10_seed1", "images": 10, "seed": 0, "config": config,
         "metrics": {"fid": 1.234}, "fingerprints": {"fit": "f", "sample": "s", "measure": "m"},
         "environment": {"commit": "c", "machine": "a machine"}, "seconds": {"fit": 1.0, "sample": 2.0},
+        "features": {"name": "digits"}, "paired": {"relative_l2": 0.5, "psnr": 20.0},
     }  # fmt: skip
     run = out / "runs" / "digits_w4a4_lsq" / "seed0"
     (run / row["sample"]).mkdir(parents=True)
@@ -176,7 +190,7 @@ def test_numbers_of_other_runs_than_the_manifest_asks_for_are_refused(tmp_path, 
     assert "ddim, LSQ W4A4 is of digits_w4a4_lsq, asked for is digits_w4a4_lsq_release" in said
     assert "--measure" in said and not (tmp_path / "figures" / "figure3-digits.png").exists()
     with pytest.raises(ValueError, match="asked for is digits_w4a4_lsq_release"):
-        list(page._figures(tmp_path, "digits"))
+        list(page_figures.lines(tmp_path, "digits"))
 
 
 def test_numbers_that_are_not_there_are_asked_for(tmp_path, capsys):
@@ -271,9 +285,62 @@ def test_nothing_to_show_is_refused(tmp_path, capsys):
 
 
 def test_our_markdown_becomes_html():
-    lines = list(page_markdown.html_lines("# A\n## B\n\ntwo\nlines with [x](y.md)\n", level=3))
-    assert lines == ["<h3>A</h3>", "<h4>B</h4>", '<p>two lines with <a href="y.md">x</a></p>']
+    text = "two\nlines with [x](y.md)\n\n- first\n- protocol\n- \u2248: a tie\n"
+    assert list(page_markdown.html_lines(text, "caption")) == [
+        '<p>two lines with <a href="y.md">x</a></p>',
+        '<ul class="notes">', "<li>first</li>", "<li>\u2248: a tie</li>", "</ul>",
+        "<details><summary>How these numbers were made</summary>",
+        '<ul class="notes">', "<li>protocol</li>", "</ul>", "</details>",
+    ]  # fmt: skip
     assert page_markdown.cells_of(r"| a \| b | - |") == ["a | b", "-"]
+
+
+def test_the_page_begins_with_the_verdicts_and_counts_the_cells(text):
+    top = text[: text.index('id="digits"')]
+    assert ">At a glance<" in top and 'class="holds">holds<' in top
+    assert "1 of 3 cells of its tables have a row" in top
+
+
+def test_a_chart_of_a_table_takes_the_colours_of_the_page(text):
+    chart = re.search(r'<svg[^>]*aria-label="Table 1.*?</svg>', text, re.DOTALL)[0]
+    assert "currentColor" in chart and "#000000" not in chart and "#ffffff" not in chart
+
+
+def row_with(distance, relative_l2, steps=50):
+    """Return a row of both distances."""
+    config = {
+        "model": {"label": "digits"}, "method": {"label": "lsq"}, "tdq": {"label": "tdq"},
+        "sampler": {"steps": steps},
+    }  # fmt: skip
+    return {
+        "name": "run", "seed": 0, "sample": "s", "features": {"name": "digits"}, "config": config,
+        "metrics": {"fid": distance}, "paired": {"relative_l2": relative_l2, "psnr": -relative_l2},
+    }  # fmt: skip
+
+
+def test_ranks_of_both_distances_are_compared_within_one_protocol():
+    numbers = [1.0, 4.0, 2.0, 2.0, 9.0, 3.0]
+    rows = [row_with(x, x**3) for x in numbers] + [row_with(x, -x, steps=10) for x in numbers[:4]]
+    rows.append({**row_with(1, 1), "paired": None})
+    few, many = paired_rank.groups_of(rows)
+
+    assert (many.steps, len(many.points)) == (50, 6) and [p.distance for p in many.points][:2] == [
+        1,
+        2,
+    ]
+    assert many.by_l2 == pytest.approx(1.0) == many.by_psnr
+    assert few.by_l2 is None and paired_rank.summary([few])[0][1:] == [
+        "4",
+        "can't tell",
+        "-",
+        "can't tell",
+    ]
+
+    a = np.random.default_rng(0).integers(0, 5, (2, 40)).tolist()
+    assert paired_rank.rank_correlation(*a) == pytest.approx(stats.spearmanr(*a).statistic)
+    low, high = paired_rank.bootstrap(*a)
+    assert low < paired_rank.rank_correlation(*a) < high
+    assert "## digits, digits features, 50 steps" in "\n".join(paired_rank.markdown([few, many]))
 
 
 @pytest.mark.parametrize("timed", [False, True])

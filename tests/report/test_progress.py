@@ -66,8 +66,13 @@ def test_every_state_of_a_run_from_nothing_to_its_row(cell):
 
     put(cell.folder / "fit.json", fit(done=False))
     assert state(cell) == ("half done", "fit begun")
-    put(cell.folder / "state.pt", {}, age=60)
+    put(cell.folder / "state.pt", {}, age=1)
+    assert state(cell) == ("half done", "fit begun"), "whoever wrote it holds no lock any more"
+    put(cell.folder / ".lock", {}, age=10)
     assert state(cell) == ("running", "fit begun")
+    put(cell.folder / ".lock", {}, age=200)
+    assert state(cell) == ("half done", "fit begun"), "its holder is dead"
+    (cell.folder / ".lock").unlink()
     put(cell.folder / "failed.json", {"error": "OSError: full", "when": "today"}, age=10)
     assert state(cell) == ("failed", "OSError: full (today); fit begun")
     put(cell.folder / ".lock", {}, age=10)
@@ -81,6 +86,11 @@ def test_every_state_of_a_run_from_nothing_to_its_row(cell):
     groups = np.array([1, 1, 1, 0, 0, 0, 0, 0, 0, 0], np.uint8)
     put(cell.folder / cell.sample / "images" / "groups.npy", groups)
     assert state(cell) == ("half done", "300 of 1000 images")
+    put(cell.folder / ".lock", {}, age=10)
+    assert state(cell) == ("running", "300 of 1000 images")
+    other = dataclasses.replace(cell, sample="ddim10_n1000")
+    assert state(other) == ("half done", "fit done, not sampled"), "another set is being sampled"
+    (cell.folder / ".lock").unlink()
 
     metrics = cell.folder / cell.sample / "metrics.json"
     (cell.folder / "fit.json").unlink()

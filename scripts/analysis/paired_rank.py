@@ -1,0 +1,39 @@
+"""Say how well the paired distance ranks runs -> results/analysis/paired_rank.json and .md.
+
+    python scripts/analysis/paired_rank.py [--out results]
+
+Every row that states its paired distance to the float model is a point; see
+`tdq_exp.report.paired_rank`. It reads committed rows alone and takes seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from tdq_exp.report import page_rows, pages, paired_rank
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results")
+    options = parser.parse_args()
+
+    groups = paired_rank.groups_of(page_rows.read_rows(options.out))
+    measured = {
+        group.name: {
+            "rows": len(group.points),
+            "by_relative_l2": group.by_l2,
+            "interval": group.interval,
+            "by_psnr": group.by_psnr,
+            "points": [asdict(point) for point in group.points],
+        }
+        for group in groups
+    }
+    stem = options.out / "analysis" / "paired_rank"
+    pages.report(stem, {"groups": measured}, pages.about(), paired_rank.markdown(groups))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Rows on the page of results: the table of all of them, and the command that makes each again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from tdq_exp.runtime import files
+
+HEADERS = (
+    ("run", False),
+    ("sampler", False),
+    ("images", True),
+    ("seeds: fit, noise", True),
+    ("distance", True),
+    ("relative L2 to float", True),
+    ("fingerprints: fit, sample, measure", False),
+    ("commit", False),
+    ("machine", False),
+    ("seconds: fit, sample", True),
+    ("command", False),
+)
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """Return all rows of a folder of results."""
+    rows = []
+    for path in sorted((out / "runs").glob("*/seed*/*/metrics.json")):
+        content = files.read_json(path) or {"rows": []}
+        folder = path.parent.relative_to(out)
+        rows += [{**row, "folder": str(folder)} for row in content["rows"]]
+    return rows
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the table of rows, folded; nothing for no rows."""
+    if not rows:
+        return
+
+    caption = f"All {len(rows)} rows"
+    yield f"<details><summary>{caption}: fingerprints, seeds, commits, commands</summary>"
+    yield f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}">'
+    yield '<table class="rows">'
+    yield f"<caption>{caption}</caption><thead><tr>"
+    for header, number in HEADERS:
+        yield f'<th scope="col"{" class=number" if number else ""}>{header}</th>'
+    yield "</tr></thead><tbody>"
+
+    for row in rows:
+        texts = _texts(row)
+        name = f'<a href="{escape(row["folder"])}/metrics.json">{escape(row["name"])}</a>'
+        cells = [
+            f"<td{' class=number' if number else ''}>{text}</td>"
+            for text, (_, number) in zip(texts, HEADERS[1:], strict=True)
+        ]
+        yield f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>'
+    yield "</tbody></table></div></details>"
+
+
+def _texts(row: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a row's line beside its name, as HTML."""
+    prints, seconds = row["fingerprints"], row["seconds"]
+    paired = row.get("paired")
+    return [
+        escape(row["sample"]),
+        str(row["images"]),
+        f"{row['seed']}, {row['config']['sampler']['seed']}",
+        f"{row['metrics']['fid']:.2f}",
+        f"{paired['relative_l2']:.4f}" if paired else "-",
+        ", ".join(f"<code>{prints[part]}</code>" for part in ("fit", "sample", "measure")),
+        f"<code>{row['environment']['commit']}</code>",
+        escape(row["environment"]["machine"]),
+        f"{seconds['fit']:.0f}, {seconds['sample']:.0f}",
+        f"<code>{escape(command_of(row))}</code>",
+    ]
+
+
+def command_of(row: Mapping[str, Any]) -> str:
+    """Return the command that makes a row again."""
+    config = row["config"]
+    if config["label"]:
+        return "the configuration in its metrics.json: it has a name of its own"
+
+    sampler, usual = config["sampler"], config["protocol"]["sampling"]
+
+    parts = [f"python -m tdq_exp.run +experiment={row['name']}"]
+    parts += [f"seed={row['seed']}"] if row["seed"] else []
+    parts += [f"sampler.seed={sampler['seed']}"] if sampler["seed"] else []
+    parts += [
+        f"sampler.{key}={sampler[key]}"
+        for key in ("images", "steps", "batch")
+        if sampler[key] != usual[key]
+    ]
+    parts += [f"sampler.engine={sampler['engine']}"] if sampler["engine"] != "fake" else []
+    return " ".join(parts)
