@@ -51,7 +51,13 @@ DOORS = {
     "onnx": {"deploy.onnx", "metrics.lite_runtime"},
     "triton": {"quant.kernels.triton"},
     "onnxruntime": {"deploy.onnx", "commands.export", "metrics.lite_runtime"},
-    "hydra": {"config.compose", "config.experiments", "experiment.build", "run"},
+    "hydra": {
+        "config.compose",
+        "config.experiments",
+        "experiment.build",
+        "experiment.nodes",
+        "run",
+    },
     "omegaconf": {
         "config.assets",
         "config.compose",
@@ -61,6 +67,7 @@ DOORS = {
         "config.setting",
         "experiment.adapt",
         "experiment.build",
+        "experiment.nodes",
         "run",
     },
 }

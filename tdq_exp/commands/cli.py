@@ -91,11 +91,16 @@ def attempt(command: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> 
         stopped = error if isinstance(error, Stopped) else Stopped(INTERRUPTED - 128)
         return _told(error, Ending(stopped.exit_code, str(stopped)))
     except CommandFailed as error:
-        return _told(error, Ending(error.code, f"error: {error}" if str(error) else ""))
+        return _told(error, Ending(error.code, _one_line(error) if str(error) else ""))
     except BlockingIOError as error:
-        return _told(error, Ending(IN_USE, f"error: {error}", hasattr(error, "told")))
+        return _told(error, Ending(IN_USE, _one_line(error), hasattr(error, "told")))
     except (ValueError, OSError, FloatingPointError) as error:  # InterruptedError is an OSError
-        return _told(error, Ending(MISTAKE, f"error: {error}", hasattr(error, "told")))
+        return _told(error, Ending(MISTAKE, _one_line(error), hasattr(error, "told")))
+
+
+def _one_line(error: BaseException) -> str:
+    """Return the line of an error; names and values in it may have breaks of their own."""
+    return "error: " + " ".join(line.strip() for line in str(error).splitlines())
 
 
 def _told(error: BaseException, ending: Ending) -> Ending:

@@ -41,6 +41,8 @@ def pack(run: Path, out: Path | None = None) -> Path:
     if out.exists():
         raise ValueError(f"--out={out}: exists; remove it or name another file")
 
+    files.require_folder(out.parent, "--out")
+
     job, net = load(run)
     if job.recipe is None:
         raise ValueError(f"{run}: is a float run; there is nothing to pack")

@@ -44,21 +44,27 @@ def verify(what: str, out: Path) -> int:
     tables = {file.stem for file in (assets.configs() / "table").glob("*.yaml")}
 
     is_table = what in tables and not path.exists()
-    faults = table_faults(what, out) if is_table else checks.faults_of(path)
+    faults, runs = table_faults(what, out) if is_table else (checks.faults_of(path), None)
 
     for fault in faults:
         console.print(fault, markup=False)
-    console.print(f"{what}: {len(faults)} faults" if faults else f"{what}: whole", markup=False)
+    looked_at = "" if runs is None else f", {runs} runs are there"
+    result = f"{len(faults)} faults" if faults else "whole"
+    console.print(f"{what}: {result}{looked_at}", markup=False)
     return 1 if faults else 0
 
 
-def table_faults(name: str, out: Path) -> list[str]:
-    """Return what is wrong with the runs of a table, at all of its scales, and with its files."""
+def table_faults(name: str, out: Path) -> tuple[list[str], int]:
+    """Return what is wrong with the runs of a table and its files, and how many runs there are.
+
+    All scales of the table count.
+    """
     from tdq_exp.report import cells, columns, manifest, render
     from tdq_exp.report.costs import read_costs
 
     table = manifest.read_manifest(name)
     found: list[str] = []
+    runs = 0
     for scale in table.scales:
         asked = cells.cells_of(table, scale, out)
 
@@ -66,6 +72,7 @@ def table_faults(name: str, out: Path) -> list[str]:
         folders = sorted({cell.folder for cell in asked if cell.folder.exists()})
         here = [fault for folder in folders for fault in checks.run_faults(folder)]
         found += here
+        runs += len(folders)
 
         # 2. The rendered file, which is what the rows give.
         file = out / "tables" / f"{name}-{scale}.md"
@@ -78,4 +85,4 @@ def table_faults(name: str, out: Path) -> list[str]:
                     f"{file}: is not what its rows give; render it again:"
                     f" python -m tdq_exp table {name} --scale {scale}"
                 )
-    return found
+    return found, runs

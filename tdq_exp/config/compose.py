@@ -25,6 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 from tdq_exp.config import assets, experiments, schema
 
 KEPT = 128  # compositions
+_UNKNOWN_KEY = re.compile(
+    r"Could not override '([^']+)'\. To append to your config use (\+.*?)(?:: Key '.*)?$"
+)
 _PLAIN_KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 _PLAIN_OPTION = re.compile(r"(\w+)=(\w+)")
 _KEY = re.compile(r"^(\w+):", re.MULTILINE)
@@ -225,6 +228,16 @@ def _one_line(error: BaseException) -> str:
 
     said = str(error).split("Config search path")[0].split("Set the environment")[0]
     words = " ".join(said.split())
+
+    # Hydra advises to add the key, which helps only where a class takes it.
+    unknown = _UNKNOWN_KEY.match(words)
+    if unknown:
+        key, added = unknown.groups()
+        return (
+            f"{key}: there is no such key among these choices; an argument that its class takes is"
+            f" added with {added}"
+        )
+
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and str(cause).splitlines()[0] not in words:
         words += f": {str(cause).splitlines()[0]}"

@@ -65,7 +65,11 @@ class DataConfig:
     source: Any = setting(help="_target_: where images come from", fingerprint=False)
     cache: str | None = setting(None, fingerprint=False, help="default: ~/.cache/tdq_exp")
     limit: int | None = setting(
-        None, low=1, fingerprint=False, help="only the first so many images of each split"
+        None,
+        low=1,
+        most=MOST_IMAGES,
+        fingerprint=False,
+        help="only the first so many images of each split",
     )
 
 
@@ -257,8 +261,13 @@ def typed(cfg: DictConfig) -> Config:
     try:
         return _typed(cfg)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
+        raise one_line(error) from error
+
+
+def one_line(error: OmegaConfBaseException) -> ValueError:
+    """Return an error of OmegaConf's as one line that names the key."""
+    key = getattr(error, "full_key", None)
+    return ValueError(f"{key}: {str(error).splitlines()[0]}")
 
 
 def _typed(cfg: DictConfig) -> Config:

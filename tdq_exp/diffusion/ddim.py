@@ -62,6 +62,12 @@ def time_steps(spacing: str, count: int, total: int, offset: int = 0) -> list[in
             f"sampler.steps={count}: must be between 1 and the model's {total} time steps"
         )
 
+    if not 0 <= offset < total:
+        raise ValueError(
+            f"sampler.offset={offset}: must be between 0 and the last of the model's {total} time"
+            " steps"
+        )
+
     # Least noisy step first; all spacings but `quad` have S of them.
     i = torch.arange(count, dtype=torch.float64)
     if spacing == "leading":

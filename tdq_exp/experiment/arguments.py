@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,23 @@ from tdq_exp.config.setting import KINDS, is_of, require
 
 # Keys of a node that are Hydra's, not the constructor's.
 OF_HYDRA = ("_target_", "_partial_", "_convert_", "_recursive_")
+
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+
+def require_node(node: Any, key: str) -> None:
+    """Refuse what names no class, or holds arguments that its class does not take.
+
+    Args:
+        node: plain values.
+        key: of the node, for messages.
+
+    Raises:
+        ValueError: one line that names the key.
+    """
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise ValueError(f"{key}={node}: must name a class by its _target_")
+    check_arguments(node, key)
 
 
 def check_arguments(node: Any, key: str) -> None:
@@ -32,13 +50,21 @@ def check_arguments(node: Any, key: str) -> None:
     Raises:
         ValueError: one line that names the key.
     """
-    if not isinstance(node, Mapping) or not str(node.get("_target_", "")).startswith("tdq_exp."):
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        return
+
+    named = node["_target_"]
+    if not isinstance(named, str) or not _DOTTED.fullmatch(named):
+        raise ValueError(f"{key}._target_={named}: must be the dotted name of a class")
+    if not isinstance(node.get("_partial_", False), bool):
+        raise ValueError(f"{key}._partial_={node['_partial_']}: must be true or false")
+    if not named.startswith("tdq_exp."):
         return
 
     if "_args_" in node:
         raise ValueError(f"{key}._args_: arguments are given by name")
 
-    target = _target(str(node["_target_"]), key)
+    target = _target(named, key)
     known = _parameters(target)
 
     for name, value in node.items():
@@ -46,7 +72,9 @@ def check_arguments(node: Any, key: str) -> None:
             continue
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(known)}"
+            hint = (
+                f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(known) or 'none'}"
+            )
             raise ValueError(f"{key}.{name}: {target.__name__} takes no such key{hint}")
 
         _check_value(value, known[name], f"{key}.{name}")

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tdq_exp.config import assets, naming, records, schema
 from tdq_exp.config.compose import compose
@@ -23,7 +22,8 @@ from tdq_exp.data.images import Data, default_cache
 from tdq_exp.data.sources import Source
 from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.experiment.adapt import adapted
-from tdq_exp.experiment.arguments import check_arguments
+from tdq_exp.experiment.arguments import require_node
+from tdq_exp.experiment.nodes import make, make_of, recipe_of, source_of
 from tdq_exp.experiment.options import EvalOptions, SamplerOptions
 from tdq_exp.fit.fit import Fit, Subject
 from tdq_exp.fit.options import FitOptions
@@ -35,8 +35,6 @@ from tdq_exp.models.trainable import Trainable
 from tdq_exp.models.weights.folder import which_weights
 from tdq_exp.quant.convert import Recipe
 from tdq_exp.runtime.options import LauncherOptions, TrackerOptions
-
-M = TypeVar("M")
 
 # What only says where things lie on this machine, or how they are run.
 UNRECORDED = ("out", "plan_only", "go", "traceback", "tracker", "launcher")
@@ -177,9 +175,17 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
         ValueError: one line that names the key.
     """
     # 1. Values, checked; names; and the same values without interpolations.
-    cfg, notes = adapted(cfg)
+    try:
+        cfg, notes = adapted(cfg)
+    except OmegaConfBaseException as error:
+        raise schema.one_line(error) from error
+
     config = schema.typed(cfg)
+    require_node(schema.plain(config.eval.features), "eval.features")
     check_names(config.eval.metrics)
+    if not config.out.strip():  # an unset variable of a script
+        raise ValueError("out has no value: name a folder, out=FOLDER")
+
     name, sample, folder = naming.fit_name(cfg), naming.sample_name(cfg), naming.run_folder(cfg)
 
     values = schema.plain(cfg)
@@ -195,7 +201,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
     if fit.options.fits_network:
         model.attach(shipped(config.model.autoencoder))
 
-    if config.model.weights is None and fit.options.needs_weights:
+    if not config.model.weights and fit.options.needs_weights:
         raise ValueError(
             "model.weights has no value: name a file, or train the model first"
             " (method=fp fit=pretrain)"
@@ -224,7 +230,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
 
     # 4. The rest.
     cache = Path(config.data.cache).expanduser() if config.data.cache else default_cache()
-    images = make(resolved, "data.source") if source else None
+    images = source_of(resolved) if source else None
 
     return Experiment(
         name=name,
@@ -236,7 +242,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
         weights=FloatWeights(weights, config.model.ema),
         data=DataChoice(images, cache, config.data.limit),
         fit=fit,
-        recipe=_recipe(resolved) if config.method.quantized else None,
+        recipe=recipe_of(resolved) if config.method.quantized else None,
         sampler=sampler,
         sampling=config.sampler,
         evaluation=config.eval,
@@ -288,20 +294,6 @@ def features_of(cfg: DictConfig) -> FeatureNetwork:
     if cfg.eval.features.get("weights") is not None:
         cfg.eval.features.weights = shipped(cfg.eval.features.weights)
     return make(cfg, "eval.features")
-
-
-def _recipe(cfg: DictConfig) -> Recipe:
-    return Recipe(
-        weight_bits=cfg.bits.weight,
-        act_bits=cfg.bits.act,
-        weight=make(cfg, "weight.quantizer"),
-        act=make(cfg, "act.quantizer"),
-        intervals=make(cfg, "tdq.interval"),
-        weight_interval=cfg.weight.interval,
-        zero_point=cfg.tdq.zero_point,
-        plan=make(cfg, "plan.plan"),
-        habits=make(cfg, "habits.habits"),
-    )
 
 
 def of_network(network: dict[str, Any], overrides: Sequence[str]) -> Experiment:
@@ -358,35 +350,3 @@ def _rebuilt(recorded: dict[str, Any], where: Path) -> Experiment:
     declared = {path: set(OmegaConf.select(root, path)) for path in known}
     current = records.of_its_kind(current, declared, known)
     return build(OmegaConf.merge(root, current), source=False)  # type: ignore[arg-type]
-
-
-def make_of(cfg: DictConfig, key: str, kind: type[M]) -> M:
-    """Instantiate a node whose class is known.
-
-    Raises:
-        ValueError: if it gives anything else; and as `make`.
-    """
-    made = make(cfg, key)
-    if not isinstance(made, kind):
-        raise ValueError(f"{key}: must name a {kind.__name__} by its _target_")
-    return made
-
-
-def make(cfg: DictConfig, key: str) -> Any:
-    """Instantiate a node.
-
-    Raises:
-        ValueError: what its constructor says of a value, or which option it does not know.
-    """
-    node = OmegaConf.select(cfg, key)
-    check_arguments(schema.plain(node), key)
-
-    try:
-        return instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        if isinstance(cause, FileNotFoundError | ValueError):
-            raise type(cause)(str(cause)) from error
-        raise ValueError(f"{key}: {str(cause or error).splitlines()[0]}") from error

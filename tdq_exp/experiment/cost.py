@@ -21,6 +21,7 @@ from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.card import CardCost
 from tdq_exp.experiment.network import network_is_here
 from tdq_exp.experiment.row import read_rows
+from tdq_exp.metrics.features import inception_file
 from tdq_exp.quant.convert import Recipe, layer_map
 from tdq_exp.runtime import files, launch
 from tdq_exp.runtime.progress import console, print_table
@@ -189,7 +190,9 @@ def show(job: Experiment) -> Cost:
             f"  sample   {job.sampling.images} images, {job.sampling.steps} steps: {state}"
         )
         metrics = ", ".join(job.evaluation.metrics)
-        console.print(f"  measure  {metrics} on {job.evaluation.label} features")
+        console.print(
+            f"  measure  {metrics} on {job.evaluation.label} features{_features_to_fetch(job)}"
+        )
 
     console.print(f"  disk     {cost.disk_bytes / 1e9:.2f} GB")
     if cost.card is not None and cost.card.seconds:
@@ -197,6 +200,15 @@ def show(job: Experiment) -> Cost:
     for line in job.notes:
         console.print(f"note: {line}", markup=False)
     return cost
+
+
+def _features_to_fetch(job: Experiment) -> str:
+    """Return a remark if the feature network's weights are on no disk here yet."""
+    node = job.config["eval"]["features"]
+    named = node.get("weights") is not None
+    if named or not str(node["_target_"]).endswith(".inception") or inception_file().is_file():
+        return ""
+    return ": their weights are not here and are fetched first (or eval.features.weights=PATH)"
 
 
 def _show_layers(job: Experiment, recipe: Recipe) -> None:

@@ -28,6 +28,10 @@ def read_fit(folder: Path, must_be_sealed: bool = False) -> dict[str, Any] | Non
     found = read_record(path, ["config", "done"], must_be_sealed)
     if found is not None and found["done"] and "facts" not in found:
         raise files.damaged(path, "it has no facts")
+
+    for key in ("config", "facts"):
+        if found is not None and not isinstance(found.get(key, {}), dict):
+            raise files.damaged(path, f"its {key} is {found[key]!r:.40}")
     return found
 
 

@@ -14,6 +14,27 @@ from typing import Any
 from tdq_exp.runtime import files
 
 NEEDED = {"config", "features", "images", "metrics"}
+# What a row's values are, where it has them; those of `NEEDED` it has.
+KINDS: dict[type[Any], tuple[str, ...]] = {
+    dict: (
+        "config",
+        "features",
+        "metrics",
+        "fingerprints",
+        "environment",
+        "reference",
+        "held_out",
+        "reconstructed",
+        "half_sampling",
+        "precision_recall",
+        "paired",
+        "seconds",
+    ),
+    int: ("images",),
+    str: ("name", "sample"),
+    list: ("candidates",),
+}
+
 REAL = ("held_out", "reconstructed")  # sets of real images that are measured beside the sampled one
 
 
@@ -166,7 +187,8 @@ class RowRecord:
         """Return the row of this fingerprint, or None."""
         rows = read_rows(self.file)
         stated = [row.get("fingerprints", {}).get("measure") for row in rows]
-        return dict(zip(stated, rows, strict=True)).get(self.fingerprint)
+        same = [row for row, s in zip(rows, stated, strict=True) if s == self.fingerprint]
+        return same[-1] if same else None
 
     def write(self, row: dict[str, Any]) -> None:
         """Add the row, in place of an older one of the same features."""
@@ -193,7 +215,28 @@ def read_rows(file: Path, must_be_sealed: bool = False) -> list[dict[str, Any]]:
             raise files.damaged(file, "a row lacks a part")
 
         files.require_seal(file, row, must_be_sealed)
+        _require_kinds(file, row)
     return rows
+
+
+def _require_kinds(file: Path, row: Mapping[str, Any]) -> None:
+    """Refuse a row with values of other kinds: a seal says that it is whole, not who wrote it.
+
+    Raises:
+        ValueError: naming the file and the key.
+    """
+    for kind, keys in KINDS.items():
+        for key in keys:
+            value = row.get(key)
+            absent = value is None and key not in NEEDED
+            if not absent and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise files.damaged(file, f"{key} of a row is {value!r:.40}")
+
+    if not isinstance(row["features"].get("name"), str):
+        raise files.damaged(file, "features of a row have no name")
+    for name, value in row["metrics"].items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise files.damaged(file, f"metrics.{name} of a row is {value!r:.40}")
 
 
 def write_row(file: Path, row: dict[str, Any]) -> None:

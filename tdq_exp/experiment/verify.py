@@ -26,6 +26,7 @@ from tdq_exp.runtime.stage import read_record
 
 NETWORKS = ("baked.safetensors", "weights.safetensors")
 UNCHECKED = "has no checksum; an earlier version wrote none: python scripts/migrate_records.py"
+CHECKED = {".json", ".png", ".svg", ".pt", ".safetensors", ".part"}
 OTHERS = {"wandb", "wandb-id.json", "png"}  # not ours, or nothing is read from them
 
 T = TypeVar("T")
@@ -36,10 +37,15 @@ def faults_of(path: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: if there is nothing.
+        ValueError: if it is one file of a kind that nothing can be said of.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.is_file():
+    if not path.is_dir():
+        if path.suffix not in CHECKED:
+            raise ValueError(
+                f"{path}: such a file has no checksum of its own; name the run that it belongs to"
+            )
         return _file_faults(path)
 
     # 1. Runs; then whatever lies beside them, such as shipped networks.
@@ -64,6 +70,13 @@ def run_faults(run: Path, everything: bool = True) -> list[str]:
         run: its folder.
         everything: also read images and training states, which a finished run needs no more.
     """
+    try:
+        return _run_faults(run, everything)
+    except (LookupError, TypeError, AttributeError) as error:  # sealed by a stranger
+        return [f"{run}: its records hold what no run writes ({type(error).__name__}: {error})"]
+
+
+def _run_faults(run: Path, everything: bool) -> list[str]:
     found: list[str] = []
     record = _tried(found, lambda: read_fit(run, must_be_sealed=True))
 
@@ -265,11 +278,10 @@ def _tensor_faults(file: Path, fit: Mapping[str, Any] | None, must_be_sealed: bo
 
 def _files(folder: Path) -> list[Path]:
     """Return the files below a folder that have a checksum of their own."""
-    kinds = {".json", ".png", ".svg", ".pt", ".safetensors", ".part"}
     return [
         file
         for file in sorted(folder.rglob("*"))
-        if file.suffix in kinds
+        if file.suffix in CHECKED
         and file.exists()
         and not file.is_dir()
         and not OTHERS.intersection(file.relative_to(folder).parts)

@@ -34,6 +34,7 @@ from tdq_exp.runtime import signals
 from tdq_exp.runtime.context import RunContext
 from tdq_exp.runtime.precision import autocast, products
 from tdq_exp.runtime.progress import track
+from tdq_exp.runtime.tensor_files import values_of
 
 LOG_EVERY = 10  # updates; on a GPU the loss is read as often, for each reading waits for it
 
@@ -350,15 +351,19 @@ class Training:
             return 0
 
         # All that the next update depends on, then what is recorded.
-        self.net.load_state_dict(state["net"])
-        self.ema.net.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.processes.set_random_state(state["random"][self.processes.rank])
+        with values_of(self.state_file):
+            self.net.load_state_dict(state["net"])
+            self.ema.net.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.processes.set_random_state(state["random"][self.processes.rank])
 
-        self.history.validation = [tuple(v) for v in state["validation"]]
-        self.history.best = [tuple(b) for b in state["best"]]
-        self.history.seconds = state["seconds"]
-        return int(state["update"])
+            self.history.validation = [(int(u), float(loss)) for u, loss in state["validation"]]
+            self.history.best = [(float(loss), int(u)) for loss, u in state["best"]]
+            self.history.seconds = float(state["seconds"])
+            update = int(state["update"])
+            if not 0 < update <= self.options.updates:
+                raise ValueError(f"its update is {update}, of {self.options.updates}")
+            return update
 
     def _state_to_go_on_from(self) -> Path | None:
         """Return the file of the last whole state, or None; refuse one that can't go on here."""
@@ -371,10 +376,12 @@ class Training:
             raise ValueError(
                 f"{self.state_file}: the training state of another fit; remove it to start this one"
             )
-        if len(state["random"]) != self.processes.world:
+        with values_of(self.state_file):
+            begun_with = len(state["random"])
+        if begun_with != self.processes.world:
             raise ValueError(
-                f"{self.state_file}: begun with {len(state['random'])} processes, now"
-                f" {self.processes.world}; use launcher.nproc={len(state['random'])} or remove the"
+                f"{self.state_file}: begun with {begun_with} processes, now"
+                f" {self.processes.world}; use launcher.nproc={begun_with} or remove the"
                 " file to start again"
             )
 

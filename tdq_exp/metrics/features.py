@@ -49,8 +49,7 @@ class EfficientNetLite0(FeatureExtractorBase):
     deviation per channel 47 %.
 
     Args:
-        network: An `EfficientNet` of the package efficientnet_lite_pytorch, with its weights
-            loaded.
+        network: An `EfficientNet` of efficientnet_lite_pytorch, with its weights loaded.
 
     References:
         Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", ICML
@@ -62,8 +61,7 @@ class EfficientNetLite0(FeatureExtractorBase):
 
     def __init__(self, network: Any) -> None:
         super().__init__("efficientnet_lite0", ["pool", "logits"])
-        # Depthwise convolutions dominate here, and on a CPU they run 1.4 to 1.9 times as fast in
-        # this layout.
+        # Depthwise convolutions dominate: on a CPU this layout is 1.4 to 1.9 times as fast.
         self.network = network.to(memory_format=torch.channels_last)
         self.session = _lite_session(network)
 
@@ -360,21 +358,23 @@ def _lite_session(network: nn.Module) -> Callable[[torch.Tensor], tuple[torch.Te
     return LiteSession(network.eval())
 
 
+def inception_file() -> Path:
+    """Return where torch-fidelity's Inception weights lie in torch's cache, or would lie."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+
+
 def _cached_inception() -> Path:
     """Return torch-fidelity's Inception weights in torch's cache, downloaded if need be."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    path = inception_file()
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # The name ends in the first digits of the file's SHA-256. The file appears under its
-            # name only when it is whole, so processes may fetch it side by side.
+            # The file appears under its name when it is whole: processes may fetch it side by side.
             hash_prefix = path.stem.rsplit("-", 1)[1]
             torch.hub.download_url_to_file(
                 URL_INCEPTION_V3, str(path), hash_prefix=hash_prefix, progress=False
             )
-
-        # No network, no space, no right to write; another hash than expected.
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:  # no network, space or right; another hash
             raise FileNotFoundError(
                 f"the Inception weights could not be downloaded ({error}):"
                 f" get {URL_INCEPTION_V3} where there is network and set"

@@ -29,7 +29,7 @@ from tdq_exp.config.setting import require
 from tdq_exp.data.images import to_uint8
 from tdq_exp.diffusion.draws import Stream, generator
 from tdq_exp.diffusion.objective import Samples
-from tdq_exp.models.network import check_network, constructed, require_memory
+from tdq_exp.models.network import MOST, check_network, constructed, require_memory
 from tdq_exp.models.trainable import Trainable
 from tdq_exp.models.weights.load import load_autoencoder, state_hash
 from tdq_exp.runtime import files
@@ -95,11 +95,7 @@ class Autoencoder(Trainable):
         kl_weight: float = 1e-3,
         flip: bool = True,
     ) -> None:
-        if not isinstance(batch, int) or batch < 1:
-            raise ValueError(
-                f"model.definition.autoencoder.batch={batch}: must be an integer of at least 1"
-            )
-
+        require("model.definition.autoencoder.batch", batch, int, low=1, most=MOST)
         if scale is not None and not (isinstance(scale, int | float) and 0 < scale < math.inf):
             raise ValueError(
                 f"model.definition.autoencoder.scale={scale}: must be a positive number"

@@ -28,6 +28,13 @@ COUNTS = ("sample_size", "in_channels", "out_channels", "latent_channels", "norm
 WIDTHS = ("block_out_channels",)
 BLOCKS = ("down_block_types", "up_block_types")
 
+# diffusers takes any other word for one of these.
+CHOICES = {
+    "downsample_type": ("conv", "resnet"),
+    "upsample_type": ("conv", "resnet"),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+}
+
 T = TypeVar("T")
 
 
@@ -45,13 +52,17 @@ def check_network(network: Any, kind: type[nn.Module], key: str) -> None:
     if not isinstance(network, Mapping):
         raise ValueError(f"{key}={network}: must hold the arguments of {kind.__name__}")
 
-    taken = inspect.signature(kind.__init__).parameters.keys() - {"self"}
+    taken = dict(inspect.signature(kind.__init__).parameters)
+    del taken["self"]
     for name, value in network.items():
         if name not in taken:
             near = difflib.get_close_matches(str(name), taken, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"{key}.{name}: {kind.__name__} takes no such key{hint}")
         _check_value(value, name, f"{key}.{name}")
+        _check_kind(value, taken[name].default, f"{key}.{name}")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"{key}.{name}={value}: choose {' or '.join(CHOICES[name])}")
 
     # Without these two a description has no shape.
     for name in ("sample_size", "in_channels"):
@@ -84,6 +95,16 @@ def _check_value(value: Any, name: str, key: str) -> None:
         require(key, value, int, low=0, most=MOST)
     elif isinstance(value, float):
         require(key, value, float)
+
+
+def _check_kind(value: Any, default: Any, key: str) -> None:
+    """Refuse a value of another kind than its default, where diffusers would take it as a truth."""
+    if isinstance(default, bool):
+        require(key, value, bool)
+    elif isinstance(value, bool) and default is not None:
+        raise ValueError(
+            f"{key}={value}: must be {'a text' if isinstance(default, str) else 'a number'}"
+        )
 
 
 def constructed(make: Callable[[], T], key: str) -> T:

@@ -33,7 +33,7 @@ from tdq_exp.models.network import check_network, constructed, require_memory
 from tdq_exp.models.resnet_blocks import unet_chains
 from tdq_exp.models.roles import unet_roles
 from tdq_exp.models.trainable import Codec, Trainable
-from tdq_exp.models.weights.load import load_weights
+from tdq_exp.models.weights.load import load_weights, locate
 from tdq_exp.models.weights.process import require_same_process
 from tdq_exp.quant.chains import Chains
 from tdq_exp.quant.convert import Recipe, quantize
@@ -172,7 +172,8 @@ class DiffusionModel(Trainable):
         Raises:
             CheckpointError: if they do not fit, or were trained for another schedule or target.
         """
-        require_same_process(weights, self.schedule, self.prediction_type)
+        place = locate(weights, "unet")  # what is on the hub is a local folder then
+        require_same_process(str(place), self.schedule, self.prediction_type)
         if self.attention_heads is None:
             return load_weights(net, weights, ema=ema)
 

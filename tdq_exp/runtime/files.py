@@ -97,7 +97,8 @@ def replacing(path: Path, remedy: str = REMEDY, keep_other: bool = False) -> Ite
         reason = error.strerror or str(error).partition("\n")[0]
         raise OSError(f"{path}: can't be written ({reason}); {remedy}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where there is no folder, there is nothing to remove
+            part.unlink(missing_ok=True)
 
 
 @contextmanager

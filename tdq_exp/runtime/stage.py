@@ -118,6 +118,8 @@ def read_record(
         ValueError: if it is damaged, or its fingerprint is not that of its parts.
     """
     found = read_json(path, ["fingerprint", "parts", *needs], must_be_sealed)
+    if found is not None and not isinstance(found["parts"], dict):
+        raise damaged(path, f"its parts are {found['parts']!r:.40}")
     if found is not None and found["fingerprint"] != fingerprint(found["parts"]):
         raise damaged(path, "its fingerprint is not that of its parts")
     return found

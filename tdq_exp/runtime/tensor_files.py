@@ -16,7 +16,8 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -187,6 +188,26 @@ def read_state(path: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise files.damaged(path, f"a {type(found).__name__} in place of a state")
     return found
+
+
+@contextmanager
+def values_of(path: Path) -> Iterator[None]:
+    """Refuse a state whose values can't be taken, within the `with` block, in one line.
+
+    A checksum says that a file is whole, not who wrote it: keys, shapes and types may be any.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = (
+            f"it holds no state of this fit: {type(error).__name__}, {_first_line(error)[:120]}"
+        )
+        raise files.damaged(path, reason) from error
 
 
 def check_state(path: Path) -> bool:

@@ -7,6 +7,7 @@ nothing that it names is called, nothing waits for ever, and nothing is written.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -15,7 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tdq_exp.runtime import files
+import torch
+
+from tdq_exp.runtime import files, tensor_files
 
 
 class Call:
@@ -199,6 +202,61 @@ FILES = [
 ]
 
 RUNS = [*RECORDS, *FILES]
+
+
+def _state(**changed: Any) -> Callable[[Path, Path], None]:
+    """Return what rewrites a training state, as a stranger would: with a checksum that is right."""
+
+    def spoil(file: Path, mark: Path) -> None:
+        state = tensor_files.read_state(file)
+        assert state is not None
+        tensor_files.write_state(file, {k: v for k, v in (state | changed).items() if v != GONE})
+
+    return spoil
+
+
+def _state_of_bytes(make: Callable[[Path], bytes]) -> Callable[[Path, Path], None]:
+    """Return what replaces a training state by bytes, which may depend on the mark's path."""
+
+    def spoil(file: Path, mark: Path) -> None:
+        file.write_bytes(make(mark))
+
+    return spoil
+
+
+def _zip_of_a_call(mark: Path) -> bytes:
+    """Return a PyTorch file whose pickle leaves a mark if it is run."""
+    written = io.BytesIO()
+    torch.save({"fingerprint": Call(mark)}, written)
+    return written.getvalue()
+
+
+GONE = "gone"
+
+# What a training goes on from. A checksum says that a state is whole, not who wrote it.
+STATES = [
+    Hostile("a network of other shapes", _state(net={"conv_in.weight": torch.ones(1)}), ()),
+    Hostile("a network that is a text", _state(net="x"), ()),
+    Hostile("averages of nothing", _state(ema={}), ()),
+    Hostile("an optimiser without groups", _state(optimizer={"state": {}}), ()),
+    Hostile("no optimiser", _state(optimizer=GONE), ()),
+    Hostile("no random state", _state(random=GONE), ("random",)),
+    Hostile("random states that are a number", _state(random=7), ()),
+    Hostile("a random state of one byte", _state(random=[[torch.zeros(1, dtype=torch.uint8)]]), ()),
+    Hostile("a random state of real numbers", _state(random=[[torch.zeros(5056)]]), ()),
+    Hostile("an update that is a text", _state(update="x"), ()),
+    Hostile("an update beyond the end", _state(update=10**9), ("update",)),
+    Hostile("an update before the beginning", _state(update=-5), ("update",)),
+    Hostile("a history that is a number", _state(validation=7), ()),
+    Hostile("a state of another fit", _state(fingerprint="0" * 16), ("another fit",)),
+]
+
+# Not ours at all: the training begins again, with a line.
+NO_STATES = [
+    Hostile("a pickle", _state_of_bytes(lambda mark: pickle.dumps(Call(mark))), ()),
+    Hostile("a PyTorch file that calls", _state_of_bytes(_zip_of_a_call), ()),
+    Hostile("a list", _state_of_bytes(lambda mark: b"[1]"), ()),
+]
 
 
 def _packed(change: Callable[[dict[str, str]], None]) -> Callable[[Path, Path], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -13,12 +14,15 @@ from tdq_exp.commands import export, sample
 from tdq_exp.config.compose import compose
 from tdq_exp.deploy import packed
 from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment import pipeline, verify
+from tdq_exp.experiment.row import read_rows
+from tdq_exp.fit.checkpoint import whole_state
 from tdq_exp.fit.quantized import BAKED
 from tdq_exp.models.weights.load import save_weights
 from tdq_exp.quant.convert import bake
 from tdq_exp.quant.kernels import cpu
 from tdq_exp.runtime import files
-from tests.faults.hostile import PACKED, RUNS
+from tests.faults.hostile import NO_STATES, PACKED, RUNS, STATES
 
 SECONDS = 30  # whatever takes longer hangs
 
@@ -106,6 +110,97 @@ def test_the_commands_say_the_same_line(verb, whole, tmp_path, capsys):
     printed = capsys.readouterr().err.strip()
     assert printed.startswith("error: ") and "\n" not in printed
     assert not out.exists() and not (tmp_path / "executed").exists()
+
+
+# The state of a training
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A training that was stopped after one update, and the choices that go on with it."""
+    folder = tmp_path_factory.mktemp("begun")
+    choices = ["model=tiny", "method=fp", "fit=pretrain", "debug=smoke", "fit.validate_every=1"]
+    choices += ["tracker=none", "launcher=cpu", f"out={folder}", f"data.cache={folder / 'cache'}"]
+    job = jobs.build(compose([*choices, "fit.stop_after=1"]))
+    with pytest.raises(InterruptedError):
+        pipeline.run(job)
+    return jobs.build(compose(choices)), (job.folder / "state.pt").read_bytes()
+
+
+def spoilt(begun, hostile, tmp_path):
+    job, whole = begun
+    file = job.folder / "state.pt"
+    (job.folder / "state.earlier.pt").unlink(missing_ok=True)
+    file.unlink(missing_ok=True)
+    file.write_bytes(whole)
+    hostile.spoil(file, tmp_path / "executed")
+    return job
+
+
+@pytest.mark.parametrize("hostile", STATES, ids=name)
+def test_a_strangers_training_state_is_refused_in_one_line(hostile, begun, tmp_path):
+    job = spoilt(begun, hostile, tmp_path)
+    answer = refused(pipeline.run, job)
+    assert "state.pt" in answer and all(word in answer for word in hostile.words)
+
+
+@pytest.mark.parametrize("hostile", NO_STATES, ids=name)
+def test_what_is_no_training_state_is_not_executed(hostile, begun, tmp_path, capsys):
+    job, whole = begun
+    spoilt(begun, hostile, tmp_path)
+    assert whole_state(job.folder / "state.pt") is None
+    assert "state.pt" in capsys.readouterr().out.replace("\n", "")
+    assert not (tmp_path / "executed").exists()
+
+
+# Rows and records, sealed by a stranger
+
+ROW = {"config": {}, "features": {"name": "digits"}, "images": 8, "metrics": {"fid": 1.5}}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("config", None),
+        ("features", []),
+        ("features", {"name": 7}),
+        ("images", "8"),
+        ("images", True),
+        ("metrics", {"fid": "1"}),
+        ("metrics", {"fid": [1]}),
+        ("fingerprints", 7),
+        ("environment", []),
+        ("held_out", "x"),
+        ("name", 7),
+    ],
+)
+def test_a_row_with_values_of_other_kinds_is_one_line(key, value, tmp_path):
+    file = tmp_path / "metrics.json"
+    files.write_json(file, {"rows": [files.sealed(ROW)]})
+    assert read_rows(file, must_be_sealed=True)
+
+    files.write_json(file, {"rows": [files.sealed(ROW | {key: value})]})
+    answer = refused(lambda path: read_rows(path, must_be_sealed=True), file)
+    assert "metrics.json" in answer and key in answer
+
+
+@pytest.mark.parametrize("key", ["config", "facts", "parts"])
+@pytest.mark.parametrize("value", [7, [], "x"])
+def test_a_record_with_values_of_other_kinds_is_one_line(key, value, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole / "run", run)
+    record = files.read_json(run / "fit.json") | {key: value}
+    files.write_json(run / "fit.json", record | {"fingerprint": files.fingerprint(record["parts"])})
+
+    (fault,) = verify.run_faults(run)
+    assert "fit.json" in fault and key in fault
+    assert "fit.json" in refused(tdq_exp.load, run)
+
+
+def test_nothing_is_called_whole_that_was_not_checked(tmp_path):
+    for path in ("/dev/null", tmp_path / "images.npy"):
+        Path(path).touch()
+        assert "no checksum" in refused(verify.faults_of, Path(path))
 
 
 # The folder of compiled kernels

@@ -17,6 +17,7 @@ from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.experiment.build import build
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.samplers import Ddpm
+from tdq_exp.models.weights import load
 from tdq_exp.models.weights.folder import which_weights
 from tdq_exp.models.weights.load import CheckpointError, load_weights, state_hash
 from tdq_exp.models.weights.process import require_same_process
@@ -123,6 +124,34 @@ def test_a_pipelines_scheduler_counts_where_its_unet_or_a_checkpoint_is_named(ne
     for place in ("checkpoint-500", "checkpoint-500/unet"):
         with pytest.raises(CheckpointError, match="beta_schedule is squaredcos_cap_v2"):
             model.load(model.build(), str(tmp_path / place))
+
+
+def test_a_pipeline_of_the_hub_is_compared_as_a_folder_is(nets, tmp_path, monkeypatch):
+    nets[0].save_pretrained(tmp_path / "unet")
+    scheduler(tmp_path / "scheduler", beta_schedule="squaredcos_cap_v2")
+    asked = []
+
+    def download(repository, name, subfolder=None):
+        path = tmp_path / (subfolder or "") / name
+        asked.append(path.name)
+        if not path.exists():
+            raise load.EntryNotFoundError("no entry")
+        return str(path)
+
+    monkeypatch.setattr(load, "hf_hub_download", download)
+    model = load_model("tiny")
+    with pytest.raises(CheckpointError, match="beta_schedule is squaredcos_cap_v2"):
+        model.load(model.build(), "owner/name")
+    assert "scheduler_config.json" in asked
+
+
+@pytest.mark.parametrize("key", ["beta_start", "num_train_timesteps", "trained_betas"])
+@pytest.mark.parametrize("value", ["abc", [], {"a": 1}, 10**400, [[1]]])
+def test_a_schedulers_config_of_other_kinds_is_one_line(key, value, tmp_path):
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(CheckpointError, match="scheduler_config.json") as caught:
+        require_same_process(str(tmp_path), SCHEDULE, "epsilon")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_predecessor_of_prediction_type_is_understood(tmp_path):

@@ -31,10 +31,12 @@ from tdq_exp.quant.grid import Grid
 from tdq_exp.runtime.context import RunContext
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console, track
+from tdq_exp.runtime.tensor_files import values_of
 
 HELD_OUT = 0.1  # share of the trajectories that no block is trained on
 LOOKED_AT = 256  # training samples over which a block's loss is given, before and after
 LOSSES = ("train_before", "held_out_before", "train_after", "held_out_after")
+REPORTED = (*LOSSES, "kept", "block", "seconds")
 
 
 class BlockByBlock:
@@ -98,9 +100,11 @@ class BlockByBlock:
                     )
 
                 # 2. Its values, in the network that the next block's inputs come from.
-                put_back(self.net, block, saved)
-                self._log(saved["report"], number + 1)
-                yield saved["report"]
+                with values_of(file):
+                    put_back(self.net, block, saved)
+                    report = {key: saved["report"][key] for key in REPORTED}
+                self._log(report, number + 1)
+                yield report
 
                 if number + 1 == self.options.stop_after and number + 1 < len(blocks):
                     raise InterruptedError(f"stopped after block {number + 1}, as asked")

@@ -32,6 +32,7 @@ from tdq_exp.quant.quantizer import Quantizer
 from tdq_exp.quant.time import TimeContext
 from tdq_exp.runtime.context import RunContext
 from tdq_exp.runtime.progress import track
+from tdq_exp.runtime.tensor_files import values_of
 
 VALUES = 256  # of each tensor and sample
 
@@ -124,8 +125,9 @@ def make_over_time(
     if found is None:
         raise FileNotFoundError(f"{file}: was written and is gone; run the same command again")
 
-    put_back(net, everything, found)
-    report = found["report"]
+    with values_of(file):
+        put_back(net, everything, found)
+        report = {key: float(found["report"][key]) for key in ("before", "after", "seconds")}
     if context.log is not None:
         context.log({f"over_time/{key}": value for key, value in report.items()}, 1)
     return report

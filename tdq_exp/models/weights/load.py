@@ -27,6 +27,7 @@ import inspect
 import math
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ NOT_WEIGHTS = frozenset({"logvar"})
 # `load_autoencoder` reads.
 _NOT_THE_AUTOENCODERS = frozenset(["sample_size", "scaling_factor", "force_upcast"])
 
+SCHEDULER = "scheduler_config.json"
 _WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
@@ -274,6 +276,17 @@ def _read_folder(
     raise CheckpointError(f"{place}: has neither {' nor '.join(_WEIGHT_FILES)}")
 
 
+def _fetch_scheduler(repository: str) -> None:
+    """Fetch what a pipeline of the hub says of its noise and target, where it says anything.
+
+    It lies beside the network then, where `process.require_same_process` looks for it.
+    """
+    for place in ("scheduler", None):
+        with suppress(EntryNotFoundError):  # off line, too: nothing is said
+            hf_hub_download(repository, SCHEDULER, subfolder=place)
+            return
+
+
 def _download(repository: str, subfolder: str) -> Path:
     """Return the local folder of a network on the model hub, downloaded if need be."""
     key = "autoencoder" if subfolder == "vae" else "weights"
@@ -293,6 +306,8 @@ def _download(repository: str, subfolder: str) -> Path:
         except EntryNotFoundError:
             # Also when off line: the cache may hold the other file.
             hf_hub_download(repository, _WEIGHT_FILES[1], subfolder=inside)
+        if subfolder == "unet":
+            _fetch_scheduler(repository)
         return folder
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise CheckpointError(

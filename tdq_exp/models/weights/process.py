@@ -7,15 +7,15 @@ description says.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from tdq_exp.diffusion.schedule import Schedule
+from tdq_exp.models.weights.folder import config_of
 from tdq_exp.models.weights.inert_pickle import CheckpointError
+from tdq_exp.models.weights.load import SCHEDULER
 
-FILE = "scheduler_config.json"
 DEFINITION = "model.definition"
 
 
@@ -33,11 +33,20 @@ def require_same_process(source: str, schedule: Schedule, prediction_type: str) 
     path = _config_beside(Path(source).expanduser())
     if path is None:
         return
-    try:
-        said = dict(json.loads(path.read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a JSON config ({error})") from error
+    said = config_of(path)
 
+    try:
+        _require_agreement(path, said, schedule, prediction_type)
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:  # a text in the place of a number
+        raise CheckpointError(f"{path}: is no config of a scheduler ({error})") from error
+
+
+def _require_agreement(
+    path: Path, said: dict[str, Any], schedule: Schedule, prediction_type: str
+) -> None:
+    """Compare what a config says with a description, key by key."""
     if said.get("rescale_betas_zero_snr"):
         raise CheckpointError(
             f"{path}: rescale_betas_zero_snr is true; at the last step such an x_t is pure noise,"
@@ -116,4 +125,5 @@ def _config_beside(folder: Path) -> Path | None:
     while above.name in ("unet", "unet_ema") or above.name.startswith("checkpoint-"):
         above = above.parent
         places += [above, above / "scheduler"]
-    return next((place / FILE for place in places if (place / FILE).is_file()), None)
+    found = (place / SCHEDULER for place in places)
+    return next((file for file in found if file.is_file()), None)
