@@ -29,14 +29,14 @@ KINDS: dict[type[Any], tuple[str, ...]] = {
         "precision_recall",
         "paired",
         "seconds",
+        "fitted_on",
     ),
     int: ("images",),
     str: ("name", "sample"),
-    list: ("candidates",),
+    list: ("candidates", "sampled_on"),
 }
 
 REAL = ("held_out", "reconstructed")  # sets of real images that are measured beside the sampled one
-
 
 # Keys that a row lacks where there is nothing to say, or nothing was said when it was made.
 OPTIONAL = (
@@ -143,6 +143,19 @@ class Row:
             key: values[key] for key in values if key not in OPTIONAL or values[key] is not None
         }
         return files.sealed({**present, **parts})
+
+
+def environments(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return where a row was measured, and where its network was fitted and its images sampled."""
+    fitted = row.get("fitted_on")
+    places = [row["environment"], *([fitted] if fitted else []), *row.get("sampled_on", [])]
+    return [place for i, place in enumerate(places) if place not in places[:i]]
+
+
+def machine_of(place: Mapping[str, Any]) -> str:
+    """Return the machine of an environment, with its accelerator, for a reader."""
+    gpu = place.get("accelerator")
+    return f"{place['machine']}, {gpu}" if gpu else str(place["machine"])
 
 
 def real_metrics(row: dict[str, Any]) -> dict[str, dict[str, Any]]:

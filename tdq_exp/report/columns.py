@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tdq_exp.experiment.row import environments, machine_of
 from tdq_exp.report.cells import Cell
 from tdq_exp.report.costs import COST_HEADERS, Costs
 from tdq_exp.report.manifest import Line, Manifest
@@ -344,8 +345,16 @@ def _column_notes(column: FilledColumn) -> list[str]:
         f" Seeds of their training: {listed('seed', quantized)}.",
         f"Plan of the quantized lines: {_options(column, 'plan') or 'all'}."
         + (f" Calibration: {sets}." if (sets := _options(column, "calibration")) else ""),
-        f"Commits: {listed('environment.commit')}. Machines: {listed('environment.machine')}.",
+        _places(filled),
     ]
+
+
+def _places(cells: Sequence[Cell]) -> str:
+    """Return the commits and machines of rows, of their fits and images too."""
+    places = [place for cell in cells if cell.row for place in environments(cell.row)]
+    commits = sorted({str(place["commit"]) for place in places})
+    machines = sorted({machine_of(place) for place in places})
+    return f"Commits: {', '.join(commits)}. Machines: {'; '.join(machines)}."
 
 
 def _options(column: FilledColumn, group: str) -> str:

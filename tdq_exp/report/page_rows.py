@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from tdq_exp.experiment.row import environments, machine_of
 from tdq_exp.runtime import files
 
 HEADERS = (
@@ -70,8 +71,8 @@ def _texts(row: Mapping[str, Any]) -> list[str]:
         f"{row['metrics']['fid']:.2f}",
         f"{paired['relative_l2']:.4f}" if paired else "-",
         ", ".join(f"<code>{prints[part]}</code>" for part in ("fit", "sample", "measure")),
-        f"<code>{row['environment']['commit']}</code>",
-        escape(row["environment"]["machine"]),
+        ", ".join(f"<code>{place['commit']}</code>" for place in environments(row)),
+        escape("; ".join(dict.fromkeys(machine_of(place) for place in environments(row)))),
         f"{seconds['fit']:.0f}, {seconds['sample']:.0f}",
         f"<code>{escape(command_of(row))}</code>",
     ]
