@@ -148,7 +148,7 @@ def test_the_numbers_of_the_results_page_are_those_of_its_rows():
     assert set(re.findall(r"\b\d+\.\d\d\b", page)) <= known
 
 
-@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "results/README.md", "scripts/cluster/README.md"])
 def test_what_a_page_links_to_is_there(page):
     path = SCRIPTS.parent / page
     links = [link for link in re.findall(r"\]\(([^)]+)\)", path.read_text()) if "://" not in link]
@@ -156,7 +156,7 @@ def test_what_a_page_links_to_is_there(page):
 
 
 def test_the_symbol_table_of_the_readme_names_what_there_is():
-    text = (SCRIPTS.parent / "README.md").read_text()
+    text = (SCRIPTS.parent / "tdq_exp" / "README.md").read_text()
     files = set(re.findall(r"`((?:quant|fit|models|data|diffusion)/[\w/.]*)`", text))
     assert len(files) > 12
     assert not [file for file in files if not (SCRIPTS.parent / "tdq_exp" / file).exists()]

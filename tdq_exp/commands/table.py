@@ -5,6 +5,7 @@ examples:
   python -m tdq_exp table table1 --scale digits --run    first run every cell that has no row
   python -m tdq_exp table table1 --scale small --run data.source.path=~/cifar10
   python -m tdq_exp table table1 --scale small --run --column ldm    only the cells of one column
+  python -m tdq_exp table table1 --run --share 3/8       the third of eight jobs side by side
   python -m tdq_exp table all --scale small              render every table of the scale
 To go on after an interruption, run the same command again.
 """
@@ -57,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
         "--column", help="run the cells of this column alone: ddim, ldm (default: all of the scale)"
     )
     parser.add_argument(
+        "--share",
+        type=share,
+        metavar="K/N",
+        help="with --run: the K-th of N shares of the table's runs, for jobs side by side, such as"
+        " the tasks of a SLURM array (scripts/cluster)",
+    )
+    parser.add_argument(
         "--go", action="store_true", help="run the paper's scale although there is no GPU"
     )
     parser.add_argument(
@@ -67,6 +75,18 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     return parser
+
+
+def share(text: str) -> tuple[int, int]:
+    """Return (K, N) of `K/N`.
+
+    Raises:
+        argparse.ArgumentTypeError: unless 1 <= K <= N.
+    """
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text}: K/N with K from 1 to N, such as 3/8")
+    return int(number), int(count)
 
 
 def make_all(options: argparse.Namespace) -> int:
@@ -100,9 +120,10 @@ def make(options: argparse.Namespace) -> int:
     # 2. The rows that there are not.
     failed: list[str] = []
     if options.run:
-        failed = table_runs.run(
-            [c for c in cells if options.column in (None, c.column)], options.go
-        )
+        mine = [cell for cell in cells if options.column in (None, cell.column)]
+        if options.share is not None:
+            mine = table_runs.share_of(mine, *options.share)
+        failed = table_runs.run(mine, options.go)
         cells = [cells_module.find(cell) for cell in asked]
 
     # 3. The table and its picture.

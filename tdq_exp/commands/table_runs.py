@@ -71,6 +71,17 @@ def run(cells: Sequence[Cell], go: bool = False) -> list[str]:
     return show_summary(missing, codes)
 
 
+def share_of(cells: Sequence[Cell], number: int, count: int) -> list[Cell]:
+    """Return the cells of every `count`-th run, from the `number`-th on, counted from 1.
+
+    Cells of one run stay together: they work in one folder. The shares depend on the table alone,
+    and not on what is done by now.
+    """
+    fits = [(cell.run, cell.config["seed"]) for cell in cells]
+    mine = set(list(dict.fromkeys(fits))[number - 1 :: count])
+    return [cell for cell, fit in zip(cells, fits, strict=True) if fit in mine]
+
+
 def names_of(cells: Sequence[Cell]) -> list[str]:
     """Return a name for each cell: its run, and the sampled set where a run has several cells."""
     counts = Counter(cell.name for cell in cells)

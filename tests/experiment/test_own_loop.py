@@ -32,7 +32,7 @@ def batch(seed=0, size=4):
 
 def readme_example():
     """The block of README's section, as code."""
-    section = README.read_text().split("### Your own network and training loop")[1]
+    section = README.read_text().split("## Your own network and training loop")[1]
     return re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
 
 
