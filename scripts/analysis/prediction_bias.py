@@ -1,0 +1,137 @@
+"""How much of a quantized network's error is the same in every image -> prediction_bias.json, .md.
+
+    python scripts/analysis/prediction_bias.py results/runs/NAME/seed0 ... [--images 64] [--steps 25]
+
+A training sees the mean square of the error e = eps_hat - eps_hat_float. Sampling adds errors up:
+what varies from step to step averages out, what stays the same does not. At x_t of the float
+model's own trajectories, for each run:
+
+    rms      sqrt(mean e^2)
+    bias     root of the mean over channels and t of b^2, b = mean of e over images and places
+    steady   the same of b's mean over t: what every step adds in one direction
+
+and, with each network following its own trajectory, the mean of each channel of its images less
+that of the float model's from the same noise, in levels of 255.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdq_exp.commands import cli
+from tdq_exp.diffusion.ddim import Ddim
+from tdq_exp.diffusion.draws import image_generators, starting_noise
+from tdq_exp.experiment import fit_stage
+from tdq_exp.experiment.load import load
+from tdq_exp.models.denoiser import Denoiser
+from tdq_exp.report import pages
+from tdq_exp.runtime.processes import Processes
+
+BATCH = 32  # images at a time
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "runs", type=Path, nargs="+", help="folders of quantized runs, or packed nets"
+    )
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--out", type=Path, default=Path("results/analysis"))
+    return cli.exit_code(measure, parser.parse_args())
+
+
+@torch.no_grad()
+def measure(options: argparse.Namespace) -> None:
+    """Measure every run, and write the report.
+
+    Raises:
+        ValueError, OSError: if a run is not there.
+    """
+    processes = Processes(cpu=True)
+    results, lines = {}, []
+    for run in options.runs:
+        job, net = load(run)
+        float_net, _ = fit_stage.float_net(job, processes)
+        if not isinstance(job.sampler, Ddim):
+            raise ValueError(f"{run}: is sampled by another method than DDIM")
+        sampler = dataclasses.replace(job.sampler, steps=options.steps)
+
+        networks = Denoiser(net.eval(), job.model), Denoiser(float_net.eval(), job.model)
+        found = _of_run(*networks, sampler, options.images)
+        results[job.name] = found
+        shift = ", ".join(f"{value:+.1f}" for value in found["shift"])
+        lines.append(
+            f"| {job.name} | {found['rms']:.4f} | {found['bias']:.4f} | {found['steady']:.4f} |"
+            f" {100 * found['share']:.1f} % | {shift} |"
+        )
+
+    head = [
+        "# Errors that every image shares",
+        "",
+        f"{options.images} images, {options.steps} steps of DDIM. e is the quantized network's"
+        " prediction less the float one's at the same x_t, b its mean over images and places.",
+        "`scripts/analysis/prediction_bias.py` says what each column is.",
+        "",
+        "| run | rms of e | rms of b | rms of b's mean over t | b^2 / e^2 | mean of the images'"
+        " channels less the float model's, levels |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    about = pages.about(images=options.images, steps=options.steps)
+    pages.report(options.out / "prediction_bias", {"runs": results}, about, [*head, *lines])
+
+
+def _of_run(quantized: Denoiser, float_net: Denoiser, sampler: Ddim, images: int) -> dict[str, Any]:
+    """Return what is measured of one network, of `images` images."""
+    model = quantized.model
+    squares: list[Tensor] = []
+    means: list[list[Tensor]] = []
+    ends: dict[str, list[Tensor]] = {"quantized": [], "float": []}
+
+    for start in range(0, images, BATCH):
+        generators = image_generators(0, range(start, min(start + BATCH, images)))
+        x = starting_noise(generators, model.sample_shape)
+
+        # 1. Both predictions along the float model's way.
+        of_steps: list[Tensor] = []
+
+        def compare(x_t: Tensor, t: Tensor, of_steps: list[Tensor] = of_steps) -> Tensor:
+            eps = float_net(x_t, t)
+            error = quantized(x_t, t) - eps
+            squares.append(error.square().mean())
+            of_steps.append(error.mean((0, 2, 3)))
+            return eps
+
+        ends["float"].append(model.decode(sampler.sample(compare, x, model.schedule, generators)))
+        means.append(of_steps)
+
+        # 2. The quantized network's own way.
+        generators = image_generators(0, range(start, min(start + BATCH, images)))
+        end = sampler.sample(quantized, x, model.schedule, generators)
+        ends["quantized"].append(model.decode(end))
+
+    b = torch.stack([torch.stack(of_steps) for of_steps in means]).mean(0)  # [steps, channels]
+    rms, bias = torch.stack(squares).mean().sqrt(), b.square().mean().sqrt()
+    colours = {
+        name: torch.cat(parts).clamp(-1, 1).mean((0, 2, 3)) * 127.5 for name, parts in ends.items()
+    }
+    return {
+        "rms": float(rms),
+        "bias": float(bias),
+        "steady": float(b.mean(0).square().mean().sqrt()),
+        "share": float((bias / rms).square()),
+        "shift": [round(float(v), 2) for v in colours["quantized"] - colours["float"]],
+        "over_t": [[round(float(v), 5) for v in step] for step in b],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
