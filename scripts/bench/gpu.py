@@ -306,7 +306,7 @@ class Training:
         if self.graph is None:
             loss.backward()
         self.optimizer.step()
-        self.ema.update(self.net, self.update)
+        self.ema.update(self.update)
 
 
 def ceilings(bench: Bench) -> None:

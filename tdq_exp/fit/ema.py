@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 class Ema:
     """Args:
-    net: the network to follow; copied as it is now.
+    net: the network to follow; copied as it is now. Its parameters and buffers may change, but stay
+        the same tensors.
     decay: d. Early on it is min(d, (1 + updates) / (10 + updates)), so that the start is forgotten.
     """
 
@@ -26,13 +27,16 @@ class Ema:
         self.decay = decay
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
 
+        # Looked up once: to walk through a thousand modules takes longer than the sums.
+        self._averages: list[Tensor] = list(self.net.parameters())
+        self._values: list[Tensor] = list(net.parameters())
+        self._copies: list[Tensor] = list(self.net.buffers())
+        self._buffers: list[Tensor] = list(net.buffers())
+
     @torch.no_grad()
-    def update(self, net: nn.Module, updates: int) -> None:
+    def update(self, updates: int) -> None:
         """Takes in the parameters after the given number of updates; buffers are copied."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
-        averages: list[Tensor] = list(self.net.parameters())
-        values: list[Tensor] = list(net.parameters())
-        torch._foreach_lerp_(averages, values, 1 - decay)
-        buffers, now = list(self.net.buffers()), list(net.buffers())
-        if buffers:
-            torch._foreach_copy_(buffers, now)  # one launch for hundreds of scalars
+        torch._foreach_lerp_(self._averages, self._values, 1 - decay)
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._buffers)  # one launch for hundreds of scalars

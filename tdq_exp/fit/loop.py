@@ -242,7 +242,7 @@ class Training:
         if options.grad_clip:
             nn.utils.clip_grad_norm_(self.net.parameters(), options.grad_clip)
         self.optimizer.step()
-        self.ema.update(self.net, update)
+        self.ema.update(update)
 
     def _read(self, done: int) -> tuple[float, bool]:
         """Return the loss of the last update, and whether any process was asked to stop.
