@@ -181,6 +181,16 @@ def test_killed_sampling_goes_on_with_the_same_bits(tmp_path, tiny_weights, fini
     assert np.array_equal(images(made), before)
 
 
+def test_a_training_keeps_its_number_of_micro_batches(tmp_path, tiny_weights):
+    with pytest.raises(Interrupted):
+        pipeline.run(build(tmp_path, tiny_weights, "fit.stop_after=2", "launcher.micro_batches=2"))
+    with pytest.raises(ValueError, match="begun with launcher.micro_batches=2, now 1"):
+        pipeline.run(build(tmp_path, tiny_weights))
+    made = build(tmp_path, tiny_weights, "launcher.micro_batches=2")
+    pipeline.run(made)
+    assert files.read_json(made.folder / "fit.json")["facts"]["micro_batches"] == 2
+
+
 def test_a_row_says_where_its_network_was_fitted_and_its_images_sampled(
     tmp_path, tiny_weights, finished, monkeypatch
 ):
@@ -199,7 +209,7 @@ def test_a_row_says_where_its_network_was_fitted_and_its_images_sampled(
     (there,) = pipeline.run(build(tmp_path, tiny_weights))
 
     assert there["environment"] == other
-    assert there["sampled_on"] == [here["environment"]]
+    assert there["sampled_on"] == [here["environment"], other]
     assert there["fitted_on"] == here["environment"]
     assert there["metrics"] == here["metrics"]
 
@@ -283,17 +293,25 @@ def test_a_network_that_is_gone_is_fitted_again_where_something_new_is_wanted(
     assert verify.faults_of(made.folder) == []
 
     # Other bits than the recorded ones are refused, and leave nothing behind.
-    for name in ("baked.safetensors", "state.pt"):
-        (made.folder / name).unlink()
+    (made.folder / "baked.safetensors").unlink()
+    names = sorted(f for f in made.folder.rglob("*"))
     third = build(tmp_path, tiny_weights, "sampler.steps=4")
     monkeypatch.setattr(network, "state_hash", lambda state: "0" * 16)
     with pytest.raises(ValueError, match="is not the network of"):
         pipeline.run(third)
-    assert not (made.folder / "baked.safetensors").exists()
-    assert not (made.folder / "state.pt").exists()
+    left = {f for f in made.folder.rglob("*") if f not in names}
+    assert {f.relative_to(made.folder).parts[0] for f in left} <= {third.sample_name, "failed.json"}
 
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    with pytest.raises(ValueError, match="launcher.threads=1 to fit it again"):
+    # So is a place where others come out, and a record without a hash, before it begins.
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 77)
+        with pytest.raises(ValueError, match=r"other bits come out \(threads 1, here 77\)"):
+            pipeline.run(third)
+
+    record = files.read_json(made.folder / "fit.json")
+    del record["facts"]["network"]
+    files.write_json(made.folder / "fit.json", {k: v for k, v in record.items() if k != "seal"})
+    with pytest.raises(ValueError, match="states no hash of it"):
         pipeline.run(third)
 
 

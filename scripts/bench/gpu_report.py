@@ -78,6 +78,10 @@ def write_cards(results: Mapping[str, Any]) -> None:
             }
         networks[name] = {
             "multiplications": multiplications(job),
+            "batch": results["about"]["batch"][model],
+            "train_recorded": any(
+                f"train {prefix}LSQ {p}, graph" in results["milliseconds"] for p in PRECISIONS
+            ),
             "decode": decode,
             "train": _short(train),
             "denoise": _short(denoise),

@@ -110,6 +110,8 @@ def make(options: argparse.Namespace) -> int:
     Returns:
         The exit code: 1 if a cell failed.
     """
+    if options.share is not None and not options.run:
+        raise ValueError("--share: says which runs --run starts; add --run")
     manifest = manifests.read_manifest(options.table)
     out = options.out.expanduser()
 

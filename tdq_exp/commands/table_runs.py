@@ -208,9 +208,10 @@ def _job(cell: Cell) -> jobs.Experiment:
 def _shape(job: jobs.Experiment) -> str:
     """Return what the cost of a job depends on, as text."""
     from tdq_exp.experiment import cost as costs
+    from tdq_exp.experiment.card import form_of
 
     fit = [job.part("model", "fit"), job.recipe is not None, job.fit.options.report]
-    sampling = [job.sampling.images, job.sampling.steps]
+    sampling = [job.sampling.images, job.sampling.steps, form_of(job)]
     return json.dumps([*fit, *sampling, costs.stages_done(job)], sort_keys=True)
 
 

@@ -79,7 +79,11 @@ def _of_options(options: tuple[str, ...], files: object) -> DictConfig:
     Args, Raises: see `_composed`.
     """
     chosen = _independent_choices(options, files)
-    others = tuple(option for option in options if option.partition("=")[0] not in chosen)
+    if not chosen:
+        return _composed(options, files)
+
+    # Plain options of different groups, all of them: their order says nothing.
+    others = [option for option in options if option.partition("=")[0] not in chosen]
     frames, nodes = _parts_kept(files)
     frame = (tuple(sorted(others)), frozenset(chosen))
 

@@ -33,6 +33,7 @@ class CardCost:
         fit_seconds, sample_seconds: of the stages.
         memory_gb: of the training, in the batches that were measured; None if it was not.
         measured: this network itself was measured, and not another one.
+        singly: its training was measured without CUDA graphs, which a fit uses.
     """
 
     card: str
@@ -41,6 +42,7 @@ class CardCost:
     sample_seconds: float
     memory_gb: float | None
     measured: bool
+    singly: bool = False
 
     @property
     def seconds(self) -> float:
@@ -70,7 +72,7 @@ def estimate(job: Experiment, forward_passes: float, images: int) -> CardCost | 
 
     # 2. The fit: a training, or forward passes of the float network.
     options: Any = job.fit.options
-    precision, form = getattr(options, "precision", "float32"), _form(job)
+    precision, form = getattr(options, "precision", "float32"), form_of(job)
     trains = options.trains_on_images
     if not forward_passes:
         fit = 0.0
@@ -83,8 +85,17 @@ def estimate(job: Experiment, forward_passes: float, images: int) -> CardCost | 
     step = _rate(known["denoise"], "float32", form)
     sample = images * (job.sampling.steps * step + known["decode"])
 
-    memory = known["memory_gb"].get(precision, {}).get(form) if trains and measured else None
-    return CardCost(card, precision, fit * share, sample * share, memory, measured)
+    # 4. Memory, where a batch of the measured size is computed as it was there.
+    launcher = job.machine.launcher
+    memory = None
+    same = (
+        launcher.micro_batches == 1 and not launcher.recompute and launcher.nproc in ("auto", "1")
+    )
+    if trains and measured and same and options.batch_size == known["batch"]:
+        memory = known["memory_gb"].get(precision, {}).get(form)
+
+    singly = bool(trains and fit and not known["train_recorded"])
+    return CardCost(card, precision, fit * share, sample * share, memory, measured, singly)
 
 
 def multiplications(job: Experiment) -> int:
@@ -102,7 +113,7 @@ def multiplications(job: Experiment) -> int:
     return sum(count for count, _ in counted.values())
 
 
-def _form(job: Experiment) -> str:
+def form_of(job: Experiment) -> str:
     """Return which of the measured forms is nearest to a run's network."""
     if job.recipe is None:
         return FLOAT

@@ -232,6 +232,7 @@ def on_card(there: CardCost) -> str:
     fit, sample = duration(there.fit_seconds), duration(there.sample_seconds)
     memory = f", {there.memory_gb:.0f} GB of its memory" if there.memory_gb else ""
     basis = "" if there.measured else "; at least, from counted multiplications"
+    basis += "; at most, as its training was measured without CUDA graphs" if there.singly else ""
     return f"{there.card}: fit {fit} in {there.precision}, images {sample}{memory}{basis}"
 
 

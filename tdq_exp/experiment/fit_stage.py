@@ -10,7 +10,6 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from tdq_exp.runtime.progress import console
 from tdq_exp.runtime.stage import Result, StageFile, stage
 from tdq_exp.runtime.tracking import Tracker
 
+AGAIN = "again"  # folder of a fit that is repeated
 STATES = ("state.pt", "blocks", "over_time.pt")  # from which a fit goes on
 BEYOND = 1e-3  # share of the starting noise beyond the first layer's range that is worth a line
 
@@ -172,7 +172,7 @@ def _confirm_network(
     if not repeatable:
         return
 
-    # 2. The fit, from the states that it left: its last steps only, and the same bits.
+    # 2. The fit, from the states that it left, and the same bits.
     _repeat(job, data, weights, net, context)
 
 
@@ -181,45 +181,70 @@ def _fit_again(
 ) -> None:
     """Fit a network that is not here from the start: something new is wanted of a recorded fit.
 
+    It works in a folder of its own, so that the run's folder stays as it was until the network is
+    known to be the recorded one.
+
     Raises:
-        ValueError: before it begins if the fit was made with another number of threads, and at the
-            end if the network is not the recorded one.
+        ValueError: before it begins if the network could not be told from another, or the fit was
+            made where other bits come out; at the end if it is not the recorded one.
     """
+    decide, scratch = context.processes.decide, context.folder / AGAIN
 
     def announce() -> None:
-        record = read_fit(job.folder)
-        facts = record["facts"] if record is not None else {}
-        threads, here = facts.get("threads"), torch.get_num_threads()
-        path = job.folder / RECORD
-        if threads is not None and threads != here:
-            raise ValueError(
-                f"{job.fit.network_file(job.folder)}: is not here, and {path} is of {threads}"
-                f" threads, where other bits come out of {here}: add launcher.threads={threads} to"
-                " fit it again, or label=NAME for a network of its own"
-            )
+        _require_repeatable(job, context)
         console.print(
-            f"note: fitting again, to the network whose hash {path} states; on another kind of"
-            " machine other bits come out, which are refused at the end (label=NAME, or another"
-            " out=FOLDER, keeps them)",
+            f"note: fitting again, to the network whose hash {job.folder / RECORD} states",
             markup=False,
         )
+        scratch.mkdir(exist_ok=True)
 
-    context.processes.decide(announce)
+    decide(announce)
     try:
-        _repeat(job, data, weights, net, context)
+        _repeat(job, data, weights, net, dataclasses.replace(context, folder=scratch))
     except ValueError:
-        # Without these states the record stands, and the rows of the run are found as before.
-        context.processes.decide(lambda: _remove_states(job.folder))
+        if context.processes.main:  # no message to the others: they may be somewhere else
+            shutil.rmtree(scratch, ignore_errors=True)
         raise
+    decide(lambda: shutil.rmtree(scratch))
 
 
-def _remove_states(folder: Path) -> None:
-    for name in STATES:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+def _require_repeatable(job: Experiment, context: RunContext) -> None:
+    """Refuse to repeat a fit whose network can't come out, or could not be recognised.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    path, file = job.folder / RECORD, job.fit.network_file(job.folder)
+    record = read_fit(job.folder)
+    facts = record["facts"] if record is not None else {}
+    own = "label=NAME, or another out=FOLDER, gives a network of its own"
+
+    if facts.get("network") is None:
+        raise ValueError(
+            f"{file}: is not here, and {path} states no hash of it, so that one that is fitted"
+            f" again could not be told from another: {own}"
+        )
+
+    # What bits depend on, as far as it is recorded.
+    made = facts.get("environment", {})
+    here = environment.environment(context.processes.device.type)
+    compared = {
+        "threads": (facts.get("threads"), torch.get_num_threads()),
+        "processes": (facts.get("processes"), context.processes.world),
+        "accelerator": (made.get("accelerator"), here.get("accelerator")),
+        "instructions": (made.get("instructions"), here["instructions"]),
+        "torch": (made.get("versions", {}).get("torch"), here["versions"]["torch"]),
+    }
+    other = [
+        f"{name} {then}, here {now}"
+        for name, (then, now) in compared.items()
+        if then != now and (then is not None or name == "accelerator")
+    ]
+    if other:
+        raise ValueError(
+            f"{file}: is not here, and the fit of {path} was made where other bits come out"
+            f" ({'; '.join(other)}): launcher.threads and launcher.nproc choose the first two; {own}"
+        )
 
 
 def _repeat(
@@ -270,6 +295,8 @@ def _facts(
     if not job.fit.options.loads_only:
         facts |= {"processes": processes.world, "threads": torch.get_num_threads()}
         facts |= {"peak_memory_gb": environment.peak_memory_gb()}
+    if job.machine.launcher.micro_batches > 1:
+        facts |= {"micro_batches": job.machine.launcher.micro_batches}
     return facts | {"environment": environment.environment(processes.device.type)}
 
 

@@ -11,6 +11,8 @@ import json
 import torch
 
 from tdq_exp.experiment.build import QUANTIZERS, Experiment, shipped
+from tdq_exp.experiment.network import network_is_here
+from tdq_exp.models.recompute import require_blocks
 from tdq_exp.models.weights.load import locate
 from tdq_exp.runtime import files, launch
 from tdq_exp.runtime.environment import memory_bytes
@@ -37,7 +39,8 @@ def require_inputs(job: Experiment, download: bool = True) -> None:
     precision = getattr(job.fit.options, "precision", None)
     fitted = files.read_json(job.folder / "fit.json") or {}
     on_cpu = launch.device(job.machine.launcher).type == "cpu"
-    if precision == "tf32" and on_cpu and not fitted.get("done"):
+    finished = fitted.get("done") and network_is_here(job)
+    if precision == "tf32" and on_cpu and not finished:
         raise ValueError("fit.precision=tf32: only GPUs have it; take float32, or bfloat16")
 
     # 3. The network, with its quantizers: shapes alone, nothing is computed.
@@ -77,11 +80,15 @@ def require_network(job: Experiment) -> None:
     Raises:
         ValueError: one line that names the key.
     """
-    key = json.dumps(job.part("model", *QUANTIZERS), sort_keys=True, default=str)
+    parts = [job.part("model", *QUANTIZERS), job.machine.launcher.recompute]
+    key = json.dumps(parts, sort_keys=True, default=str)
     if key in _RUNNABLE:
         return
 
     job.model.require_runnable()
+    if job.machine.launcher.recompute:
+        with torch.device("meta"):
+            require_blocks(job.trained.build())
     with torch.device("meta"):
         net = job.model.build()
         if job.recipe is not None:

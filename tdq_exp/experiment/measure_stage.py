@@ -11,11 +11,11 @@ from tdq_exp.data.images import Data
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.fit_stage import FittedModel
 from tdq_exp.experiment.paired import paired_distance
+from tdq_exp.experiment.places import made_of, place_of
 from tdq_exp.experiment.row import Row, RowRecord, measure_parts
 from tdq_exp.experiment.sample_stage import (
     Reconstructions,
     SampleStage,
-    place_of,
     run_sampling,
     store_of,
 )
@@ -91,9 +91,11 @@ def run_measures(
 
         # The images count: they may have been sampled, and the network fitted, somewhere else.
         here = place_of(processes)
-        place = (images.made or [here])[-1]
-        sampled_on = [other["environment"] for other in images.made if other != here]
-        fitted_on = fit.facts.get("environment", here["environment"])
+        place = {**here, **(images.made or [here])[-1]}
+        sampled_on = [other["environment"] for other in images.made]
+        fitted_on = here["environment"]
+        if not job.fit.options.loads_only:
+            fitted_on = fit.facts.get("environment", fitted_on)
 
         return Row(
             name=job.name,
@@ -116,7 +118,7 @@ def run_measures(
             kernels=place["kernels"],
             engine=images.engine,
             environment=here["environment"],
-            sampled_on=sampled_on or None,
+            sampled_on=sampled_on if sampled_on != [here["environment"]] else None,
             fitted_on=fitted_on if fitted_on != here["environment"] else None,
             config=job.recorded(),
             paired=paired,
@@ -146,7 +148,8 @@ def _confirm_images(
     # 1. The record of the set, which a row never is without.
     if processes.decide(lambda: sampling.record.begun() is None):
         _say(f"{sampling.record.file}: was missing, written again", processes)
-        processes.decide(lambda: sampling.record.write({"seconds": row["seconds"]["sample"]}))
+        seconds = row["seconds"]["sample"]
+        processes.decide(lambda: sampling.record.write({"seconds": seconds, "made": made_of(row)}))
 
     # 2. The images.
     if not processes.decide(folder.exists):

@@ -94,8 +94,8 @@ class Row:
         precision_recall: `precision` and `recall`, where they are not among `metrics`.
         paired: distance to the float model's images from the same noise; not of the float model.
         candidates: of `best_of_5`, every checkpoint's update and metrics; else None, and no key.
-        sampled_on: environments that sampled, where they are not that of the measuring, or are
-            several; else None, and no key.
+        sampled_on: environments that sampled, in turn, unless it was that of the measuring alone;
+            then None, and no key.
         fitted_on: environment of the fit, likewise.
     """
 
@@ -143,19 +143,6 @@ class Row:
             key: values[key] for key in values if key not in OPTIONAL or values[key] is not None
         }
         return files.sealed({**present, **parts})
-
-
-def environments(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return where a row was measured, and where its network was fitted and its images sampled."""
-    fitted = row.get("fitted_on")
-    places = [row["environment"], *([fitted] if fitted else []), *row.get("sampled_on", [])]
-    return [place for i, place in enumerate(places) if place not in places[:i]]
-
-
-def machine_of(place: Mapping[str, Any]) -> str:
-    """Return the machine of an environment, with its accelerator, for a reader."""
-    gpu = place.get("accelerator")
-    return f"{place['machine']}, {gpu}" if gpu else str(place["machine"])
 
 
 def real_metrics(row: dict[str, Any]) -> dict[str, dict[str, Any]]:

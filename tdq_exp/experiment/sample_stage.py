@@ -21,10 +21,9 @@ from tdq_exp.diffusion.denoising_graph import DenoisingGraph
 from tdq_exp.diffusion.draws import Stream, generator, groups, image_generators, starting_noise
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.fit_stage import FittedModel
+from tdq_exp.experiment.places import UNKNOWN, place_of
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
-from tdq_exp.quant import kernels
-from tdq_exp.runtime import environment
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console, track
 from tdq_exp.runtime.stage import Result, StageFile, stage
@@ -63,8 +62,8 @@ class SampledSet:
         pixels: uint8 `[N, H, W, C]`.
         seconds: that it took, interrupted runs included.
         engine: of its quantized layers.
-        made: where it was sampled (see `place_of`), one entry for each machine; empty for sets
-            that were sampled before this was noted.
+        made: where it was sampled (see `place_of`), in turn; `UNKNOWN` stands for what was sampled
+            before this was noted.
     """
 
     pixels: NDArray[np.uint8]
@@ -126,6 +125,8 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
             )
         earlier = float(found.get("seconds", 0.0)) if found else 0.0
         made.extend(found.get("made", []) if found else [])
+        if not made and earlier:  # groups of a version that did not note it
+            made.append(UNKNOWN)
         record.write({"seconds": earlier, "made": made})
         return earlier
 
@@ -137,7 +138,7 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
         here = place_of(processes)
 
         def note(seconds: float) -> None:  # after each group, so that an interrupted run counts too
-            if here not in made:
+            if not made or made[-1] != here:
                 made.append(here)
             record.write({"seconds": earlier + seconds, "made": made})
 
@@ -158,17 +159,6 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
     if job.sampling.png and processes.main:
         write_pngs(store.read(), folder / "png")
     return SampledSet(store.read(), result["seconds"], engines[0], made)
-
-
-def place_of(processes: Processes) -> dict[str, Any]:
-    """Return where processes compute: device, processes, threads, kernels, environment."""
-    return {
-        "device": processes.device.type,
-        "processes": processes.world,
-        "threads": torch.get_num_threads(),
-        "kernels": kernels.used(processes.device),
-        "environment": environment.environment(processes.device.type),
-    }
 
 
 @torch.no_grad()

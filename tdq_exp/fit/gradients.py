@@ -30,7 +30,7 @@ class Gradients:
         loss: of the tensors of a batch, 0-dim: a mean over samples.
         processes: each calls with its part of the batch.
         micro_batches: passes that a process' part is computed in, of equal size: less memory, the
-            same gradients up to the order of a sum.
+            same gradients up to the order of a sum, but for noise, which each pass draws.
     """
 
     def __init__(
@@ -69,6 +69,8 @@ class Gradients:
         """Record a pass, or say why there is no recording."""
         try:
             self._graph = TrainingGraph(self.net, self._backward, batch)
+        except torch.OutOfMemoryError:
+            raise  # launched singly it would want as much
         except RuntimeError as error:
             reason = (str(error).strip().splitlines() or [""])[0]
             self._records = False

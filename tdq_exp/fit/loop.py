@@ -328,6 +328,7 @@ class Training:
         state = {
             "fingerprint": self.context.fingerprint,
             "update": update,
+            "micro_batches": self.context.micro_batches,
             "net": self.net.state_dict(),
             "ema": self.ema.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -383,6 +384,13 @@ class Training:
                 f"{self.state_file}: begun with {begun_with} processes, now"
                 f" {self.processes.world}; use launcher.nproc={begun_with} or remove the"
                 " file to start again"
+            )
+
+        parts, now = state.get("micro_batches", 1), self.context.micro_batches
+        if parts != now:
+            raise ValueError(
+                f"{self.state_file}: begun with launcher.micro_batches={parts}, now {now}; set it"
+                " so, or remove the file to start again"
             )
 
         return file

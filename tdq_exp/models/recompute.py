@@ -11,6 +11,18 @@ from torch.utils.checkpoint import checkpoint
 from tdq_exp.quant.intervals.temporal import GeneratorBank
 
 
+def require_blocks(net: nn.Module) -> None:
+    """Refuse a network whose activations can't be computed again, block by block.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if not getattr(net, "_supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"launcher.recompute=true: not known to {type(net).__name__}; set it to false"
+        )
+
+
 def recompute_activations(net: nn.Module) -> None:
     """Keep the inputs of a network's blocks only, and compute what lies within them once more.
 
@@ -23,10 +35,7 @@ def recompute_activations(net: nn.Module) -> None:
     Raises:
         ValueError: if it has no such blocks.
     """
-    if not getattr(net, "_supports_gradient_checkpointing", False):
-        raise ValueError(
-            f"launcher.recompute=true: not known to {type(net).__name__}; set it to false"
-        )
+    require_blocks(net)
 
     # What is drawn at random within a block is drawn again, which takes the generators' states.
     drawn = any(

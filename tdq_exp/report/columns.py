@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tdq_exp.experiment.row import environments, machine_of
+from tdq_exp.experiment.places import environments, machine_of
 from tdq_exp.report.cells import Cell
 from tdq_exp.report.costs import COST_HEADERS, Costs
 from tdq_exp.report.manifest import Line, Manifest

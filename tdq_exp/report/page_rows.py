@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tdq_exp.experiment.row import environments, machine_of
+from tdq_exp.experiment.places import environments, machine_of
 from tdq_exp.runtime import files
 
 HEADERS = (
@@ -66,12 +66,14 @@ def _texts(row: Mapping[str, Any]) -> list[str]:
     paired = row.get("paired")
     return [
         escape(row["sample"]),
-        str(row["images"]),
-        f"{row['seed']}, {row['config']['sampler']['seed']}",
+        escape(str(row["images"])),
+        escape(f"{row['seed']}, {row['config']['sampler']['seed']}"),
         f"{row['metrics']['fid']:.2f}",
         f"{paired['relative_l2']:.4f}" if paired else "-",
-        ", ".join(f"<code>{prints[part]}</code>" for part in ("fit", "sample", "measure")),
-        ", ".join(f"<code>{place['commit']}</code>" for place in environments(row)),
+        ", ".join(
+            f"<code>{escape(str(prints[part]))}</code>" for part in ("fit", "sample", "measure")
+        ),
+        ", ".join(f"<code>{escape(str(place['commit']))}</code>" for place in environments(row)),
         escape("; ".join(dict.fromkeys(machine_of(place) for place in environments(row)))),
         f"{seconds['fit']:.0f}, {seconds['sample']:.0f}",
         f"<code>{escape(command_of(row))}</code>",

@@ -54,6 +54,13 @@ class Recorded:
         if side is None:
             return
         self._random = torch.cuda.get_rng_state(self._device)
+        try:
+            self._warm_up_on(side)
+        except RuntimeError:
+            self._put_generator_back()
+            raise
+
+    def _warm_up_on(self, side: torch.cuda.Stream) -> None:
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(self._warm_up):
@@ -83,9 +90,14 @@ class Recorded:
         graph = torch.cuda.CUDAGraph()
         # Other threads (copies of batches, a process group's watchdog) may go on calling the
         # driver.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._result = self._function()
-        self._graph = graph
+        try:
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._result = self._function()
+            self._graph = graph
+        finally:
+            self._put_generator_back()
+
+    def _put_generator_back(self) -> None:
         if self._random is not None:
             torch.cuda.set_rng_state(self._random, self._device)
 

@@ -1,6 +1,7 @@
 """Options of the machine: processes, threads, and who follows a run.
 
-Free of torch; no result depends on them, but for the order of sums.
+Free of torch. Results depend on them by the order of sums, and by the noise that each process and
+micro-batch draws; the record of a fit states them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class LauncherOptions:
         low=1,
         most=MOST_MICRO_BATCHES,
         help="training: passes in which a process computes its part of a batch, to save memory;"
-        " the gradients are the same up to the order of a sum",
+        " the gradients are the same up to the order of a sum, and to dropout's and NIPQ's noise",
     )
     recompute: bool = setting(
         False,

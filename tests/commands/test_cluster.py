@@ -35,6 +35,11 @@ def test_a_share_runs_its_cells_alone(monkeypatch, tmp_path):
     assert 0 < len(some) < len(whole)
 
 
+def test_a_share_of_no_run_is_refused(capsys):
+    assert table.main(["table1", "--scale", "digits", "--share", "1/2"]) == 2
+    assert "--share: says which runs --run starts" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/0", "1.5/2"])
 def test_what_is_no_share_is_refused(text, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -74,6 +79,8 @@ def test_a_job_is_queued_again_where_its_state_is_saved_alone(
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "SLURM_ARRAY_TASK_ID": "3",
         "SLURM_ARRAY_TASK_COUNT": "8",
+        "SLURM_ARRAY_TASK_MIN": "1",
+        "SLURM_ARRAY_TASK_MAX": "8",
         "SLURM_ARRAY_JOB_ID": "77",
         "SLURM_JOB_ID": "78",
     }
@@ -81,3 +88,16 @@ def test_a_job_is_queued_again_where_its_state_is_saved_alone(
     again = [f"scontrol requeue {job}"] if code == 138 else []
     assert ended.returncode == code
     assert (tmp_path / "calls").read_text().splitlines() == [f"srun {command}", *again]
+
+
+def test_an_array_whose_numbers_are_no_shares_is_refused(tmp_path):
+    environment = {
+        "PATH": os.environ["PATH"],
+        "SLURM_ARRAY_TASK_ID": "2",
+        "SLURM_ARRAY_TASK_COUNT": "2",
+        "SLURM_ARRAY_TASK_MIN": "2",
+        "SLURM_ARRAY_TASK_MAX": "4",
+    }
+    command = ["bash", str(SCRIPTS / "table.sbatch"), "table1"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2 and "--array must be 1-N" in ended.stderr
