@@ -243,7 +243,7 @@ def _require_repeatable(job: Experiment, context: RunContext) -> None:
     if other:
         raise ValueError(
             f"{file}: is not here, and the fit of {path} was made where other bits come out"
-            f" ({'; '.join(other)}): launcher.threads and launcher.nproc choose the first two; {own}"
+            f" ({'; '.join(other)}): set launcher.threads and launcher.nproc as then; {own}"
         )
 
 

@@ -142,7 +142,6 @@ class Training:
             Stopped: by a signal; the state after the last update is on disk.
         """
         options, context = self.options, self.context
-
         # 1. The state that an interrupted run left, if there is one.
         seed_global(context.seed, Stream.TRAINING_NOISE, self.processes.rank)  # all else has a key
         first = self._restore()
