@@ -37,11 +37,10 @@ def require_inputs(job: Experiment, download: bool = True) -> None:
 
     # 2. The precision of a fit that is still to be made.
     precision = getattr(job.fit.options, "precision", None)
-    fitted = files.read_json(job.folder / "fit.json") or {}
-    on_cpu = launch.device(job.machine.launcher).type == "cpu"
-    finished = fitted.get("done") and network_is_here(job)
-    if precision == "tf32" and on_cpu and not finished:
-        raise ValueError("fit.precision=tf32: only GPUs have it; take float32, or bfloat16")
+    if precision == "tf32" and launch.device(job.machine.launcher).type == "cpu":
+        fitted = files.read_json(job.folder / "fit.json") or {}
+        if not (fitted.get("done") and network_is_here(job)):
+            raise ValueError("fit.precision=tf32: only GPUs have it; take float32, or bfloat16")
 
     # 3. The network, with its quantizers: shapes alone, nothing is computed.
     require_network(job)
