@@ -163,7 +163,7 @@ def training_svg(curves: Mapping[str, Sequence[Sequence[float]]], name: str) -> 
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
 
-    for axis, (bits, runs) in zip(axes, panels.items(), strict=False):
+    for axis, (bits, runs) in zip(axes[: len(panels)], panels.items(), strict=True):
         for number, (label, curve) in enumerate(runs.items()):
             updates, losses = zip(*curve, strict=True)
             axis.plot(updates, losses, ms=3, lw=1, label=label, **style(number))
