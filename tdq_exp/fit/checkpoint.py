@@ -56,6 +56,44 @@ def whole_state(path: Path) -> Path | None:
     return None
 
 
+def state_of_fit(path: Path, fingerprint: str, world: int, micro_batches: int) -> Path | None:
+    """Return the file of the last whole state, or None; refuse one that can't go on here.
+
+    Args:
+        path: where states are written.
+        fingerprint: of the fit.
+        world: number of processes.
+        micro_batches: passes in which each computes its part of a batch.
+
+    Raises:
+        ValueError: if the state is of another fit, or was begun with other numbers.
+    """
+    file = whole_state(path)
+    state = load_state(file) if file is not None else None
+    if state is None:
+        return None
+
+    if state.get("fingerprint") != fingerprint:
+        raise ValueError(f"{path}: the training state of another fit; remove it to start this one")
+
+    with tensor_files.values_of(path):
+        begun_with = len(state["random"])
+    if begun_with != world:
+        raise ValueError(
+            f"{path}: begun with {begun_with} processes, now {world}; use"
+            f" launcher.nproc={begun_with} or remove the file to start again"
+        )
+
+    parts = state.get("micro_batches", 1)
+    if parts != micro_batches:
+        raise ValueError(
+            f"{path}: begun with launcher.micro_batches={parts}, now {micro_batches}; set it so,"
+            " or remove the file to start again"
+        )
+
+    return file
+
+
 def load_state(path: Path) -> dict[str, Any] | None:
     """Return the state, on the CPU, or None if there is none yet.
 

@@ -61,6 +61,11 @@ class Gradients:
         self.processes.average_gradients(self._parameters)
         return loss
 
+    @property
+    def recorded(self) -> bool:
+        """Whether the gradients lie in the same tensors after every call."""
+        return self._graph is not None
+
     def forget(self) -> None:
         """Drop the recording: what the host decides is about to change, such as a phase."""
         self._graph = None

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from tdq_exp.diffusion.draws import Draws, Stream, draw_batch, seed_global
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.ahead import batches_ahead
-from tdq_exp.fit.checkpoint import load_state, remove_earlier, save_state, whole_state
+from tdq_exp.fit.checkpoint import load_state, remove_earlier, save_state, state_of_fit
 from tdq_exp.fit.ema import Ema
 from tdq_exp.fit.gradients import Batch, Gradients
 from tdq_exp.fit.losses import batch_of, validation_draws, validation_loss
 from tdq_exp.fit.options import TrainOptions, learning_rates
+from tdq_exp.fit.weight_update import WeightUpdate
 from tdq_exp.models.recompute import recompute_activations
 from tdq_exp.models.trainable import Trainable
 from tdq_exp.models.weights.load import save_weights
@@ -106,7 +107,7 @@ class Training:
         options: TrainOptions,
         context: RunContext,
     ) -> None:
-        self.net, self.model, self.sets, self.optimizer = net, model, sets, optimizer
+        self.net, self.model, self.sets = net, model, sets
         self.options, self.context = options, context
         self.processes = context.processes
         self.state_file = context.folder / "state.pt"
@@ -114,11 +115,12 @@ class Training:
         self.ema = Ema(net, options.ema_decay)
         if context.recompute:
             recompute_activations(net)
-        self.rates = [group["lr"] for group in optimizer.param_groups]
         self.history = History()
 
+        device = context.processes.device
         self.gradients = Gradients(net, self._loss, context.processes, context.micro_batches)
-        self.read_every = 1 if context.processes.device.type == "cpu" else LOG_EVERY
+        self.weight_update = WeightUpdate(net, optimizer, self.ema, options.grad_clip, device)
+        self.read_every = 1 if device.type == "cpu" else LOG_EVERY
         self._unread: list[Tensor] = []  # losses since the last reading
         self._phase: int | None = None
 
@@ -220,28 +222,20 @@ class Training:
             update: counted from 0.
             batch: this process' part, on its device.
         """
-        options = self.options
-
         # A new phase changes what a recording holds.
         phase = self.phase(update)
         if phase != self._phase:
             self.set_phase(phase)
             self.gradients.forget()
+            self.weight_update.forget()
             self._phase = phase
 
-        # Learning rates: warm-up, then the schedule.
-        share = options.rate(update)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * share
-
-        # The step, and the average of the weights.
-        with products(options.precision):
+        with products(self.options.precision):
             loss = self.gradients(batch)
         self._unread.append(loss.clone())
-        if options.grad_clip:
-            nn.utils.clip_grad_norm_(self.net.parameters(), options.grad_clip)
-        self.optimizer.step()
-        self.ema.update(update)
+
+        # The step, at the rate of the schedule, and the average of the weights.
+        self.weight_update(update, self.options.rate(update), fixed=self.gradients.recorded)
 
     def _read(self, done: int) -> tuple[float, bool]:
         """Return the loss of the last update, and whether any process was asked to stop.
@@ -288,8 +282,8 @@ class Training:
         log = self.context.log
         if log is None or (done % LOG_EVERY and done != self.options.updates):
             return
-        groups = enumerate(self.optimizer.param_groups)
-        log({"loss": loss, **{f"lr/{g.get('name', i)}": g["lr"] for i, g in groups}}, done)
+        rates = self.weight_update.rates_by_name()
+        log({"loss": loss, **{f"lr/{name}": rate for name, rate in rates.items()}}, done)
 
     def _validate(self, draws: Draws, done: int) -> None:
         """Compute the average's validation loss; keep its weights if among the best."""
@@ -330,7 +324,7 @@ class Training:
             "micro_batches": self.context.micro_batches,
             "net": self.net.state_dict(),
             "ema": self.ema.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.weight_update.state_dict(),
             "random": self.processes.gather_objects(self.processes.random_state()),
             "validation": self.history.validation,
             "best": self.history.best,
@@ -345,7 +339,10 @@ class Training:
             ValueError: if it is of another fit, or of another number of processes.
         """
         # Refused once, for all processes.
-        file = self.processes.decide(self._state_to_go_on_from)
+        world, parts = self.processes.world, self.context.micro_batches
+        file = self.processes.decide(
+            lambda: state_of_fit(self.state_file, self.context.fingerprint, world, parts)
+        )
         state = load_state(file) if file is not None else None
         if state is None:
             return 0
@@ -354,7 +351,7 @@ class Training:
         with values_of(self.state_file):
             self.net.load_state_dict(state["net"])
             self.ema.net.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.weight_update.load_state_dict(state["optimizer"])
             self.processes.set_random_state(state["random"][self.processes.rank])
 
             self.history.validation = [(int(u), float(loss)) for u, loss in state["validation"]]
@@ -364,35 +361,6 @@ class Training:
             if not 0 < update <= self.options.updates:
                 raise ValueError(f"its update is {update}, of {self.options.updates}")
             return update
-
-    def _state_to_go_on_from(self) -> Path | None:
-        """Return the file of the last whole state, or None; refuse one that can't go on here."""
-        file = whole_state(self.state_file)
-        state = load_state(file) if file is not None else None
-        if state is None:
-            return None
-
-        if state.get("fingerprint") != self.context.fingerprint:
-            raise ValueError(
-                f"{self.state_file}: the training state of another fit; remove it to start this one"
-            )
-        with values_of(self.state_file):
-            begun_with = len(state["random"])
-        if begun_with != self.processes.world:
-            raise ValueError(
-                f"{self.state_file}: begun with {begun_with} processes, now"
-                f" {self.processes.world}; use launcher.nproc={begun_with} or remove the"
-                " file to start again"
-            )
-
-        parts, now = state.get("micro_batches", 1), self.context.micro_batches
-        if parts != now:
-            raise ValueError(
-                f"{self.state_file}: begun with launcher.micro_batches={parts}, now {now}; set it"
-                " so, or remove the file to start again"
-            )
-
-        return file
 
 
 def best_file(folder: Path, update: int) -> Path:

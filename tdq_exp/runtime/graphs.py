@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def records(device: torch.device) -> bool:
@@ -13,7 +17,7 @@ def records(device: torch.device) -> bool:
     return device.type != "cpu" and torch.cuda.is_available()
 
 
-class Recorded:
+class Recorded(Generic[T]):
     """A function without arguments, recorded once and replayed at each call.
 
     What it reads and writes stays where it was while recording: put new inputs into the same
@@ -26,18 +30,16 @@ class Recorded:
 
     Args:
         function: the step; called `warm_up` times before it is recorded, so that whatever is made
-            at first use (compiled kernels, workspaces, weights from codes) exists by then.
+            at first use (compiled kernels, workspaces, weights from codes) exists by then. One that
+            changes what it reads is warmed up by `run_once`.
         device: where it computes.
         warm_up: number of those calls.
-
     """
 
-    def __init__(
-        self, function: Callable[[], Tensor], device: torch.device, warm_up: int = 2
-    ) -> None:
+    def __init__(self, function: Callable[[], T], device: torch.device, warm_up: int = 2) -> None:
         self._function, self._device = function, device
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._result: Tensor | None = None
+        self._result: T | None = None
         self._warm_up = warm_up
         self._random: Tensor | None = None  # the generator's state before the warm-up
         # One stream for warm-up and recording: autograd adds gradients up on the stream that it
@@ -59,6 +61,29 @@ class Recorded:
         except RuntimeError:
             self._put_generator_back()
             raise
+
+    def run_once(self) -> str | None:
+        """Run the function once, launched singly, as the warm-up of one that changes what it reads.
+
+        Returns:
+            What waited for the GPU, or None; the function has run to its end either way.
+        """
+        if self._stream is None:
+            self._function()
+            return None
+
+        # A warning and no error: half of a step could not be taken back.
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                self._function()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+        waits = [str(one.message) for one in seen if "synchroniz" in str(one.message)]
+        return waits[0] if waits else None
 
     def _warm_up_on(self, side: torch.cuda.Stream) -> None:
         side.wait_stream(torch.cuda.current_stream(self._device))
@@ -101,10 +126,9 @@ class Recorded:
         if self._random is not None:
             torch.cuda.set_rng_state(self._random, self._device)
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> T:
         """Run the step; the result is overwritten by the next call."""
         if self._graph is None:
             return self._function()
         self._graph.replay()
-        assert self._result is not None
-        return self._result
+        return cast(T, self._result)
