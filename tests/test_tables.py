@@ -646,6 +646,7 @@ def test_run_starts_what_is_missing_and_goes_on_after_a_failure(
     assert "stale, not run again: digits_fp sampler.seed=2" in said
     assert "9.0 h" in said and "3.00 GB" in said and said.index("9.0 h") < said.index("cell 1 of 3")
     assert len(free_plan) == 3, "cells of one shape and form are estimated once"
+    assert "one measured forward pass of each network (1)" in said
     assert (tmp_path / "tables" / "table1-digits.md").exists() and (
         tmp_path / "tables" / "table1-digits.tex"
     ).exists()

@@ -143,7 +143,7 @@ def show_plan(cells: Sequence[Cell]) -> bool:
 
     jobs_of_cells = [_job(cell) for cell in cells]
 
-    # A measured forward pass of a large net is slow, and cells of one shape cost the same.
+    # Cells of one shape cost the same; a forward pass is measured once for each network.
     known: dict[str, costs.Cost] = {}
     per_cell = []
     for job in jobs_of_cells:
@@ -162,6 +162,9 @@ def show_plan(cells: Sequence[Cell]) -> bool:
     )
     lines.append([f"all {len(cells)}", sum(images), *total])
     print_table("cells to run, and about what they cost", ["cell", "images", "time", "disk"], lines)
+
+    networks = len({costs.network_key(job) for job in jobs_of_cells})
+    console.print(f"times: from one measured forward pass of each network ({networks})")
 
     cards = [cost.card for cost in per_cell if cost.card is not None]
     if len(cards) == len(per_cell):

@@ -7,6 +7,7 @@ ones, which a card does not fill.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from tdq_exp.quant import StaticIntervals
 
 SMALLEST = 0.1  # of the measured network: one that fills a card less is not told by its operations
 FLOAT, STATIC, TEMPORAL = "float", "LSQ", "LSQ+TDQ"  # forms of a network that were measured
+
+_COUNTED: dict[str, int] = {}  # multiplications by network: the cells of a table share networks
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,14 @@ def estimate(job: Experiment, forward_passes: float, images: int) -> CardCost | 
 
 
 def multiplications(job: Experiment) -> int:
-    """Return those of one image's forward pass through the float network."""
+    """Return those of one image's forward pass through the float network, counted once for each."""
+    key = json.dumps(job.part("model"), sort_keys=True)
+    if key not in _COUNTED:
+        _COUNTED[key] = _counted(job)
+    return _COUNTED[key]
+
+
+def _counted(job: Experiment) -> int:
     model = job.model
     condition = model.draw_condition(0, Stream.IMAGE, range(1))
 

@@ -1,11 +1,12 @@
 """What a run would do and cost: printed by `plan_only=true`, and before anything large.
 
-Times come from one measured forward pass on this machine, not from a table; a fit says how many
-forward passes it takes, and sampling takes one per image and step.
+Times come from one measured forward pass of each network on this machine, not from a table; a fit
+says how many forward passes it takes, and sampling takes one per image and step.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import Counter
@@ -28,6 +29,10 @@ from tdq_exp.runtime.progress import console, print_table
 
 PROBES = 4, 16, 64  # images in the measured pass: the next number if one took no longer than
 SHORT = 0.1  # seconds
+
+# Seconds of one image in a pass, measured in this process: the cells of a table share networks.
+_FORWARD: dict[str, float] = {}
+_CODING: dict[str, tuple[float, float]] = {}
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,11 @@ def estimate(job: Experiment) -> Cost:
         torch.set_num_threads(launcher.threads)
 
     # 1. One image through the network, its encoding and its decoding, shared by the processes.
-    net = job.trained.build().to(device).eval()
+    with torch.device("meta"):  # shapes are all that is counted
+        net = job.trained.build()
     parameters = sum(p.numel() for p in net.parameters())
     processes = launch.wanted(launcher)
-    per_image = _forward_seconds(job, net, device) / processes
+    per_image = _forward_seconds(job, device) / processes
     encode, decode = (seconds / processes for seconds in _coding_seconds(job, device))
 
     # 2. The fit.
@@ -97,7 +103,25 @@ def estimate(job: Experiment) -> Cost:
     )
 
 
-def _forward_seconds(job: Experiment, net: nn.Module, device: torch.device) -> float:
+def network_key(job: Experiment) -> str:
+    """Return what the time of a forward pass depends on: the float network, and the machine.
+
+    Neither bits nor rule nor step sizes: what a fit and a set take is counted in passes of the
+    float network.
+    """
+    about = [job.part("model"), job.fit.options.part, str(launch.device(job.machine.launcher))]
+    return json.dumps([*about, torch.get_num_threads()], sort_keys=True)
+
+
+def _forward_seconds(job: Experiment, device: torch.device) -> float:
+    """Return the seconds of one image through the float network, measured once for each network."""
+    key = network_key(job)
+    if key not in _FORWARD:
+        _FORWARD[key] = _measured_seconds(job, job.trained.build().to(device).eval(), device)
+    return _FORWARD[key]
+
+
+def _measured_seconds(job: Experiment, net: nn.Module, device: torch.device) -> float:
     """Return the seconds of one image, in as large a batch as is quick.
 
     A small network spends a small batch on its calls, not its sums.
@@ -132,7 +156,17 @@ def _seconds(work: Callable[[], Tensor]) -> float:
 
 
 def _coding_seconds(job: Experiment, device: torch.device) -> tuple[float, float]:
-    """Return the seconds to encode an image with its mirror, and to decode one; 0 for pixels."""
+    """Return the seconds to encode an image with its mirror, and to decode one; 0 for pixels.
+
+    Measured once for each network, as `_forward_seconds`.
+    """
+    key = network_key(job)
+    if key not in _CODING:
+        _CODING[key] = _measured_coding(job, device)
+    return _CODING[key]
+
+
+def _measured_coding(job: Experiment, device: torch.device) -> tuple[float, float]:
     codec = job.model.codec.build() if job.model.codec else None
     if codec is None:
         return 0.0, 0.0
