@@ -79,6 +79,79 @@ def one_of_two(
         pipeline.run(build.build(compose(job)))
 
 
+def collectives(cpu: bool = False, port: str | None = None) -> None:
+    """Send every kind of message that a run sends, alone in its group: by NCCL on a GPU.
+
+    One process has to find its own numbers again. It believes that it is one of several, so that
+    nothing is left out.
+
+    Args:
+        cpu: without a group; a rehearsal of what is asked here.
+        port: where the group meets.
+    """
+    from unittest import mock
+
+    from torch import nn
+
+    from tdq_exp.fit.ema import Ema
+    from tdq_exp.fit.gradients import Gradients
+    from tdq_exp.fit.weight_update import WeightUpdate
+    from tdq_exp.runtime.processes import Processes
+
+    if port is not None:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = Processes(cpu)
+    device = processes.device
+    if port is not None:
+        assert torch.distributed.get_backend() == "nccl"
+        assert device == torch.device("cuda", 0) and torch.cuda.current_device() == 0
+
+    with mock.patch.object(Processes, "world", property(lambda self: 2)):
+        # 1. Numbers on the device, and objects: errors and random states among them.
+        x = torch.arange(6.0, device=device)
+        assert torch.equal(processes.mean(x), x) and torch.equal(processes.sum(x), x)
+        assert processes.decide(lambda: {"path": Path("a")}) == {"path": Path("a")}
+        try:
+            processes.decide(lambda: int("word"))
+            raise AssertionError("an error was lost")
+        except ValueError:
+            pass
+
+        states = processes.gather_objects(processes.random_state())[0]
+        before = torch.rand(3, device=device)
+        processes.set_random_state(states)
+        assert torch.equal(torch.rand(3, device=device), before)
+        with processes.sharing():
+            processes.barrier()
+
+        # 2. A training step: gradients recorded, averaged in one message, and the step recorded.
+        net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)).to(device)
+        weights = [p.detach().clone() for p in net.parameters()]
+        processes.share(net)
+        assert all(torch.equal(a, b) for a, b in zip(net.parameters(), weights, strict=True))
+
+        optimizer = torch.optim.AdamW(net.parameters(), lr=2.0**-6, weight_decay=0.0, fused=True)
+        twin = [p.detach().clone().requires_grad_() for p in net.parameters()]
+        wanted = torch.optim.AdamW(twin, lr=2.0**-6, weight_decay=0.0)
+        gradients = Gradients(net, lambda batch: net(batch).square().mean(), processes)
+        step = WeightUpdate(net, optimizer, Ema(net, 0.5), 0.0, device)
+        for update in range(4):
+            gradients((torch.randn(8, 3, device=device),))
+            for mine, theirs in zip(twin, net.parameters(), strict=True):
+                mine.grad = theirs.grad.clone()
+            step(update, 1.0, gradients.recorded)
+            wanted.step()
+        for mine, theirs in zip(twin, net.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+        assert gradients.recorded is (device.type == "cuda")
+        processes.barrier()
+
+    if port is not None:
+        torch.distributed.destroy_process_group()
+        assert not torch.distributed.is_initialized()
+
+
 def command_line(arguments: list[str], stderr: str | Path) -> None:
     """Be `python -m tdq_exp.run`, with what it says of errors in a file."""
     from tdq_exp import commands
