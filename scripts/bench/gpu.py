@@ -1,6 +1,7 @@
 """Speed and memory on one GPU, at the paper's scale -> gpu.json, as each result comes, and gpu.md.
 
     python scripts/bench/gpu.py [--seconds 330] [--out results/bench]
+    python scripts/bench/gpu.py --only fit_loop savings     these parts alone
     python scripts/bench/gpu.py --rehearse        everything on a CPU, at a tiny size
     python scripts/bench/gpu.py --report          gpu.md anew, with the hours of both tables, from gpu.json
 
@@ -23,6 +24,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gpu_report
 import numpy as np
@@ -35,6 +37,7 @@ from tdq_exp.data.images import Images
 from tdq_exp.diffusion.denoising_graph import RecordedSteps
 from tdq_exp.diffusion.draws import draw_batch
 from tdq_exp.experiment import build as jobs
+from tdq_exp.fit import loop as loops
 from tdq_exp.fit.ahead import batches_ahead
 from tdq_exp.fit.ema import Ema
 from tdq_exp.fit.gradients import Gradients
@@ -42,6 +45,7 @@ from tdq_exp.fit.loop import TrainingSets
 from tdq_exp.fit.options import QatOptions
 from tdq_exp.fit.qat import QatTraining, optimizer_groups, rates_of
 from tdq_exp.fit.training_graph import TrainingGraph
+from tdq_exp.fit.weight_update import WeightUpdate
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.models.recompute import recompute_activations
 from tdq_exp.quant import Recipe, StaticIntervals, TemporalIntervals, bake, kernels, ops
@@ -54,6 +58,10 @@ from tdq_exp.runtime.processes import Processes
 PRECISIONS = ("float32", "tf32", "bfloat16")
 RATE = 1e-6  # of all that is trained: nothing depends on it
 FORMS = ("float", "LSQ", "LSQ+TDQ")
+PARTS = (
+    "ceilings", "one_quantizer", "denoising", "training", "fit_loop", "churches", "savings", "loop",
+    "profiles", "layouts", "churches_images",
+)  # fmt: skip
 Batch = tuple[Tensor, Tensor, Tensor]  # x_0, t, eps
 
 
@@ -74,6 +82,7 @@ class Bench:
             options.out,
             time.monotonic() + options.seconds,
         )
+        self.only: list[str] = options.only
         self.device = torch.device("cpu" if self.small else "cuda")
         self.rounds, self.warm_up = (2, 1) if self.small else (10, 3)
         self.precisions = PRECISIONS[:1] if self.small else PRECISIONS
@@ -84,7 +93,12 @@ class Bench:
                 "rehearsal": self.small, **environment.environment(),
             },
             "milliseconds": {}, "gigabytes": {}, "busy": {}, "profile": {}, "rates": {}, "failed": {},
+            "loop": {},
         }  # fmt: skip
+
+    def wants(self, name: str) -> bool:
+        """Return whether a part is asked for."""
+        return not self.only or name in self.only
 
     def note(self, kind: str, name: str, value: Any) -> None:
         """Keep a result, and write all that there are."""
@@ -253,7 +267,7 @@ class Training:
         form: one of `FORMS`.
         precision: one of `PRECISIONS`.
         batch: images.
-        recorded: forward and backward pass as one CUDA graph?
+        recorded: forward and backward pass as one CUDA graph, and the step as another?
         channels_last: layout of weights and images.
     """
 
@@ -268,7 +282,9 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             optimizer_groups(self.net, rates_of(fit.options)), fused=True
         )
-        self.ema = Ema(self.net, 0.9999)
+        self.weight_update = WeightUpdate(
+            self.net, self.optimizer, Ema(self.net, 0.9999), 0.0, self.device
+        )
         self.batches = [self.random_batch(batch, seed) for seed in range(3)]
         self.graph = TrainingGraph(self.net, self.backward, self.batches[0]) if recorded else None
         self.update = 0
@@ -305,8 +321,7 @@ class Training:
             float(loss)
         if self.graph is None:
             loss.backward()
-        self.optimizer.step()
-        self.ema.update(self.update)
+        self.weight_update(self.update, 1.0, fixed=self.graph is not None)
 
 
 def ceilings(bench: Bench) -> None:
@@ -476,8 +491,64 @@ def savings(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> N
             bench.timed(name, partial(gradients, (x, t, torch.randn_like(x))), rounds=3)
 
 
+class Sections:
+    """Times of the loop's parts: on the host, and on the GPU between two events.
+
+    Args:
+        bench: device.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        self.on_gpu = not bench.small
+        self.notes: dict[str, list[tuple[float, Any, Any]]] = {}  # seconds of the host, and events
+
+    def _event(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def timed(self, name: str, function: Callable[..., Any], gpu: bool = True) -> Any:
+        """Return the function, timed; `gpu=False` for what another thread does."""
+
+        def call(*args: Any, **options: Any) -> Any:
+            began, first = time.perf_counter(), self._event() if gpu else None
+            result = function(*args, **options)
+            last = self._event() if gpu else None
+            self.notes.setdefault(name, []).append((time.perf_counter() - began, first, last))
+            return result
+
+        return call
+
+    def host(self, name: str, skip: int) -> float:
+        """Return the mean milliseconds of the host, the first calls left out."""
+        return 1e3 * statistics.fmean(note[0] for note in self.notes[name][skip:])
+
+    def device(self, name: str, skip: int) -> float:
+        """Return the mean milliseconds between the events, the first calls left out."""
+        spans = [(first, last) for _, first, last in self.notes[name][skip:]]
+        if self.on_gpu:
+            return statistics.fmean(first.elapsed_time(last) for first, last in spans)
+        return 1e3 * statistics.fmean(last - first for first, last in spans)
+
+
+class TimedPart:
+    """A callable part of the loop, timed; all else is asked of the part itself."""
+
+    def __init__(self, part: Any, call: Callable[..., Any]) -> None:
+        self._part, self._call = part, call
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Call the part."""
+        return self._call(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._part, name)
+
+
 def fit_loop(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
-    """Updates of the loop that a fit runs: its batches, its readings of the loss, its average."""
+    """Updates of the loop that a fit runs, and how much of each lies outside of recordings."""
     updates = 12 if bench.small else 60
     size, channels = job.model.sample_shape[-1], job.model.sample_shape[0]
     shape = (2000, size, size, channels)
@@ -496,23 +567,65 @@ def fit_loop(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> 
             optimizer = torch.optim.AdamW(optimizer_groups(net, rates_of(options)), fused=True)
             context = RunContext(Path(folder), "", 0, Processes(cpu=bench.small), Path(folder))
             training = QatTraining(net, job.model, sets, optimizer, options, context)
+            _time_loop(bench, name, training)
 
-            # What lies between two readings is all that a reader of the clock can know.
-            stamps: list[float] = []
-            read = training._read
 
-            def noted(
-                done: int, read: Callable[..., Any] = read, stamps: list[float] = stamps
-            ) -> Any:
-                answer = read(done)
-                stamps.append(time.perf_counter())
-                return answer
+def _time_loop(bench: Bench, name: str, training: QatTraining) -> None:
+    """Run a training, and note what its updates take, in all and by section."""
+    sections = Sections(bench)
+    stamps: list[float] = []  # what lies between two readings is all that the host can know
+    read = sections.timed("read", training._read)
 
-            training._read = noted  # type: ignore[method-assign]
-            training.run()
-            every = training.read_every
-            times = [1e3 * (b - a) / every for a, b in zip(stamps, stamps[1:], strict=False)]
-            bench._keep(name, times[:-1] or times)  # the last one holds a validation
+    def noted(done: int) -> Any:
+        answer = read(done)
+        stamps.append(time.perf_counter())
+        return answer
+
+    def ahead(*arguments: Any) -> Iterator[Any]:
+        batches = batches_ahead(*arguments)
+        following = sections.timed("wait for a batch", lambda: next(batches, None), gpu=False)
+        try:
+            while (batch := following()) is not None:
+                yield batch
+        finally:
+            batches.close()
+
+    # The parts of an update: names as in `loops.Training._update`.
+    loop: Any = training
+    loop._read = noted
+    loop._batch = sections.timed("make a batch", training._batch, gpu=False)
+    loop.gradients = TimedPart(training.gradients, sections.timed("gradients", training.gradients))
+    loop.weight_update = TimedPart(
+        training.weight_update, sections.timed("step", training.weight_update)
+    )
+    loop._update = sections.timed("update", training._update)
+
+    began = time.perf_counter()
+    with mock.patch.object(loops, "batches_ahead", ahead):
+        training.run()
+
+    # The median between readings; the first of them holds the recording.
+    every = training.read_every
+    times = [1e3 * (b - a) / every for a, b in zip(stamps, stamps[1:], strict=False)]
+    median = bench._keep(name, times)
+    in_gradients, in_step = (sections.device(part, every) for part in ("gradients", "step"))
+    found = {
+        "recorded": loop.gradients.recorded and loop.weight_update.recorded,
+        "an update": median,
+        "on the device, gradients": in_gradients,
+        "on the device, step and average": in_step,
+        "outside of both": median - in_gradients - in_step,
+        "host, gradients": sections.host("gradients", every),
+        "host, step and average": sections.host("step", every),
+        "host, whole update": sections.host("update", every),
+        "host, waiting for a batch": sections.host("wait for a batch", every),
+        "host, reading the losses, once in each interval": sections.host("read", 1),
+        "another thread, making a batch": sections.host("make a batch", every),
+        "once, until the first reading": 1e3 * (stamps[0] - began),
+    }
+    bench.note(
+        "loop", name, {k: v if v is True or v is False else round(v, 3) for k, v in found.items()}
+    )
 
 
 def churches_images(bench: Bench, job: jobs.Experiment, precisions: tuple[str, ...]) -> None:
@@ -537,38 +650,54 @@ def run(options: argparse.Namespace) -> None:
 
 
 def parts(bench: Bench) -> None:
-    """All parts, the bars first."""
-    bench.note(
-        "about", "batch", {"ddim": 4 if bench.small else 128, "ldm": 2 if bench.small else 32}
-    )
+    """All parts that are asked for, the bars first."""
+    sizes = {"ddim": 4 if bench.small else 128, "ldm": 2 if bench.small else 32}
+    bench.note("about", "batch", sizes)
     pixel = _job("ddim_w4a4_lsq_tdq", "tiny" if bench.small else None)
-    batch = bench.results["about"]["batch"]["ddim"]
-
-    with bench.part("ceilings"):
-        ceilings(bench)
-    with bench.part("one quantizer"):
-        one_quantizer(bench)
-    denoising(bench, pixel, "ddim", batch, bench.precisions)
-    for precision in reversed(bench.precisions):
-        training(bench, pixel, precision, batch)
-
     latent = _job("ldm_w4a4_lsq_tdq", "tiny_latent" if bench.small else None)
     fast = bench.precisions[-1]
-    churches(bench, latent, fast, bench.results["about"]["batch"]["ldm"])
-    savings(bench, latent, fast, bench.results["about"]["batch"]["ldm"])
-    for precision in ("bfloat16",) if bench.small else bench.precisions[1:]:
-        fit_loop(bench, pixel, precision, batch)
-    loop(bench, pixel, fast, batch)
-    profiles(bench, pixel, fast, batch)
-    layouts(bench, pixel, fast, batch)
-    churches_images(bench, latent, (fast,))
+
+    # Of one network at one precision.
+    forms: dict[str, Callable[[str], None]] = {
+        "training": lambda p: training(bench, pixel, p, sizes["ddim"]),
+        "churches": lambda p: churches(bench, latent, p, sizes["ldm"]),
+        "savings": lambda p: savings(bench, latent, p, sizes["ldm"]),
+        "fit_loop": lambda p: fit_loop(bench, pixel, p, sizes["ddim"]),
+        "loop": lambda p: loop(bench, pixel, p, sizes["ddim"]),
+        "profiles": lambda p: profiles(bench, pixel, p, sizes["ddim"]),
+        "layouts": lambda p: layouts(bench, pixel, p, sizes["ddim"]),
+    }
+
+    def one(name: str, *precisions: str) -> None:
+        if bench.wants(name):
+            for precision in precisions:
+                forms[name](precision)
+
+    if bench.wants("ceilings"):
+        with bench.part("ceilings"):
+            ceilings(bench)
+    if bench.wants("one_quantizer"):
+        with bench.part("one quantizer"):
+            one_quantizer(bench)
+    if bench.wants("denoising"):
+        denoising(bench, pixel, "ddim", sizes["ddim"], bench.precisions)
+
+    # The loop beside the step that it makes.
+    one("training", fast)
+    one("fit_loop", "bfloat16")
+    one("training", *reversed(bench.precisions[:-1]))
+    one("churches", fast)
+    one("savings", fast)
+    one("fit_loop", *(() if bench.small else ("tf32",)))
+    for name in ("loop", "profiles", "layouts"):
+        one(name, fast)
+    if bench.wants("churches_images"):
+        churches_images(bench, latent, (fast,))
 
     # If time is left: the same at the other precisions.
     for precision in bench.precisions[:-1]:
-        churches(bench, latent, precision, bench.results["about"]["batch"]["ldm"])
-        loop(bench, pixel, precision, batch)
-        profiles(bench, pixel, precision, batch)
-        layouts(bench, pixel, precision, batch)
+        for name in ("churches", "loop", "profiles", "layouts"):
+            one(name, precision)
 
 
 def _job(experiment: str, model: str | None) -> jobs.Experiment:
@@ -589,6 +718,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--rehearse", action="store_true", help="run every part on a CPU, at a tiny size"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], choices=PARTS, help="these parts alone (default: all)"
     )
     parser.add_argument(
         "--report", action="store_true", help="write gpu.md anew from gpu.json, with the hours"

@@ -36,7 +36,8 @@ def write(folder: Path, hours: bool) -> None:
         raise SystemExit(
             f"{folder / 'gpu.json'} is missing: run scripts/bench/gpu.py on a GPU first"
         )
-    lines = [*_about(results), *_bars(results), *_times(results), *_profiles(results)]
+    lines = [*_about(results), *_bars(results), *_loop(results), *_times(results)]
+    lines += _profiles(results)
     if hours:
         lines += _hours(results)
         write_cards(results)
@@ -144,6 +145,19 @@ def _bars(results: Mapping[str, Any]) -> list[str]:
                 lines.append(f"| {line} | {a / b:.3f} | <= {aim} |")
     for name, share in results["busy"].items():
         lines.append(f"| GPU busy, {name} | {100 * share:.1f} % | >= 95 % |")
+    return [*lines, ""]
+
+
+def _loop(results: Mapping[str, Any]) -> list[str]:
+    """What an update of a fit's loop spends where, in milliseconds; older results have none."""
+    found = results.get("loop", {})
+    if not found:
+        return []
+    lines = [f"| milliseconds | {' | '.join(found)} |", f"|---|{'---:|' * len(found)}"]
+    for key in next(iter(found.values())):
+        cells = [values[key] for values in found.values()]
+        shown = [("yes" if v else "no") if isinstance(v, bool) else f"{v:.2f}" for v in cells]
+        lines.append(f"| {key} | {' | '.join(shown)} |")
     return [*lines, ""]
 
 

@@ -70,6 +70,11 @@ class WeightUpdate:
         else:
             self._step()
 
+    @property
+    def recorded(self) -> bool:
+        """Whether there is a recording, which the next call replays."""
+        return self._graph is not None
+
     def forget(self) -> None:
         """Drop the recording: the gradients are about to lie elsewhere."""
         self._graph = None
