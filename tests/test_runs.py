@@ -181,14 +181,28 @@ def test_killed_sampling_goes_on_with_the_same_bits(tmp_path, tiny_weights, fini
     assert np.array_equal(images(made), before)
 
 
-def test_a_training_keeps_its_number_of_micro_batches(tmp_path, tiny_weights):
+def test_a_training_keeps_its_micro_batches_and_its_compiler(tmp_path, tiny_weights, monkeypatch):
+    class Blocks:
+        active = True
+
+        def __init__(self, net):
+            """Compile nothing."""
+
+        def try_out(self, run):
+            run()
+
+    monkeypatch.setattr("tdq_exp.fit.loop.CompiledBlocks", Blocks)
+    options = ["launcher.micro_batches=2", "launcher.compile=true"]
     with pytest.raises(Interrupted):
-        pipeline.run(build(tmp_path, tiny_weights, "fit.stop_after=2", "launcher.micro_batches=2"))
+        pipeline.run(build(tmp_path, tiny_weights, "fit.stop_after=2", *options))
     with pytest.raises(ValueError, match="begun with launcher.micro_batches=2, now 1"):
-        pipeline.run(build(tmp_path, tiny_weights))
-    made = build(tmp_path, tiny_weights, "launcher.micro_batches=2")
-    pipeline.run(made)
-    assert files.read_json(made.folder / "fit.json")["facts"]["micro_batches"] == 2
+        pipeline.run(build(tmp_path, tiny_weights, options[1]))
+    with pytest.raises(ValueError, match="begun with launcher.compile=true, now false"):
+        pipeline.run(build(tmp_path, tiny_weights, options[0]))
+    made = build(tmp_path, tiny_weights, *options)
+    (row,) = pipeline.run(made)
+    facts = files.read_json(made.folder / "fit.json")["facts"]
+    assert facts["micro_batches"] == 2 and facts["compiled"] is row["compiled"] is True
 
 
 def test_a_row_says_where_its_network_was_fitted_and_its_images_sampled(

@@ -73,6 +73,7 @@ def run_fit(job: Experiment, data: Data, processes: Processes, tracker: Tracker)
         log=tracker.log if processes.main else None,
         micro_batches=job.machine.launcher.micro_batches,
         recompute=job.machine.launcher.recompute,
+        compile=job.machine.launcher.compile,
     )
     made: list[nn.Module] = []
 

@@ -12,6 +12,7 @@ import torch
 
 from tdq_exp.experiment.build import QUANTIZERS, Experiment, shipped
 from tdq_exp.experiment.network import network_is_here
+from tdq_exp.models.compiled import blocks_to_compile
 from tdq_exp.models.recompute import require_blocks
 from tdq_exp.models.weights.load import locate
 from tdq_exp.runtime import files, launch
@@ -79,15 +80,20 @@ def require_network(job: Experiment) -> None:
     Raises:
         ValueError: one line that names the key.
     """
-    parts = [job.part("model", *QUANTIZERS), job.machine.launcher.recompute]
+    launcher = job.machine.launcher
+    parts = [job.part("model", *QUANTIZERS), launcher.recompute, launcher.compile]
     key = json.dumps(parts, sort_keys=True, default=str)
     if key in _RUNNABLE:
         return
 
     job.model.require_runnable()
-    if job.machine.launcher.recompute:
+    if launcher.recompute or launcher.compile:
         with torch.device("meta"):
-            require_blocks(job.trained.build())
+            trained = job.trained.build()
+        if launcher.recompute:
+            require_blocks(trained)
+        if launcher.compile:
+            blocks_to_compile(trained)
     with torch.device("meta"):
         net = job.model.build()
         if job.recipe is not None:

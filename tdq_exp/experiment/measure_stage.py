@@ -120,6 +120,7 @@ def run_measures(
             environment=here["environment"],
             sampled_on=sampled_on if sampled_on != [here["environment"]] else None,
             fitted_on=fitted_on if fitted_on != here["environment"] else None,
+            compiled=fit.facts.get("compiled"),
             config=job.recorded(),
             paired=paired,
             **measured,

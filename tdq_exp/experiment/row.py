@@ -49,6 +49,7 @@ OPTIONAL = (
     "candidates",
     "sampled_on",
     "fitted_on",
+    "compiled",
 )
 
 
@@ -97,6 +98,8 @@ class Row:
         sampled_on: environments that sampled, in turn, unless it was that of the measuring alone;
             then None, and no key.
         fitted_on: environment of the fit, likewise.
+        compiled: True if the fit trained blocks that torch compiled, with the compiler's rounding;
+            else None, and no key.
     """
 
     name: str
@@ -133,6 +136,7 @@ class Row:
     candidates: list[dict[str, Any]] | None = None
     sampled_on: list[dict[str, Any]] | None = None
     fitted_on: dict[str, Any] | None = None
+    compiled: bool | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the row as it is written and read, with its seal."""

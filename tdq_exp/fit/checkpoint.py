@@ -8,6 +8,7 @@ state before it is kept as `state.earlier.pt`: a damaged one costs the updates s
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,14 +57,21 @@ def whole_state(path: Path) -> Path | None:
     return None
 
 
-def state_of_fit(path: Path, fingerprint: str, world: int, micro_batches: int) -> Path | None:
+# Options that a training can't change on its way, as its state names them, and what a state that
+# lacks one was made with.
+FIXED = {"micro_batches": 1, "compile": False}
+
+
+def state_of_fit(
+    path: Path, fingerprint: str, world: int, fixed: Mapping[str, object]
+) -> Path | None:
     """Return the file of the last whole state, or None; refuse one that can't go on here.
 
     Args:
         path: where states are written.
         fingerprint: of the fit.
         world: number of processes.
-        micro_batches: passes in which each computes its part of a batch.
+        fixed: the values of `FIXED`, of group `launcher`.
 
     Raises:
         ValueError: if the state is of another fit, or was begun with other numbers.
@@ -84,14 +92,20 @@ def state_of_fit(path: Path, fingerprint: str, world: int, micro_batches: int) -
             f" launcher.nproc={begun_with} or remove the file to start again"
         )
 
-    parts = state.get("micro_batches", 1)
-    if parts != micro_batches:
-        raise ValueError(
-            f"{path}: begun with launcher.micro_batches={parts}, now {micro_batches}; set it so,"
-            " or remove the file to start again"
-        )
+    for name, usual in FIXED.items():
+        then, now = _word(state.get(name, usual)), _word(fixed[name])
+        if then != now:
+            raise ValueError(
+                f"{path}: begun with launcher.{name}={then}, now {now}; set it so, or remove the"
+                " file to start again"
+            )
 
     return file
+
+
+def _word(value: object) -> str:
+    """Return a value as a command line has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def load_state(path: Path) -> dict[str, Any] | None:

@@ -54,12 +54,16 @@ class Gradients:
         if self._graph is not None:
             loss = self._graph(*batch)
         else:
-            for parameter in self._parameters:
-                parameter.grad = None
-            loss = self._backward(*batch)
+            loss = self.launch(batch)
 
         self.processes.average_gradients(self._parameters)
         return loss
+
+    def launch(self, batch: Batch) -> Tensor:
+        """Return the loss of this process' part; leave its own gradients, launched one by one."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        return self._backward(*batch)
 
     @property
     def recorded(self) -> bool:

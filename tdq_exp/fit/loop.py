@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from tdq_exp.diffusion.draws import Draws, Stream, draw_batch, seed_global
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.ahead import batches_ahead
-from tdq_exp.fit.checkpoint import load_state, remove_earlier, save_state, state_of_fit
+from tdq_exp.fit.checkpoint import FIXED, load_state, remove_earlier, save_state, state_of_fit
 from tdq_exp.fit.ema import Ema
 from tdq_exp.fit.gradients import Batch, Gradients
 from tdq_exp.fit.losses import batch_of, validation_draws, validation_loss
 from tdq_exp.fit.options import TrainOptions, learning_rates
 from tdq_exp.fit.weight_update import WeightUpdate
+from tdq_exp.models.compiled import CompiledBlocks
 from tdq_exp.models.recompute import recompute_activations
 from tdq_exp.models.trainable import Trainable
 from tdq_exp.models.weights.load import save_weights
@@ -61,11 +62,13 @@ class History:
         validation: (update, loss).
         best: (loss, update) of the kept checkpoints, lowest loss first.
         seconds: spent, interrupted runs included.
+        compiled: whether torch compiled the network's blocks.
     """
 
     validation: list[tuple[int, float]] = field(default_factory=list)
     best: list[tuple[float, int]] = field(default_factory=list)
     seconds: float = 0.0
+    compiled: bool = False
 
     def facts(self) -> dict[str, Any]:
         """Return what the record of the fit says of it."""
@@ -74,6 +77,7 @@ class History:
             "validation_loss": self.validation[-1][1],
             "validation": self.validation,
             "best": [update for _, update in sorted(self.best)],
+            **({"compiled": True} if self.compiled else {}),
         }
 
 
@@ -115,6 +119,7 @@ class Training:
         self.ema = Ema(net, options.ema_decay)
         if context.recompute:
             recompute_activations(net)
+        self.compiled = CompiledBlocks(net) if context.compile else None
         self.history = History()
 
         device = context.processes.device
@@ -229,6 +234,7 @@ class Training:
             self.gradients.forget()
             self.weight_update.forget()
             self._phase = phase
+            self._compile(batch)
 
         with products(self.options.precision):
             loss = self.gradients(batch)
@@ -236,6 +242,17 @@ class Training:
 
         # The step, at the rate of the schedule, and the average of the weights.
         self.weight_update(update, self.options.rate(update), fixed=self.gradients.recorded)
+
+    def _compile(self, batch: Batch) -> None:
+        """Compile the blocks, if asked to, on a batch; what is drawn meanwhile is drawn again."""
+        if self.compiled is None:
+            return
+
+        random = self.processes.random_state()
+        with products(self.options.precision):
+            self.compiled.try_out(lambda: self.gradients.launch(batch))
+        self.processes.set_random_state(random)
+        self.history.compiled = self.compiled.active
 
     def _read(self, done: int) -> tuple[float, bool]:
         """Return the loss of the last update, and whether any process was asked to stop.
@@ -321,7 +338,7 @@ class Training:
         state = {
             "fingerprint": self.context.fingerprint,
             "update": update,
-            "micro_batches": self.context.micro_batches,
+            **self._fixed(),
             "net": self.net.state_dict(),
             "ema": self.ema.net.state_dict(),
             "optimizer": self.weight_update.state_dict(),
@@ -332,6 +349,9 @@ class Training:
         }
         self.processes.decide(lambda: save_state(self.state_file, state, keep_earlier=True))
 
+    def _fixed(self) -> dict[str, object]:
+        return {name: getattr(self.context, name) for name in FIXED}
+
     def _restore(self) -> int:
         """Put back the state of an interrupted run; return the number of its updates.
 
@@ -339,9 +359,9 @@ class Training:
             ValueError: if it is of another fit, or of another number of processes.
         """
         # Refused once, for all processes.
-        world, parts = self.processes.world, self.context.micro_batches
+        fit, world = self.context.fingerprint, self.processes.world
         file = self.processes.decide(
-            lambda: state_of_fit(self.state_file, self.context.fingerprint, world, parts)
+            lambda: state_of_fit(self.state_file, fit, world, self._fixed())
         )
         state = load_state(file) if file is not None else None
         if state is None:

@@ -24,6 +24,7 @@ class RunContext:
         cache: folder of what is kept between runs.
         micro_batches: passes in which a process computes its part of a batch.
         recompute: whether activations are computed again in the backward pass, to save memory.
+        compile: whether torch compiles the network's blocks.
         log: receives (numbers by name, update); None on processes that say nothing.
     """
 
@@ -35,3 +36,4 @@ class RunContext:
     log: Log | None = None
     micro_batches: int = 1
     recompute: bool = False
+    compile: bool = False

@@ -40,13 +40,22 @@ class LauncherOptions:
         help="training: compute activations again in the backward pass, to save memory; the same"
         " gradients, in about a third more time",
     )
+    compile: bool = setting(
+        False,
+        help="training: let torch compile each residual and attention block, which takes minutes at"
+        " first; other rounding, so rows say it; not together with recompute",
+    )
 
     def check(self) -> None:
-        """Refuse a number of processes that is none.
+        """Refuse a number of processes that is none, and options that do not go together.
 
         Raises:
             ValueError: naming the key.
         """
+        if self.compile and self.recompute:
+            raise ValueError(
+                "launcher.compile=true: not together with launcher.recompute=true; choose one"
+            )
         if self.nproc == "auto":
             return
         if not (self.nproc.isdecimal() and 0 < int(self.nproc) <= MOST_PROCESSES):

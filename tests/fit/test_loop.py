@@ -1,4 +1,4 @@
-"""The learning rates of the training loop."""
+"""The learning rates of the training loop, and the blocks that it compiles."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from tdq_exp.config.setting import check
+from tdq_exp.fit import loop
 from tdq_exp.fit.options import TrainOptions
+from tests.fit.trainings import training
+from tests.quant.builders import make_net, make_recipe, start_quickly
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 7])
@@ -31,3 +34,32 @@ def test_a_constant_rate_stays_after_the_warm_up():
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(ValueError, match="fit.lr_schedule='linear': choose constant or cosine"):
         check(TrainOptions(updates=10, batch_size=1, lr_schedule="linear"), "fit")
+
+
+class Trials:
+    """In place of compiled blocks: runs what it is to compile on, and changes nothing."""
+
+    active = True
+
+    def __init__(self, net):
+        self.trials = 0
+
+    def try_out(self, run):
+        run()
+        self.trials += 1
+
+
+def test_compiling_draws_and_changes_nothing(tmp_path, monkeypatch):
+    """It is tried in each phase of a training; noise is drawn as if it had not been."""
+    monkeypatch.setattr(loop, "CompiledBlocks", Trials)
+    net = make_net(make_recipe("nipq", "static"), calibrated=False)
+    start_quickly(net)
+    plain = training(net, tmp_path / "plain")
+    compiled = training(net, tmp_path / "compiled", compiled=True)
+    (_, one), (_, other) = plain.run(), compiled.run()
+
+    assert compiled.compiled.trials == 2
+    assert one.validation == other.validation
+    pairs = zip(plain.net.parameters(), compiled.net.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert other.facts()["compiled"] is True and "compiled" not in one.facts()
