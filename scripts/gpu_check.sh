@@ -18,7 +18,7 @@ workers=()
 "$python" -c "import xdist" 2>/dev/null && workers=(-n 6)
 timeout 170 "$python" -m pytest -m gpu "${workers[@]}" --tb=short \
   tests/fit/test_weight_update.py tests/runtime/test_processes.py tests/quant/test_kernels_triton.py tests/diffusion/test_denoising_graph.py \
-  tests/fit/test_training_graph.py tests/fit/test_ahead.py tests/fit/test_gradients.py 2>&1 | tee "$out/tests.txt" | tail -n 40
+  tests/fit/test_training_graph.py tests/fit/test_ahead.py tests/fit/test_gradients.py tests/models/test_compiled.py 2>&1 | tee "$out/tests.txt" | tail -n 40
 tests=${PIPESTATUS[0]}
 echo "tests: exit code $tests after $((SECONDS - began)) s"
 

@@ -60,7 +60,7 @@ RATE = 1e-6  # of all that is trained: nothing depends on it
 FORMS = ("float", "LSQ", "LSQ+TDQ")
 PARTS = (
     "ceilings", "one_quantizer", "denoising", "training", "fit_loop", "churches", "savings", "loop",
-    "profiles", "layouts", "churches_images",
+    "profiles", "layouts", "churches_images", "compiled",
 )  # fmt: skip
 Batch = tuple[Tensor, Tensor, Tensor]  # x_0, t, eps
 
@@ -547,7 +547,9 @@ class TimedPart:
         return getattr(self._part, name)
 
 
-def fit_loop(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
+def fit_loop(
+    bench: Bench, job: jobs.Experiment, precision: str, batch: int, compiled: bool = False
+) -> None:
     """Updates of the loop that a fit runs, and how much of each lies outside of recordings."""
     updates = 12 if bench.small else 60
     size, channels = job.model.sample_shape[-1], job.model.sample_shape[0]
@@ -556,7 +558,7 @@ def fit_loop(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> 
     sets = TrainingSets(Images(pixels, "noise", ""), Images(pixels[:64], "noise", ""))
 
     for form in FORMS:
-        name = f"fit's loop {form} {precision}"
+        name = f"fit's loop {form} {precision}" + (", compiled" if compiled else "")
         with bench.part(name), tempfile.TemporaryDirectory() as folder:
             net = built(job.model, form, bench.device)
             options = QatOptions(
@@ -565,7 +567,8 @@ def fit_loop(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> 
                 lr_zero_point=RATE, lr_generator=RATE,
             )  # fmt: skip
             optimizer = torch.optim.AdamW(optimizer_groups(net, rates_of(options)), fused=True)
-            context = RunContext(Path(folder), "", 0, Processes(cpu=bench.small), Path(folder))
+            processes, place = Processes(cpu=bench.small), Path(folder)
+            context = RunContext(place, "", 0, processes, place, compile=compiled)
             training = QatTraining(net, job.model, sets, optimizer, options, context)
             _time_loop(bench, name, training)
 
@@ -662,6 +665,7 @@ def parts(bench: Bench) -> None:
         "training": lambda p: training(bench, pixel, p, sizes["ddim"]),
         "churches": lambda p: churches(bench, latent, p, sizes["ldm"]),
         "savings": lambda p: savings(bench, latent, p, sizes["ldm"]),
+        "compiled": lambda p: fit_loop(bench, pixel, p, sizes["ddim"], compiled=True),
         "fit_loop": lambda p: fit_loop(bench, pixel, p, sizes["ddim"]),
         "loop": lambda p: loop(bench, pixel, p, sizes["ddim"]),
         "profiles": lambda p: profiles(bench, pixel, p, sizes["ddim"]),
@@ -691,6 +695,8 @@ def parts(bench: Bench) -> None:
     one("fit_loop", *(() if bench.small else ("tf32",)))
     for name in ("loop", "profiles", "layouts"):
         one(name, fast)
+    if "compiled" in bench.only:  # takes minutes
+        one("compiled", "bfloat16")
     if bench.wants("churches_images"):
         churches_images(bench, latent, (fast,))
 
@@ -720,7 +726,11 @@ def main() -> None:
         "--rehearse", action="store_true", help="run every part on a CPU, at a tiny size"
     )
     parser.add_argument(
-        "--only", nargs="+", default=[], choices=PARTS, help="these parts alone (default: all)"
+        "--only",
+        nargs="+",
+        default=[],
+        choices=PARTS,
+        help="these parts alone (default: all but compiled)",
     )
     parser.add_argument(
         "--report", action="store_true", help="write gpu.md anew from gpu.json, with the hours"
