@@ -21,10 +21,28 @@ CAPABILITY = (8, 0)  # of a GPU: older ones have no products of bytes that Trito
 MOST_PRODUCTS = 2**15  # in a sum: 255 * 255 times as much fits into int32
 
 
+# Tiles of a product: rows and outputs of the output's, channels of the input's, warps, and stages of
+# the pipeline. The first four must be powers of 2.
+TILES = (
+    (128, 128, 128, 8, 3),
+    (128, 256, 64, 8, 3),
+    (128, 64, 128, 4, 3),
+    (64, 64, 128, 4, 4),
+    (64, 128, 64, 4, 3),
+)
+
+
+def default_tile(rows: int, outs: int) -> tuple[int, ...]:
+    """Return a tile that leaves no processor idle and wastes few outputs, without measuring."""
+    if rows < 2**14:
+        return TILES[3]
+    return TILES[0] if outs > 64 else TILES[2]
+
+
 def unavailable(device: torch.device) -> str | None:
     """Return why a GPU has no integer kernels here, in one line, or None."""
-    if not torch.cuda.is_available():
-        return f"there is no {device.type} device here"
+    if not torch.cuda.is_available() or not torch.empty(0, device=device).is_cuda:
+        return f"there are no integer kernels for {device.type} here"
     if torch.version.hip is not None:
         return "the integer kernels are for NVIDIA's GPUs"
 
@@ -68,9 +86,7 @@ def _norm_codes(
     if x.is_cuda:
         from tdq_exp.quant.kernels import triton_integer
 
-        return triton_integer.norm_codes(
-            x, weight, bias, groups, eps, silu, s, z, t, n, p, shift
-        )
+        return triton_integer.norm_codes(x, weight, bias, groups, eps, silu, s, z, t, n, p, shift)
     y = F.group_norm(x.float(), groups, weight, bias, eps)
     found = _codes(F.silu(y) if silu else y, s, z, t, n, p, shift)
     return found.contiguous(memory_format=torch.channels_last)
@@ -95,8 +111,9 @@ def _product(
         from tdq_exp.quant.kernels import triton_integer
 
         return triton_integer.product(
-            codes, weight, s, z, t, w_scale, w_sum, rest, bias, window, y, tile
-        )
+            codes, weight, s, z, t, w_scale, w_sum, rest, bias, window, y,
+            tile or default_tile(y.numel() // len(weight), len(weight)),
+        )  # fmt: skip
 
     # In double precision, which holds sums of this size.
     channels = (-1, 1, 1) if window else (-1,)
@@ -117,9 +134,7 @@ def _product(
     return y.copy_(value if bias is None else value + bias.reshape(channels))
 
 
-def like_output(
-    codes: Tensor, outs: int, window: Sequence[int], dtype: torch.dtype
-) -> Tensor:
+def like_output(codes: Tensor, outs: int, window: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return an empty output of a product, in its shape and layout."""
     if not window:
         return codes.new_empty(*codes.shape[:-1], outs, dtype=dtype)

@@ -32,8 +32,6 @@ from tdq_exp.quant.kernels.triton import FORWARD_BLOCK, _clip, _on_device, _roun
 PIXELS = 32  # of a norm: the partial sums of so many pixels are one pair
 NORM_CHANNELS = 64  # channels of a program of a norm
 FINISH_BLOCK = 256  # partial sums that are read at once
-# (rows, outputs, channels) of the output's and the input's tile, warps, and stages of the pipeline.
-TILES = ((128, 128, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 128, 4, 4), (64, 128, 64, 4, 3))
 
 
 @triton.jit
@@ -326,11 +324,6 @@ def norm_codes(
     return y
 
 
-def default_tile(rows: int, outs: int) -> tuple[int, ...]:
-    """Return a tile that leaves no processor idle and wastes few outputs, without measuring."""
-    return TILES[0] if outs > 64 and rows >= 2**14 else TILES[1] if rows >= 2**14 else TILES[2]
-
-
 def product(
     codes: Tensor, weight: Tensor, s: Tensor, z: Tensor | None, t: Tensor | None,
     w_scale: Tensor, w_sum: Tensor, rest: Tensor | None, bias: Tensor | None,
@@ -352,7 +345,7 @@ def product(
             no number for a linear layer.
         y: the output, `[B, out, H', W']`, channels-last, or `[B, ..., out]`: float32 or bfloat16,
             or int32 for the sums themselves.
-        tile: of `TILES`; empty: by `default_tile`.
+        tile: of `integer.TILES`.
     """
     # A linear layer is a convolution over samples that are one column of pixels.
     geometry = tuple(window) or (1, 1, 1, 1, 0, 0, 1, 1)
@@ -364,7 +357,7 @@ def product(
         height = out_height = codes.numel() // (batch * channels)
 
     rows, outs = batch * out_height * out_width, len(weight)
-    block, out_block, channel_block, warps, stages = tile or default_tile(rows, outs)
+    block, out_block, channel_block, warps, stages = tile
     programs = -(-rows // block) * -(-outs // out_block)
     with _on_device(codes):
         _product[(programs,)](
