@@ -566,9 +566,9 @@ def parts(bench: Bench) -> None:
     with bench.part("one quantizer"):
         one_quantizer(bench)
     denoising(bench, pixel, "ddim", batch, bench.precisions)
-    about_integers(bench)
     for precision in reversed(bench.precisions):
         training(bench, pixel, precision, batch)
+    about_integers(bench)
 
     latent = _job("ldm_w4a4_lsq_tdq", "tiny_latent" if bench.small else None)
     fast = bench.precisions[-1]

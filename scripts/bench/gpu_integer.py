@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tdq_exp.deploy import choose, integer
 from tdq_exp.diffusion.denoising_graph import RecordedSteps
+from tdq_exp.diffusion.objective import NoisePredictor
 from tdq_exp.experiment import build as jobs
 from tdq_exp.runtime.precision import autocast, products
 
@@ -67,7 +68,7 @@ def of_precision(
 ) -> None:
     """Measure every shape of layer, then a whole step with all integers and with those that gain."""
 
-    def predict(of: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    def predict(of: nn.Module) -> NoisePredictor:
         def call(x_t: Tensor, t: Tensor) -> Tensor:
             with products(precision), autocast(bench.device, precision):
                 return job.model.predict(of, x_t, t)

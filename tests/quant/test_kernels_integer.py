@@ -223,6 +223,30 @@ def test_a_repeated_norm_gives_the_same_bytes(device):
     assert torch.equal(*runs)
 
 
+@devices
+def test_functions_and_operators_call_the_kernels(device, monkeypatch):
+    monkeypatch.setattr(integer, "by_triton", lambda x: True)
+    s, z, p = (v.to(device) if isinstance(v, Tensor) else v for v in tables(-128))
+    t = torch.tensor(T, device=device)
+    generator = torch.Generator().manual_seed(10)
+    x = images_last(torch.randn(1, 4, 3, 3, generator=generator)).to(device)
+    norm = (torch.ones(4, device=device), torch.zeros(4, device=device), 2, 1e-6, True)
+    case = Case("linear, one number", "table", True, device)
+    calls = [
+        (integer.codes, integer.codes_operator, (x, s, z, t, 0, p, -128)),
+        (integer.norm_codes, integer.norm_codes_operator, (x, *norm, s, z, t, 0, p, -128)),
+        (
+            integer.product,
+            integer.product_operator,
+            (*case.arguments, case.window, torch.int32, list(tile(device))),
+        ),
+    ]
+    found = [(call(*arguments), operator(*arguments)) for call, operator, arguments in calls]
+    monkeypatch.setattr(integer, "by_triton", lambda x: False)
+    for (direct, operated), (call, _, arguments) in zip(found, calls, strict=True):
+        assert torch.equal(direct, operated) and torch.equal(direct, call(*arguments))
+
+
 # What needs neither.
 
 

@@ -21,8 +21,8 @@ CAPABILITY = (8, 0)  # of a GPU: older ones have no products of bytes that Trito
 MOST_PRODUCTS = 2**15  # in a sum: 255 * 255 times as much fits into int32
 
 
-# Tiles of a product: rows and outputs of the output's, channels of the input's, warps, and stages of
-# the pipeline. The first four must be powers of 2.
+# Tiles of a product: rows and outputs of the output's, channels of the input's, warps, and stages
+# of the pipeline. The first four must be powers of 2.
 TILES = (
     (128, 128, 128, 8, 3),
     (128, 256, 64, 8, 3),
@@ -55,10 +55,15 @@ def unavailable(device: torch.device) -> str | None:
     return None if fused.startswith("fused") else f"no integer kernels: {fused}"
 
 
+def by_triton(x: Tensor) -> bool:
+    """Return whether Triton's kernels compute on such a tensor."""
+    return x.is_cuda
+
+
 def _codes(
     x: Tensor, s: Tensor, z: Tensor, t: Tensor | None, n: int, p: int, shift: int | None
 ) -> Tensor:
-    if x.is_cuda:
+    if by_triton(x):
         from tdq_exp.quant.kernels import triton_integer
 
         return triton_integer.codes(x, s, z, t, n, p, shift)
@@ -83,7 +88,7 @@ def _norm_codes(
     p: int,
     shift: int | None,
 ) -> Tensor:
-    if x.is_cuda:
+    if by_triton(x):
         from tdq_exp.quant.kernels import triton_integer
 
         return triton_integer.norm_codes(x, weight, bias, groups, eps, silu, s, z, t, n, p, shift)
@@ -107,7 +112,7 @@ def _product(
     tile: Sequence[int],
 ) -> Tensor:
     y = like_output(codes, len(weight), window, dtype)
-    if codes.is_cuda:
+    if by_triton(codes):
         from tdq_exp.quant.kernels import triton_integer
 
         return triton_integer.product(
