@@ -36,7 +36,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], int, list[int]]] = {
     "3x3, stride 2, odd, no padding": ((2, 3, 7, 5), 4, [3, 3, 2, 2, 0, 0, 1, 1]),
     "3x3, one pixel": ((1, 5, 1, 1), 3, [3, 3, 1, 1, 1, 1, 1, 1]),
     "3x3, one output, many channels": ((1, 70, 3, 3), 1, [3, 3, 1, 1, 1, 1, 1, 1]),
-    "dilated, wide padding": ((1, 4, 4, 5), 6, [3, 3, 1, 1, 3, 2, 2, 2]),
+    "dilated, wide padding": ((1, 4, 4, 5), 6, [3, 3, 1, 1, 3, 2, 2, 1]),
     "3x2, one channel": ((3, 1, 4, 4), 2, [3, 2, 1, 2, 0, 1, 1, 1]),
     "linear": ((5, 40), 18, []),
     "linear, tokens": ((2, 9, 20), 7, []),
