@@ -20,7 +20,6 @@ from tdq_exp.quant.kernels.switch import traced
 CAPABILITY = (8, 0)  # of a GPU: older ones have no products of bytes that Triton knows
 MOST_PRODUCTS = 2**15  # in a sum: 255 * 255 times as much fits into int32
 
-
 # Tiles of a product: rows and outputs of the output's, channels of the input's, warps, and stages
 # of the pipeline. The first four must be powers of 2.
 TILES = (
