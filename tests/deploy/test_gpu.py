@@ -268,6 +268,33 @@ def test_the_clock_of_a_cpu_lets_errors_pass():
         stopwatch.medians({"a": wrong}, torch.device("cpu"))
 
 
+def test_what_can_not_be_recorded_is_named_and_the_rest_is_timed(monkeypatch):
+    class Event:
+        record = synchronize = staticmethod(list)
+
+        def elapsed_time(self, other: Event) -> float:
+            return 1e3 * stopwatch.REPLAYS * len(calls)  # milliseconds of all replays
+
+    class Step:
+        def __init__(self, call, device: torch.device) -> None:
+            self.call, self.device = call, device
+
+        def prepare(self) -> None:
+            self.call()
+
+        record, __call__ = prepare, prepare
+
+    def wrong() -> torch.Tensor:
+        raise MemoryError("out of shared memory\nand more")
+
+    calls = {"a": lambda: torch.zeros(()), "b": wrong, "c": lambda: torch.ones(())}
+    monkeypatch.setattr(stopwatch, "Recorded", Step)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event())
+    seconds, failed = stopwatch.medians(calls, torch.device("meta"))
+    assert seconds == {"a": 3.0, "c": 3.0}
+    assert failed == {"b": "MemoryError: out of shared memory"}
+
+
 def test_a_compiled_network_sees_operators(as_on_gpu):
     """Every layer, coder and fused norm is one operator in a recorded graph of operations."""
     net = baked("4 bits")
