@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import gpu_integer
 import gpu_report
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ RATE = 1e-6  # of all that is trained: nothing depends on it
 FORMS = ("float", "LSQ", "LSQ+TDQ")
 PARTS = (
     "ceilings", "one_quantizer", "denoising", "training", "fit_loop", "churches", "savings", "loop",
-    "profiles", "layouts", "churches_images", "compiled",
+    "profiles", "layouts", "churches_images", "integers", "compiled",
 )  # fmt: skip
 Batch = tuple[Tensor, Tensor, Tensor]  # x_0, t, eps
 
@@ -92,8 +93,8 @@ class Bench:
                 "torch": torch.__version__, "kernels": kernels.used(self.device),
                 "rehearsal": self.small, **environment.environment(),
             },
-            "milliseconds": {}, "gigabytes": {}, "busy": {}, "profile": {}, "rates": {}, "failed": {},
-            "loop": {},
+            "milliseconds": {}, "gigabytes": {}, "busy": {}, "profile": {}, "rates": {}, "integers": {},
+            "loop": {}, "failed": {},
         }  # fmt: skip
 
     def wants(self, name: str) -> bool:
@@ -652,6 +653,13 @@ def run(options: argparse.Namespace) -> None:
     gpu_report.write(options.out, hours=False)
 
 
+def about_integers(bench: Bench, job: jobs.Experiment, batch: int) -> None:
+    """What is about integers: the baked network of TDQ, its layers on codes or simulated."""
+    with bench.part("integers"):
+        net = bake(built(job.model, "LSQ+TDQ", bench.device), inplace=True)
+        gpu_integer.integers(bench, job, net.eval().requires_grad_(False), batch)
+
+
 def parts(bench: Bench) -> None:
     """All parts that are asked for, the bars first."""
     sizes = {"ddim": 4 if bench.small else 128, "ldm": 2 if bench.small else 32}
@@ -690,6 +698,8 @@ def parts(bench: Bench) -> None:
     one("training", fast)
     one("fit_loop", "bfloat16")
     one("training", *reversed(bench.precisions[:-1]))
+    if bench.wants("integers"):
+        about_integers(bench, pixel, sizes["ddim"])
     one("churches", fast)
     one("savings", fast)
     one("fit_loop", *(() if bench.small else ("tf32",)))
