@@ -94,6 +94,16 @@ def few_start_values(monkeypatch):
     monkeypatch.setattr(calibrate, "KEPT", 512)
 
 
+@pytest.fixture(scope="module")
+def few_start_values_of_a_module():
+    """The same for all fits of a file, those of its fixtures among them."""
+    from tdq_exp.quant import calibrate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "KEPT", 512)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory) -> Path:
     """A float tiny net, pre-trained for four updates."""
