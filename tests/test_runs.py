@@ -377,7 +377,7 @@ def test_caches_that_are_damaged_are_made_again(tmp_path, tiny_weights, capsys):
 
 @pytest.mark.parametrize("sampler", ["ddpm", "pndm"])
 @pytest.mark.parametrize("method", ["lsq", "ptq4dm"])
-def test_every_sampler_takes_a_fit_to_a_row(tmp_path, tiny_weights, method, sampler):
+def test_every_sampler_takes_a_fit_to_a_row(tmp_path, tiny_weights, finished, method, sampler):
     made = build(
         tmp_path, tiny_weights, f"method={method}", f"sampler={sampler}", "sampler.steps=5"
     )
@@ -513,22 +513,21 @@ def test_two_processes_make_the_same_images_and_one_row(
     assert row["processes"] == 2
 
 
-def test_two_processes_fit_as_one_does(tmp_path, tiny_weights, together, monkeypatch):
+def test_two_processes_fit_as_one_does(tmp_path, tiny_weights, default_run, together, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     qat = [*QUICK, f"model.weights={tiny_weights}", "launcher.threads=1"]
     pretrain = [
         "model=tiny", "method=fp", "fit=pretrain", "tracker=none", "launcher=cpu",
         "launcher.threads=1",
     ]  # fmt: skip
-    pipeline.run(jobs.build(compose([*qat, f"out={tmp_path / 'one'}"])))
-    out = f"out={tmp_path / 'two'}"
-    kill_one_of_two(tmp_path / "two/runs/tiny_w4a4_lsq_tdq/seed0", [*qat, out, "launcher.nproc=2"])
+    out = f"out={tmp_path}"
+    kill_one_of_two(tmp_path / "runs/tiny_w4a4_lsq_tdq/seed0", [*qat, out, "launcher.nproc=2"])
     assert together(*qat, out, "--", *pretrain, out) == 0
 
     # Quantization-aware training.
     one, two = (
-        json.loads((tmp_path / n / "runs/tiny_w4a4_lsq_tdq/seed0/fit.json").read_text())
-        for n in ("one", "two")
+        files.read_json(folder / "runs/tiny_w4a4_lsq_tdq/seed0/fit.json")
+        for folder in (default_run, tmp_path)
     )
     assert two["facts"]["processes"] == 2
     assert one["fingerprint"] == two["fingerprint"]
@@ -538,7 +537,7 @@ def test_two_processes_fit_as_one_does(tmp_path, tiny_weights, together, monkeyp
     assert first[1] == pytest.approx(other[1], rel=1e-5)
 
     # A float net.
-    folder = tmp_path / "two/runs/tiny_fp_pretrain/seed0"
+    folder = tmp_path / "runs/tiny_fp_pretrain/seed0"
     assert json.loads((folder / "fit.json").read_text())["facts"]["processes"] == 2
     found = [load_file(tiny_weights), load_file(folder / "weights.safetensors")]
     for key, value in found[0].items():
