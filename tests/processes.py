@@ -97,9 +97,9 @@ def launched_as_copies(options: Any) -> tuple[Any, Any, list[str]]:
 
     It takes the place of `torch.distributed.run.config_from_args`, which returns a command line.
     """
-    config, _, arguments = CONFIG_FROM_ARGS(options)
+    config, python, arguments = CONFIG_FROM_ARGS(options)
     if torch.cuda.is_available():  # see `start`
-        return config, _, arguments
+        return config, python, arguments
     config.start_method = "fork"
     return config, _command, arguments[arguments.index("tdq_exp.run") + 1 :]
 

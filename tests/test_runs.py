@@ -503,6 +503,7 @@ def test_two_processes_make_the_same_images_and_one_row(
     folder, before = made.folder / made.sample_name, images(made).copy()
     for file in ("images/images.npy", "images/groups.npy", "metrics.json"):
         (folder / file).unlink()
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     done = inside(
         *QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}",
         "launcher.nproc=2", "launcher.threads=1",
