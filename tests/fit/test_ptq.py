@@ -86,7 +86,7 @@ def assert_same_bits(made, other):
 
 
 def sets(cache):
-    return sorted((cache / "calibration_sets").iterdir())
+    return sorted((cache / "calibration_sets").glob("*"))
 
 
 @pytest.mark.parametrize("tdq", ["none", "temporal", "s10"])
