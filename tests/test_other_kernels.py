@@ -21,7 +21,7 @@ import torch
 from tdq_exp.deploy import integer, products
 
 ROOT = Path(__file__).resolve().parents[1]
-TRITON = "tests/quant/test_kernels_triton.py"
+TRITON = ["tests/quant/test_kernels_triton.py", "tests/quant/test_kernels_integer.py"]
 LAYERS = "tests/deploy/test_integer.py::test_every_layer_gives_what_the_simulated_one_gives"
 PRODUCTS = [
     "tests/deploy/test_products.py",
@@ -42,7 +42,7 @@ needs_vnni = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def outcomes():
     """(file, outcome) -> how many tests; and what that process printed."""
-    triton = [] if importlib.util.find_spec("triton") is None else [TRITON]
+    triton = [] if importlib.util.find_spec("triton") is None else TRITON
     limited = {"TRITON_INTERPRET": "1", "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-vv", "-p", "no:xdist", "-m", "not gpu",
@@ -58,7 +58,10 @@ def outcomes():
 @needs_triton
 def test_the_gpus_kernels_obey_their_laws_under_the_interpreter(outcomes):
     count, said = outcomes
-    assert {outcome for file, outcome in count if file == TRITON} == {"PASSED"}, said
+    for file in TRITON:
+        found = {outcome for name, outcome in count if name == file}
+        # What asks for Triton's compiler is skipped there: it runs beside this, without interpreter.
+        assert found - {"SKIPPED"} == {"PASSED"}, said
 
 
 @needs_vnni

@@ -2,7 +2,7 @@
 
 Each law is written once for both. Without a GPU `tests/test_other_kernels.py` starts Python anew
 with TRITON_INTERPRET=1, which triton reads when it is imported, and runs the laws there on CPU
-tensors in float32.
+tensors in float32: those of this file and of `test_kernels_integer`.
 """
 
 from __future__ import annotations
