@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import socket
@@ -86,12 +87,33 @@ def _step_sizes_drawn_once():
     fit_stage.figures = figures
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _interpolations_parsed_once():
+    """OmegaConf parses `${a.b}` anew for each node that has it, a tenth of the time of composing."""
+    from omegaconf import base, grammar_parser
+
+    before = grammar_parser.parse
+    base.parse = grammar_parser.parse = functools.lru_cache(4096)(before)
+    yield
+    base.parse = grammar_parser.parse = before
+
+
 @pytest.fixture
 def few_start_values(monkeypatch):
     """Calibrates on fewer values: the search for start values takes longer than fitting a tiny net."""
     from tdq_exp.quant import calibrate
 
     monkeypatch.setattr(calibrate, "KEPT", 512)
+
+
+@pytest.fixture(scope="module")
+def few_start_values_of_a_module():
+    """The same for all fits of a file, those of its fixtures among them."""
+    from tdq_exp.quant import calibrate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "KEPT", 512)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -53,18 +53,23 @@ def weights(tmp_path_factory, autoencoder):
     ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_start_values(few_start_values_of_a_module):
+    """All fits of this file are calibrated alike, so that they can be compared."""
+
+
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory, weights):
-    """Where the default run lies, finished."""
+    """Where the default run lies, finished, with the latents that it encoded in `cache`."""
     out = tmp_path_factory.mktemp("default")
-    pipeline.run(build(out, *weights))
+    pipeline.run(build(out, *weights, "launcher.threads=1", f"data.cache={out / 'cache'}"))
     return out
 
 
 @pytest.fixture
 def finished(default_run, tmp_path):
     """A copy of the default run in the test's own folder: there it is done already."""
-    shutil.copytree(default_run, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(default_run / "runs", tmp_path / "runs")
 
 
 def state(made, name="baked"):
@@ -94,7 +99,6 @@ def test_an_autoencoder_ends_with_a_scale_and_knows_nothing_of_the_network(autoe
     ],
     ids=["trained", "post-training", "forward"],
 )
-@pytest.mark.usefixtures("few_start_values")
 def test_a_latent_model_goes_from_float_net_to_row(tmp_path, weights, overrides):
     made = build(tmp_path, *weights, *overrides)
     (row,) = pipeline.run(made)
@@ -113,23 +117,25 @@ def test_a_latent_model_goes_from_float_net_to_row(tmp_path, weights, overrides)
 
 
 @pytest.mark.parametrize("kind", ["qat", "autoencoder"])
-@pytest.mark.usefixtures("few_start_values")
-def test_a_killed_fit_ends_with_the_bits_of_one_that_was_not(tmp_path, weights, kind):
+def test_a_killed_fit_ends_with_the_bits_of_one_that_was_not(request, tmp_path, weights, kind):
+    cache = tmp_path / "cache"
     if kind == "qat":
-        overrides, name, cache = [*weights, "bits=w4a4"], "baked", "data.cache="
+        overrides, name = [*weights, f"data.cache={cache}"], "baked"
+        out = request.getfixturevalue("default_run")
+        whole = build(out, *overrides)
+        # That two processes encode the same latents is a law of its own.
+        shutil.copytree(out / "cache", cache)
     else:
-        overrides, name, cache = ["method=fp", "fit=pretrain_autoencoder"], "weights", "data.cache="
-    whole = build(tmp_path / "whole", *overrides, f"{cache}{tmp_path / 'one'}")
-    pipeline.run(whole)
-    if kind == "qat":  # that two processes encode the same latents is a law of its own
-        shutil.copytree(tmp_path / "one" / "latents", tmp_path / "other" / "latents")
-    with pytest.raises(Interrupted):
-        pipeline.run(
-            build(
-                tmp_path / "killed", *overrides, f"{cache}{tmp_path / 'other'}", "fit.stop_after=3"
-            )
+        overrides, name = (
+            ["method=fp", "fit=pretrain_autoencoder", f"data.cache={cache}"],
+            "weights",
         )
-    killed = build(tmp_path / "killed", *overrides, f"{cache}{tmp_path / 'other'}")
+        whole = build(request.getfixturevalue("autoencoder").parents[3], *overrides)
+    assert (whole.folder / "fit.json").exists()  # finished by a fixture
+
+    with pytest.raises(Interrupted):
+        pipeline.run(build(tmp_path / "killed", *overrides, "fit.stop_after=3"))
+    killed = build(tmp_path / "killed", *overrides)
     pipeline.run(killed)
     assert same(state(whole, name), state(killed, name))
 
@@ -171,10 +177,10 @@ def test_an_exported_net_has_its_losses_beside_it(tmp_path, autoencoder):
     assert history["net"] == "a.safetensors" and history["name"] == made.name
 
 
-@pytest.mark.usefixtures("few_start_values")
-def test_latents_are_encoded_once_for_all_fits(tmp_path, weights, monkeypatch):
+def test_latents_are_encoded_once_for_all_fits(tmp_path, weights, default_run, monkeypatch):
+    shutil.copytree(default_run / "cache", tmp_path / "cache")
+    assert any((tmp_path / "cache" / "latents").iterdir())
     cache = f"data.cache={tmp_path / 'cache'}"
-    pipeline.run(build(tmp_path / "a", *weights, cache))
     monkeypatch.setattr("tdq_exp.models.codec.ScaledAutoencoder.encode", None)
     pipeline.run(build(tmp_path / "b", *weights, cache, "bits=w8a8"))
     # The same weights in another architecture make other latents.
@@ -232,16 +238,16 @@ def test_a_latent_net_runs_on_integers_and_is_packed(tmp_path, weights, finished
         sample_command.load(file)
 
 
-@pytest.mark.usefixtures("few_start_values")
 def test_a_latent_net_is_exported_in_the_portable_form(tmp_path, weights):
     """At 8 bits a code that falls on the other side of a border changes little."""
     pytest.importorskip("onnxruntime", reason="export is an optional extra")
-    # Attention in the middle alone: exporting takes a second for each block.
+    # Attention once, and nothing in the middle: exporting takes a second for each block.
     made = build(
         tmp_path,
         weights[1],
         f"model.weights={tmp_path / 'net.safetensors'}",
-        "model.definition.network.down_block_types=[DownBlock2D, DownBlock2D]",
+        "model.definition.network.down_block_types=[DownBlock2D, AttnDownBlock2D]",
+        "+model.definition.network.mid_block_type=null",
         "model.definition.network.up_block_types=[ResnetUpsampleBlock2D, UpBlock2D]",
         "bits=w8a8",
     )
@@ -260,24 +266,19 @@ def test_a_latent_net_is_exported_in_the_portable_form(tmp_path, weights):
     assert b"VR[" not in file.read_bytes()
 
 
-@pytest.mark.usefixtures("few_start_values")
-def test_two_processes_encode_and_sample_a_latent_model_as_one_does(tmp_path, weights, together):
-    arguments = [*QUICK, *weights, "launcher.threads=1"]
+def test_two_processes_encode_and_sample_a_latent_model_as_one_does(
+    tmp_path, weights, default_run, together
+):
+    arguments = [*QUICK, *weights, "launcher.threads=1", f"out={tmp_path}"]
+    assert together(*arguments, f"data.cache={tmp_path / 'cache'}") == 0
+
     found = {}
-    for count in ("1", "2"):
-        out = [f"out={tmp_path / count}", f"data.cache={tmp_path / ('cache' + count)}"]
-        if count == "1":
-            pipeline.run(jobs.build(compose([*arguments, *out])))
-        else:
-            assert together(*arguments, *out) == 0
-        cache = tmp_path / f"cache{count}" / "latents"
-        moments = {path.parent.name: path.read_bytes() for path in cache.glob("*/moments.npy")}
-        row = json.loads(
-            (
-                tmp_path / count / "runs/tiny_latent_w4a4_lsq_tdq/seed0/ddim3_n12/metrics.json"
-            ).read_text()
-        )
-        found[count] = moments, row["rows"][0]["reconstructed"], row["rows"][0]["processes"]
+    for count, out in (("1", default_run), ("2", tmp_path)):
+        latents = (out / "cache" / "latents").glob("*/moments.npy")
+        moments = {path.parent.name: path.read_bytes() for path in latents}
+        metrics = out / "runs/tiny_latent_w4a4_lsq_tdq/seed0/ddim3_n12/metrics.json"
+        (row,) = files.read_json(metrics)["rows"]
+        found[count] = moments, row["reconstructed"], row["processes"]
     assert (
         len(found["1"][0]) == 2 and found["1"][0] == found["2"][0]
     )  # training and held-out set, bit for bit

@@ -27,6 +27,7 @@ from tdq_exp.fit import Qat
 from tdq_exp.fit.loop import Interrupted
 from tdq_exp.fit.qat import QatTraining
 from tdq_exp.models import pixel
+from tdq_exp.quant import calibrate
 from tdq_exp.runtime import environment, files, signals
 from tests import processes
 
@@ -36,6 +37,11 @@ QUICK = ["model=tiny", "tracker=none", "launcher=cpu", "protocol.qat.calibration
 
 def build(tmp_path, weights, *overrides):
     return jobs.build(compose([*QUICK, f"out={tmp_path}", f"model.weights={weights}", *overrides]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_start_values(few_start_values_of_a_module):
+    """All fits of this file are calibrated alike, so that they can be compared."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +64,6 @@ def images(made):
 
 @pytest.mark.parametrize("method", ["lsq", "pact", "nipq"])
 @pytest.mark.parametrize("tdq", ["none", "temporal", "s10"])
-@pytest.mark.usefixtures("few_start_values")
 def test_every_method_goes_from_float_net_to_row(tmp_path, tiny_weights, method, tdq):
     made = build(tmp_path, tiny_weights, f"method={method}", f"tdq={tdq}")
     (row,) = pipeline.run(made)
@@ -79,8 +84,9 @@ def test_every_method_goes_from_float_net_to_row(tmp_path, tiny_weights, method,
 
 
 def test_a_first_layer_that_cuts_the_starting_noise_is_recorded_and_said(
-    tmp_path, tiny_weights, capsys
+    tmp_path, tiny_weights, capsys, monkeypatch
 ):
+    monkeypatch.setattr(calibrate, "KEPT", 32768)  # few values would not tell how wide 8 bits are
     made = build(tmp_path, tiny_weights, "bits=w4a4", "method=lsq", "tdq=none", "label=cuts")
     pipeline.run(made)
     found = json.loads((made.folder / "fit.json").read_text())["facts"]["first_layer"]
@@ -114,7 +120,6 @@ def test_the_same_command_again_does_nothing(tmp_path, tiny_weights, finished, m
     }
 
 
-@pytest.mark.usefixtures("few_start_values")
 def test_a_killed_fit_ends_with_the_bits_of_one_that_was_not(tmp_path, tiny_weights):
     dropout = ["tdq.interval.dropout=0.2"]  # its random state has to survive, too
     whole = build(tmp_path / "whole", tiny_weights, *dropout)
@@ -369,7 +374,6 @@ def test_images_of_another_set_are_refused(tmp_path, tiny_weights, finished):
     assert "are not the images that were measured" in verify.faults_of(made.folder)[0]
 
 
-@pytest.mark.usefixtures("few_start_values")
 def test_caches_that_are_damaged_are_made_again(tmp_path, tiny_weights, capsys):
     cache = tmp_path / "cache"
     quick = [*QUICK, f"model.weights={tiny_weights}", f"data.cache={cache}"]
@@ -387,8 +391,7 @@ def test_caches_that_are_damaged_are_made_again(tmp_path, tiny_weights, capsys):
 
 @pytest.mark.parametrize("sampler", ["ddpm", "pndm"])
 @pytest.mark.parametrize("method", ["lsq", "ptq4dm"])
-@pytest.mark.usefixtures("few_start_values")
-def test_every_sampler_takes_a_fit_to_a_row(tmp_path, tiny_weights, method, sampler):
+def test_every_sampler_takes_a_fit_to_a_row(tmp_path, tiny_weights, finished, method, sampler):
     made = build(
         tmp_path, tiny_weights, f"method={method}", f"sampler={sampler}", "sampler.steps=5"
     )
@@ -438,7 +441,6 @@ def test_a_path_is_not_part_of_a_fingerprint_but_its_content_is(tmp_path, tiny_w
         pipeline.run(build(tmp_path, other))
 
 
-@pytest.mark.usefixtures("few_start_values")
 def test_best_of_5_samples_every_kept_checkpoint_and_says_so(tmp_path, tiny_weights):
     made = build(tmp_path, tiny_weights, "fit.report=best_of_5")
     (row,) = pipeline.run(made)
@@ -449,7 +451,6 @@ def test_best_of_5_samples_every_kept_checkpoint_and_says_so(tmp_path, tiny_weig
     assert row["metrics"]["fid"] == min(distances)
 
 
-@pytest.mark.usefixtures("few_start_values")
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     tmp_path, tiny_weights, monkeypatch
 ):
@@ -509,6 +510,8 @@ def kill_one_of_two(folder, arguments):
 def test_two_processes_make_the_same_images_and_one_row(
     tmp_path, tiny_weights, finished, inside, monkeypatch
 ):
+    """By torch's launcher, with copies of this process; `kill_one_of_two` has it start Python anew."""
+    monkeypatch.setattr(torch.distributed.run, "config_from_args", processes.launched_as_copies)
     # Fits differ in the last bits, and rounding amplifies that: images of one and the same fit.
     made = build(tmp_path, tiny_weights)
     folder, before = made.folder / made.sample_name, images(made).copy()
@@ -525,23 +528,21 @@ def test_two_processes_make_the_same_images_and_one_row(
     assert row["processes"] == 2
 
 
-@pytest.mark.usefixtures("few_start_values")
-def test_two_processes_fit_as_one_does(tmp_path, tiny_weights, together, monkeypatch):
+def test_two_processes_fit_as_one_does(tmp_path, tiny_weights, default_run, together, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     qat = [*QUICK, f"model.weights={tiny_weights}", "launcher.threads=1"]
     pretrain = [
         "model=tiny", "method=fp", "fit=pretrain", "tracker=none", "launcher=cpu",
         "launcher.threads=1",
     ]  # fmt: skip
-    pipeline.run(jobs.build(compose([*qat, f"out={tmp_path / 'one'}"])))
-    out = f"out={tmp_path / 'two'}"
-    kill_one_of_two(tmp_path / "two/runs/tiny_w4a4_lsq_tdq/seed0", [*qat, out, "launcher.nproc=2"])
+    out = f"out={tmp_path}"
+    kill_one_of_two(tmp_path / "runs/tiny_w4a4_lsq_tdq/seed0", [*qat, out, "launcher.nproc=2"])
     assert together(*qat, out, "--", *pretrain, out) == 0
 
     # Quantization-aware training.
     one, two = (
-        json.loads((tmp_path / n / "runs/tiny_w4a4_lsq_tdq/seed0/fit.json").read_text())
-        for n in ("one", "two")
+        files.read_json(folder / "runs/tiny_w4a4_lsq_tdq/seed0/fit.json")
+        for folder in (default_run, tmp_path)
     )
     assert two["facts"]["processes"] == 2
     assert one["fingerprint"] == two["fingerprint"]
@@ -551,7 +552,7 @@ def test_two_processes_fit_as_one_does(tmp_path, tiny_weights, together, monkeyp
     assert first[1] == pytest.approx(other[1], rel=1e-5)
 
     # A float net.
-    folder = tmp_path / "two/runs/tiny_fp_pretrain/seed0"
+    folder = tmp_path / "runs/tiny_fp_pretrain/seed0"
     assert json.loads((folder / "fit.json").read_text())["facts"]["processes"] == 2
     found = [load_file(tiny_weights), load_file(folder / "weights.safetensors")]
     for key, value in found[0].items():
@@ -561,7 +562,6 @@ def test_two_processes_fit_as_one_does(tmp_path, tiny_weights, together, monkeyp
         ), key
 
 
-@pytest.mark.usefixtures("few_start_values")
 def test_a_sweep_writes_three_fits_under_the_right_names(tmp_path, tiny_weights, inside):
     done = inside(
         "-m", *QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "bits=w8a8,w4a4,w3a3"
@@ -574,7 +574,6 @@ def test_a_sweep_writes_three_fits_under_the_right_names(tmp_path, tiny_weights,
     assert summary.count("Frechet distance ") == 3
 
 
-@pytest.mark.usefixtures("few_start_values")
 def test_an_offline_wandb_run_can_be_read_back(tmp_path, tiny_weights, inside, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     done = inside(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", "tracker=offline")
@@ -604,17 +603,23 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(
-    "way, overrides, said", [("command", *MISTAKES[1]), *(("inside", *m) for m in MISTAKES)]
+    "way, overrides, said", [("process", *MISTAKES[1]), *(("inside", *m) for m in MISTAKES)]
 )
 def test_a_mistake_on_the_command_line_is_one_line_without_a_traceback(
-    tmp_path, tiny_weights, request, way, overrides, said
+    tmp_path, tiny_weights, inside, way, overrides, said
 ):
-    run = request.getfixturevalue(way)
-    done = run(*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", *overrides)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
+    arguments = [*QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}", *overrides]
+    if way == "inside":
+        done = inside(*arguments)
+        code, stderr = done.returncode, done.stderr
+    else:
+        file = tmp_path / "stderr.txt"
+        code = processes.wait([processes.start(processes.command_line, arguments, file)])
+        stderr = file.read_text()
+    assert code == 2
+    assert said in stderr
+    assert "Traceback" not in stderr
+    assert len([line for line in stderr.splitlines() if line.startswith("error:")]) == 1
 
 
 def test_plan_only_prints_and_writes_nothing(tmp_path, tiny_weights, inside):

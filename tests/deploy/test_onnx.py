@@ -195,7 +195,7 @@ def test_what_has_no_table_or_no_bytes_is_refused_by_name():
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A finished run of a network of one level: residual blocks, and attention in the middle.
+    """A finished run of a network of one level: residual blocks and attention.
 
     Exporting takes a second for each block. Changes of size are in the latent network that
     `test_latent_runs` exports, and strides in a layer by itself.
@@ -203,7 +203,8 @@ def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     arguments = [
         "model.definition.network.block_out_channels=[8]",
-        "model.definition.network.down_block_types=[DownBlock2D]",
+        "model.definition.network.down_block_types=[AttnDownBlock2D]",
+        "+model.definition.network.mid_block_type=null",
         "model.definition.network.up_block_types=[UpBlock2D]",
         "model=tiny", "method=minmax", "tdq=none", "bits=w8a8", f"model.weights={folder / 'tiny.safetensors'}", f"out={folder}",
         "debug=smoke", "tracker=none",

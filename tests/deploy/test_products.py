@@ -1,12 +1,13 @@
-"""Products of codes: exact where the code says so, on a CPU without VNNI instructions too."""
+"""Products of codes: exact where the code says so.
+
+`tests/test_other_kernels.py` runs this with the kernels of a CPU without VNNI instructions, too.
+"""
 
 from __future__ import annotations
 
+import copy
 import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -25,7 +26,6 @@ from tests.oracles.products import ExactProduct, saturating_sums
 from tests.quant.builders import load_model, make_net, randn
 
 HERE = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[2]
 ALONE = ([1, 1], [0, 0], [1, 1], 1)
 SHAPES = {
     "linear": ((7, 20), None, (3, 20)),
@@ -86,6 +86,13 @@ def test_what_the_probe_says_of_a_cpu_holds_for_every_shape(shape):
         )  # two channels of a group may run on a kernel without pairs
 
 
+@needs_kernels
+@pytest.mark.skipif("ONEDNN_MAX_CPU_ISA" not in os.environ, reason="no kernels are kept back here")
+def test_the_probe_finds_the_kernels_of_a_limited_cpu():
+    """If it did not, the tests above would say nothing of a CPU without VNNI."""
+    assert not products.all_are_exact_here()
+
+
 @pytest.mark.parametrize(
     "largest, weight, fits",
     [
@@ -120,7 +127,9 @@ def without_vnni(monkeypatch):
     monkeypatch.setattr(products, "all_are_exact_here", lambda: False)
 
 
+@lru_cache
 def net_of(bits, **options):
+    """A network that is read, and never changed."""
     return bake(make_net(Recipe(bits, bits, Lsq, Lsq, StaticIntervals(), **options)))
 
 
@@ -140,7 +149,7 @@ def test_without_vnni_layers_of_8_by_8_bits_stay_simulated_and_all_others_run_on
 
 @needs_kernels
 def test_q_k_and_v_are_exact_together_or_not_at_all(without_vnni):
-    net = net_of(8)
+    net = copy.deepcopy(net_of(8))
     names = sorted(name for name in integer.codable(net) if name.endswith(".to_q"))
     layer = net.get_submodule(names[0])
     layer.weight_quantizer.codes.clamp_(-3, 3)  # this one would fit, its k and v do not
@@ -173,26 +182,3 @@ def test_without_vnni_a_w8a8_net_is_simulated_and_a_line_says_why(without_vnni, 
     processes.close()
     assert running is net and engine == f"fake: {integer.INEXACT}"
     assert "8-bit by 8-bit products are cut off" in " ".join(capsys.readouterr().out.split())
-
-
-@needs_kernels
-@pytest.mark.skipif(
-    platform.machine() != "x86_64" or not products.all_are_exact_here(),
-    reason="the kernels of this CPU are the ones without VNNI, or none of x86-64: the tests above have run them",
-)
-def test_all_of_this_holds_with_the_kernels_of_a_cpu_without_vnni():
-    """oneDNN is told to use AVX2 alone: then its products are cut off as they are on a CPU that has no more."""
-    layers = "tests/deploy/test_integer.py::test_every_layer_gives_what_the_simulated_one_gives"
-    tests = [
-        "tests/deploy/test_products.py",
-        *(f"{layers}[{name}]" for name in ("lsq_tdq-7", "lsq_edge8-4", "minmax-7")),
-    ]
-    limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:xdist", *tests],
-        cwd=ROOT, env=limited, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "1 skipped" in done.stdout, (
-        "the probe finds these kernels exact: they are not the limited ones"
-    )

@@ -8,6 +8,7 @@ added to it, never lost.
 import json
 import os
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,6 +80,20 @@ def test_no_row_is_lost_and_each_has_its_listed_hashes(run):
                 "measure": listed["measure"][1],
             }
             assert row["fingerprints"]["sample"] == samples["fingerprint"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rebuilt_once():
+    """A run's experiment is rebuilt once for its two tests: that takes longer than the rest of them."""
+    rebuild = jobs.rebuild
+
+    @lru_cache
+    def by_content(content, file):
+        return rebuild(json.loads(content), file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "rebuild", lambda config, file: by_content(json.dumps(config), file))
+        yield
 
 
 @pytest.mark.parametrize("run", LISTED)

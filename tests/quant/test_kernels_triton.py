@@ -1,16 +1,13 @@
 """The GPU's kernels against single tensor operations: under Triton's interpreter, and on a GPU.
 
-Each law is written once for both. Without a GPU one test starts Python anew with TRITON_INTERPRET=1,
-which triton reads when it is imported, and runs the laws there on CPU tensors in float32: those of
-this file and of `test_kernels_integer`.
+Each law is written once for both. Without a GPU `tests/test_other_kernels.py` starts Python anew
+with TRITON_INTERPRET=1, which triton reads when it is imported, and runs the laws there on CPU
+tensors in float32: those of this file and of `test_kernels_integer`.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +17,6 @@ from tdq_exp.quant import bake, kernels, ops
 from tests.quant.builders import inputs, make_net, make_recipe
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ROOT = Path(__file__).resolve().parents[2]
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 CPU = pytest.param(
     "cpu",
@@ -43,20 +39,6 @@ SHAPES: dict[str, tuple[tuple[int, ...], str]] = {
     "several blocks, the last nearly empty": ((3, 1024 * BLOCKS + 1), "contiguous"),
     "vectors": ((VECTORS, 3), "contiguous"),
 }
-
-
-def test_the_laws_hold_under_the_interpreter():
-    pytest.importorskip("triton")
-    if INTERPRETED:
-        pytest.skip("this is that process")
-    laws = [__file__, str(Path(__file__).with_name("test_kernels_integer.py"))]
-    command = [sys.executable, "-m", "pytest", "-v", "-x", "-m", "not gpu", *laws]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " passed" in done.stdout
 
 
 def triton_kernels():

@@ -12,11 +12,13 @@ from tdq_exp.quant import bake, kernels, ops
 from tdq_exp.quant.kernels import operators
 from tests.quant.builders import inputs, make_net, make_recipe, randn
 
-# One level: compiling takes a second for each block, and blocks of one kind are alike.
+# One level and no block in the middle: compiling takes a second for each block, and blocks of one
+# kind are alike.
 ONE_LEVEL = {
     "block_out_channels": [8],
-    "down_block_types": ["DownBlock2D"],
+    "down_block_types": ["AttnDownBlock2D"],
     "up_block_types": ["UpBlock2D"],
+    "mid_block_type": None,
 }
 S, Z = torch.tensor(0.31), torch.tensor(4.0)
 EACH = torch.rand(6, 1, 1, 1, generator=torch.Generator().manual_seed(2)) + 0.1
