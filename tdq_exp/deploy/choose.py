@@ -47,6 +47,26 @@ class Timed:
         return self.simulated / self.integer
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Where a choice is kept.
+
+    Args:
+        file: beside the images that are made with it.
+        sample: fingerprint of these images; empty where no row is made of them.
+        begun: whether some of them are there already.
+    """
+
+    file: Path
+    sample: str = ""
+    begun: bool = False
+
+    @property
+    def again(self) -> str:
+        images = self.file.parent / "images"
+        return f"put the right one back, or remove {images} and what is there of it to begin again"
+
+
 @torch.no_grad()
 def timed(net: nn.Module, run: Callable[[nn.Module], object]) -> list[Timed]:
     """Time every candidate on the input that it gets in a run of the network, one of each shape.
@@ -117,7 +137,10 @@ def chosen(times: list[Timed], min_speedup: float) -> list[str]:
 
 
 def choice(
-    net: nn.Module, run: Callable[[nn.Module], object], min_speedup: float, file: Path
+    net: nn.Module,
+    run: Callable[[nn.Module], object],
+    min_speedup: float,
+    kept: Kept,
 ) -> dict[str, Any]:
     """Return which layers run on codes: from the file of an earlier choice, or measured anew.
 
@@ -125,15 +148,25 @@ def choice(
         net: baked, in eval mode.
         run: see `timed`.
         min_speedup: least gain of a layer; 0 takes every layer that can.
-        file: beside the images that are made with the choice.
+        kept: where the choice is kept, and for which images.
 
     Returns:
         `layers`: their names; `of`: how many quantized layers there are; `shapes`: what was
-            measured.
+            measured; `sample`.
+
+    Raises:
+        ValueError: if the file is damaged, of other images or another network, or missing where
+            images were begun with it.
     """
-    found = files.read_json(file, needs=["layers", "of"])
+    found = files.read_json(kept.file, needs=["layers", "of"])
     if found is not None:
+        _require_choice(kept, found, net)
         return found
+    if kept.begun:
+        raise ValueError(
+            f"{kept.file}: is missing, and images were begun with it, or on a machine without"
+            f" integers; {kept.again}"
+        )
 
     # Measured here, for there is no file of an earlier choice.
     times = timed(net, run)
@@ -159,8 +192,25 @@ def choice(
     # Kept: the choice changes the last bits of an image.
     shapes = [dataclasses.asdict(entry) for entry in times]
     made = {"layers": names, "of": of, "min_speedup": min_speedup, "shapes": shapes}
-    files.write_json(file, made)
+    made["sample"] = kept.sample
+    files.write_json(kept.file, made)
     return made
+
+
+def _require_choice(kept: Kept, found: Mapping[str, Any], net: nn.Module) -> None:
+    """Refuse a choice that was made for other images, or for another network.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    stated = found.get("sample", kept.sample)  # an earlier version did not note it
+    if stated != kept.sample:
+        reason = f"the choice for the images {stated}, not {kept.sample}"
+        raise files.damaged(kept.file, reason, kept.again)
+
+    layers = found["layers"]
+    if not isinstance(layers, list) or not {*map(str, layers)} <= {*candidates(net)}:
+        raise files.damaged(kept.file, "it names layers that can't run on integers", kept.again)
 
 
 def _units(net: nn.Module, found: dict[str, IntegerLayer]) -> list[tuple[tuple[str, ...], Any]]:
