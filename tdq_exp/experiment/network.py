@@ -69,9 +69,7 @@ def finished_net(
     require_file(job)
     file = job.fit.network_file(job.folder)
     if not file.exists():
-        net = packed_net(job, job.folder / PACKED, fit)
-        require_recorded(job.folder, job.folder / PACKED, net)
-        return net.to(device)
+        return packed_net(job, job.folder / PACKED, fit).to(device)
 
     found = tensor_files.read_tensors(file)
     tensor_files.require_of(file, found.metadata, fit)

@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 
-import tdq_exp
 from tdq_exp.commands.pack import pack
 from tdq_exp.config.compose import compose
 from tdq_exp.data.arrays import ImageStore
@@ -182,13 +181,3 @@ def test_curves_of_another_run_are_not_gone_on_with(tmp_path, capsys):
     assert "is of other/seed0; remove it" in printed
     assert files.read_json(tmp_path / "wandb-id.json")["id"] == "x"
     tracker.close()
-
-
-def test_the_packed_network_beside_a_run_is_compared_with_its_record(job):
-    (job.folder / "baked.safetensors").unlink()
-    record = files.read_json(job.folder / "fit.json")
-    files.write_json(
-        job.folder / "fit.json", record | {"facts": record["facts"] | {"network": OTHER}}
-    )
-    with pytest.raises(ValueError, match=r"packed\.safetensors: is not the network of"):
-        tdq_exp.load(job.folder)
