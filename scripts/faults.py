@@ -574,7 +574,8 @@ def subjects(place: Path) -> list[Subject]:
         "classes": ["model=tiny", classes, f"model.weights={conditional}"],
     }
     ptq = ["method=ptq4dm", "calibration=uniform"]
-    learned = ["fit.rounding=adaround", "fit.correction=ptqd", f"calibration.path={imported}"]
+    learned = ["fit.rounding=adaround", "fit.rounding_updates=3", "fit.correction=ptqd"]
+    learned += [f"calibration.path={imported}"]
     best = ["fit.report=best_of_5", "sampler.engine=integer", "sampler.min_speedup=0"]
     pretrain = ["method=fp", "fit=pretrain"]
 
