@@ -21,7 +21,7 @@ def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
     folder = path_of(run, "run")
     if folder.suffix == ".safetensors":
         return _packed(folder)
-    if folder.is_file():
+    if folder.exists() and not folder.is_dir():
         raise ValueError(
             f"{folder}: is a file; wanted the folder of a run, or a packed network, *.safetensors"
         )

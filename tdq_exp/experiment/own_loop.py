@@ -61,7 +61,8 @@ def quantize(
 
     Raises:
         TypeError: for a network of another class.
-        ValueError: for weights that are not finite float32, a name or a value that there is not; one line.
+        ValueError: for weights that are not finite float32, a name or a value that there is not;
+            one line.
     """
     # The configuration that a run of this network would have; a packed file holds it.
     choices = {"bits": bits, "method": method, "tdq": tdq, "plan": plan, "habits": habits}

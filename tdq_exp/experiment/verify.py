@@ -54,6 +54,9 @@ def faults_of(path: Path) -> list[str]:
             )
         return _file_faults(path)
 
+    if not any(path.rglob("*")):
+        raise ValueError(f"{path}: is empty, nothing was checked")
+
     # 1. Runs; then whatever lies beside them, such as shipped networks.
     runs = sorted(record.parent for record in path.rglob(RECORD))
     found = [fault for run in runs for fault in run_faults(run)]

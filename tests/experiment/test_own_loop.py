@@ -124,7 +124,7 @@ def with_nan():
     ("make", "words"),
     [
         (lambda: unet().half(), "float16, wanted float32"),
-        (lambda: unet().to("meta"), "conv_in.bias: has no values"),
+        (lambda: unet().to("meta"), "conv_in.weight: has no values"),
         (with_nan, "conv_in.weight: has values that are not finite"),
     ],
     ids=["half", "meta", "nan"],
