@@ -282,8 +282,7 @@ def _bake(
         def draw() -> None:
             figures.intervals_over_time(tables, picture, title)
             for drawn in (picture, picture.with_suffix(".svg")):
-                if drawn.exists():
-                    figures.sign(drawn, context.fingerprint)
+                figures.sign(drawn, context.fingerprint)
 
         decide(draw)
         tracker.intervals({name: s for name, (s, _) in tables.items()})

@@ -228,9 +228,11 @@ def sign(path: Path, of: str) -> None:
     """Write into a picture whose it is, for `signature`; its pixels stay as they are.
 
     Args:
-        path: a PNG, or an SVG that `save_figure` wrote.
+        path: a PNG, or an SVG that `save_figure` wrote; where there is none, nothing is done.
         of: fingerprint of the stage that it is drawn from.
     """
+    if not path.exists():
+        return
     content = path.read_bytes()
     if path.suffix == ".svg":
         picture = content[: content.rfind(b"<!--")] + f"<!-- {SIGNATURE} {of} -->\n".encode()
