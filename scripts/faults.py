@@ -252,12 +252,16 @@ def alarmed() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def run(job: jobs.Experiment) -> Ending:
-    """Run a job as the command does, and return how it ended."""
+def run(build: Callable[[], jobs.Experiment]) -> Ending:
+    """Build and run a job as the command does, and return how it ended."""
+
+    def command() -> None:
+        pipeline.run(build())
+
     printed = io.StringIO()
     try:
         with alarmed(), redirect_stdout(printed), redirect_stderr(printed):
-            code = cli.attempt(pipeline.run, job).code
+            code = cli.attempt(command).code
     except Exception:
         return Ending(1, printed.getvalue(), traceback.format_exc(limit=-3))
     return Ending(code, printed.getvalue())
@@ -301,7 +305,7 @@ def killed_at(job: jobs.Experiment, count: int) -> bool:
             replace(*arguments, **options)
 
         os.replace = replace_or_die  # type: ignore[assignment]
-        run(job)
+        run(lambda: job)
         os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
@@ -315,11 +319,20 @@ def put(source: Path, target: Path) -> None:
 # Outcomes
 
 
-def outcome(subject: Subject, file: Path, wanted: dict[str, Any], sign: Path) -> tuple[str, str]:
-    """Run a damaged run's command again, and return the kind of ending with an explanation."""
+def outcome(
+    subject: Subject, job: jobs.Experiment, file: Path, wanted: dict[str, Any], sign: Path
+) -> tuple[str, str]:
+    """Run a damaged run's command again, and return the kind of ending with an explanation.
+
+    Args:
+        subject: the run.
+        job: it, as it was built before the damage.
+        file: that was damaged.
+        wanted: products of the whole run.
+        sign: is there if anything was executed.
+    """
     before = state_of(file)
-    job = subject.job()
-    ending = run(job)
+    ending = run(subject.job)
 
     # 1. What must not happen at all.
     if sign.exists():
@@ -359,7 +372,7 @@ def outcome_when_read(subject: Subject, file: Path, wanted: dict[str, Any]) -> t
     """Return how the next run ends that reads a damaged cache, which a finished one does not."""
     before = state_of(file)
     job = subject.job("label=again")
-    ending = run(job)
+    ending = run(lambda: job)
 
     if ending.trace:
         return OTHER, ending.trace.strip().splitlines()[-1]
@@ -431,14 +444,14 @@ def damage(
         counts: of outcomes.
         state: of the run, for the table.
     """
-    sign = subject.folder.parent / "executed"
+    sign, job = subject.folder.parent / "executed", subject.job()
     paths = [path for path in kinds_of_files(start) if any(map(path.match, subject.files))]
     for path in paths:
         for name in subject.faults or FAULTS:
             put(start, subject.folder)
             file = subject.folder / path
             if FAULTS[name](file, twin(file, path, other), sign):
-                ending, why = outcome(subject, file, wanted, sign)
+                ending, why = outcome(subject, job, file, wanted, sign)
                 where = f"{subject.name}, {state}, {path}: {why}"
                 counts.add("Damaged files", name, ending, where)
 
@@ -449,7 +462,7 @@ def damage(
             put(start, subject.folder)
             changed = FAULTS[name](file, file.with_name(f"other-{file.name}"), sign)
             if changed:
-                ending, why = outcome(subject, file, wanted, sign)
+                ending, why = outcome(subject, job, file, wanted, sign)
                 where = f"{subject.name}, {state}, {file.name}: {why}"
                 counts.add("A user's files", name, ending, where)
             file.unlink(missing_ok=True)
@@ -511,7 +524,7 @@ def kills(
             put(subject.folder, keep[place])
 
         job = subject.job()
-        ending = run(job)
+        ending = run(subject.job)
         same = ending.code == 0 and products(job) == wanted
         left = list(subject.folder.rglob(".*.part"))
         why = ending.trace or ending.printed[-200:] or f"other bits, or part files: {left}"
