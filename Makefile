@@ -18,7 +18,7 @@ help:
 	@echo "                             one column of any: TABLE_ARGS='--column ldm' (or ddim)"
 	@echo "make status SCALE=small      every cell: done, running, failed, stale, missing, and the time left"
 	@echo "make claims SCALE=small      what the paper's claims come to, from the rows that are there"
-	@echo "make render SCALE=small      all tables, figures and claims again, from rows and numbers (a minute)"
+	@echo "make render SCALE=small      all tables, figures and claims again, from rows and numbers (half a minute)"
 	@echo "make paper SCALE=small       everything: runs what has no row, in the order of the tables, then renders"
 	@echo "make bench-cost              what the lines of Table 7 cost -> results/bench/cost.json"
 	@echo "make figure3 SCALE=digits    a figure: measure it if it was not, train what is missing for it, draw"
@@ -56,9 +56,7 @@ claims status: $(VENV)/installed
 	$(VENV)/bin/python -m tdq_exp $@ --scale $(SCALE)
 
 render: $(VENV)/installed
-	$(VENV)/bin/python -m tdq_exp table all --scale $(SCALE)
-	$(VENV)/bin/python -m tdq_exp figure all --scale $(SCALE)
-	$(VENV)/bin/python -m tdq_exp claims --scale $(SCALE)
+	$(VENV)/bin/python -m tdq_exp render --scale $(SCALE)
 
 # One table after the other, then the figures, then what they say, on one page.
 paper: $(VENV)/installed

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in at most eight minutes: the tests marked `gpu`, then the bench.
 #   scripts/gpu_check.sh [python] [options of the bench, such as --rehearse]
+#   scripts/gpu_check.sh python3 --integers    the tests, then of the bench what is about integers
 #   LIMIT=200 scripts/gpu_check.sh        in at most so many seconds; the bench leaves parts out
 # What comes out is written as it comes below $OUT (default: results/bench): tests.txt, gpu.json, gpu.md, bench.txt.
 set -uo pipefail
@@ -15,9 +16,10 @@ began=$SECONDS limit=${LIMIT:-465}
 # Kernels are compiled for many shapes: several processes, if pytest-xdist is there.
 workers=()
 "$python" -c "import xdist" 2>/dev/null && workers=(-n 6)
-timeout 170 "$python" -m pytest -m gpu "${workers[@]}" --tb=short \
+timeout 200 "$python" -m pytest -m gpu "${workers[@]}" --tb=short \
   tests/quant/test_kernels_triton.py tests/diffusion/test_denoising_graph.py \
-  tests/fit/test_training_graph.py tests/fit/test_ahead.py tests/fit/test_gradients.py 2>&1 | tee "$out/tests.txt" | tail -n 40
+  tests/fit/test_training_graph.py tests/fit/test_ahead.py tests/fit/test_gradients.py \
+  tests/quant/test_kernels_integer.py tests/deploy/test_gpu.py 2>&1 | tee "$out/tests.txt" | tail -n 40
 tests=${PIPESTATUS[0]}
 echo "tests: exit code $tests after $((SECONDS - began)) s"
 

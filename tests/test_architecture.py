@@ -49,7 +49,7 @@ DOORS = {
     "matplotlib": {"runtime.figures", "report.axes", "report.charts", "report.drawings"},
     "rich": {"runtime.progress"},
     "onnx": {"deploy.onnx", "metrics.lite_runtime"},
-    "triton": {"quant.kernels.triton"},
+    "triton": {"quant.kernels.triton", "quant.kernels.triton_integer"},
     "onnxruntime": {"deploy.onnx", "commands.export", "metrics.lite_runtime"},
     "hydra": {
         "config.compose",

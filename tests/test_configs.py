@@ -342,7 +342,7 @@ def test_a_key_that_came_later_is_a_part_only_where_it_differs():
 )
 def test_values_set_on_a_kept_composition_are_what_hydra_composes(overrides):
     found = compose(overrides)
-    whole = compose_module._composed(tuple(overrides), compose_module._state_of_files())
+    whole = compose_module._composed(tuple(overrides), compose_module.state_of_files())
     assert _typed_values(found) == _typed_values(whole)
     assert OmegaConf.is_struct(found) and OmegaConf.is_struct(whole)
 
@@ -352,7 +352,7 @@ def test_values_set_on_a_kept_composition_are_what_hydra_composes(overrides):
 
 
 def test_an_option_of_an_independent_group_is_what_hydra_composes():
-    files = compose_module._state_of_files()
+    files = compose_module.state_of_files()
     independent = compose_module._independent_groups(files)
     assert {"bits", "tdq", "plan", "habits"} <= independent
     assert not {"method", "model", "debug", "fit", "sampler", "calibration"} & independent

@@ -160,3 +160,26 @@ def test_the_symbol_table_of_the_readme_names_what_there_is():
     files = set(re.findall(r"`((?:quant|fit|models|data|diffusion)/[\w/.]*)`", text))
     assert len(files) > 12
     assert not [file for file in files if not (SCRIPTS.parent / "tdq_exp" / file).exists()]
+
+
+@pytest.mark.parametrize(("with_integers", "said"), [(9.0, "beat simul"), (11.0, "DO NOT BEAT")])
+def test_the_gpus_bench_compares_integers_with_the_fastest_simulated_step(with_integers, said):
+    module = script("bench/gpu_integer")
+    steps = {
+        (module.SIMULATED, "float32"): 50.0,
+        (module.SIMULATED, "bfloat16"): 12.0,
+        (module.LAST, "bfloat16"): 10.0,
+        (module.ALL, "bfloat16"): with_integers,
+        (module.CHOSEN, "float32"): 20.0,
+    }
+    milliseconds = {module.name_of(*key): {"median": ms} for key, ms in steps.items()}
+    precisions = ("float32", "tf32", "bfloat16")
+    line = module.verdict(milliseconds, precisions)
+    assert said in line and "10.000 ms (bfloat16, simulated, channels-last)" in line
+    assert module.verdict({}, precisions) == "not measured"
+
+    entry = {"names": ["a", "b"], "shape": "Conv2d", "simulated": 2e-3, "error": None}
+    entries = [entry | {"integer": 1e-3}, entry | {"integer": None, "error": "too large"}]
+    page = "\n".join(module.page({"integers": {"bfloat16": entries}, "about": {"integers": line}}))
+    assert said in page and "| 2 | 2.0000 | 1.0000 | 2.00 |" in page and "(too large)" in page
+    assert module.page({"about": {}}) == []

@@ -2,6 +2,7 @@
 
     python scripts/bench/gpu.py [--seconds 330] [--out results/bench]
     python scripts/bench/gpu.py --rehearse        everything on a CPU, at a tiny size
+    python scripts/bench/gpu.py --integers        only integers against simulated quantization
     python scripts/bench/gpu.py --report          gpu.md anew, with the hours of both tables, from gpu.json
 
 `ddim_cifar10` at batch 128 and `ldm_churches` at batch 32, W4A4, weights and images random, of which
@@ -24,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_integer
 import gpu_report
 import numpy as np
 import torch
@@ -83,7 +85,8 @@ class Bench:
                 "torch": torch.__version__, "kernels": kernels.used(self.device),
                 "rehearsal": self.small, **environment.environment(),
             },
-            "milliseconds": {}, "gigabytes": {}, "busy": {}, "profile": {}, "rates": {}, "failed": {},
+            "milliseconds": {}, "gigabytes": {}, "busy": {}, "profile": {}, "rates": {}, "integers": {},
+            "failed": {},
         }  # fmt: skip
 
     def note(self, kind: str, name: str, value: Any) -> None:
@@ -530,19 +533,33 @@ def run(options: argparse.Namespace) -> None:
     """All parts that there is time for, then the page."""
     bench = Bench(options)
     try:
-        parts(bench)
+        if options.integers:
+            about_integers(bench)
+        else:
+            parts(bench)
     except NoTimeLeft as part:
         bench.note("about", "left_out", f"no time was left for: {part}, and what comes after it")
     gpu_report.write(options.out, hours=False)
 
 
+def about_integers(bench: Bench) -> None:
+    """What is about integers: the baked network of TDQ, its layers on codes or simulated."""
+    job, batch = _pixel_job(bench)
+    with bench.part("integers"):
+        net = bake(built(job.model, "LSQ+TDQ", bench.device), inplace=True)
+        gpu_integer.integers(bench, job, net.eval().requires_grad_(False), batch)
+
+
+def _pixel_job(bench: Bench) -> tuple[jobs.Experiment, int]:
+    """The job of the pixel model, and its batch, which is noted."""
+    sizes = {"ddim": 4 if bench.small else 128, "ldm": 2 if bench.small else 32}
+    bench.note("about", "batch", sizes)
+    return _job("ddim_w4a4_lsq_tdq", "tiny" if bench.small else None), sizes["ddim"]
+
+
 def parts(bench: Bench) -> None:
     """All parts, the bars first."""
-    bench.note(
-        "about", "batch", {"ddim": 4 if bench.small else 128, "ldm": 2 if bench.small else 32}
-    )
-    pixel = _job("ddim_w4a4_lsq_tdq", "tiny" if bench.small else None)
-    batch = bench.results["about"]["batch"]["ddim"]
+    pixel, batch = _pixel_job(bench)
 
     with bench.part("ceilings"):
         ceilings(bench)
@@ -551,6 +568,7 @@ def parts(bench: Bench) -> None:
     denoising(bench, pixel, "ddim", batch, bench.precisions)
     for precision in reversed(bench.precisions):
         training(bench, pixel, precision, batch)
+    about_integers(bench)
 
     latent = _job("ldm_w4a4_lsq_tdq", "tiny_latent" if bench.small else None)
     fast = bench.precisions[-1]
@@ -593,6 +611,7 @@ def main() -> None:
     parser.add_argument(
         "--report", action="store_true", help="write gpu.md anew from gpu.json, with the hours"
     )
+    gpu_integer.add_option(parser)
     options = parser.parse_args()
     if options.report:
         gpu_report.write(options.out, hours=True)

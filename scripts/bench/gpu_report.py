@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gpu_integer
+
 from tdq_exp.runtime import files
 
 AIMS = (
@@ -36,7 +38,13 @@ def write(folder: Path, hours: bool) -> None:
         raise SystemExit(
             f"{folder / 'gpu.json'} is missing: run scripts/bench/gpu.py on a GPU first"
         )
-    lines = [*_about(results), *_bars(results), *_times(results), *_profiles(results)]
+    lines = [
+        *_about(results),
+        *_bars(results),
+        *gpu_integer.page(results),
+        *_times(results),
+        *_profiles(results),
+    ]
     if hours:
         lines += _hours(results)
         write_cards(results)

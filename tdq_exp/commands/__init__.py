@@ -20,6 +20,7 @@ VERBS = {
         "write a quantized run as one file, weights at their real bit width",
     ),
     "status": ("tdq_exp.commands.status", "say what is done, running, failed, stale or missing"),
+    "render": ("tdq_exp.commands.render", "draw all tables, figures and claims of a scale again"),
     "claims": ("tdq_exp.commands.claims", "judge the paper's claims from the rows"),
     "measure": ("tdq_exp.commands.measure", "measure anybody's images as rows are measured"),
     "verify": ("tdq_exp.commands.verify", "check the checksums of a run, a folder or a table"),

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tdq_exp.config import assets, experiments, schema
 
-KEPT = 128  # compositions
+KEPT = 512  # compositions: one more than the cells of all tables of a scale
 _UNKNOWN_KEY = re.compile(
     r"Could not override '([^']+)'\. To append to your config use (\+.*?)(?:: Key '.*)?$"
 )
@@ -58,7 +58,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ValueError: for an unknown group, option or key, or a value of the wrong type; one line.
     """
-    files = _state_of_files()
+    files = state_of_files()
     values = [override for override in overrides if _is_value(override)]
     options = [override for override in overrides if not _is_value(override)]
 
@@ -192,7 +192,7 @@ def _is_value(override: str) -> bool:
     return key.split(".")[0] != "hydra" and not (assets.configs() / key).is_dir()
 
 
-def _state_of_files() -> object:
+def state_of_files() -> object:
     """Return what changes when a file of the configs does: their paths and times."""
     root = assets.configs()
     stats = ((path, path.stat()) for path in root.rglob("*.yaml"))

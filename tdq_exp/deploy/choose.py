@@ -2,13 +2,13 @@
 
 Small layers can be slower on codes, where quantizing the input and calling the kernel cost more
 than the product saves. The choice changes the last bits of an image, so a sampled set keeps the
-choice that it was begun with.
+choice that it was begun with. On a GPU, both are timed in CUDA graphs, the integer form with each
+tile of its kernel, and the whole network at the end: norms and layouts between layers count there.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.deploy.coders import coder_of
-from tdq_exp.deploy.integer import IntegerLayer, candidates, readers
+from tdq_exp.deploy import stopwatch
+from tdq_exp.deploy.gpu import GpuLayer
+from tdq_exp.deploy.integer import (
+    byte_source,
+    candidates,
+    integerize,
+    left_out,
+    readers,
+    runs_on_gpu,
+)
+from tdq_exp.quant.chains import Chains
+from tdq_exp.quant.kernels.integer import TILES
 from tdq_exp.quant.layers import QuantAttention, QuantLayer
 from tdq_exp.runtime import files
-from tdq_exp.runtime.progress import print_table
-
-ROUNDS = 7
+from tdq_exp.runtime.progress import console, print_table
 
 
 @dataclass(frozen=True)
@@ -34,17 +42,21 @@ class Timed:
     Args:
         names: of the layers that share it.
         shape: what they are, to print.
-        simulated, integer: median seconds of a call.
+        simulated, integer: median seconds of a call; None if it failed.
+        tile: of a GPU's kernel, the fastest.
+        error: of the kernel, if it can't take the shape.
     """
 
     names: tuple[str, ...]
     shape: str
     simulated: float
-    integer: float
+    integer: float | None
+    tile: tuple[int, ...] = ()
+    error: str | None = None
 
     @property
     def speedup(self) -> float:
-        return self.simulated / self.integer
+        return self.simulated / self.integer if self.integer is not None else -1.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ class Kept:
 
 
 @torch.no_grad()
-def timed(net: nn.Module, run: Callable[[nn.Module], object]) -> list[Timed]:
+def timed(net: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[Timed]:
     """Time every candidate on the input that it gets in a run of the network, one of each shape.
 
     Args:
@@ -111,24 +123,35 @@ def timed(net: nn.Module, run: Callable[[nn.Module], object]) -> list[Timed]:
 
         # Each form gets the layout that it runs on: channels last for codes.
         last = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-        coder = coder_of(reader) if reader is not None else None
-
-        both = {
-            "simulated": partial(_call, layers, reader, x),
-            "integer": partial(_call, coded, coder, last),
+        coder = byte_source(reader, runs_on_gpu(net)) if reader is not None else None
+        forms = {
+            f"integer {number}": partial(_call, coded, coder, last, tile)
+            for number, tile in enumerate(TILES if runs_on_gpu(net) else [()])
         }
 
-        seconds = _medians(both)
-        result.append(
-            Timed(
-                tuple(n for names in same for n in names),
-                shape,
-                seconds["simulated"],
-                seconds["integer"],
-            )
-        )
+        calls = {"simulated": partial(_call, layers, reader, x), **forms}
+        seconds, failed = stopwatch.medians(calls, x.device)
+        result.append(_entry(tuple(n for names in same for n in names), shape, seconds, failed))
 
     return result
+
+
+def _entry(
+    names: tuple[str, ...], shape: str, seconds: Mapping[str, float], failed: Mapping[str, str]
+) -> Timed:
+    """Return the result of one shape.
+
+    Raises:
+        RuntimeError: if the simulated form failed: then nothing can be compared.
+    """
+    if "simulated" in failed:
+        raise RuntimeError(f"{names[0]}: {failed['simulated']}")
+    simulated, *forms = seconds
+    if not forms:
+        return Timed(names, shape, seconds[simulated], None, (), next(iter(failed.values())))
+    best = min(forms, key=seconds.__getitem__)
+    tile = TILES[int(best.split()[1])] if len(forms) + len(failed) > 1 else ()
+    return Timed(names, shape, seconds[simulated], seconds[best], tile)
 
 
 def chosen(times: list[Timed], min_speedup: float) -> list[str]:
@@ -138,21 +161,24 @@ def chosen(times: list[Timed], min_speedup: float) -> list[str]:
 
 def choice(
     net: nn.Module,
-    run: Callable[[nn.Module], object],
+    run: Callable[[nn.Module], Tensor],
     min_speedup: float,
     kept: Kept,
+    chains: Chains | None = None,
 ) -> dict[str, Any]:
     """Return which layers run on codes: from the file of an earlier choice, or measured anew.
 
     Args:
-        net: baked, in eval mode.
+        net: baked, in eval mode, on the device that it runs on.
         run: see `timed`.
         min_speedup: least gain of a layer; 0 takes every layer that can.
         kept: where the choice is kept, and for which images.
+        chains: of the network; with them, the whole network is compared on a GPU.
 
     Returns:
         `layers`: their names; `of`: how many quantized layers there are; `shapes`: what was
-            measured; `sample`.
+            measured; `simulated`: by name, why a layer is not among `layers`; `sample`: of which
+            images; on a GPU also `tiles` by name, and `step`, the seconds of both whole networks.
 
     Raises:
         ValueError: if the file is damaged, of other images or another network, or missing where
@@ -171,30 +197,72 @@ def choice(
     # Measured here, for there is no file of an earlier choice.
     times = timed(net, run)
     names = chosen(times, min_speedup)
+    made: dict[str, Any] = {
+        "layers": names,
+        "of": sum(isinstance(module, QuantLayer) for module in net.modules()),
+        "min_speedup": min_speedup,
+        "shapes": [dataclasses.asdict(entry) for entry in times],
+    }
 
-    of = sum(isinstance(module, QuantLayer) for module in net.modules())
+    # A GPU: all of it together, too. A choice that makes the whole slower is no choice.
+    if runs_on_gpu(net):
+        made["tiles"] = {n: entry.tile for entry in times for n in entry.names if n in names}
+        if chains is not None and names:
+            made["step"] = whole_step(net, run, chains, made)
+            if made["step"]["simulated"] < min_speedup * made["step"]["integer"]:
+                names = made["layers"] = []
 
+    _print(times, made)
+    made["simulated"] = left_out(net) | {
+        name: entry.error or f"as a layer {entry.speedup:.2f} times as fast on integers"
+        for entry in times
+        for name in entry.names
+        if name not in names
+    }
+
+    # Kept: the choice changes the last bits of an image.
+    made["sample"] = kept.sample
+    files.write_json(kept.file, made)
+    return made
+
+
+@torch.no_grad()
+def whole_step(
+    net: nn.Module, run: Callable[[nn.Module], Tensor], chains: Chains, made: Mapping[str, Any]
+) -> dict[str, float]:
+    """Return the seconds of `run`, recorded, of the simulated and of the integer network."""
+    device = next(net.parameters()).device
+    whole = integerize(net, chains, made["layers"], made["tiles"])
+    calls = {"simulated": partial(run, net), "integer": partial(run, whole)}
+    seconds, failed = stopwatch.medians(calls, device)
+    if failed:
+        raise RuntimeError(f"{next(iter(failed))} network: {next(iter(failed.values()))}")
+    return seconds
+
+
+def _print(times: list[Timed], made: Mapping[str, Any]) -> None:
+    """Print what was measured, and what was chosen."""
     print_table(
-        f"{len(names)} of {of} quantized layers run on integers",
+        f"{len(made['layers'])} of {made['of']} quantized layers run on integers",
         ["layer and input", "count", "simulated, ms", "integer, ms", "runs on"],
         [
             (
                 e.shape,
                 len(e.names),
                 1e3 * e.simulated,
-                1e3 * e.integer,
-                "integers" if e.names[0] in names else "floats",
+                "-" if e.integer is None else 1e3 * e.integer,
+                "integers" if e.names[0] in made["layers"] else "floats",
             )
             for e in times
         ],
     )
-
-    # Kept: the choice changes the last bits of an image.
-    shapes = [dataclasses.asdict(entry) for entry in times]
-    made = {"layers": names, "of": of, "min_speedup": min_speedup, "shapes": shapes}
-    made["sample"] = kept.sample
-    files.write_json(kept.file, made)
-    return made
+    if "step" in made:
+        simulated, whole = (1e3 * made["step"][form] for form in ("simulated", "integer"))
+        console.print(
+            f"a whole step: {simulated:.3f} ms simulated, {whole:.3f} ms with integers"
+            + ("" if made["layers"] else "; integers are not faster, quantization is simulated"),
+            markup=False,
+        )
 
 
 def _require_choice(kept: Kept, found: Mapping[str, Any], net: nn.Module) -> None:
@@ -213,7 +281,7 @@ def _require_choice(kept: Kept, found: Mapping[str, Any], net: nn.Module) -> Non
         raise files.damaged(kept.file, "it names layers that can't run on integers", kept.again)
 
 
-def _units(net: nn.Module, found: dict[str, IntegerLayer]) -> list[tuple[tuple[str, ...], Any]]:
+def _units(net: nn.Module, found: Mapping[str, nn.Module]) -> list[tuple[tuple[str, ...], Any]]:
     """Return (names, the quantizer they share, if any): q, k and v are timed together."""
     units: list[tuple[tuple[str, ...], Any]] = []
     for name, module in net.named_modules():
@@ -239,18 +307,10 @@ def _shape(net: nn.Module, names: tuple[str, ...], x: Tensor) -> str:
     return f"{kind} {weight}{stride}{affine} on {'x'.join(str(n) for n in x.shape)}"
 
 
-def _call(layers: list[Any], reader: Any, x: Tensor) -> None:
+def _call(layers: list[Any], reader: Any, x: Tensor, tile: tuple[int, ...] = ()) -> Tensor:
     value = x if reader is None else reader(x)
     for layer in layers:
-        layer(value)
-
-
-def _medians(calls: Mapping[str, Callable[[], None]]) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(ROUNDS + 2):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            if number >= 2:
-                times[name].append(time.perf_counter() - began)
-    return {name: sorted(values)[ROUNDS // 2] for name, values in times.items()}
+        if isinstance(layer, GpuLayer):
+            layer.tile = tile
+        y = layer(value)
+    return y

@@ -1,19 +1,22 @@
-"""From floats to bytes: what integer layers read.
+"""From floats to bytes: what integer layers read, and signed codes of weights.
 
 A `Coder` takes s and z from a table of time steps, a `DynamicCoder` from the input itself, which
-costs a pass over it and keeps a norm before it from giving bytes at once.
+costs a pass over it and keeps a norm before it from giving bytes at once. These two are for CPUs;
+those of `gpu` have the same two calls.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from tdq_exp.quant import ops
 from tdq_exp.quant.intervals.base import LookupTable
 from tdq_exp.quant.intervals.dynamic import Dynamic
 from tdq_exp.quant.kernels import cpu as kernels
+from tdq_exp.quant.layers import CodedWeight
 from tdq_exp.quant.quantizer import Quantizer
 from tdq_exp.quant.zero_point import TableZeroPoint
 
@@ -23,14 +26,32 @@ class Coded:
     """A quantized tensor: x_hat = s (codes - z).
 
     Args:
-        codes: uint8, samples along the first axis.
-        s: step size, a number or one for each sample, `[B]`.
-        z: zero point of these bytes, likewise.
+        codes: uint8, or int8 on a GPU; samples along the first axis.
+        s: step size, a number or one for each sample, `[B]`; a table, with t.
+        z: zero point of these bytes, likewise; None is 0.
+        t: on a GPU, the time step to read in tables, of one element.
     """
 
     codes: Tensor
     s: float | Tensor
-    z: int | Tensor
+    z: int | Tensor | None
+    t: Tensor | None = None
+
+
+class ByteSource(nn.Module):
+    """What gives the codes of a tensor."""
+
+    def forward(self, x: Tensor) -> Coded:
+        """Return the codes of x at the current time step."""
+        raise NotImplementedError(type(self).__name__)
+
+    def of_norm(self, x: Tensor, norm: nn.GroupNorm, silu: bool) -> Coded:
+        """Return the codes of a group norm's output, or of SiLU of it; `[B, C, H, W]`."""
+        raise NotImplementedError(type(self).__name__)
+
+    def matrix(self, quantizer: Quantizer) -> nn.Module:
+        """Return simulated quantization by a baked quantizer, for a matrix inside of attention."""
+        return quantizer
 
 
 class Tables(nn.Module):
@@ -72,7 +93,7 @@ class Rounder(Tables):
         )
 
 
-class Coder(Tables):
+class Coder(Tables, ByteSource):
     """A baked quantizer that gives codes; they must be no wider than a byte."""
 
     def __init__(self, quantizer: Quantizer) -> None:
@@ -102,8 +123,12 @@ class Coder(Tables):
         )
         return Coded(codes, self.steps[i], self.zeros[j] + self.shift)
 
+    def matrix(self, quantizer: Quantizer) -> nn.Module:
+        """Return a `Rounder` where there are tables: it reads t as a number, once."""
+        return matrix_on_cpu(quantizer)
 
-class DynamicCoder(nn.Module):
+
+class DynamicCoder(ByteSource):
     """A quantizer with a `Dynamic` interval that gives codes.
 
     Args:
@@ -138,6 +163,15 @@ class DynamicCoder(nn.Module):
         """As `Coder.of_norm`, in three passes: the range is known after the first."""
         return self(kernels.normalised(x, norm, silu))
 
+    def matrix(self, quantizer: Quantizer) -> nn.Module:
+        """As `Coder.matrix`."""
+        return matrix_on_cpu(quantizer)
+
+
+def matrix_on_cpu(quantizer: Quantizer) -> nn.Module:
+    """Return what simulates a quantizer on a CPU; see `Coder.matrix`."""
+    return quantizer if quantizer.interval.dynamic else Rounder(quantizer)
+
 
 def coder_of(quantizer: Quantizer) -> Coder | DynamicCoder:
     """The coder of a baked quantizer."""
@@ -152,3 +186,18 @@ def too_wide(quantizer: Quantizer) -> bool:
 def largest_code(quantizer: Quantizer) -> int:
     """Return the largest of its unsigned codes, which begin at 0."""
     return quantizer.grid.p - quantizer.grid.n
+
+
+def signed_codes(coded: CodedWeight) -> tuple[Tensor, Tensor]:
+    """Return q_w - shift as int8, and shift - z_w by output channel as float `[out]`.
+
+    See `integer`.
+    """
+    codes = coded.codes.to(torch.int16)
+    rows = codes.flatten(1)
+    if coded.zero_point is None:
+        return codes.to(torch.int8), torch.zeros(len(codes), device=codes.device)
+    zero = coded.zero_point.reshape(-1).expand(len(codes)).to(torch.int16)
+    shift = torch.maximum(torch.minimum(zero, rows.amin(1) + 128), rows.amax(1) - 127)
+    shifted = rows - shift[:, None]
+    return shifted.to(torch.int8).reshape(codes.shape), (shift - zero).float()

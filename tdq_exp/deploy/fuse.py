@@ -9,12 +9,14 @@ batch size.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdq_exp.deploy.coders import Coded, Coder, DynamicCoder, Rounder
+from tdq_exp.deploy.coders import ByteSource, Coded
 from tdq_exp.models.attention import AttentionProcessor
 from tdq_exp.quant.chains import Chains, NormChain, UpsampleChain
 from tdq_exp.quant.convert import replace_module
@@ -29,7 +31,7 @@ class CodedNorm(nn.Module):
         coder: of the layer that reads it, through SiLU if `silu`.
     """
 
-    def __init__(self, norm: nn.GroupNorm, coder: Coder | DynamicCoder, silu: bool) -> None:
+    def __init__(self, norm: nn.GroupNorm, coder: ByteSource, silu: bool) -> None:
         super().__init__()
         self.norm, self.coder, self.silu = norm, coder, silu
 
@@ -64,7 +66,7 @@ class CodedUpsample(nn.Module):
         coder: of its input.
     """
 
-    def __init__(self, conv: nn.Module, coder: Coder | DynamicCoder) -> None:
+    def __init__(self, conv: nn.Module, coder: ByteSource) -> None:
         super().__init__()
         self.conv, self.coder = conv, coder
 
@@ -72,8 +74,11 @@ class CodedUpsample(nn.Module):
         """`[B, C, H, W]` -> twice the height and width, or the size."""
         coded = self.coder(x)
         factor = None if output_size is not None else 2.0
-        codes = F.interpolate(coded.codes, size=output_size, scale_factor=factor, mode="nearest")
-        return self.conv(Coded(codes, coded.s, coded.z))
+        # Only copied: as unsigned bytes, which torch interpolates on any device.
+        codes = F.interpolate(
+            coded.codes.view(torch.uint8), size=output_size, scale_factor=factor, mode="nearest"
+        )
+        return self.conv(dataclasses.replace(coded, codes=codes.view(coded.codes.dtype)))
 
 
 class CodedAttention(AttentionProcessor):
@@ -86,7 +91,8 @@ class CodedAttention(AttentionProcessor):
         """Return codes, `[B, H W, C]`, of the block's input, `[B, C, H, W]`."""
         coder: Any = self.input_quantizer
         coded = coder.of_norm(x, norm, False)
-        return Coded(coded.codes.permute(0, 2, 3, 1).flatten(1, 2), coded.s, coded.z)
+        codes = coded.codes.permute(0, 2, 3, 1).flatten(1, 2)
+        return dataclasses.replace(coded, codes=codes)
 
 
 def fuse(net: nn.Module, chains: Chains) -> None:
@@ -140,9 +146,9 @@ def _fuse_upsample(net: nn.Module, chain: UpsampleChain) -> None:
 def _fuse_attention(net: nn.Module, name: str, attention: QuantAttention) -> None:
     """Let the attention's norm give the codes of q, k and v, if they take codes."""
     coder = attention.input_quantizer
-    if not isinstance(coder, Coder | DynamicCoder):
+    if not isinstance(coder, ByteSource):
         return
 
     inside = (attention.q, attention.k, attention.v, attention.probabilities)
-    matrices = [q if q is None or q.interval.dynamic else Rounder(q) for q in inside]
+    matrices = [q if q is None else coder.matrix(q) for q in inside]
     replace_module(net, name, CodedAttention(coder, *matrices))  # type: ignore[arg-type]

@@ -13,23 +13,33 @@ is there a second sum, one more channel of ones for the whole layer.
 Convolutions and linear layers run so; attention products of two activations stay simulated, for
 there is no kernel that multiplies two batches of codes. On a CPU without VNNI instructions, layers
 whose products would not be exact there stay simulated, too (see `products`): those of 8-bit codes
-with 8-bit weights.
+with 8-bit weights. On a GPU the layers and coders are those of `gpu`, and grouped convolutions stay
+simulated. A network runs on the device that it is on when its layers are chosen.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.deploy.coders import Coded, Coder, DynamicCoder, coder_of, largest_code, too_wide
+from tdq_exp.deploy import gpu
+from tdq_exp.deploy.coders import (
+    ByteSource,
+    Coded,
+    coder_of,
+    largest_code,
+    signed_codes,
+    too_wide,
+)
 from tdq_exp.deploy.fuse import fuse
 from tdq_exp.deploy.products import Product, Window, exact_here
 from tdq_exp.quant.chains import Chains
 from tdq_exp.quant.convert import replace_module
+from tdq_exp.quant.kernels import integer as gpu_kernels
 from tdq_exp.quant.layers import CodedWeight, QuantAttention, QuantConv2d, QuantLayer
 from tdq_exp.quant.quantizer import Quantizer
 
@@ -41,7 +51,7 @@ INEXACT = (
 def unavailable(device: torch.device) -> str | None:
     """Return why integer layers can't run on a device, in one line, or None."""
     if device.type != "cpu":
-        return f"there are no integer kernels for {device.type} here"
+        return gpu_kernels.unavailable(device)
     if not hasattr(torch.ops.onednn, "qconv2d_pointwise"):
         return "this torch has no oneDNN kernels"
     return None
@@ -55,7 +65,7 @@ class IntegerLayer(nn.Module):
         coder: of its input; None if the input arrives as `Coded` (q, k and v share one).
     """
 
-    def __init__(self, layer: QuantLayer, coder: Coder | DynamicCoder | None) -> None:
+    def __init__(self, layer: QuantLayer, coder: ByteSource | None) -> None:
         super().__init__()
         original: Any = layer.layer
         coded = layer.weight_quantizer
@@ -116,21 +126,6 @@ class IntegerLayer(nn.Module):
         return y
 
 
-def signed_codes(coded: CodedWeight) -> tuple[Tensor, Tensor]:
-    """Return q_w - shift as int8, and shift - z_w by output channel as float `[out]`.
-
-    See the module.
-    """
-    codes = coded.codes.to(torch.int16)
-    rows = codes.flatten(1)
-    if coded.zero_point is None:
-        return codes.to(torch.int8), torch.zeros(len(codes))
-    zero = coded.zero_point.reshape(-1).expand(len(codes)).to(torch.int16)
-    shift = torch.maximum(torch.minimum(zero, rows.amin(1) + 128), rows.amax(1) - 127)
-    shifted = rows - shift[:, None]
-    return shifted.to(torch.int8).reshape(codes.shape), (shift - zero).float()
-
-
 def reason_against(layer: QuantLayer) -> str | None:
     """Return why a layer can't run on codes, or None."""
     quantizer, coded, original = layer.input_quantizer, layer.weight_quantizer, layer.layer
@@ -148,20 +143,29 @@ def reason_against(layer: QuantLayer) -> str | None:
     return None
 
 
-def exact_layer(layer: QuantLayer, quantizer: Quantizer) -> bool:
-    """Return whether a layer's products are exact on this CPU.
+def runs_on_gpu(net: nn.Module) -> bool:
+    """Return whether a network would run on the kernels for GPUs: where its parameters are."""
+    return next(net.parameters()).device.type != "cpu"
+
+
+def reason_here(layer: QuantLayer, quantizer: Quantizer, on_gpu: bool) -> str | None:
+    """Return why this device can't run a layer on codes, or None.
 
     Args:
         layer: baked, without a `reason_against` it.
         quantizer: of its input.
+        on_gpu: with the kernels for GPUs?
     """
+    if on_gpu:
+        return gpu.reason_against(layer)
     coded = layer.weight_quantizer
     assert isinstance(coded, CodedWeight)
-    return exact_here(largest_code(quantizer), signed_codes(coded)[0])
+    exact = exact_here(largest_code(quantizer), signed_codes(coded)[0])
+    return None if exact else INEXACT
 
 
 def codable(net: nn.Module) -> dict[str, Quantizer]:
-    """Return the layers of a baked network that can run on codes on some CPU.
+    """Return the layers of a baked network that can run on codes on some device.
 
     Returns:
         By name, the quantizer of the layer's input.
@@ -184,8 +188,8 @@ def codable(net: nn.Module) -> dict[str, Quantizer]:
     return _whole_attentions(net, found)
 
 
-def candidates(net: nn.Module) -> dict[str, IntegerLayer]:
-    """Return the layers of a baked network that can run on codes and are exact on this CPU.
+def candidates(net: nn.Module) -> dict[str, IntegerLayer | gpu.GpuLayer]:
+    """Return the layers of a baked network that can run on codes, and exactly, on its device.
 
     Returns:
         By name, the layer in that form.
@@ -193,14 +197,43 @@ def candidates(net: nn.Module) -> dict[str, IntegerLayer]:
     q, k and v of one attention are candidates together or not at all.
     """
     layers: dict[str, Any] = dict(net.named_modules())
-    exact = {
-        name: reads for name, reads in codable(net).items() if exact_layer(layers[name], reads)
-    }
-    found = {}
-    for name, quantizer in _whole_attentions(net, exact).items():
+    on_gpu = runs_on_gpu(net)
+    found: dict[str, IntegerLayer | gpu.GpuLayer] = {}
+    kind = gpu.GpuLayer if on_gpu else IntegerLayer
+    for name, quantizer in _codable_here(net).items():
         own = layers[name].input_quantizer is not None
-        found[name] = IntegerLayer(layers[name], coder_of(quantizer) if own else None)
+        found[name] = kind(layers[name], byte_source(quantizer, on_gpu) if own else None)
     return found
+
+
+def _codable_here(net: nn.Module) -> dict[str, Quantizer]:
+    """Return which of the `codable` layers can run on the network's device."""
+    layers: dict[str, Any] = dict(net.named_modules())
+    on_gpu = runs_on_gpu(net)
+    here = {
+        name: reads
+        for name, reads in codable(net).items()
+        if reason_here(layers[name], reads, on_gpu) is None
+    }
+    return _whole_attentions(net, here)
+
+
+def byte_source(quantizer: Quantizer, on_gpu: bool) -> ByteSource:
+    """Return the coder of a baked quantizer on a device."""
+    return gpu.gpu_coder_of(quantizer) if on_gpu else coder_of(quantizer)
+
+
+def left_out(net: nn.Module) -> dict[str, str]:
+    """Return why each quantized layer of a baked network that is no candidate is none, by name."""
+    reads, on_gpu, found = codable(net), runs_on_gpu(net), _codable_here(net)
+    reasons = {}
+    for name, layer in net.named_modules():
+        if isinstance(layer, QuantLayer) and name not in found:
+            reason = reason_against(layer)
+            if reason is None and name in reads:
+                reason = reason_here(layer, reads[name], on_gpu)
+            reasons[name] = reason or "what it reads can't be given in codes to all that read it"
+    return reasons
 
 
 def readers(net: nn.Module, name: str) -> tuple[str, ...]:
@@ -232,23 +265,29 @@ def _whole_attentions(net: nn.Module, found: dict[str, Quantizer]) -> dict[str, 
 
 
 @torch.no_grad()
-def integerize(net: nn.Module, chains: Chains, names: Iterable[str] | None = None) -> nn.Module:
+def integerize(
+    net: nn.Module,
+    chains: Chains,
+    names: Iterable[str] | None = None,
+    tiles: Mapping[str, Sequence[int]] | None = None,
+) -> nn.Module:
     """Return a copy of a baked network whose layers run on codes, in channels-last layout.
 
     Its root forward sets the time as before.
 
     Args:
-        net: baked, in eval mode, on the CPU.
+        net: baked, in eval mode, on the device that it is to run on.
         chains: what may be fused, from its model's description.
         names: which of the `candidates`; all if not given.
+        tiles: of a GPU's kernel, by name, where they were measured.
 
     Raises:
         ValueError: for a name that is not a candidate, or one of q, k and v without the others.
         RuntimeError: where there are no integer kernels (see `unavailable`).
     """
-    reason = unavailable(torch.device("cpu"))
+    reason = unavailable(next(net.parameters()).device)
     if reason is not None:
-        raise RuntimeError(reason)
+        raise RuntimeError(f"sampler.engine=integer: {reason}")
 
     # Which layers: refused before anything is replaced.
     net = copy.deepcopy(net)
@@ -256,8 +295,8 @@ def integerize(net: nn.Module, chains: Chains, names: Iterable[str] | None = Non
     found = candidates(net)
     chosen = set(found if names is None else names)
     if unknown := sorted(chosen - found.keys()):
-        reason = f" here: {INEXACT}" if unknown[0] in codable(net) else ""
-        raise ValueError(f"{unknown[0]}: can't run on codes{reason}")
+        why = f" here: {left_out(net)[unknown[0]]}" if unknown[0] in codable(net) else ""
+        raise ValueError(f"{unknown[0]}: can't run on codes{why}")
 
     # q, k and v share one coder, that of their attention.
     for name, module in list(net.named_modules()):
@@ -269,10 +308,13 @@ def integerize(net: nn.Module, chains: Chains, names: Iterable[str] | None = Non
                         f"{name}: q, k and v read one coded tensor: choose all three or none"
                     )
 
-                coder: Any = coder_of(module.input_quantizer)
+                coder: Any = byte_source(module.input_quantizer, runs_on_gpu(net))
                 module.input_quantizer = coder
 
     for name in chosen:
-        replace_module(net, name, found[name])
+        layer = found[name]
+        if isinstance(layer, gpu.GpuLayer) and tiles is not None:
+            layer.tile = tiles.get(name, ())
+        replace_module(net, name, layer)
     fuse(net, chains)
     return net.to(memory_format=torch.channels_last)

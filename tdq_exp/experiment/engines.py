@@ -53,8 +53,12 @@ def engine(
         raise ValueError(
             "sampler.engine=integer: the network has no quantized layer that can run on integers"
         )
+    if reason is None:
+        net = net.to(processes.device)  # layers run, and are timed, where the images are made
     if reason is None and not integer.candidates(net):
-        reason = integer.INEXACT
+        left = integer.left_out(net)
+        reason = left[next(iter(integer.codable(net)))]
+        reason = integer.INEXACT if integer.INEXACT in left.values() else reason
 
     # A machine that can't is told so in the row, not refused.
     if reason is not None:
@@ -65,13 +69,18 @@ def engine(
         return net, f"fake: {reason}"
 
     # Layers that gain by it, measured once and kept beside the images.
-    x, t = torch.zeros(batch, *model.sample_shape), torch.tensor(model.schedule.steps // 2)
+    x = torch.zeros(batch, *model.sample_shape, device=processes.device)
+    t = torch.tensor(model.schedule.steps // 2, device=processes.device)
     condition = model.draw_condition(0, Stream.IMAGE, range(batch))
+    condition = None if condition is None else condition.to(processes.device)
+    chains = model.chains(net)
 
     def choice() -> dict[str, Any]:
         kept = choose.Kept(folder / ENGINE, store.arrays.of, store.begun())
-        return choose.choice(net, lambda n: model.predict(n, x, t, condition), min_speedup, kept)
+        return choose.choice(
+            net, lambda n: model.predict(n, x, t, condition), min_speedup, kept, chains
+        )
 
     found = processes.decide(choice)
     said = f"integer: {len(found['layers'])} of {found['of']} layers"
-    return integer.integerize(net, model.chains(net), found["layers"]), said
+    return integer.integerize(net, chains, found["layers"], found.get("tiles")), said

@@ -16,16 +16,18 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tdq_exp.config import assets, naming, records, schema
-from tdq_exp.config.compose import compose
+from tdq_exp.config.compose import compose, state_of_files
 from tdq_exp.config.schema import parts_of
 from tdq_exp.experiment.row import read_rows
 from tdq_exp.experiment.verify import row_faults
 from tdq_exp.fit.registry import options_class
 from tdq_exp.report.manifest import Line, Manifest
 from tdq_exp.runtime import stage
+
+KEPT = 1024  # configurations: more than the cells of all tables and figures of a scale
 
 # Overrides that a table sets itself, and what to do instead.
 SET_BY_TABLE = {
@@ -190,29 +192,71 @@ def cells_of_line(
     tracker = [] if any(_key(override) == "tracker" for override in extra) else ["tracker=none"]
     own = [*(f"{group}={option}" for group, option in choices.items()), *line.overrides]
 
-    # Composed once: a seed changes nothing else.
-    where = (f"out={_quoted(out)}", *tracker, *extra)
-    composed = compose((*own, *where))
-    bare = compose(own) if in_footer(extra) else composed
-
     for training, sampling in seeds:
         named = [f"seed={training}"] if training else []
         named += [f"sampler.seed={sampling}"] if sampling else []
-        cfg = composed.copy()
-        cfg.seed, cfg.sampler.seed = training, sampling
+        where = (f"out={_quoted(out)}", *tracker, *extra)
+        job = _job(
+            tuple(own), where, (training, sampling), bool(in_footer(extra)), state_of_files()
+        )
 
         yield Cell(
             column=place.column,
             line=line,
             scale=place.scale,
-            run=naming.fit_name(cfg),
+            run=job.run,
             overrides=(*own, *named, *where),
-            config=schema.plain(cfg),
-            folder=naming.run_folder(cfg),
-            sample=naming.sample_name(cfg),
-            images=bare.sampler.images,
-            nets=_shipped_nets(cfg),
+            config=job.config,
+            folder=job.folder,
+            sample=job.sample,
+            images=job.images,
+            nets=_shipped_nets(job.composed),
         )
+
+
+class Job(NamedTuple):
+    """What the command of a cell composes to; fields as those of `Cell`."""
+
+    composed: Any  # a DictConfig
+    run: str
+    config: dict[str, Any]
+    folder: Path
+    sample: str
+    images: int
+
+
+@lru_cache(KEPT)
+def _job(
+    own: tuple[str, ...],
+    where: tuple[str, ...],
+    seeds: tuple[int, int],
+    changed: bool,
+    files: object,
+) -> Job:
+    """Return what a command composes to; tables, figures and claims ask for the same ones.
+
+    Args:
+        own: overrides of the line.
+        where: overrides that every line has.
+        seeds: of training and sampling.
+        changed: whether a user's overrides say something else than where and how fast.
+        files: state of the files that are read.
+    """
+    composed = compose((*own, *where))
+    bare = compose(own) if changed else composed
+
+    # A seed changes nothing else.
+    cfg = composed.copy()
+    cfg.seed, cfg.sampler.seed = seeds
+
+    return Job(
+        composed=cfg,
+        run=naming.fit_name(cfg),
+        config=schema.plain(cfg),
+        folder=naming.run_folder(cfg),
+        sample=naming.sample_name(cfg),
+        images=bare.sampler.images,
+    )
 
 
 def find(cell: Cell) -> Cell:

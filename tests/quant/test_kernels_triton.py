@@ -1,7 +1,8 @@
 """The GPU's kernels against single tensor operations: under Triton's interpreter, and on a GPU.
 
 Each law is written once for both. Without a GPU one test starts Python anew with TRITON_INTERPRET=1,
-which triton reads when it is imported, and runs the laws there on CPU tensors in float32.
+which triton reads when it is imported, and runs the laws there on CPU tensors in float32: those of
+this file and of `test_kernels_integer`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def test_the_laws_hold_under_the_interpreter():
     pytest.importorskip("triton")
     if INTERPRETED:
         pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-v", "-x", "-m", "not gpu", __file__]
+    laws = [__file__, str(Path(__file__).with_name("test_kernels_integer.py"))]
+    command = [sys.executable, "-m", "pytest", "-v", "-x", "-m", "not gpu", *laws]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
