@@ -1,9 +1,16 @@
 """Inject faults into everything that runs write, try wrong and hostile inputs, and count outcomes.
 
-make faults          about ten minutes on two cores; writes results/analysis/faults.{json,md}
+make faults          at most 15 minutes on two cores; writes results/analysis/faults.{json,md}
 
-1. Damage: tiny runs are made, finished and killed half-way. Every file of theirs is damaged in
-   every way of `FAULTS`, one at a time on a copy, and the same command is run again.
+1. Damage: tiny runs are made, finished and killed half-way. Every file of theirs, and every file
+   that their command names, is damaged in the ways of `FAULTS`, one at a time on a copy, and the
+   same command is run again.
+
+   A training and a block reconstruction on pixels and a training on latents get all faults. The
+   other subjects have choices of their own, several in one run: classes, integers and the best of
+   several checkpoints; an imported calibration set, AdaRound and PTQD's correction; an autoencoder
+   and a float latent network, which give no row. Their readers are those of the first three, so
+   that they get the faults of `FEW`, and only files of kinds that the first three have not.
 2. Kills: SIGKILL at a file operation, then the same command again.
 3. Inputs: all entries of tests/faults/wrong_inputs.py and tests/faults/hostile.py.
 
@@ -25,7 +32,7 @@ import tempfile
 import traceback
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import lru_cache
@@ -74,11 +81,20 @@ class Subject(NamedTuple):
         name: for the table.
         choices: its command line, without the folders.
         folder: of its results and caches; every case begins with a copy of another one there.
+        inputs: files of a user that its command names.
+        files: patterns of the files that are damaged.
+        faults: names of what is done to them.
+        places: numbers of file operations at which it is killed; it is half done after the middle
+            one.
     """
 
     name: str
     choices: list[str]
     folder: Path
+    inputs: tuple[Path, ...] = ()
+    files: tuple[str, ...] = ("*",)
+    faults: tuple[str, ...] = ()
+    places: tuple[int, ...] = tuple(range(1, 30, 3))
 
     def job(self, *more: str) -> jobs.Experiment:
         """Return the experiment, new for every command as it would be in a process of its own."""
@@ -168,13 +184,20 @@ def no_list(file: Path, other: Path | None, sign: Path) -> bool:
 def foreign(file: Path, other: Path | None, sign: Path) -> bool:
     """Put the file of the same name of a run with another seed in its place.
 
-    Not so for pictures: nothing is read from them, and they do not say which run they are of.
+    Where names are hashes, another one's file of the same kind takes its place.
     """
-    if file.suffix in (".png", ".svg"):
-        return False
     if other is None or not other.is_file() or other.read_bytes() == file.read_bytes():
         return False
     shutil.copyfile(other, file)
+    return True
+
+
+def foreign_folder(file: Path, other: Path | None, sign: Path) -> bool:
+    """Put all files of the same folder of another run in the place of this one's."""
+    if file.name != "groups.npy" or other is None or not other.is_file():
+        return False
+    for beside in other.parent.iterdir():
+        shutil.copyfile(beside, file.with_name(beside.name))
     return True
 
 
@@ -202,9 +225,12 @@ FAULTS: dict[str, Callable[[Path, Path | None, Path], bool]] = {
     "`{}`": no_object,
     "`[]`": no_list,
     "another run's": foreign,
+    "another run's folder": foreign_folder,
     "a pipe": pipe,
     "a pickle": executable,
 }
+
+FEW = ("bit flipped", "cut short", "deleted", "`{}`", "another run's", "a pickle")
 
 
 # Commands
@@ -226,12 +252,16 @@ def alarmed() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def run(job: jobs.Experiment) -> Ending:
-    """Run a job as the command does, and return how it ended."""
+def run(build: Callable[[], jobs.Experiment]) -> Ending:
+    """Build and run a job as the command does, and return how it ended."""
+
+    def command() -> None:
+        pipeline.run(build())
+
     printed = io.StringIO()
     try:
         with alarmed(), redirect_stdout(printed), redirect_stderr(printed):
-            code = cli.attempt(pipeline.run, job).code
+            code = cli.attempt(command).code
     except Exception:
         return Ending(1, printed.getvalue(), traceback.format_exc(limit=-3))
     return Ending(code, printed.getvalue())
@@ -240,9 +270,9 @@ def run(job: jobs.Experiment) -> Ending:
 def products(job: jobs.Experiment) -> dict[str, Any]:
     """Return what a run is for, as it can be compared: network, images, numbers of the row."""
     found: dict[str, Any] = {}
-    network = job.folder / "baked.safetensors"
-    if network.is_file():
-        found["network"] = tensor_hash(tensor_files.read_tensors(network).tensors)
+    for name in ("baked.safetensors", "weights.safetensors"):
+        if (job.folder / name).is_file():
+            found["network"] = tensor_hash(tensor_files.read_tensors(job.folder / name).tensors)
 
     for images in sorted(job.folder.rglob("images.npy")):
         if images.is_file():
@@ -275,7 +305,7 @@ def killed_at(job: jobs.Experiment, count: int) -> bool:
             replace(*arguments, **options)
 
         os.replace = replace_or_die  # type: ignore[assignment]
-        run(job)
+        run(lambda: job)
         os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
@@ -289,11 +319,20 @@ def put(source: Path, target: Path) -> None:
 # Outcomes
 
 
-def outcome(subject: Subject, file: Path, wanted: dict[str, Any], sign: Path) -> tuple[str, str]:
-    """Run a damaged run's command again, and return the kind of ending with an explanation."""
+def outcome(
+    subject: Subject, job: jobs.Experiment, file: Path, wanted: dict[str, Any], sign: Path
+) -> tuple[str, str]:
+    """Run a damaged run's command again, and return the kind of ending with an explanation.
+
+    Args:
+        subject: the run.
+        job: it, as it was built before the damage.
+        file: that was damaged.
+        wanted: products of the whole run.
+        sign: is there if anything was executed.
+    """
     before = state_of(file)
-    job = subject.job()
-    ending = run(job)
+    ending = run(subject.job)
 
     # 1. What must not happen at all.
     if sign.exists():
@@ -316,10 +355,11 @@ def outcome(subject: Subject, file: Path, wanted: dict[str, Any], sign: Path) ->
     changed = [key for key in wanted if key in found and found[key] != wanted[key]]
     if changed:
         return OTHER, f"other bits: {changed}"
-    if state_of(file) != before:
+    if state_of(file) != before and file not in subject.inputs:
         return REMADE, ""
 
-    if before is None:
+    # What is not there, or is not read again, does no harm.
+    if before is None or file in subject.inputs:
         return SAME, ""
     if [line for line in faults_of(job, file) if file.name in line]:
         return NAMED, ""
@@ -332,7 +372,7 @@ def outcome_when_read(subject: Subject, file: Path, wanted: dict[str, Any]) -> t
     """Return how the next run ends that reads a damaged cache, which a finished one does not."""
     before = state_of(file)
     job = subject.job("label=again")
-    ending = run(job)
+    ending = run(lambda: job)
 
     if ending.trace:
         return OTHER, ending.trace.strip().splitlines()[-1]
@@ -404,16 +444,49 @@ def damage(
         counts: of outcomes.
         state: of the run, for the table.
     """
-    sign = subject.folder.parent / "executed"
-    for path in kinds_of_files(start):
-        foreign_path = Path(str(path).replace("seed0", "seed1"))
-        for name, fault in FAULTS.items():
+    sign, job = subject.folder.parent / "executed", subject.job()
+    paths = [path for path in kinds_of_files(start) if any(map(path.match, subject.files))]
+    for path in paths:
+        for name in subject.faults or FAULTS:
             put(start, subject.folder)
             file = subject.folder / path
-            if fault(file, other / foreign_path, sign):
-                ending, why = outcome(subject, file, wanted, sign)
+            if FAULTS[name](file, twin(file, path, other), sign):
+                ending, why = outcome(subject, job, file, wanted, sign)
                 where = f"{subject.name}, {state}, {path}: {why}"
                 counts.add("Damaged files", name, ending, where)
+
+    # A user's files, which are put back after each case.
+    for file in subject.inputs:
+        content = file.read_bytes()
+        for name in subject.faults or FAULTS:
+            put(start, subject.folder)
+            changed = FAULTS[name](file, file.with_name(f"other-{file.name}"), sign)
+            if changed:
+                ending, why = outcome(subject, job, file, wanted, sign)
+                where = f"{subject.name}, {state}, {file.name}: {why}"
+                counts.add("A user's files", name, ending, where)
+            file.unlink(missing_ok=True)
+            file.write_bytes(content)
+
+
+def twin(file: Path, path: Path, other: Path) -> Path | None:
+    """Return the file of another run that takes a file's place, or None.
+
+    Args:
+        file: to be damaged.
+        path: of it, relative to the folder of results and caches.
+        other: the same folder of a run with another seed.
+    """
+    same = other / str(path).replace("seed0", "seed1")
+    cache = [] if "cache" not in path.parts else sorted(same.parent.glob(f"*{path.suffix}"))
+    beside = sorted(same.parent.parent.glob(f"*/{path.name}")) if cache else []
+    content = file.read_bytes()
+
+    for found in (same, *cache, *beside):
+        like = len(found.stem) > HASHED or found.name == file.name
+        if found.is_file() and like and found.read_bytes() != content:
+            return found
+    return None
 
 
 def kinds_of_files(folder: Path) -> list[Path]:
@@ -431,7 +504,6 @@ def kinds_of_files(folder: Path) -> list[Path]:
 
 def kills(
     subject: Subject,
-    places: Iterable[int],
     wanted: dict[str, Any],
     counts: Counts,
     keep: dict[int, Path],
@@ -440,12 +512,11 @@ def kills(
 
     Args:
         subject: the run.
-        places: numbers of file operations.
         wanted: products of the whole run.
         counts: of outcomes.
         keep: number of an operation -> where a copy of the half-done run is left.
     """
-    for place in places:
+    for place in subject.places:
         shutil.rmtree(subject.folder, ignore_errors=True)
         if not killed_at(subject.job(), place):
             break
@@ -453,7 +524,7 @@ def kills(
             put(subject.folder, keep[place])
 
         job = subject.job()
-        ending = run(job)
+        ending = run(subject.job)
         same = ending.code == 0 and products(job) == wanted
         left = list(subject.folder.rglob(".*.part"))
         why = ending.trace or ending.printed[-200:] or f"other bits, or part files: {left}"
@@ -492,28 +563,91 @@ def inputs() -> Counts:
 
 def subjects(place: Path) -> list[Subject]:
     """Return the runs, after training the float networks that they begin with."""
-    made = {}
-    for model in ("tiny", "tiny_latent"):
-        folder, parents = place / model, []
-        if model == "tiny_latent":
-            choices = [f"model={model}", "method=fp", "fit=pretrain_autoencoder"]
-            encoder = Subject(model, choices, folder)
-            pipeline.run(job := encoder.job())
-            parents = [f"model.autoencoder={job.folder / 'weights.safetensors'}"]
-        network = Subject(model, [f"model={model}", "method=fp", "fit=pretrain", *parents], folder)
-        pipeline.run(job := network.job())
-        made[model] = [
-            f"model={model}",
-            *parents,
-            f"model.weights={job.folder / 'weights.safetensors'}",
-        ]
+    # 1. Float networks, each with another one that takes its place.
+    classes = "+model.definition.network.num_class_embeds=10"
+    pixels = trained(place, "tiny", ["model=tiny"])
+    conditional = trained(place, "classes", ["model=tiny", classes])
 
+    latents = ["model=tiny_latent"]
+    autoencoder = trained(place, "autoencoder", latents, "fit=pretrain_autoencoder")
+    latents = [*latents, f"model.autoencoder={autoencoder}"]
+    latent = trained(place, "latent", latents)
+
+    # 2. The calibration set of another project.
+    imported = place / "inputs" / "set.pt"
+    for number, file in enumerate((imported, imported.with_name("other-set.pt"))):
+        random = torch.Generator().manual_seed(number)
+        t = torch.randint(0, 1000, (24,), generator=random)
+        torch.save((torch.randn(24, 1, 8, 8, generator=random), t), file)
+
+    # 3. The runs.
+    made = {
+        "tiny": ["model=tiny", f"model.weights={pixels}"],
+        "latent": [*latents, f"model.weights={latent}"],
+        "classes": ["model=tiny", classes, f"model.weights={conditional}"],
+    }
     ptq = ["method=ptq4dm", "calibration=uniform"]
+    learned = ["fit.rounding=adaround", "fit.rounding_updates=3", "fit.correction=ptqd"]
+    learned += [f"calibration.path={imported}"]
+    best = ["fit.report=best_of_5", "sampler.engine=integer", "sampler.min_speedup=0"]
+    pretrain = ["method=fp", "fit=pretrain"]
+
+    some: dict[str, Any] = {"faults": FEW, "places": (2, 7, 12)}
+    of_best = ("best-*", "update*/*.json", "update*/*.png", "engine.json", "state*.pt", "images/*")
+    of_learned = ("blocks/*", "calibration_sets/*/*", "baked.safetensors", "over_time.pt")
+    of_latents = ("latents/*/*", "weights.safetensors", "state*.pt", "fit.json", "grid.png")
+
+    qat, reconstructed = place / "qat" / "work", place / "ptq" / "work"
     return [
-        Subject("trained, pixels", made["tiny"], place / "qat" / "work"),
-        Subject("block reconstruction, pixels", [*made["tiny"], *ptq], place / "ptq" / "work"),
-        Subject("trained, latents", made["tiny_latent"], place / "latent" / "work"),
+        Subject("trained, pixels", made["tiny"], qat, (pixels,)),
+        Subject("block reconstruction, pixels", [*made["tiny"], *ptq], reconstructed),
+        Subject("trained, latents", made["latent"], place / "l" / "work", (latent, autoencoder)),
+        Subject(
+            "classes, integers, best of five",
+            [*made["classes"], *best],
+            place / "best" / "work",
+            files=of_best,
+            **some,
+        ),
+        Subject(
+            "imported set, AdaRound, PTQD",
+            [*made["tiny"], "method=ptq4dm", *learned],
+            place / "learned" / "work",
+            (imported,),
+            files=of_learned,
+            **some,
+        ),
+        Subject(
+            "autoencoder",
+            ["model=tiny_latent", "method=fp", "fit=pretrain_autoencoder"],
+            place / "encoder" / "work",
+            files=of_latents,
+            **some,
+        ),
+        Subject(
+            "float, latents",
+            [*latents, *pretrain],
+            place / "float" / "work",
+            (autoencoder,),
+            files=of_latents,
+            **some,
+        ),
     ]
+
+
+def trained(place: Path, name: str, choices: list[str], fit: str = "fit=pretrain") -> Path:
+    """Train a float network with two seeds; return the file of the first.
+
+    The other one lies beside it as `other-<name>.safetensors`.
+    """
+    target = place / "inputs" / f"{name}.safetensors"
+    target.parent.mkdir(exist_ok=True)
+
+    for seed, file in enumerate((target, target.with_name(f"other-{target.name}"))):
+        subject = Subject(name, [*choices, "method=fp", fit], place / name)
+        pipeline.run(job := subject.job(f"seed={seed}"))
+        shutil.copyfile(job.folder / "weights.safetensors", file)
+    return target
 
 
 def main() -> int:
@@ -522,6 +656,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="the first run only, a few kills")
+    parser.add_argument("--only", metavar="NAME", help="one subject")
     parser.add_argument("--out", type=Path, default=REPORT, help="of the page, without a suffix")
     options = parser.parse_args()
 
@@ -532,14 +667,15 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
-        chosen = subjects(Path(folder))[: 1 if options.quick else None]
+        chosen = subjects(Path(folder))
+        if options.quick:
+            chosen = [chosen[0]._replace(places=(1, 10, 19), inputs=())]
+        if options.only is not None:
+            chosen = [subject for subject in chosen if subject.name == options.only]
         console.quiet = False
-        places = range(1, 30, 9 if options.quick else 3)
         with ProcessPoolExecutor(WORKERS, get_context("fork")) as workers:
-            tasks: list[Future[Counts]] = [
-                workers.submit(of_run, subject, places) for subject in chosen
-            ]
-            for task in [*tasks, workers.submit(inputs)]:
+            tasks: list[Future[Counts]] = [workers.submit(of_run, subject) for subject in chosen]
+            for task in [*tasks, *([] if options.only else [workers.submit(inputs)])]:
                 counts.take(task.result())
 
     write(options.out, counts)
@@ -547,7 +683,7 @@ def main() -> int:
     return 1 if counts.others else 0
 
 
-def of_run(subject: Subject, places: range) -> Counts:
+def of_run(subject: Subject) -> Counts:
     """Do everything with one run, finished, killed, and half done, and return the counts."""
     counts = Counts()
     whole, half = subject.folder.parent / "whole", subject.folder.parent / "half"
@@ -559,11 +695,12 @@ def of_run(subject: Subject, places: range) -> Counts:
     # The same run with another seed, whose files are put in the place of this one's.
     other = subject.folder.parent / "other"
     shutil.rmtree(subject.folder)
-    pipeline.run(subject.job("seed=1"))
+    more = ["calibration.seed=1"] if "calibration=uniform" in subject.choices else []
+    pipeline.run(subject.job("seed=1", *more))
     put(subject.folder, other)
 
     damage(subject, whole, other, wanted, counts, "finished")
-    kills(subject, places, wanted, counts, {places[len(places) // 2]: half})
+    kills(subject, wanted, counts, {subject.places[len(subject.places) // 2]: half})
     if half.exists():
         damage(subject, half, other, wanted, counts, "half done")
     return counts

@@ -367,7 +367,9 @@ def test_a_damaged_network_without_states_is_refused_by_every_reader(
 
 def test_images_of_another_set_are_refused(tmp_path, tiny_weights, finished):
     made = build(tmp_path, tiny_weights)
-    store = sample_stage.store_of(made, made.folder / made.sample_name)
+    folder = made.folder / made.sample_name
+    of = files.read_json(folder / "samples.json")["fingerprint"]
+    store = sample_stage.store_of(made, folder, of)
     store.put(0, store.read()[4:8])
     with pytest.raises(ValueError, match="not the images that were measured"):
         pipeline.run(build(tmp_path, tiny_weights))

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from tdq_exp.commands import cli
 from tdq_exp.experiment import fit_stage
 from tdq_exp.experiment.load import load
-from tdq_exp.fit.ptq.calibration_set import CalibrationSet, make_set
+from tdq_exp.fit.ptq.calibration_set import make_set
 from tdq_exp.fit.ptq.ptq import Ptq
 from tdq_exp.fit.ptq.reconstruct import sample_losses
+from tdq_exp.fit.ptq.stored_set import CalibrationSet
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.runtime.processes import Processes

@@ -32,6 +32,7 @@ def show(scale: str, out: Path) -> Path:
     Raises:
         ValueError: for a scale that does not exist, or a damaged file of rows.
     """
+    cli.require_results(out, is_read=True)
     scales = read_manifest("table1").scales
     if scale not in scales:
         raise ValueError(f"--scale {scale}: choose one of {', '.join(scales)}")

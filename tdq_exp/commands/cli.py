@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ParamSpec
 
 from tdq_exp.runtime.command import CommandFailed
@@ -64,6 +65,23 @@ def parser(doc: str | None, prog: str | None = None) -> argparse.ArgumentParser:
         epilog=rest.strip("\n"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def require_results(out: Path, is_read: bool = False) -> None:
+    """Refuse what is no folder of results, before anything is read or written there.
+
+    Args:
+        out: of the option `--out`.
+        is_read: whether nothing but what is there is shown: a slip of the keyboard would show an
+            empty table.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out={out}: is no folder; name the folder of results")
+    if is_read and not out.exists():
+        raise ValueError(f"--out={out}: no such folder; name the folder of results")
 
 
 def exit_code(command: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> int:

@@ -20,6 +20,7 @@ from tdq_exp.commands import cli, figure_data, table_runs
 from tdq_exp.report import cells as cells_module
 from tdq_exp.report import drawings, figure_manifest, figure_numbers
 from tdq_exp.report.figure_manifest import FigureManifest
+from tdq_exp.report.manifest import read_manifest
 from tdq_exp.runtime import files
 from tdq_exp.runtime.progress import console
 
@@ -82,7 +83,11 @@ def make(options: argparse.Namespace) -> int:
         The exit code: 1 if a cell failed.
     """
     out = options.out.expanduser()
+    cli.require_results(out)
     options.nets = (options.nets or out / "nets").expanduser()
+    scales = read_manifest("table1").scales
+    if options.scale not in scales:
+        raise ValueError(f"--scale {options.scale}: choose one of {', '.join(scales)}")
 
     every = options.figure == ALL
     names = figure_manifest.names() if every else [options.figure]

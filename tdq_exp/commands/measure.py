@@ -32,6 +32,7 @@ from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console, print_table, track
 
 PIECE = 512  # images that are decoded together, rounded down to whole batches
+FEWEST = pipeline.FEWEST
 DEVIATION = "deviation"  # of the distance, by half-sampling
 
 
@@ -71,6 +72,11 @@ def show(options: argparse.Namespace) -> None:
     if options.images is not None and options.images < 1:
         raise ValueError(f"--images={options.images}: must be at least 1")
 
+    if options.json is not None:
+        files.require_folder(options.json.expanduser().parent, "--json")
+        if options.json.is_dir():
+            raise ValueError(f"--json={options.json}: is a folder; name a file")
+
     overrides = [text for text in options.sets if "=" in text and not Path(text).exists()]
     job = jobs.build(
         compose([f"model={options.model}", "method=fp", "model.weights=none", *overrides])
@@ -80,6 +86,9 @@ def show(options: argparse.Namespace) -> None:
     if not paths:
         raise ValueError("measure: name a folder of pictures, a .npy or a .npz file")
     sets = [given.read(path, size, channels) for path in paths]
+    for one in sets:
+        if isinstance(one, GivenImages) and _count(one, options.images) < FEWEST:
+            raise ValueError(f"{one.path}: a distance needs at least {FEWEST} images")
 
     # 2. The reference.
     processes = Processes(cpu=options.cpu)
@@ -119,6 +128,11 @@ def show(options: argparse.Namespace) -> None:
     if options.json is not None:
         files.write_json(options.json, {"sets": measured, **about})
         console.print(f"numbers  {options.json}", markup=False)
+
+
+def _count(one: GivenImages, images: int | None) -> int:
+    """Return how many images of a set are measured."""
+    return min(one.count, images or one.count)
 
 
 def _measure(

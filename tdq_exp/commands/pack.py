@@ -41,6 +41,8 @@ def pack(run: Path, out: Path | None = None) -> Path:
     if out.exists():
         raise ValueError(f"--out={out}: exists; remove it or name another file")
 
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out={out}: must end in .safetensors, by which it is known as packed")
     files.require_folder(out.parent, "--out")
 
     job, net = load(run)

@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write(options: argparse.Namespace) -> Path:
     """Write the page and return its file."""
     out = options.out.expanduser()
+    cli.require_results(out, is_read=True)
     path = out / "report.html"
 
     text = page.html(out, options.scale or SCALES)

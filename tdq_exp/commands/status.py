@@ -45,6 +45,7 @@ def show(tables: Sequence[str], scale: str, out: Path, every: bool = False) -> N
     Raises:
         ValueError: for a table or a scale that does not exist, or a damaged record.
     """
+    cli.require_results(out)
     states: dict[str, CellState] = {}
     of_table: dict[str, list[str]] = {}
 

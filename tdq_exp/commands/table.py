@@ -114,6 +114,7 @@ def make(options: argparse.Namespace) -> int:
         raise ValueError("--share: says which runs --run starts; add --run")
     manifest = manifests.read_manifest(options.table)
     out = options.out.expanduser()
+    cli.require_results(out, is_read=not options.run)
 
     # 1. What the table asks for, and the rows that there are.
     asked = cells_module.cells_of(manifest, options.scale, out, options.overrides, options.column)

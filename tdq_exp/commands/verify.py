@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def verify(what: str, out: Path) -> int:
     """Print the faults of a run, a folder, a file or a table, and return the exit code."""
+    if not what.strip():
+        raise ValueError("verify: name a run, a folder, a file or a table")
     path = Path(what).expanduser()
     tables = {file.stem for file in (assets.configs() / "table").glob("*.yaml")}
 

@@ -1,7 +1,10 @@
 """Arrays on disk that are filled a group of rows at a time, with a map of the finished groups.
 
     <name>.npy    [N, ...], one or several
-    groups.npy    uint64 [number of groups]   0: to be made; 2^32 + CRC-32 of its rows: finished
+    groups.npy    uint64 [number of groups]   0: to be made; 3 * 2^32 + CRC-32: finished
+
+The CRC-32 is of what the arrays are of, which their owner names, and of the group's rows: files of
+another set do not match. Entries of an earlier version, 2^32 + CRC-32, are of the rows alone.
 
 Processes write disjoint groups of the same files, so nothing is merged afterwards. An interrupted
 run is continued where it stopped: a group's entry is set only after its rows are flushed. A group
@@ -25,6 +28,7 @@ from tdq_exp.runtime import files
 from tdq_exp.runtime.progress import console
 
 FINISHED = 1 << 32  # added to a group's CRC-32, so that no finished group is 0
+NAMED = 1 << 33  # added where the CRC-32 counts what the arrays are of
 
 
 def open_array(path: Path, mode: Any = "r") -> np.memmap[Any, Any]:
@@ -77,6 +81,7 @@ class GroupedArrays:
         columns: the arrays, by name; all of them have the same number of groups.
         again: what makes the arrays again, for messages: `encode`.
         elsewhere: the configuration key of the folder, for messages: `out`.
+        of: what the arrays are of, such as a fingerprint.
 
     Raises:
         ValueError: from whatever opens a file, if it is damaged or of another shape or type.
@@ -84,10 +89,15 @@ class GroupedArrays:
     """
 
     def __init__(
-        self, folder: Path, columns: Mapping[str, Column], again: str, elsewhere: str
+        self,
+        folder: Path,
+        columns: Mapping[str, Column],
+        again: str,
+        elsewhere: str,
+        of: str = "",
     ) -> None:
         self.folder, self.columns = folder, dict(columns)
-        self.again, self.elsewhere = again, elsewhere
+        self.again, self.elsewhere, self.of = again, elsewhere, of
 
         (self.groups,) = {column.groups for column in self.columns.values()}
         self._files = {name: (tuple(c.shape), np.dtype(c.dtype)) for name, c in columns.items()}
@@ -166,17 +176,27 @@ class GroupedArrays:
             done.flush()
         return sorted([*(int(group) for group in unfinished), *damaged])
 
+    def begun(self) -> bool:
+        """Return whether there is a finished group, damaged or not."""
+        try:
+            return all(self._path(name).exists() for name in self._files) and bool(
+                self._open("groups").any()
+            )
+        except ValueError:
+            return False
+
     def damaged(self) -> list[int]:
         """Return the finished groups whose rows do not match their checksum. Reads everything."""
         done = self._open("groups")
         columns = {name: self._open(name) for name in self.columns}
 
-        return [
-            int(group)
-            for group in np.flatnonzero(done)
-            if int(done[group])
-            != self._entry({n: a[self._rows(n, group)] for n, a in columns.items()})
-        ]
+        found = []
+        for group in np.flatnonzero(done):
+            rows = {name: array[self._rows(name, group)] for name, array in columns.items()}
+            named = bool(int(done[group]) & NAMED)
+            if int(done[group]) != self._entry(rows, named):
+                found.append(int(group))
+        return found
 
     def faults(self) -> list[str]:
         """Return what is wrong with the files, a line each; nothing is written."""
@@ -199,12 +219,17 @@ class GroupedArrays:
         start = int(group) * column.group
         return slice(start, min(start + column.group, column.shape[0]))
 
-    def _entry(self, rows: Mapping[str, NDArray[Any]]) -> int:
-        """Return what the map says of a finished group with these rows."""
-        checksum = 0
+    def _entry(self, rows: Mapping[str, NDArray[Any]], named: bool = True) -> int:
+        """Return what the map says of a finished group with these rows.
+
+        Args:
+            rows: of every array.
+            named: whether what the arrays are of counts; it did not in an earlier version.
+        """
+        checksum = zlib.crc32(self.of.encode()) if named else 0
         for name in self.columns:
             checksum = zlib.crc32(np.ascontiguousarray(rows[name]).view(np.uint8).data, checksum)
-        return FINISHED | checksum
+        return FINISHED | (NAMED if named else 0) | checksum
 
     def put(self, group: int, **rows: NDArray[Any]) -> None:
         """Store a group: the rows of every array. Rows past the end (padding) are dropped."""
@@ -253,15 +278,18 @@ class ImageStore:
         images: N.
         batch: images of a group.
         shape: (H, W, C).
+        of: fingerprint of the set.
 
     Raises:
         ValueError: if the files there are of another set.
         OSError: if the folder can't be written.
     """
 
-    def __init__(self, folder: Path, images: int, batch: int, shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, folder: Path, images: int, batch: int, shape: tuple[int, int, int], of: str = ""
+    ) -> None:
         columns = {"images": Column((images, *shape), np.uint8, batch)}
-        self.arrays = GroupedArrays(folder, columns, again="sample", elsewhere="out")
+        self.arrays = GroupedArrays(folder, columns, again="sample", elsewhere="out", of=of)
         self.images, self.batch = images, batch
 
     def create(self) -> None:
@@ -271,6 +299,10 @@ class ImageStore:
     def missing(self) -> list[int]:
         """Return the groups that are not finished."""
         return self.arrays.missing()
+
+    def begun(self) -> bool:
+        """Return whether there is a finished group, damaged or not."""
+        return self.arrays.begun()
 
     def faults(self) -> list[str]:
         """Return what is wrong with the files, a line each; see `GroupedArrays.faults`."""

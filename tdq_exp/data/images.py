@@ -184,7 +184,7 @@ def load_images(
     pixels, meta = place.with_suffix(".npy"), place.with_suffix(".json")
 
     # The description is written last: where it is, the pixels are whole.
-    content = _cached_content(pixels, meta, (size, size, channels), check)
+    content = _cached_content(place, source.key(split), (size, size, channels), check)
     if content is None:
 
         def decoded() -> Iterator[NDArray[np.uint8]]:
@@ -198,6 +198,7 @@ def load_images(
         array = open_array(pixels)
         content = images_hash(array)
         about = {
+            "of": place.name,
             "source": source.key(split),
             "split": split,
             "content": content,
@@ -209,13 +210,25 @@ def load_images(
 
 
 def _cached_content(
-    pixels: Path, meta: Path, shape: tuple[int, int, int], check: bool
+    place: Path, source: str, shape: tuple[int, int, int], check: bool
 ) -> str | None:
-    """Return the hash of a cached set, or None if there is none, or a damaged one, with a line."""
+    """Return the hash of a cached set, or None if there is none, or a damaged one, with a line.
+
+    Args:
+        place: its files, without their endings.
+        source: key of what it should be of.
+        shape: (H, W, C).
+        check: see `load_images`.
+    """
+    pixels, meta = place.with_suffix(".npy"), place.with_suffix(".json")
     try:
-        about = files.read_json(meta, needs=["content", "images"])
+        about = files.read_json(meta, needs=["content", "images", "source"])
         if about is None:
             return None
+
+        # Both files may have come from another set; an earlier version did not note its name.
+        if about["source"] != source or about.get("of", place.name) != place.name:
+            raise ValueError(f"{meta}: damaged (describes another set)")
 
         array = open_array(pixels)
         if array.shape != (about["images"], *shape) or array.dtype != np.uint8:

@@ -6,7 +6,7 @@ Encoding takes longer than a training step, and is the same every time: mean and
 computed once. On disk:
 
     moments.npy  float32 [N, M, 2, C, H, W]   M = 1: image, or 2: and its mirror; mean, deviation
-    groups.npy   uint8                        which groups of images are finished
+    groups.npy   uint64                       which groups of images are finished, and CRC-32
     about.json                                what was encoded, by what
 
 The folder is named after the content of the images and the fingerprint of the autoencoder, so that
@@ -62,7 +62,11 @@ class Latents:
         self.content, self.images, self.labels = content, images, labels
         moments = Column((images, mirrors, 2, *shape), np.float32, GROUP)
         self.arrays = GroupedArrays(
-            folder, {"moments": moments}, again="encode", elsewhere="data.cache"
+            folder,
+            {"moments": moments},
+            again="encode",
+            elsewhere="data.cache",
+            of=folder.name,  # the fingerprint of all that they depend on
         )
         self._moments: NDArray[np.float32] | None = None
 

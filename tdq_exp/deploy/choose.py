@@ -59,6 +59,26 @@ class Timed:
         return self.simulated / self.integer if self.integer is not None else -1.0
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Where a choice is kept.
+
+    Args:
+        file: beside the images that are made with it.
+        sample: fingerprint of these images; empty where no row is made of them.
+        begun: whether some of them are there already.
+    """
+
+    file: Path
+    sample: str = ""
+    begun: bool = False
+
+    @property
+    def again(self) -> str:
+        images = self.file.parent / "images"
+        return f"put the right one back, or remove {images} and what is there of it to begin again"
+
+
 @torch.no_grad()
 def timed(net: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[Timed]:
     """Time every candidate on the input that it gets in a run of the network, one of each shape.
@@ -143,7 +163,7 @@ def choice(
     net: nn.Module,
     run: Callable[[nn.Module], Tensor],
     min_speedup: float,
-    file: Path,
+    kept: Kept,
     chains: Chains | None = None,
 ) -> dict[str, Any]:
     """Return which layers run on codes: from the file of an earlier choice, or measured anew.
@@ -152,17 +172,27 @@ def choice(
         net: baked, in eval mode, on the device that it runs on.
         run: see `timed`.
         min_speedup: least gain of a layer; 0 takes every layer that can.
-        file: beside the images that are made with the choice.
+        kept: where the choice is kept, and for which images.
         chains: of the network; with them, the whole network is compared on a GPU.
 
     Returns:
         `layers`: their names; `of`: how many quantized layers there are; `shapes`: what was
-            measured; `simulated`: by name, why a layer is not among `layers`; on a GPU also
-            `tiles` by name, and `step`, the seconds of both whole networks.
+            measured; `simulated`: by name, why a layer is not among `layers`; `sample`: of which
+            images; on a GPU also `tiles` by name, and `step`, the seconds of both whole networks.
+
+    Raises:
+        ValueError: if the file is damaged, of other images or another network, or missing where
+            images were begun with it.
     """
-    found = files.read_json(file, needs=["layers", "of"])
+    found = files.read_json(kept.file, needs=["layers", "of"])
     if found is not None:
+        _require_choice(kept, found, net)
         return found
+    if kept.begun:
+        raise ValueError(
+            f"{kept.file}: is missing, and images were begun with it, or on a machine without"
+            f" integers; {kept.again}"
+        )
 
     # Measured here, for there is no file of an earlier choice.
     times = timed(net, run)
@@ -191,7 +221,8 @@ def choice(
     }
 
     # Kept: the choice changes the last bits of an image.
-    files.write_json(file, made)
+    made["sample"] = kept.sample
+    files.write_json(kept.file, made)
     return made
 
 
@@ -232,6 +263,22 @@ def _print(times: list[Timed], made: Mapping[str, Any]) -> None:
             + ("" if made["layers"] else "; integers are not faster, quantization is simulated"),
             markup=False,
         )
+
+
+def _require_choice(kept: Kept, found: Mapping[str, Any], net: nn.Module) -> None:
+    """Refuse a choice that was made for other images, or for another network.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    stated = found.get("sample", kept.sample)  # an earlier version did not note it
+    if stated != kept.sample:
+        reason = f"the choice for the images {stated}, not {kept.sample}"
+        raise files.damaged(kept.file, reason, kept.again)
+
+    layers = found["layers"]
+    if not isinstance(layers, list) or not {*map(str, layers)} <= {*candidates(net)}:
+        raise files.damaged(kept.file, "it names layers that can't run on integers", kept.again)
 
 
 def _units(net: nn.Module, found: Mapping[str, nn.Module]) -> list[tuple[tuple[str, ...], Any]]:

@@ -279,7 +279,13 @@ def _bake(
     tables = quantized.interval_tables(net)
     if tables:  # dynamic ones have no step size before they see an input
         picture, title = job.folder / "intervals.png", f"{job.name}: step sizes and zero points"
-        decide(lambda: figures.intervals_over_time(tables, picture, title))
+
+        def draw() -> None:
+            figures.intervals_over_time(tables, picture, title)
+            for drawn in (picture, picture.with_suffix(".svg")):
+                figures.sign(drawn, context.fingerprint)
+
+        decide(draw)
         tracker.intervals({name: s for name, (s, _) in tables.items()})
         tracker.picture("intervals", picture)
 

@@ -13,13 +13,18 @@ from torch import nn
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment.inputs import require_network
 from tdq_exp.experiment.network import finished_net, packed_net, read_fit, require_file
+from tdq_exp.experiment.own_checks import path_of
 
 
 def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
     """The job and the network of a finished run, or of a packed file. See `tdq_exp.load`."""
-    folder = Path(run).expanduser()
+    folder = path_of(run, "run")
     if folder.suffix == ".safetensors":
         return _packed(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(
+            f"{folder}: is a file; wanted the folder of a run, or a packed network, *.safetensors"
+        )
 
     found = read_fit(folder)
     if found is None or found["done"] is not True:

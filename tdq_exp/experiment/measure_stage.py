@@ -144,7 +144,7 @@ def _confirm_images(
         ValueError: if the images are not those that were measured.
     """
     folder = sampling.folder / "images"
-    store = store_of(job, sampling.folder)
+    store = store_of(job, sampling.folder, sampling.record.fingerprint)
 
     # 1. The record of the set, which a row never is without.
     if processes.decide(lambda: sampling.record.begun() is None):

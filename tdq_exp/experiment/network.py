@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def finished_net(
                 f"{str(error).partition(';')[0]}; put it back, or remove {job.folder} to fit again"
             ) from error
         tensor_files.require_of(checkpoint, found.metadata, fit)
+        require_update(checkpoint, found.metadata)
         net = job.fit.skeleton(job.model, job.recipe)
         load_weights(net, str(checkpoint))
         return bake(net, inplace=True).to(device)
@@ -74,6 +76,21 @@ def finished_net(
     net = job.fit.finished(job.model, job.recipe, job.folder, device)
     require_recorded(job.folder, file, net)
     return net
+
+
+def require_update(file: Path, metadata: Mapping[str, str]) -> None:
+    """Refuse the checkpoint of another update under this name.
+
+    Raises:
+        ValueError: naming both.
+    """
+    named = file.stem.rpartition("-")[2]
+    stated = metadata.get("update", named)
+    if stated.zfill(len(named)) != named:
+        raise ValueError(
+            f"{file}: holds the network of update {stated}; put the file of this update back, or"
+            f" remove {file.parent} to fit again"
+        )
 
 
 def network_is_here(job: Experiment) -> bool:

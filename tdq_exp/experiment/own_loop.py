@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tdq_exp.deploy import packed
 from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment import own_checks
 from tdq_exp.fit.qat import Rates, optimizer_groups
 from tdq_exp.fit.quantized import required
 from tdq_exp.models.pixel import architecture_of
@@ -60,18 +61,23 @@ def quantize(
 
     Raises:
         TypeError: for a network of another class.
-        ValueError: for a name or a value that there is not; one line.
+        ValueError: for weights that are not finite float32, a name or a value that there is not;
+            one line.
     """
     # The configuration that a run of this network would have; a packed file holds it.
     choices = {"bits": bits, "method": method, "tdq": tdq, "plan": plan, "habits": habits}
+    own_checks.require_texts(choices, overrides)
     named = [f"{group}={option}" for group, option in choices.items()]
-    job = jobs.of_network(architecture_of(net), [*named, *overrides])
+    architecture = architecture_of(net)
+    own_checks.require_float32(net)
+    job = jobs.of_network(architecture, [*named, *overrides])
 
     device = next(net.parameters()).device
     made: Any = copy.deepcopy(net)
     job.model.quantize(made, required(job.recipe))
     made.to(device)
     made.tdq_config = job.recorded()
+    made.register_load_state_dict_post_hook(own_checks.now_calibrated)
     return made.eval()
 
 
@@ -85,11 +91,16 @@ def calibrate(net: nn.Module, batches: Iterable[Batch]) -> None:
             a class-conditional network (x_t, t, classes).
 
     Raises:
-        ValueError: if there is no batch.
+        ValueError: if there is no batch, or one that can't be shown; the network is as it was then.
     """
+    _trainable_config(net)
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"calibrate: wanted batches of (x_t, t), not {type(batches).__name__}")
     shown = list(batches)
     if not shown:
         raise ValueError("calibrate: there is no batch of (x_t, t)")
+    for batch in shown:
+        own_checks.require_batch(net, batch)
 
     training = net.training
     net.eval()
@@ -99,6 +110,7 @@ def calibrate(net: nn.Module, batches: Iterable[Batch]) -> None:
             calibration.batch = number
             net(x_t, t, **({"class_labels": classes[0]} if classes else {}))
     net.train(training)
+    own_checks.now_calibrated(net)
 
 
 def parameter_groups(
@@ -118,7 +130,18 @@ def parameter_groups(
         lr_zero_point: of zero points, in shares of the grid.
         lr_generator: of TDQ's generators; `lr` if not given.
         decay: of weights and generators; step sizes and zero points have none.
+
+    Raises:
+        ValueError: for a rate out of range, or a network that is not trainable.
     """
+    _trainable_config(net)
+    own_checks.require_rates(
+        lr=lr,
+        lr_step_size=lr_step_size,
+        lr_zero_point=lr_zero_point,
+        lr_generator=lr_generator,
+        decay=decay,
+    )
     rates = Rates(
         weights=lr,
         decay=decay,
@@ -132,6 +155,7 @@ def parameter_groups(
 
 def penalty(net: nn.Module) -> Tensor:
     """Return what the method adds to the loss after a forward pass, 0-dim; 0 for most methods."""
+    _config(net)
     found = penalty_of(net)
     return next(net.parameters()).new_zeros(()) if found is None else found
 
@@ -140,8 +164,12 @@ def bake(net: nn.Module) -> nn.Module:
     """Return a copy for inference: weights as codes, step sizes and zero points as tables over t.
 
     It answers as the network does in eval mode, bit for bit.
+
+    Raises:
+        ValueError: for a network that was not calibrated.
     """
     _config(net)
+    own_checks.require_calibrated(net)
     return conversion.bake(net)
 
 
@@ -152,7 +180,9 @@ def save(net: nn.Module, path: str | Path) -> int:
         net: baked, or in training form, of which a baked copy is saved then.
         path: `*.safetensors`.
     """
-    config, path = _config(net), Path(path).expanduser()
+    config, path = _config(net), own_checks.path_of(path, "path")
+    own_checks.require_calibrated(net)
+    own_checks.require_finite(net)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: must end in .safetensors")
     baked = net if _is_baked(net) else bake(net)
@@ -161,6 +191,14 @@ def save(net: nn.Module, path: str | Path) -> int:
 
 def _is_baked(net: nn.Module) -> bool:
     return any(name.endswith("weight_quantizer.codes") for name in net.state_dict())
+
+
+def _trainable_config(net: nn.Module) -> dict[str, Any]:
+    """Return the configuration of a network that is not baked."""
+    config = _config(net)
+    if _is_baked(net):
+        raise ValueError("the network is baked: it has codes and tables, and nothing to train")
+    return config
 
 
 def _config(net: nn.Module) -> dict[str, Any]:

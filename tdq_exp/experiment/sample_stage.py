@@ -20,12 +20,13 @@ from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.denoising_graph import DenoisingGraph
 from tdq_exp.diffusion.draws import Stream, generator, groups, image_generators, starting_noise
 from tdq_exp.experiment.build import Experiment
+from tdq_exp.experiment.engines import engine
 from tdq_exp.experiment.fit_stage import FittedModel
 from tdq_exp.experiment.places import UNKNOWN, place_of
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.runtime.processes import Processes
-from tdq_exp.runtime.progress import console, track
+from tdq_exp.runtime.progress import track
 from tdq_exp.runtime.stage import Result, StageFile, stage
 
 
@@ -99,10 +100,17 @@ def sample_stage_of(
     )
 
 
-def store_of(job: Experiment, folder: Path) -> ImageStore:
-    """Return the images of a set, finished or not."""
+def store_of(job: Experiment, folder: Path, of: str) -> ImageStore:
+    """Return the images of a set, finished or not.
+
+    Args:
+        job: the experiment.
+        folder: of the set.
+        of: its fingerprint.
+    """
     size, s = job.model.image_size, job.sampling
-    return ImageStore(folder / "images", s.images, s.batch, (size, size, job.model.channels))
+    shape = (size, size, job.model.channels)
+    return ImageStore(folder / "images", s.images, s.batch, shape, of)
 
 
 def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -> SampledSet:
@@ -112,7 +120,7 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
         ValueError: if there are images, but no record of what they are.
     """
     folder, record = sampling.folder, sampling.record
-    store = store_of(job, folder)
+    store = store_of(job, folder, record.fingerprint)
     engines: list[str] = []
     made: list[dict[str, Any]] = []
 
@@ -132,7 +140,16 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
 
     def make() -> Result:
         earlier = processes.decide(begin)
-        net, name = choose_engine(job, sampling.net(), folder, processes)
+        net, name = engine(
+            sampling.net(),
+            job.model,
+            job.sampling.engine,
+            batch=job.sampling.batch,
+            min_speedup=job.sampling.min_speedup,
+            folder=folder,
+            processes=processes,
+            store=store,
+        )
         engines.append(name)
 
         here = place_of(processes)
@@ -305,90 +322,6 @@ class Reconstructions:
             (0, self.model.image_size, self.model.image_size, self.model.channels), np.uint8
         )
         return np.concatenate([empty, *made])
-
-
-def choose_engine(
-    job: Experiment, net: nn.Module, folder: Path, processes: Processes
-) -> tuple[nn.Module, str]:
-    """Return the network as the experiment's engine runs it, and what it is, for the row."""
-    s = job.sampling
-    return engine(
-        net,
-        job.model,
-        s.engine,
-        batch=s.batch,
-        min_speedup=s.min_speedup,
-        folder=folder,
-        processes=processes,
-    )
-
-
-def engine(
-    net: nn.Module,
-    model: DiffusionModel,
-    name: str,
-    *,
-    batch: int,
-    min_speedup: float,
-    folder: Path,
-    processes: Processes,
-) -> tuple[nn.Module, str]:
-    """Return the network as an engine runs it, and what it is, for the row.
-
-    Args:
-        net: baked.
-        model: its description.
-        name: `fake` (simulated quantization) or `integer`.
-        batch: images at a time.
-        min_speedup: of a layer that is to run on integers.
-        folder: where the choice of layers is kept, beside the images that are made with it.
-
-    Raises:
-        ValueError: if the network has no quantized layers.
-    """
-    if name == "fake":
-        return net, "fake"
-
-    from tdq_exp.deploy import choose, integer  # not imported unless used
-
-    reason = integer.unavailable(processes.device)
-    if reason is None and not integer.codable(net):
-        raise ValueError(
-            "sampler.engine=integer: the network has no quantized layer that can run on integers"
-        )
-    if reason is None:
-        net = net.to(processes.device)  # layers run, and are timed, where the images are made
-    if reason is None and not integer.candidates(net):
-        left = integer.left_out(net)
-        reason = left[next(iter(integer.codable(net)))]
-        reason = integer.INEXACT if integer.INEXACT in left.values() else reason
-
-    # A machine that can't is told so in the row, not refused.
-    if reason is not None:
-        if processes.main:
-            console.print(
-                f"sampler.engine=integer: {reason}; quantization is simulated", markup=False
-            )
-        return net, f"fake: {reason}"
-
-    # Layers that gain by it, measured once and kept beside the images.
-    x = torch.zeros(batch, *model.sample_shape, device=processes.device)
-    t = torch.tensor(model.schedule.steps // 2, device=processes.device)
-    condition = model.draw_condition(0, Stream.IMAGE, range(batch))
-    condition = None if condition is None else condition.to(processes.device)
-    chains = model.chains(net)
-
-    found = processes.decide(
-        lambda: choose.choice(
-            net,
-            lambda n: model.predict(n, x, t, condition),
-            min_speedup,
-            folder / "engine.json",
-            chains,
-        )
-    )
-    said = f"integer: {len(found['layers'])} of {found['of']} layers"
-    return integer.integerize(net, chains, found["layers"], found.get("tiles")), said
 
 
 def write_pngs(pixels: NDArray[np.uint8], folder: Path) -> None:

@@ -46,17 +46,19 @@ def publish(
 
 def _draw(job: Experiment, folder: Path, row: dict[str, Any], processes: Processes) -> None:
     """Draw a grid of samples; for a quantized net below the float net's from the same noise."""
-    path = folder / "grid.png"
-    if path.exists() and figures.is_whole(path):
+    path, of = folder / "grid.png", row["fingerprints"]["sample"]
+    whole = path.exists() and figures.is_whole(path)
+    if whole and figures.signature(path) in (of, None):
         return
 
     # A row may stand without its images; then there is nothing to draw.
     if not (folder / "images").exists():
         return
     if path.exists():
-        console.print(f"{path}: damaged, drawn again", markup=False)
+        reason = "of another run" if whole else "damaged"
+        console.print(f"{path}: {reason}, drawn again", markup=False)
 
-    images, batch = store_of(job, folder).read(), job.sampling.batch
+    images, batch = store_of(job, folder, of).read(), job.sampling.batch
     features = f"{row['features']['name']} features {row['features']['weights']}"
     name, value = next((VALUES[k].label, v) for k, v in row["metrics"].items() if k in VALUES)
     title = f"{job.name}, {name} {value:.4g} ({features}, {row['images']} images)"
@@ -77,6 +79,7 @@ def _draw(job: Experiment, folder: Path, row: dict[str, Any], processes: Process
         rows = {"float, same noise": pixels, **rows}
 
     figures.sample_grid(rows, path)
+    figures.sign(path, of)
 
 
 def print_row(job: Experiment, rows: list[dict[str, Any]]) -> None:

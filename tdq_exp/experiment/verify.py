@@ -4,7 +4,10 @@
     samples.json  the same, and its fit is the one beside it
     metrics.json  every row is of this fit and this set, with the counts that they state
     images        every group matches its checksum, and the set the hash in its row
-    networks      match their checksums, and belong to this fit
+    networks      match their checksums, and belong to this fit; and so do training states
+    layers.json, engine.json, pictures
+                  are of this fit, or of the set beside them
+    *.onnx        match their checksums
 
 Files that may have been removed, such as the images and networks of published runs, are no fault.
 """
@@ -18,7 +21,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tdq_exp.data.arrays import ImageStore, open_array
-from tdq_exp.experiment.network import RECORD, read_fit
+from tdq_exp.deploy.onnx import graph
+from tdq_exp.experiment.engines import ENGINE
+from tdq_exp.experiment.network import RECORD, read_fit, require_update
 from tdq_exp.experiment.row import measure_parts, read_rows
 from tdq_exp.runtime import environment, figures, files, tensor_files
 from tdq_exp.runtime.hashes import images_hash, tensor_hash
@@ -26,8 +31,9 @@ from tdq_exp.runtime.stage import read_record
 
 NETWORKS = ("baked.safetensors", "weights.safetensors")
 UNCHECKED = "has no checksum; an earlier version wrote none: python scripts/migrate_records.py"
-CHECKED = {".json", ".png", ".svg", ".pt", ".safetensors", ".part"}
-OTHERS = {"wandb", "wandb-id.json", "png"}  # not ours, or nothing is read from them
+CHECKED = {".json", ".png", ".svg", ".pt", ".safetensors", ".onnx", ".part"}
+OTHERS = {"wandb", "png"}  # not ours, or nothing is read from them
+HISTORY = ".history.json"  # how weights beside it were made
 
 T = TypeVar("T")
 
@@ -47,6 +53,9 @@ def faults_of(path: Path) -> list[str]:
                 f"{path}: such a file has no checksum of its own; name the run that it belongs to"
             )
         return _file_faults(path)
+
+    if not any(path.rglob("*")):
+        raise ValueError(f"{path}: is empty, nothing was checked")
 
     # 1. Runs; then whatever lies beside them, such as shipped networks.
     runs = sorted(record.parent for record in path.rglob(RECORD))
@@ -111,6 +120,9 @@ def row_faults(file: Path) -> list[str]:
         )
         samples = _tried(found, partial(read_record, samples_file)) if samples_file else None
         found += [f"{file}: {fault}" for fault in _row_faults(row, fit, samples)]
+        folders = {place.name for place in (file.parent, file.parent.parent)}
+        if "sample" in row and row["sample"] not in folders:
+            found.append(f"{file}: a row is of the set {row['sample']}, in another one's folder")
     return found
 
 
@@ -193,19 +205,19 @@ def _set_faults(folder: Path, fit: Mapping[str, Any] | None, everything: bool) -
     # The images: by group, and as what was measured.
     if samples is None or not everything or not (folder / "images").exists():
         return found
-    return found + _image_faults(folder, samples["parts"]["sampler"])
+    return found + _image_faults(folder, samples)
 
 
-def _image_faults(folder: Path, sampler: Mapping[str, Any]) -> list[str]:
+def _image_faults(folder: Path, samples: Mapping[str, Any]) -> list[str]:
     found: list[str] = []
     pixels = _tried(found, lambda: open_array(folder / "images" / "images.npy"))
     if pixels is None or pixels.ndim != 4:
         return found or [f"{folder / 'images'}: damaged (no set of images)"]
 
     height, width, channels = pixels.shape[1:]
-    store = ImageStore(
-        folder / "images", sampler["images"], sampler["batch"], (height, width, channels)
-    )
+    of, sampler = samples["fingerprint"], samples["parts"]["sampler"]
+    shape = (height, width, channels)
+    store = ImageStore(folder / "images", sampler["images"], sampler["batch"], shape, of)
     found += store.faults()
     if found:
         return found
@@ -236,9 +248,16 @@ def _file_faults(
         return [f"{file}: is a pipe, a socket or a device; remove it"]
 
     if file.suffix == ".json":
-        _tried(found, lambda: files.read_json(file, must_be_sealed=must_be_sealed))
-    elif file.suffix in (".png", ".svg") and not figures.is_whole(file):
-        found.append(f"{file}: damaged (no whole picture); remove it")
+        sealed = must_be_sealed and file.name != "wandb-id.json"  # an earlier version sealed none
+        content = _tried(found, lambda: files.read_json(file, must_be_sealed=sealed))
+        found += _other_owner(file, content, fit)
+    elif file.suffix in (".png", ".svg"):
+        if not figures.is_whole(file):
+            found.append(f"{file}: damaged (no whole picture); remove it")
+        elif fit is not None:
+            found += _picture_faults(file, fit)
+    elif file.suffix == ".onnx" and graph.is_whole(file) is False:
+        found.append(f"{file}: damaged (its content does not match its checksum); export it again")
     elif file.suffix == ".pt":
         checked = _tried(found, lambda: tensor_files.check_state(file))
         if must_be_sealed and checked is False:
@@ -248,6 +267,52 @@ def _file_faults(
     elif file.suffix == ".safetensors":
         found += _tensor_faults(file, fit, must_be_sealed)
     return found
+
+
+def _other_owner(
+    file: Path, content: Mapping[str, Any] | None, fit: Mapping[str, Any] | None
+) -> Iterable[str]:
+    """Yield a line if a JSON file says that it is of another fit, set or run."""
+    if content is None:
+        return
+
+    # What is of a fit, of a set, and of a run by its name.
+    if fit is not None and file.name == "layers.json":
+        stated, wanted = content.get("fit"), fit["fingerprint"]
+        if stated not in (None, wanted):
+            yield f"{file}: is of the fit {stated}, beside it is {wanted}; remove it"
+
+    if file.name == ENGINE:
+        stated, wanted = content.get("sample"), _set_beside(file)
+        if stated and wanted and stated != wanted:
+            yield f"{file}: is of the set {stated}, beside it is {wanted}"
+
+    if fit is not None and file.name == "wandb-id.json":
+        stated, wanted = content.get("name"), fit.get("name")
+        if stated is not None and stated.rpartition("/")[0] != wanted:
+            yield f"{file}: is of the run {stated}, beside it is {wanted}; remove it"
+
+    # Exported weights: their history is theirs.
+    weights = file.with_name(file.name.removesuffix(HISTORY) + ".safetensors")
+    if file.name.endswith(HISTORY) and weights.exists():
+        found = _tried([], lambda: tensor_files.read_tensors(weights))
+        of = found.metadata.get("fit") if found is not None else None
+        if of not in (None, content.get("fingerprint")):
+            yield f"{file}: is of the fit {content.get('fingerprint')}, {weights.name} of {of}"
+
+
+def _set_beside(file: Path) -> str | None:
+    """Return the fingerprint of the set that a file lies beside, or None."""
+    record = _tried([], lambda: read_record(file.parent / "samples.json"))
+    return record["fingerprint"] if record is not None else None
+
+
+def _picture_faults(file: Path, fit: Mapping[str, Any]) -> Iterable[str]:
+    """Yield a line if a picture says that it is of another fit or set."""
+    wanted = _set_beside(file) or fit["fingerprint"]
+    stated = figures.signature(file)
+    if stated not in (None, wanted):
+        yield f"{file}: is of {stated}, beside it is {wanted}; remove it, it is drawn again"
 
 
 def _state_faults(file: Path, fit: Mapping[str, Any]) -> list[str]:
@@ -270,6 +335,8 @@ def _tensor_faults(file: Path, fit: Mapping[str, Any] | None, must_be_sealed: bo
         found.append(f"{file}: {UNCHECKED}")
     if fit is not None:
         _tried(found, lambda: tensor_files.require_of(file, content.metadata, fit["fingerprint"]))
+        if file.name.startswith("best-"):
+            _tried(found, lambda: require_update(file, content.metadata))
         stated = fit.get("facts", {}).get("network")
         if file.name in NETWORKS and stated not in (None, tensor_hash(content.tensors)):
             found.append(f"{file}: is not the network that {RECORD} states")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tdq_exp.diffusion.draws import Stream, fixed_draws
 from tdq_exp.diffusion.objective import NetworkInput, Samples
-from tdq_exp.fit.ptq.calibration_set import CalibrationSet
+from tdq_exp.fit.ptq.stored_set import CalibrationSet
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant import calibrate
 from tdq_exp.quant.convert import Recipe
@@ -118,14 +118,20 @@ def calibrated(
             advance("")
 
     time.set(None)
-    processes.decide(lambda: files.write_json(file, calibration.found))
+    made = {"of": digest, "start": calibration.found}
+    processes.decide(lambda: files.write_json(file, made))
     return net
 
 
 def _cached(file: Path) -> dict[str, Any] | None:
     """Return cached start values, or None if there are none, or damaged ones, with a line."""
     try:
-        return files.read_json(file, must_be_sealed=True)
+        found = files.read_json(file, needs=["of", "start"], must_be_sealed=True)
+        if found is None:
+            return None
+        if found["of"] != file.stem:
+            raise ValueError(f"{file}: damaged (holds start values of another network)")
+        return dict(found["start"])
     except ValueError as error:
         console.print(f"{str(error).partition(';')[0]}: searched again", markup=False)
         return None

@@ -120,3 +120,4 @@ def _write(
     rows = model.shown(net, held_out)
     if rows:
         figures.sample_grid(rows, folder / "grid.png")
+        figures.sign(folder / "grid.png", context.fingerprint)

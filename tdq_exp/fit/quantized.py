@@ -59,7 +59,7 @@ class QuantizedFit(Fit[O_co]):
         recipe = required(subject.recipe)
         net = calibrated(net, subject.model, recipe, batches, context, key)
 
-        context.processes.decide(lambda: _write_layer_map(context.folder, subject.model, net))
+        context.processes.decide(lambda: _write_layer_map(context, subject.model, net))
         return net
 
     def network_file(self, folder: Path) -> Path:
@@ -113,16 +113,17 @@ def _filled(
             yield name, table
 
 
-def _write_layer_map(folder: Path, model: DiffusionModel, net: nn.Module) -> None:
+def _write_layer_map(context: RunContext, model: DiffusionModel, net: nn.Module) -> None:
     with torch.device("meta"):  # names are all that is wanted
         roles = model.roles(model.build())
 
     rows = layer_map(net, roles)
     quantized = sum(row["weight"] not in ("float", "-") for row in rows)
     leaves = sum(row["weight"] != "-" for row in rows)
+    counts = {"quantized_leaves": quantized, "leaves": leaves}
     files.write_json(
-        folder / "layers.json",
-        {"quantized_leaves": quantized, "leaves": leaves, **layer_record(rows)},
+        context.folder / "layers.json",
+        {"fit": context.fingerprint, **counts, **layer_record(rows)},
     )
 
 

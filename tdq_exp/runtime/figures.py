@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,8 @@ BLACK = "#000000"
 MOST = 6  # curves that are drawn by name
 FEW_CODES = 16  # those of 4 bits
 RESOLUTION = 150  # dots per inch of a run's pictures
+SIGNATURE = "tdq_exp"  # before the fingerprint in a picture
+PNG_END = 12  # bytes of a PNG's last part
 
 
 def sample_grid(
@@ -218,6 +222,38 @@ def save_figure(figure: Figure, path: Path, images: bool = False) -> None:
         picture = picture.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     with files.replacing(path) as part:
         picture.save(part, format="PNG", optimize=True)
+
+
+def sign(path: Path, of: str) -> None:
+    """Write into a picture whose it is, for `signature`; its pixels stay as they are.
+
+    Args:
+        path: a PNG, or an SVG that `save_figure` wrote; where there is none, nothing is done.
+        of: fingerprint of the stage that it is drawn from.
+    """
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    if path.suffix == ".svg":
+        picture = content[: content.rfind(b"<!--")] + f"<!-- {SIGNATURE} {of} -->\n".encode()
+        files.write_bytes(path, picture + _svg_checksum(picture))
+        return
+
+    # A text of a PNG: length, kind, content, CRC-32; before the last part, IEND.
+    text = f"{SIGNATURE}\0{of}".encode("latin-1")
+    part = struct.pack(">I", len(text)) + b"tEXt" + text
+    part += struct.pack(">I", zlib.crc32(b"tEXt" + text))
+    files.write_bytes(path, content[:-PNG_END] + part + content[-PNG_END:])
+
+
+def signature(path: Path) -> str | None:
+    """Return whose a whole picture is, or None: an earlier version did not write it."""
+    if path.suffix == ".svg":
+        found = re.findall(rf"<!-- {SIGNATURE} (\w+) -->".encode(), path.read_bytes()[-200:])
+        return found[-1].decode() if found else None
+    with Image.open(path, formats=["PNG"]) as image:
+        image.load()  # texts may follow the pixels
+        return image.info.get(SIGNATURE)
 
 
 def is_whole(path: Path) -> bool:

@@ -84,6 +84,8 @@ class Tracker:
 
         # A resumed run goes on under its id, after its last step.
         found = files.read_json(self._identity) or {}
+        if found.get("name", name) != name:
+            raise ValueError(f"{self._identity}: is of {found['name']}; remove it")
         self._id = str(found.get("id") or secrets.token_hex(4))
         self._first = int(found.get("step", -1)) + 1
         self._remember(self._first - 1)
@@ -105,7 +107,9 @@ class Tracker:
 
     def _remember(self, step: int) -> None:
         """Note the last step whose values are complete: a resumed fit goes on after it."""
-        files.write_json(self._identity, {"id": self._id, "step": step})
+        assert self._start is not None
+        about = {"id": self._id, "name": self._start[2], "step": step}
+        files.write_json(self._identity, about)
 
     def _log(self, values: Mapping[str, Any], step: int | None = None) -> None:
         """Log values at a step, unless an interrupted run has; None: now, after all others."""

@@ -97,6 +97,25 @@ def test_a_map_without_checksums_is_one_of_an_earlier_version_and_made_anew(tmp_
     assert "earlier version" in capsys.readouterr().out
 
 
+def test_files_of_another_set_do_not_match_and_those_of_an_earlier_version_do(tmp_path):
+    store = make(tmp_path)
+    for number in range(3):
+        store.put(number, group(number))
+    other = ImageStore(tmp_path / "set", 10, 4, (2, 2, 1), of="another set")
+    assert other.arrays.damaged() == [0, 1, 2] and "3 of 3 groups are damaged" in other.faults()[0]
+
+    # An earlier version counted the rows alone.
+    path = tmp_path / "set" / "groups.npy"
+    entries = [store.arrays._entry({"images": rows}, named=False) for rows in split(store)]
+    np.save(path, np.array(entries, np.uint64))
+    assert not store.faults() and not other.faults()
+
+
+def split(store):
+    images = store.arrays.read("images")
+    return [images[start : start + 4] for start in range(0, 10, 4)]
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from tdq_exp.data.arrays import ImageStore
 from tdq_exp.deploy import choose, gpu, integer, stopwatch
 from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.denoising_graph import DenoisingGraph
 from tdq_exp.diffusion.draws import image_generators, starting_noise
 from tdq_exp.diffusion.schedule import Schedule
-from tdq_exp.experiment import sample_stage
+from tdq_exp.experiment import engines
 from tdq_exp.models.resnet_blocks import unet_chains
 from tdq_exp.quant.chains import Chains
 from tdq_exp.quant.convert import Recipe, bake
@@ -235,8 +236,9 @@ def test_the_engine_takes_the_fastest_tile_or_none(
         return model.predict(other, x, t)
 
     file = tmp_path / "engine.json"
-    found = choose.choice(net, step, 1.0, file, unet_chains(net))
-    assert choose.choice(net, step, 1.0, file, unet_chains(net)) == choose.files.read_json(file)
+    kept = choose.Kept(file)
+    found = choose.choice(net, step, 1.0, kept, unet_chains(net))
+    assert choose.choice(net, step, 1.0, kept, unet_chains(net)) == choose.files.read_json(file)
     if taken:
         assert len(found["layers"]) == found["of"] and found["simulated"] == {}
         assert {tuple(tile) for tile in found["tiles"].values()} == {kernel.TILES[1]}
@@ -253,7 +255,8 @@ def test_the_engine_takes_the_fastest_tile_or_none(
 def test_the_sample_stage_names_the_layers_that_ran(as_on_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(choose, "stopwatch", Watch({"integer 0": 0.5}, 0.5, {}))
     options = {"batch": 2, "min_speedup": 1.0, "folder": tmp_path, "processes": Processes(cpu=True)}
-    net, name = sample_stage.engine(baked("4 bits"), load_model("tiny"), "integer", **options)
+    options["store"] = ImageStore(tmp_path / "images", 2, 2, (8, 8, 1))
+    net, name = engines.engine(baked("4 bits"), load_model("tiny"), "integer", **options)
     count = sum(isinstance(module, gpu.GpuLayer) for module in net.modules())
     assert name == f"integer: {count} of {count} layers"
 
@@ -383,9 +386,8 @@ def test_the_choice_is_measured_in_graphs(tmp_path, monkeypatch):
     monkeypatch.setattr(choose, "TILES", kernel.TILES[2:4])  # each is compiled for every kind
     net, model = bake(make_net(RECIPES["4 bits"]())).cuda(), load_model("tiny")
     x, t = inputs(2)[0].cuda(), torch.tensor(500, device="cuda")
-    found = choose.choice(
-        net, lambda n: model.predict(n, x, t), 0.0, tmp_path / "engine.json", unet_chains(net)
-    )
+    kept = choose.Kept(tmp_path / "engine.json")
+    found = choose.choice(net, lambda n: model.predict(n, x, t), 0.0, kept, unet_chains(net))
     assert len(found["layers"]) == found["of"]
     assert all(entry["error"] is None and entry["integer"] > 0 for entry in found["shapes"])
     assert found["step"]["integer"] > 0

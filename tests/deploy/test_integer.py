@@ -218,13 +218,15 @@ def test_the_choice_is_measured_once_and_kept(tmp_path):
     def run(other):
         return model.predict(other, x, torch.tensor(500))
 
-    every = choose.choice(net, run, 0.0, tmp_path / "all.json")
+    every = choose.choice(net, run, 0.0, choose.Kept(tmp_path / "all.json"))
     assert set(every["layers"]) == integer.candidates(net).keys() and every["of"] == len(
         every["layers"]
     )
-    assert choose.choice(net, run, 1e9, tmp_path / "none.json")["layers"] == []
+    assert choose.choice(net, run, 1e9, choose.Kept(tmp_path / "none.json"))["layers"] == []
     kept = files.read_json(tmp_path / "all.json")
-    assert choose.choice(net, run, 1e9, tmp_path / "all.json") == kept  # the file is what counts
+    assert (
+        choose.choice(net, run, 1e9, choose.Kept(tmp_path / "all.json")) == kept
+    )  # the file is what counts
     times = choose.timed(net, run)
     assert sum(len(entry.names) for entry in times) == len(every["layers"])
     assert all(entry.simulated > 0 and entry.integer > 0 for entry in times)

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from tdq_exp.data.arrays import ImageStore
 from tdq_exp.deploy import integer, products
-from tdq_exp.experiment import sample_stage
+from tdq_exp.experiment import engines
 from tdq_exp.quant.chains import Chains
 from tdq_exp.quant.convert import Recipe, bake
 from tdq_exp.quant.intervals.static import StaticIntervals
@@ -170,7 +171,7 @@ def test_without_vnni_a_layer_that_would_be_wrong_is_refused_by_name(without_vnn
 @needs_kernels
 def test_without_vnni_a_w8a8_net_is_simulated_and_a_line_says_why(without_vnni, tmp_path, capsys):
     net, processes = net_of(8), Processes(cpu=True)
-    running, engine = sample_stage.engine(
+    running, engine = engines.engine(
         net,
         load_model("tiny"),
         "integer",
@@ -178,6 +179,7 @@ def test_without_vnni_a_w8a8_net_is_simulated_and_a_line_says_why(without_vnni, 
         min_speedup=0,
         folder=tmp_path,
         processes=processes,
+        store=ImageStore(tmp_path / "images", 2, 2, (8, 8, 1)),
     )
     processes.close()
     assert running is net and engine == f"fake: {integer.INEXACT}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from pathlib import Path
 
@@ -104,3 +105,134 @@ def test_mistakes_are_one_line(call, error, words):
     with pytest.raises(error, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    net = tdq_exp.quantize(unet(), tdq="none")
+    tdq_exp.calibrate(net, [batch()])
+    return net
+
+
+def with_nan():
+    net = unet()
+    net.conv_in.weight.data[0] = math.nan
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: unet().half(), "float16, wanted float32"),
+        (lambda: unet().to("meta"), "conv_in.weight: has no values"),
+        (with_nan, "conv_in.weight: has values that are not finite"),
+    ],
+    ids=["half", "meta", "nan"],
+)
+def test_weights_that_nothing_can_come_of_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        tdq_exp.quantize(make())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bits": 4}, "bits=4: must be"),
+        ({"habits": ["text"]}, "habits="),
+        ({"overrides": "fit.lr=1"}, "overrides='fit.lr=1': wanted a list"),
+        ({"overrides": {"fit.lr": 1}}, "wanted a list"),
+        ({"overrides": [3]}, "overrides=3"),
+        ({"overrides": ["model.definition.network.sample_size=16"]}, "leave this out"),
+    ],
+)
+def test_choices_that_are_none_are_refused(options, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        tdq_exp.quantize(unet(), **options)
+    assert "\n" not in str(caught.value)
+
+
+X, T = batch()
+
+
+@pytest.mark.parametrize(
+    ("shown", "words"),
+    [
+        (None, "not NoneType"),
+        ([X], "a tuple of tensors"),
+        ([(X, T, T)], r"must be \(x_t, t\)"),
+        ([{"x": X, "t": T}], "a tuple of tensors"),
+        ([(X.numpy(), T.numpy())], "a tuple of tensors"),
+        ([(X, T), (X, T[:3])], r"t is torch.int64 \[3\]"),
+        ([(X, T + 0.5)], "whole numbers"),
+        ([(X, T * math.nan)], "whole numbers"),
+        ([(X, T + 1)], "from 0 to 999"),
+        ([(X, T - 1)], "from 0 to 999"),
+        ([(X * math.nan, T)], "not finite"),
+        ([(X / 0, T)], "not finite"),
+        ([(X.double(), T)], "float64"),
+        ([(X.expand(-1, 3, -1, -1), T)], r"\[4, 3, 8, 8\], wanted float32 \[B, 1, H, W\]"),
+        ([(X[:0], T[:0])], r"\[0, 1, 8, 8\]"),
+    ],
+)
+def test_batches_that_nothing_can_be_learned_from_leave_the_network_as_it_was(
+    shown, words, calibrated
+):
+    before = {key: value.clone() for key, value in calibrated.state_dict().items()}
+    with pytest.raises(ValueError, match=words) as caught:
+        tdq_exp.calibrate(calibrated, shown)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(before[key], now) for key, now in calibrated.state_dict().items())
+
+
+def test_step_sizes_without_values_are_not_baked(calibrated, tmp_path):
+    net = tdq_exp.quantize(unet(), tdq="none")
+    for call in (tdq_exp.bake, lambda net: tdq_exp.save(net, tmp_path / "net.safetensors")):
+        with pytest.raises(ValueError, match="step sizes have no values yet"):
+            call(net)
+    assert not list(tmp_path.iterdir())
+
+    # A state dict has them, too.
+    net.load_state_dict(calibrated.state_dict())
+    assert tdq_exp.save(copy.deepcopy(net), tmp_path / "net.safetensors")
+
+
+def test_what_has_nothing_to_train_is_refused(calibrated):
+    baked = tdq_exp.bake(calibrated)
+    for call in (
+        lambda: tdq_exp.calibrate(baked, [batch()]),
+        lambda: tdq_exp.parameter_groups(baked, lr=1e-3),
+    ):
+        with pytest.raises(ValueError, match="the network is baked"):
+            call()
+    with pytest.raises(ValueError, match="not made by"):
+        tdq_exp.penalty(unet())
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [{"lr": math.nan}, {"lr": -1.0}, {"lr": "1e-3"}, {"lr": 1.0, "lr_zero_point": math.inf},
+     {"lr": 1.0, "decay": -1.0}],
+)  # fmt: skip
+def test_rates_out_of_range_are_refused(rates, calibrated):
+    with pytest.raises(ValueError, match=f"{list(rates)[-1]}="):
+        tdq_exp.parameter_groups(calibrated, **rates)
+
+
+def test_networks_with_values_that_are_not_finite_are_not_saved(calibrated, tmp_path):
+    net = copy.deepcopy(calibrated)
+    net.conv_in.layer.weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="conv_in.layer.weight: has values that are not finite"):
+        tdq_exp.save(net, tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize("path", [None, 7, "", "a\0b"])
+def test_what_is_no_path_is_refused(path, calibrated):
+    for call in (tdq_exp.load, lambda path: tdq_exp.save(calibrated, path)):
+        with pytest.raises(ValueError, match="is no path"):
+            call(path)
+
+
+def test_a_file_that_is_neither_run_nor_packed_network_is_refused(tmp_path):
+    (tmp_path / "fit.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a file; wanted the folder of a run"):
+        tdq_exp.load(tmp_path / "fit.json")

@@ -17,13 +17,8 @@ from tdq_exp.diffusion.ddim import Ddim, time_steps
 from tdq_exp.diffusion.draws import Stream, generator, starting_noise
 from tdq_exp.experiment import build as jobs
 from tdq_exp.fit.ptq import calibration_set
-from tdq_exp.fit.ptq.calibration_set import (
-    CalibrationSet,
-    CalibrationSpec,
-    check,
-    chosen_steps,
-    make_set,
-)
+from tdq_exp.fit.ptq.calibration_set import CalibrationSpec, chosen_steps, make_set
+from tdq_exp.fit.ptq.stored_set import CalibrationSet, require_parts
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.runtime.processes import Processes
 from tests.quant.builders import load_model
@@ -425,7 +420,9 @@ def sound(tmp_path_factory, processes, tiny):
 def stored(tmp_path, sound):
     """A finished set that may be damaged."""
     folder = shutil.copytree(sound.folder, tmp_path / "stored")
-    return CalibrationSet(folder, sound.samples, sound.images, (1, 8, 8), calibration_set.GROUP)
+    of = json.loads((folder / "about.json").read_text())["fingerprint"]
+    shape, group = (1, 8, 8), calibration_set.GROUP
+    return CalibrationSet(folder, sound.samples, sound.images, shape, group, of=of)
 
 
 PARTS = (
@@ -524,7 +521,7 @@ def test_a_damaged_about_file_is_one_clear_line(stored):
     about = stored.folder / "about.json"
     about.write_text(about.read_text()[:-20])
     with pytest.raises(ValueError, match=r"about\.json: damaged .*remove it"):
-        check(stored.folder, {})
+        require_parts(stored.folder, {})
 
 
 def test_a_folder_that_cannot_be_written_is_one_line_that_says_what_to_set(

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import math
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -238,8 +239,26 @@ def write(graph: nn.Module, shape: tuple[int, ...], file: Path) -> int:
     ]:
         del value.metadata_props[:]
 
-    file.write_bytes(model.SerializeToString())
+    file.write_bytes(signed(model.SerializeToString()))
     return file.stat().st_size
+
+
+def signed(graph: bytes) -> bytes:
+    """Return a graph as bytes, with a note of the CRC-32 of all before it at its end.
+
+    The note is one more entry of the model's `metadata_props`: protobuf joins them.
+    """
+    entry = b"\x0a\x05crc32\x12\x08" + f"{zlib.crc32(graph):08x}".encode()
+    return graph + b"\x72" + bytes([len(entry)]) + entry
+
+
+def is_whole(file: Path) -> bool | None:
+    """Return whether a graph matches its checksum, or None if it has none."""
+    content = file.read_bytes()
+    length = len(signed(b""))
+    if not content[-length:].startswith(signed(b"")[:-8]):
+        return None
+    return content == signed(content[:-length])
 
 
 def operators(file: Path) -> dict[str, int]:

@@ -22,10 +22,10 @@ from tdq_exp.fit.calibrated import BATCH, Batches, forward_batch, set_batches
 from tdq_exp.fit.checkpoint import save_state
 from tdq_exp.fit.options import PtqOptions
 from tdq_exp.fit.ptq.blocks import Block, Call, blocks_of, inputs_of, output_of
-from tdq_exp.fit.ptq.calibration_set import CalibrationSet
 from tdq_exp.fit.ptq.capture import Spill, kept_type, needed_bytes
 from tdq_exp.fit.ptq.part_file import put_back, quant_layers, read_part, state_of
 from tdq_exp.fit.ptq.reconstruct import BlockData, Reconstruction
+from tdq_exp.fit.ptq.stored_set import CalibrationSet
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.grid import Grid
 from tdq_exp.runtime.context import RunContext

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdq_exp.fit.ptq.calibration_set import GROUP, CalibrationSet
+from tdq_exp.fit.ptq.calibration_set import GROUP
+from tdq_exp.fit.ptq.stored_set import CalibrationSet
 from tdq_exp.models.weights.inert_pickle import CheckpointError, StoredTensor, read_tensors
 from tdq_exp.models.weights.save import state_hash
 from tdq_exp.runtime import files
@@ -49,7 +50,7 @@ class ImportedSet:
         """Return the set as arrays on disk, written by the main process on first use."""
         folder = cache / "calibration_sets" / files.fingerprint(self.parts())
         count = len(self.x)
-        found = CalibrationSet(folder, count, count, self.x.shape[1:], GROUP)
+        found = CalibrationSet(folder, count, count, self.x.shape[1:], GROUP, of=folder.name)
 
         def write() -> None:
             if not (folder / "about.json").exists():

@@ -21,9 +21,9 @@ from tdq_exp.fit.calibrated import forward_batch, set_batches
 from tdq_exp.fit.checkpoint import save_state
 from tdq_exp.fit.options import ReconstructOptions, cosine
 from tdq_exp.fit.ptq.blocks import Block
-from tdq_exp.fit.ptq.calibration_set import CalibrationSet
 from tdq_exp.fit.ptq.part_file import put_back, read_part, state_of
 from tdq_exp.fit.ptq.reconstruct import rates_of_block, trainable
+from tdq_exp.fit.ptq.stored_set import CalibrationSet
 from tdq_exp.fit.qat import optimizer_groups
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.convert import activation_quantizers

@@ -29,16 +29,11 @@ from tdq_exp.fit.losses import validation_draws, validation_loss
 from tdq_exp.fit.options import IMPORTED, CalibrationSpec, PtqOptions
 from tdq_exp.fit.ptq import ptqd
 from tdq_exp.fit.ptq.block_by_block import BlockByBlock
-from tdq_exp.fit.ptq.calibration_set import (
-    CalibrationSet,
-    check,
-    make_set,
-    require_set,
-    require_steps,
-)
+from tdq_exp.fit.ptq.calibration_set import make_set, require_steps
 from tdq_exp.fit.ptq.imported_set import ImportedSet, read_set
 from tdq_exp.fit.ptq.over_time import learns_over_time, make_over_time
 from tdq_exp.fit.ptq.part_file import quant_layers
+from tdq_exp.fit.ptq.stored_set import CalibrationSet, require_parts, require_set
 from tdq_exp.fit.quantized import QuantizedFit
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
@@ -113,7 +108,7 @@ class Ptq(QuantizedFit[PtqOptions]):
 
         require_steps(self.calibration, len(self.trajectory.pairs(subject.model.schedule)))
         if self.calibration.path is not None:
-            check(Path(self.calibration.path).expanduser(), self.set_parts(subject))
+            require_parts(Path(self.calibration.path).expanduser(), self.set_parts(subject))
 
     def imported(self, model: DiffusionModel) -> ImportedSet | None:
         """Return the set of another project, if `calibration.path` names one.

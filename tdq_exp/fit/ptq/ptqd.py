@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.fit.calibrated import BATCH
-from tdq_exp.fit.ptq.calibration_set import CalibrationSet
+from tdq_exp.fit.ptq.stored_set import CalibrationSet
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.time import TimeContext

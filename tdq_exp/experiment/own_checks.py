@@ -1,0 +1,138 @@
+"""Checks of what somebody with a training loop of their own gives: one line, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdq_exp.config.setting import require
+
+CALIBRATED = "tdq_calibrated"  # attribute of a network whose step sizes have values
+
+
+def require_texts(choices: Mapping[str, Any], overrides: Sequence[Any]) -> None:
+    """Refuse choices and overrides that are no texts, or that describe another network.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, value in choices.items():
+        require(name, value, str)
+
+    if isinstance(overrides, str | Mapping):
+        raise ValueError(
+            f"overrides={overrides!r}: wanted a list of texts, such as ['fit.lr=1e-4']"
+        )
+    for value in overrides:
+        require("overrides", value, str)
+        if value.lstrip("+~").startswith("model.definition.network"):
+            raise ValueError(f"{value}: the network is the one that was given; leave this out")
+
+
+def require_float32(net: nn.Module) -> None:
+    """Refuse weights that are not in float32, have no values, or are not finite.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, value in net.state_dict().items():
+        if value.is_meta:
+            raise ValueError(f"{name}: has no values (it is on the device meta)")
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise ValueError(f"{name}: is {value.dtype}, wanted float32: call net.float() first")
+    require_finite(net)
+
+
+def require_finite(net: nn.Module) -> None:
+    """Refuse a network with a value that is not finite.
+
+    Raises:
+        ValueError: naming the first tensor of those.
+    """
+    for name, value in net.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(f"{name}: has values that are not finite")
+
+
+def require_batch(net: nn.Module, batch: Any) -> None:
+    """Refuse a batch that a network can't be calibrated on.
+
+    Args:
+        net: of `quantize`.
+        batch: should be (x_t, t), or (x_t, t, classes).
+
+    Raises:
+        ValueError: saying what is wanted.
+    """
+    config: Any = net.config
+    time: Any = net.time
+    classes = config["num_class_embeds"] is not None
+    wanted = "(x_t, t, classes)" if classes else "(x_t, t)"
+
+    is_list = isinstance(batch, list | tuple) and len(batch) == 2 + classes
+    if not is_list or not all(isinstance(value, Tensor) for value in batch):
+        raise ValueError(f"calibrate: a batch must be {wanted}, a tuple of tensors")
+
+    # Each sample, and its time step.
+    x_t, t, *labels = batch
+    channels = config["in_channels"]
+    if x_t.dim() != 4 or x_t.shape[1] != channels or not len(x_t) or x_t.dtype != torch.float32:
+        raise ValueError(
+            f"calibrate: x_t is {x_t.dtype} {list(x_t.shape)}, wanted float32 [B, {channels}, H, W]"
+        )
+    if not bool(x_t.isfinite().all()):
+        raise ValueError("calibrate: x_t has values that are not finite")
+
+    whole = t.dtype not in (torch.bool, torch.complex64) and bool((t == t.long()).all())
+    if t.shape != x_t.shape[:1] or not whole:
+        raise ValueError(
+            f"calibrate: t is {t.dtype} {list(t.shape)}, wanted whole numbers [{len(x_t)}]"
+        )
+    if int(t.min()) < 0 or int(t.max()) >= time.steps:
+        raise ValueError(f"calibrate: t must be from 0 to {time.steps - 1}")
+    if labels and labels[0].shape != t.shape:
+        raise ValueError(f"calibrate: classes are {list(labels[0].shape)}, wanted [{len(x_t)}]")
+
+
+def require_rates(**rates: float | None) -> None:
+    """Refuse learning rates and decays that are negative, not finite, or no numbers.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, value in rates.items():
+        if value is not None:
+            require(name, value, float, low=0)
+
+
+def require_calibrated(net: nn.Module) -> None:
+    """Refuse a network whose step sizes were never set.
+
+    Raises:
+        ValueError: saying what to call.
+    """
+    if not getattr(net, CALIBRATED, False):
+        raise ValueError(
+            "the network's step sizes have no values yet: call tdq_exp.calibrate(net, batches), or"
+            " load a state dict"
+        )
+
+
+def now_calibrated(net: nn.Module, *_: Any) -> None:
+    """Note that a network's step sizes have values; also a hook of `load_state_dict`."""
+    setattr(net, CALIBRATED, True)
+
+
+def path_of(what: Any, name: str) -> Path:
+    """Return a path, its home folder filled in.
+
+    Raises:
+        ValueError: for what is no path, or can be none.
+    """
+    if not isinstance(what, str | Path) or not str(what) or "\0" in str(what):
+        raise ValueError(f"{name}={what!r}: is no path")
+    return Path(what).expanduser()
