@@ -523,12 +523,12 @@ def test_a_short_row_is_marked_and_has_no_gap(short_manifest, cells):
     fill(cells)
     (cells[3].folder / cells[3].sample / "metrics.json").unlink()
     for images, fid in ((200, 40.0), (500, 30.0)):
-        short = row_of(cells[3], fid, images=images, config__sampler__images=images)
-        save(cells[3], short, f"ddim50_n{images}")
-    other = row_of(
-        cells[3], 1.0, images=900, config__sampler__images=900, config__sampler__method__steps=10
-    )
-    save(cells[3], other, "ddim10_n900")  # another sampler is no stand-in
+        changes = {"images": images, "config__sampler__images": images}
+        sample = f"ddim50_n{images}"
+        save(cells[3], row_of(cells[3], fid, sample=sample, **changes), sample)
+    changes = {"images": 900, "config__sampler__images": 900, "config__sampler__method__steps": 10}
+    sample = "ddim10_n900"  # another sampler is no stand-in
+    save(cells[3], row_of(cells[3], 1.0, sample=sample, **changes), sample)
     text = render(short_manifest, cells)
     assert line_of(text, "LSQ |")[2:6] == ["30.00‡", "8.00‡", "0.3000‡", "-"]
     assert "1 short" in text and not report_cells.find(cells[3]).done
