@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import run as launcher
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = torch.multiprocessing.get_context("fork")
-CONFIG_FROM_ARGS = launcher.config_from_args
 
 
 def start(target: Any, *arguments: Any) -> BaseProcess:
@@ -163,31 +161,6 @@ def command_line(arguments: list[str], stderr: str | Path) -> None:
     sys.stderr = os.fdopen(file, "w", buffering=1)
     sys.argv = ["tdq_exp", "run", *arguments]
     sys.exit(commands.main())
-
-
-def launched_as_copies(options: Any) -> tuple[Any, Any, list[str]]:
-    """Return what torch's launcher is to start: copies of this process that run the same command.
-
-    It takes the place of `torch.distributed.run.config_from_args`, which returns a command line.
-    """
-    config, python, arguments = CONFIG_FROM_ARGS(options)
-    if torch.cuda.is_available():  # see `start`
-        return config, python, arguments
-    config.start_method = "fork"
-    return config, _command, arguments[arguments.index("tdq_exp.run") + 1 :]
-
-
-def _command(*arguments: str) -> None:
-    """Be `python -m tdq_exp.run` and leave with its exit code."""
-    from hydra.core.global_hydra import GlobalHydra
-
-    from tdq_exp import commands
-
-    GlobalHydra.instance().clear()  # of the process that was copied
-    sys.argv = ["tdq_exp", "run", *arguments]
-    code = commands.main()
-    if code:
-        os._exit(code)
 
 
 if __name__ == "__main__":

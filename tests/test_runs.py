@@ -512,8 +512,7 @@ def kill_one_of_two(folder, arguments):
 def test_two_processes_make_the_same_images_and_one_row(
     tmp_path, tiny_weights, finished, inside, monkeypatch
 ):
-    """By torch's launcher, with copies of this process; `kill_one_of_two` has it start Python anew."""
-    monkeypatch.setattr(torch.distributed.run, "config_from_args", processes.launched_as_copies)
+    """By torch's launcher, which starts Python anew."""
     # Fits differ in the last bits, and rounding amplifies that: images of one and the same fit.
     made = build(tmp_path, tiny_weights)
     folder, before = made.folder / made.sample_name, images(made).copy()
