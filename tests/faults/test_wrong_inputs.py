@@ -8,6 +8,7 @@ from functools import lru_cache
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
@@ -84,8 +85,12 @@ def test_a_wrong_value_is_one_line_before_a_file_is_written(wrong, place):
     ]
 
     def run():
-        cfg = composed(tuple(override for override in overrides if not is_value(override)))
-        inputs.require_inputs(jobs.build(with_values(cfg, values)), download=False)
+        choices = tuple(override for override in overrides if not is_value(override))
+        try:
+            cfg = with_values(composed(choices), values)
+        except OmegaConfBaseException:
+            cfg = compose([*BASE, *choices, *values])  # Hydra says what is wrong
+        inputs.require_inputs(jobs.build(cfg), download=False)
 
     answer = refusal(run)
     assert "\n" not in answer
