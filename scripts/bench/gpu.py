@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -145,7 +146,7 @@ class Bench:
             step()
             mark.record()
         torch.cuda.synchronize()
-        times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+        times = [a.elapsed_time(b) for a, b in pairwise(marks)]
         self.note("gigabytes", name, round(torch.cuda.max_memory_reserved() / 1e9, 2))
         return self._keep(name, times)
 
@@ -610,7 +611,7 @@ def _time_loop(bench: Bench, name: str, training: QatTraining) -> None:
 
     # The median between readings; the first of them holds the recording.
     every = training.read_every
-    times = [1e3 * (b - a) / every for a, b in zip(stamps, stamps[1:], strict=False)]
+    times = [1e3 * (b - a) / every for a, b in pairwise(stamps)]
     median = bench._keep(name, times)
     in_gradients, in_step = (sections.device(part, every) for part in ("gradients", "step"))
     found = {

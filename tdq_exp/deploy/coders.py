@@ -93,6 +93,14 @@ class Rounder(Tables):
         )
 
 
+def coded_input(x: Tensor | Coded, coder: ByteSource | None) -> Coded:
+    """Return the input of an integer layer as codes; one that arrives as such has no coder."""
+    if isinstance(x, Coded):
+        return x
+    assert coder is not None
+    return coder(x)  # type: ignore[no-any-return]
+
+
 class Coder(Tables, ByteSource):
     """A baked quantizer that gives codes; they must be no wider than a byte."""
 

@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdq_exp.deploy.coders import ByteSource, Coded, Tables, largest_code, signed_codes
+from tdq_exp.deploy.coders import (
+    ByteSource,
+    Coded,
+    Tables,
+    coded_input,
+    largest_code,
+    signed_codes,
+)
 from tdq_exp.quant import kernels, ops
 from tdq_exp.quant.intervals.dynamic import Dynamic
 from tdq_exp.quant.kernels import integer as kernel
@@ -75,11 +82,7 @@ class GpuLayer(nn.Module):
 
     def forward(self, x: Tensor | Coded) -> Tensor:
         """Return the output of a float or coded input: float32, or autocast's type."""
-        if isinstance(x, Coded):
-            coded = x
-        else:
-            assert self.coder is not None
-            coded = self.coder(x)
+        coded = coded_input(x, self.coder)
         return self.product(coded, kernels.result_type(coded.codes))
 
     def product(self, x: Coded, dtype: torch.dtype) -> Tensor:

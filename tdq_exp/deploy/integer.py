@@ -30,6 +30,7 @@ from tdq_exp.deploy import gpu
 from tdq_exp.deploy.coders import (
     ByteSource,
     Coded,
+    coded_input,
     coder_of,
     largest_code,
     signed_codes,
@@ -115,11 +116,7 @@ class IntegerLayer(nn.Module):
 
     def forward(self, x: Tensor | Coded) -> Tensor:
         """Return the float output of a float or coded input."""
-        if isinstance(x, Coded):
-            coded = x
-        else:
-            assert self.coder is not None
-            coded = self.coder(x)
+        coded = coded_input(x, self.coder)
         y = self._sums(coded, self.product, self.bias)
         if self.affine:
             y.addcmul_(self._sums(coded, self.ones), self.rest)

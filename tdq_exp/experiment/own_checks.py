@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,8 @@ def require_rates(**rates: float | None) -> None:
             require(name, value, float, low=0)
 
 
-def require_calibrated(net: nn.Module) -> None:
-    """Refuse a network whose step sizes were never set.
+def require_calibrated(net: nn.Module, *_: Any) -> None:
+    """Refuse a network whose step sizes were never set; also a hook before its forward pass.
 
     Raises:
         ValueError: saying what to call.
@@ -125,6 +126,18 @@ def require_calibrated(net: nn.Module) -> None:
 def now_calibrated(net: nn.Module, *_: Any) -> None:
     """Note that a network's step sizes have values; also a hook of `load_state_dict`."""
     setattr(net, CALIBRATED, True)
+
+
+@contextmanager
+def callable_meanwhile(net: nn.Module) -> Iterator[None]:
+    """Let a network be called while its step sizes get their values; as before after an error."""
+    before = getattr(net, CALIBRATED, False)
+    now_calibrated(net)
+    try:
+        yield
+    except BaseException:
+        setattr(net, CALIBRATED, before)
+        raise
 
 
 def path_of(what: Any, name: str) -> Path:

@@ -46,8 +46,8 @@ def quantize(
 ) -> nn.Module:
     """Return a quantized copy of a float network, before calibration, in eval mode.
 
-    It is called as the float network is, `net(x_t, t).sample`; each call sets its time step. Its
-    generators start from torch's global generator, so seed that.
+    It is called as the float network is, `net(x_t, t).sample`; each call sets its time step, and
+    is refused before `calibrate`, since step sizes have no values then. Its generators start from torch's global generator, so seed that.
 
     Args:
         net: a diffusers `UNet2DModel`; it is left as it is.
@@ -78,6 +78,7 @@ def quantize(
     made.to(device)
     made.tdq_config = job.recorded()
     made.register_load_state_dict_post_hook(own_checks.now_calibrated)
+    made.register_forward_pre_hook(own_checks.require_calibrated)
     return made.eval()
 
 
@@ -105,7 +106,7 @@ def calibrate(net: nn.Module, batches: Iterable[Batch]) -> None:
     training = net.training
     net.eval()
     start = _config(net)["habits"]["habits"].get("start", "error")
-    with calibrating(net, len(shown), start) as calibration:
+    with calibrating(net, len(shown), start) as calibration, own_checks.callable_meanwhile(net):
         for number, (x_t, t, *classes) in enumerate(shown):
             calibration.batch = number
             net(x_t, t, **({"class_labels": classes[0]} if classes else {}))

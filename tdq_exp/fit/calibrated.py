@@ -126,9 +126,11 @@ def calibrated(
 def _cached(file: Path) -> dict[str, Any] | None:
     """Return cached start values, or None if there are none, or damaged ones, with a line."""
     try:
-        found = files.read_json(file, needs=["of", "start"], must_be_sealed=True)
+        found = files.read_json(file, must_be_sealed=True)
         if found is None:
             return None
+        if "of" not in found or "start" not in found:
+            raise ValueError(f"{file}: does not say whose it is, an earlier version wrote it")
         if found["of"] != file.stem:
             raise ValueError(f"{file}: damaged (holds start values of another network)")
         return dict(found["start"])

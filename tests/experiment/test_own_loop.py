@@ -184,9 +184,19 @@ def test_batches_that_nothing_can_be_learned_from_leave_the_network_as_it_was(
     assert all(torch.equal(before[key], now) for key, now in calibrated.state_dict().items())
 
 
-def test_step_sizes_without_values_are_not_baked(calibrated, tmp_path):
+def test_step_sizes_without_values_are_not_baked_or_called(calibrated, tmp_path):
     net = tdq_exp.quantize(unet(), tdq="none")
-    for call in (tdq_exp.bake, lambda net: tdq_exp.save(net, tmp_path / "net.safetensors")):
+    x, t = batch(size=1)
+    with pytest.raises(ValueError, match="wanted float32"):
+        tdq_exp.calibrate(net, [(x.double(), t)])
+
+    calls = (
+        lambda net: net(x, t),
+        lambda net: copy.deepcopy(net)(x, t),
+        tdq_exp.bake,
+        lambda net: tdq_exp.save(net, tmp_path / "net.safetensors"),
+    )
+    for call in calls:
         with pytest.raises(ValueError, match="step sizes have no values yet"):
             call(net)
     assert not list(tmp_path.iterdir())

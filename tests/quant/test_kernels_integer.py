@@ -1,13 +1,12 @@
 """Integer execution on a GPU: bytes and products of bytes, against integers in 64 bits.
 
-The laws run on a GPU, and without one in the process that `test_kernels_triton` starts with
+The laws run on a GPU, and without one in the process that `test_other_kernels` starts with
 TRITON_INTERPRET=1. Whether the kernels are compiled to products of bytes is tested anywhere: a
 compiler for a GPU needs none.
 """
 
 from __future__ import annotations
 
-import os
 import re
 
 import pytest
@@ -18,14 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tdq_exp.quant.kernels import integer
 from tests.oracles.products import integer_sums
+from tests.quant.devices import INTERPRETED, devices
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-CPU = pytest.param(
-    "cpu",
-    marks=pytest.mark.skipif(not INTERPRETED, reason="runs in a process with TRITON_INTERPRET=1"),
-)
-devices = pytest.mark.parametrize("device", [CPU, GPU])
 STEPS, T = 10, 3
 # Name: codes, outputs, window (kernel, stride, padding, dilation; height and width of each).
 SHAPES: dict[str, tuple[tuple[int, ...], int, list[int]]] = {

@@ -7,22 +7,14 @@ tensors in float32: those of this file and of `test_kernels_integer`.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
 from tdq_exp.quant import bake, kernels, ops
 from tests.quant.builders import inputs, make_net, make_recipe
+from tests.quant.devices import INTERPRETED, devices
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-CPU = pytest.param(
-    "cpu",
-    marks=pytest.mark.skipif(not INTERPRETED, reason="runs in a process with TRITON_INTERPRET=1"),
-)
-devices = pytest.mark.parametrize("device", [CPU, GPU])
 KINDS = ("learned", "clipped", "noise")
 N, P, SCALE = 0, 15, 0.7
 
