@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tdq_exp.config import assets, experiments, schema
 
-KEPT = 512  # compositions: one more than the cells of all tables of a scale
+KEPT = 512  # compositions: more than all tables of a scale have cells
 _UNKNOWN_KEY = re.compile(
     r"Could not override '([^']+)'\. To append to your config use (\+.*?)(?:: Key '.*)?$"
 )

@@ -47,7 +47,8 @@ def quantize(
     """Return a quantized copy of a float network, before calibration, in eval mode.
 
     It is called as the float network is, `net(x_t, t).sample`; each call sets its time step, and
-    is refused before `calibrate`, since step sizes have no values then. Its generators start from torch's global generator, so seed that.
+    is refused before `calibrate`, since step sizes have no values then. Its generators start from
+    torch's global generator, so seed that.
 
     Args:
         net: a diffusers `UNet2DModel`; it is left as it is.
