@@ -412,6 +412,12 @@ def training(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> 
                         bench.timed(f"{name}, unfused", step)
                 del step
 
+    # Without kernels inside of a graph too: what launches cost is no part of this comparison.
+    for form in FORMS[1:]:
+        name = f"train {form} {precision}, graph, unfused"
+        with bench.part(name), kernels.unfused():
+            bench.timed(name, Training(bench, job, form, precision, batch, recorded=True))
+
 
 def profiles(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
     """What the GPU does in a training step, and for which share of the time."""

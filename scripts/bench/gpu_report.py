@@ -13,7 +13,7 @@ from tdq_exp.runtime import files
 AIMS = (
     ("LSQ training step / float, {p}", "train LSQ {p}{g}", "train float {p}{g}", 1.25),
     ("LSQ+TDQ / LSQ, training step, {p}", "train LSQ+TDQ {p}{g}", "train LSQ {p}{g}", 1.05),
-    ("fused / unfused LSQ step, {p}", "train LSQ {p}", "train LSQ {p}, unfused", 0.6),
+    ("fused / unfused LSQ step, {p}", "train LSQ {p}{g}", "train LSQ {p}{g}, unfused", 0.6),
     (
         "baked TDQ denoising step / float, {p}, CUDA graph",
         "denoise ddim LSQ+TDQ {p}, graph", "denoise ddim float {p}, graph", 1.10,
