@@ -1,6 +1,7 @@
 """How much of a quantized network's error is the same in every image -> prediction_bias.json, .md.
 
     python scripts/analysis/prediction_bias.py results/runs/NAME/seed0 ... [--images 64] [--steps 25]
+    python scripts/analysis/prediction_bias.py ... --last     the last weights beside their average
 
 A training sees the mean square of the error e = eps_hat - eps_hat_float. Sampling adds errors up:
 what varies from step to step averages out, what stays the same does not. At x_t of the float
@@ -23,14 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdq_exp.commands import cli
 from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.draws import image_generators, starting_noise
 from tdq_exp.experiment import fit_stage
+from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.load import load
+from tdq_exp.fit.checkpoint import load_state
 from tdq_exp.models.denoiser import Denoiser
+from tdq_exp.quant import bake, set_final_phase
 from tdq_exp.report import pages
 from tdq_exp.runtime.processes import Processes
 
@@ -45,6 +49,9 @@ def main() -> int:
     )
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument(
+        "--last", action="store_true", help="measure the last weights beside their average"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/analysis"))
     return cli.exit_code(measure, parser.parse_args())
 
@@ -65,14 +72,16 @@ def measure(options: argparse.Namespace) -> None:
             raise ValueError(f"{run}: is sampled by another method than DDIM")
         sampler = dataclasses.replace(job.sampler, steps=options.steps)
 
-        networks = Denoiser(net.eval(), job.model), Denoiser(float_net.eval(), job.model)
-        found = _of_run(*networks, sampler, options.images)
-        results[job.name] = found
-        shift = ", ".join(f"{value:+.1f}" for value in found["shift"])
-        lines.append(
-            f"| {job.name} | {found['rms']:.4f} | {found['bias']:.4f} | {found['steady']:.4f} |"
-            f" {100 * found['share']:.1f} % | {shift} |"
-        )
+        title = f"{job.name}/seed{job.seed}"
+        networks = {title: net}
+        if options.last:
+            networks[f"{title}, last weights"] = _last_network(job)
+
+        for name, network in networks.items():
+            pair = Denoiser(network.eval(), job.model), Denoiser(float_net.eval(), job.model)
+            found = _of_run(*pair, sampler, options.images)
+            results[name] = found
+            lines.append(_line(name, found))
 
     head = [
         "# Errors that every image shares",
@@ -87,6 +96,31 @@ def measure(options: argparse.Namespace) -> None:
     ]
     about = pages.about(images=options.images, steps=options.steps)
     pages.report(options.out / "prediction_bias", {"runs": results}, about, [*head, *lines])
+
+
+def _last_network(job: Experiment) -> nn.Module:
+    """Return the network of the last update's weights, baked.
+
+    Raises:
+        ValueError: if the training's state is not there.
+    """
+    file = job.folder / "state.pt"
+    state = load_state(file) if file.exists() else None
+    if state is None:
+        raise ValueError(f"{file}: is not here; the state of a training stays where it was made")
+
+    net = job.fit.skeleton(job.model, job.recipe)
+    net.load_state_dict(state["net"])
+    set_final_phase(net, True)
+    return bake(net, inplace=True)
+
+
+def _line(name: str, found: dict[str, Any]) -> str:
+    shift = ", ".join(f"{value:+.1f}" for value in found["shift"])
+    return (
+        f"| {name} | {found['rms']:.4f} | {found['bias']:.4f} | {found['steady']:.4f} |"
+        f" {100 * found['share']:.1f} % | {shift} |"
+    )
 
 
 def _of_run(quantized: Denoiser, float_net: Denoiser, sampler: Ddim, images: int) -> dict[str, Any]:
