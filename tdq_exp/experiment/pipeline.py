@@ -9,8 +9,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
-
 from tdq_exp.data.images import Data, Images, load_images
 from tdq_exp.experiment import show as pictures
 from tdq_exp.experiment import verify
@@ -48,10 +46,7 @@ def run(job: Experiment) -> list[dict[str, Any]]:
 
 def _run(job: Experiment) -> list[dict[str, Any]]:
     launcher = job.machine.launcher
-    if launcher.threads:
-        torch.set_num_threads(launcher.threads)
-
-    processes = Processes(cpu=launcher.cpu)
+    processes = Processes(cpu=launcher.cpu, threads=launcher.threads)
 
     try:
         processes.decide(lambda: require_inputs(job))

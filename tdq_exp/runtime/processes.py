@@ -33,14 +33,19 @@ class Processes:
 
     Args:
         cpu: stay on the CPU although a GPU is there.
+        threads: of torch in this process; 0 leaves its default.
     """
 
-    def __init__(self, cpu: bool = False) -> None:
+    def __init__(self, cpu: bool = False, threads: int = 0) -> None:
         self._accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="no",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
+        # Last: of several processes on a CPU, accelerate gives each a share of the cores where
+        # OMP_NUM_THREADS is not set. Last bits depend on the number.
+        if threads:
+            torch.set_num_threads(threads)
 
     @property
     def rank(self) -> int:
