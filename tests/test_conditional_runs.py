@@ -25,8 +25,8 @@ from tdq_exp.diffusion.draws import Stream, draw_batch, image_generators, starti
 from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import pipeline
+from tdq_exp.fit.calibration_options import CalibrationSpec
 from tdq_exp.fit.losses import batch_loss
-from tdq_exp.fit.options import CalibrationSpec
 from tdq_exp.fit.ptq import calibration_set
 from tdq_exp.fit.ptq.reconstruct import Reconstruction
 from tdq_exp.models.denoiser import Denoiser

@@ -18,9 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from tdq_exp.config import setting as settings
 from tdq_exp.config.setting import SEED, setting
 from tdq_exp.experiment.options import MOST_BATCH, MOST_IMAGES, EvalOptions, SamplerOptions
+from tdq_exp.fit.calibration_options import CalibrationSpec
 from tdq_exp.fit.options import (
     MOST_SAMPLES,
-    CalibrationSpec,
     FitOptions,
     LoadOptions,
     PretrainOptions,

@@ -47,6 +47,7 @@ class Stream(IntEnum):
     BLOCK_NOISE = 19  # global generator while a block is reconstructed: (seed, ..., block, rank)
     OVER_TIME_NOISE = 20  # global generator during the fit over time: (seed, ...)
     CONDITION = 21  # condition of one sampled image: (seed, ..., stream of its noise, image)
+    CORRECTION = 22  # the draws on which a correction of the prediction is measured: (seed, ...)
 
 
 # Committed rows of seed 0 were drawn with these keys. They stay, so that the rows can be made

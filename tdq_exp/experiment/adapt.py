@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from tdq_exp.fit.options import IMPORTED
+from tdq_exp.fit.calibration_options import IMPORTED
 from tdq_exp.runtime import environment, launch
 
 

@@ -1,4 +1,4 @@
-"""Options of the fits, and of calibration sets: every number, declared once. Free of torch.
+"""Options of the fits: every number, declared once. Free of torch.
 
 A protocol (`configs/protocol`) gives the numbers of `TrainOptions`, `QatNumbers` and `PtqNumbers`
 for a scale; the options of a fit inherit them and add what does not depend on the scale.
@@ -7,15 +7,12 @@ for a scale; the options of a fit inherit them and add what does not depend on t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from tdq_exp.config.setting import SEED, setting
+from tdq_exp.config.setting import setting
 
 NETWORK = "network"  # the part of a model that is fitted unless a pre-training names another
-CALIBRATION_KINDS = ("uniform", "ndtc", "ndtc_published", "forward")
-IMPORTED = "imported"  # the kind of another project's set: what it holds is its own affair
 
 # Beyond these a number is a slip of the keyboard.
 MOST_RATE = 1000.0
@@ -47,6 +44,7 @@ class FitOptions:
     loads_only: ClassVar[bool] = False
     checkpoints: ClassVar[int] = 0
     part: ClassVar[str] = NETWORK
+    correction: ClassVar[str] = "none"
 
     kind: str = setting(help="stable name: none, pretrain, qat, ptq")
     label: str = setting("", fingerprint=False, is_name=True, help="of the run's name")
@@ -74,7 +72,7 @@ class FitOptions:
     @property
     def corrects(self) -> bool:
         """Whether the prediction is corrected after the fit."""
-        return False
+        return self.correction != "none"
 
     def check(self) -> None:
         """Refuse values that do not go together.
@@ -84,6 +82,16 @@ class FitOptions:
         """
         if self.chooses_checkpoint and not self.checkpoints:
             raise ValueError("fit.report=best_of_5 needs a fit with checkpoints (fit=qat)")
+
+
+def _correction() -> Any:
+    return setting(
+        "none",
+        choices=("none", "ptqd", "rescale"),
+        since="none",
+        named={"ptqd": "ptqd", "rescale": "rescaled"},
+        help="of the fitted network's prediction, by tables over t; see `fit.correction`",
+    )
 
 
 @dataclass
@@ -201,6 +209,14 @@ class QatOptions(FitOptions, QatNumbers):
         0.0, low=0, most=MOST_RATE, help="weight decay of the generators"
     )
     real_rounding: float = setting(0.2, low=0.0, high=1.0, help="NIPQ: last share of the updates")
+    correction: str = _correction()  # type: ignore[misc]
+
+    def check(self) -> None:
+        super().check()
+        if self.corrects and self.chooses_checkpoint:
+            raise ValueError(
+                f"fit.correction={self.correction}: corrects the last network; take fit.report=last"
+            )
 
 
 @dataclass
@@ -286,13 +302,7 @@ class PtqOptions(FitOptions, ReconstructOptions):
 
     kind: str = setting("ptq", choices=("ptq",))
     reconstruct: bool = setting(False, help="block by block; false leaves it at the calibration")
-    correction: str = setting(
-        "none",
-        choices=("none", "ptqd"),
-        since="none",
-        named={"ptqd": "ptqd"},
-        help="of the fitted network's prediction, by tables over t: none, or PTQD's",
-    )
+    correction: str = _correction()  # type: ignore[misc]
     memory_gb: float = setting(
         4.0, above=0, most=1e6, fingerprint=False, help="budget; what does not fit goes to files"
     )
@@ -304,11 +314,6 @@ class PtqOptions(FitOptions, ReconstructOptions):
     def reconstructs(self) -> bool:
         return self.reconstruct
 
-    @property
-    def corrects(self) -> bool:
-        """Whether the prediction is corrected after the fit."""
-        return self.correction != "none"
-
     def check(self) -> None:
         super().check()
 
@@ -317,83 +322,3 @@ class PtqOptions(FitOptions, ReconstructOptions):
                 f"fit.rounding={self.rounding}: is learned by a block's reconstruction, and"
                 " fit.reconstruct=false makes none"
             )
-
-
-@dataclass
-class CalibrationSpec:
-    """What a calibration set holds; see `fit.ptq.calibration_set` for its kinds.
-
-    Raises:
-        ValueError: naming the key.
-    """
-
-    kind: str = setting(
-        "none", help="none, uniform, ndtc, ndtc_published, forward; imported if `path` is a file"
-    )
-    samples: int = setting(0, low=0, most=MOST_SAMPLES, help="N, a multiple of `images`")
-    images: int = setting(
-        0, low=0, most=MOST_SAMPLES, help="number of trajectories, or of training images"
-    )
-    mu: float = setting(0.4, low=0, high=1, help="mean of t, as a share of T (ndtc)")
-    sigma: float = setting(
-        0.4, low=0, most=100, help="standard deviation of t, as a share of T (ndtc)"
-    )
-    seed: int = setting(0, low=0, high=SEED, help="of noise and time steps")
-    label: str = setting("", fingerprint=False, is_name=True, help="of the run's name")
-    path: str | None = setting(
-        None,
-        fingerprint=False,
-        help="a finished set to use, a folder, or another project's FILE.pt of (x, t);"
-        " made and cached if not given",
-    )
-
-    def __post_init__(self) -> None:
-        if not self.wanted or self.kind == IMPORTED:
-            return
-        if self.kind not in CALIBRATION_KINDS:
-            raise ValueError(
-                f"calibration.kind={self.kind!r}: choose one of {', '.join(CALIBRATION_KINDS)}"
-            )
-        if self.images < 1 or self.samples < 1 or self.samples % self.images:
-            raise ValueError(
-                f"calibration.samples={self.samples}: must be a positive multiple of"
-                f" calibration.images={self.images}"
-            )
-
-    @property
-    def wanted(self) -> bool:
-        """Whether there is a set at all."""
-        return self.kind != "none"
-
-    @property
-    def encodes_images(self) -> bool:
-        """Whether the samples are noised training images, and not the network's own runs."""
-        return self.kind == "forward"
-
-    def parts(
-        self, model: Mapping[str, Any], weights: str, sampler: Mapping[str, Any], data: str
-    ) -> dict[str, Any]:
-        """Return what the set depends on, for its fingerprint.
-
-        Args:
-            model: the model's definition.
-            weights: hash of the float weights.
-            sampler: the method of the trajectories.
-            data: hash of the training images; only `forward` sets depend on it.
-        """
-        names = ["kind", "samples", "images", "seed"]
-
-        if self.encodes_images:  # no weights: the same set for any float network of the same data
-            spec = {name: getattr(self, name) for name in names}
-            return {"version": 1, "calibration": spec, "model": dict(model), "data": data}
-
-        if self.kind != "uniform":
-            names += ["mu", "sigma"]
-        spec = {name: getattr(self, name) for name in names}
-        return {
-            "version": 1,
-            "calibration": spec,
-            "model": dict(model),
-            "weights": weights,
-            "sampler": dict(sampler),
-        }

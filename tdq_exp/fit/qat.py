@@ -6,6 +6,7 @@ their own, large enough to move by whole codes); generators (with weight decay).
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from tdq_exp.diffusion.draws import require_batch
 from tdq_exp.fit.calibrated import drawn_batches
+from tdq_exp.fit.correction import IMAGES, TIME_STEPS, NoisedImages, correct
 from tdq_exp.fit.fit import Subject, Work
 from tdq_exp.fit.loop import Training, TrainingSets
 from tdq_exp.fit.options import QatOptions
@@ -41,6 +43,7 @@ class Qat(QuantizedFit[QatOptions]):
         )
 
         # 1. Start values from training samples over all of time.
+        float_net = copy.deepcopy(net) if options.corrects else None
         count = options.calibration_samples
         batches = drawn_batches(model, sets.train, count, context.seed)
         seen = {"data": data.parts(), "samples": count}
@@ -49,7 +52,15 @@ class Qat(QuantizedFit[QatOptions]):
         # 2. Training; hundreds of the parameters are scalars, so they are stepped in one pass.
         optimizer = torch.optim.AdamW(optimizer_groups(net, rates_of(options)), fused=True)
         net, history = QatTraining(net, model, sets, optimizer, options, context).run()
-        return net, history.facts()
+        facts = history.facts()
+
+        # 3. A correction of what the trained network predicts.
+        if float_net is not None:
+            samples = NoisedImages(model, sets.train, context.seed)
+            facts["correction"] = correct(
+                net, float_net, model, samples, context.processes, options.correction
+            )
+        return net, facts
 
     def require_startable(self, subject: Subject, world: int, micro_batches: int = 1) -> None:
         require_batch(self.options.batch_size, len(subject.data.train), world, micro_batches)
@@ -57,7 +68,7 @@ class Qat(QuantizedFit[QatOptions]):
     def work(self, model: DiffusionModel, net: nn.Module, sampling_steps: int) -> Work:
         o = self.options
         parameters = sum(p.numel() for p in net.parameters())
-        passes = STEP * o.updates * o.batch_size
+        passes = STEP * o.updates * o.batch_size + (2 * IMAGES * TIME_STEPS if o.corrects else 0)
         text = f"{o.kind}, {o.updates} updates of {o.batch_size}"
         return Work(passes, parameters * 4 * (5 + o.checkpoints), text)
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tdq_exp.fit import correction
 from tdq_exp.fit.calibrated import Batches, calibrated
 from tdq_exp.fit.fit import Fit, Subject
 from tdq_exp.fit.options import FitOptions
@@ -73,7 +74,10 @@ class QuantizedFit(Fit[O_co]):
         return net.to(device)
 
     def skeleton(self, model: DiffusionModel, recipe: Recipe | None) -> nn.Module:
-        return skeleton(model, required(recipe))
+        net = skeleton(model, required(recipe))
+        if self.options.corrects:
+            correction.attach(net, model)
+        return net
 
 
 def required(recipe: Recipe | None) -> Recipe:

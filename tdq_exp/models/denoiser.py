@@ -52,7 +52,7 @@ class Denoiser:
     def residual_variance(self, t: int) -> float:
         """Return the variance of the prediction's own error at t, if the network knows it; else 0.
 
-        A network with a correction (see `fit.ptq.ptqd`) holds it as a table over t.
+        A network with a correction (see `fit.correction`) holds it as a table over t.
         """
         correction = dict(self.net.named_children()).get("correction")
         return 0.0 if correction is None else float(correction.get_buffer("variance")[t])

@@ -32,7 +32,7 @@ from torch import Tensor
 from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.draws import Stream, fixed_draws, generator, groups, starting_noise
 from tdq_exp.diffusion.objective import Samples
-from tdq_exp.fit.options import CalibrationSpec
+from tdq_exp.fit.calibration_options import CalibrationSpec
 from tdq_exp.fit.ptq.stored_set import CalibrationSet, require_parts
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.runtime import files, lock

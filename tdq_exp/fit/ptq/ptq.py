@@ -24,10 +24,11 @@ from torch import nn
 from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.draws import share_of
 from tdq_exp.fit.calibrated import BATCH, set_batches
+from tdq_exp.fit.calibration_options import IMPORTED, CalibrationSpec
+from tdq_exp.fit.correction import correct
 from tdq_exp.fit.fit import Subject, Work
 from tdq_exp.fit.losses import validation_draws, validation_loss
-from tdq_exp.fit.options import IMPORTED, CalibrationSpec, PtqOptions
-from tdq_exp.fit.ptq import ptqd
+from tdq_exp.fit.options import PtqOptions
 from tdq_exp.fit.ptq.block_by_block import BlockByBlock
 from tdq_exp.fit.ptq.calibration_set import make_set, require_steps
 from tdq_exp.fit.ptq.imported_set import ImportedSet, read_set
@@ -37,7 +38,7 @@ from tdq_exp.fit.ptq.stored_set import CalibrationSet, require_parts, require_se
 from tdq_exp.fit.quantized import QuantizedFit
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
-from tdq_exp.quant.convert import Recipe, activation_quantizers, code_weights
+from tdq_exp.quant.convert import activation_quantizers, code_weights
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.intervals.temporal import Temporal
 from tdq_exp.runtime import files
@@ -153,7 +154,8 @@ class Ptq(QuantizedFit[PtqOptions]):
         history = fit_to_set(net, float_net, model, samples, self.options, context)
         began, corrected = time.monotonic(), {}
         if self.options.corrects:
-            corrected["correction"] = ptqd.correct(net, float_net, model, samples, processes)
+            rule = self.options.correction
+            corrected["correction"] = correct(net, float_net, model, samples, processes, rule)
         correction_seconds = time.monotonic() - began
 
         # 4. What it is worth.
@@ -169,12 +171,6 @@ class Ptq(QuantizedFit[PtqOptions]):
             "best": [],
             **corrected,
         }
-
-    def skeleton(self, model: DiffusionModel, recipe: Recipe | None) -> nn.Module:
-        net = super().skeleton(model, recipe)
-        if self.options.corrects:
-            ptqd.attach(net, model)
-        return net
 
     def _calibration_set(
         self, net: nn.Module, subject: Subject, context: RunContext

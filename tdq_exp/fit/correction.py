@@ -1,9 +1,9 @@
-"""PTQD: a correction of the quantized network's prediction, by tables over t.
+"""A correction of the quantized network's prediction, by tables over t, after any fit.
 
 Quantization changes the predicted noise: eps_hat = eps + Delta. PTQD splits the error into a part
 that goes with eps and a residual, and takes back what is known of both:
 
-    Delta = k_t eps + Delta'                   k_t = max(cov(Delta, eps) / var(eps), 0)
+    Delta = k_t eps + Delta'                   k_t = cov(Delta, eps) / var(eps)
     eps_tilde = eps_hat / (1 + k_t) - b_t      b_t = mean(eps_hat / (1 + k_t) - eps), by channel
     v_t = var(eps_tilde - eps)
 
@@ -11,13 +11,22 @@ A sampler that adds noise of variance sigma_t^2 adds as much less as the residua
 
     sigma'_t^2 = max(sigma_t^2 - c_t^2 v_t, 0),   c_t = d x_{t-1} / d eps
 
-All three are measured on the calibration set, at the time steps that it holds, and interpolated
-between them. They are buffers of the network, so that a baked or packed network carries them.
+Two rules differ in k_t (`fit.correction`):
+
+    ptqd      max(k_t, 0), as in the published code: to divide by less than 1 would make the
+              residual larger, and the whole error with it.
+    rescale   max(k_t, -1/2). A network of few bits predicts too little, the less it sees of eps:
+              that is the least square error, and so what training leads to. But the noise that is
+              not predicted stays in the image. Divided by 1 + k_t the prediction has the size of
+              eps again; it is at most doubled.
+
+All three are measured at the time steps of a set of (x_t, t), and interpolated between them: the
+calibration set after post-training quantization, noised training images after a training. They are
+buffers of the network, so that a baked or packed network carries them.
 
 Source: He et al., *PTQD: Accurate Post-Training Quantization for Diffusion Models*, NeurIPS 2023,
-arXiv 2305.10657, section 3. As in the published code, a k_t below 0 counts as 0: to divide by less
-than 1 would make the residual larger, and the whole error with it. Unlike there, the share of eps
-in the update keeps the sampler's sigma_t: the noise that is left out is then all that changes.
+arXiv 2305.10657, section 3; `rescale` is ours. Unlike in the published code, the share of eps in
+the update keeps the sampler's sigma_t: the noise that is left out is then all that changes.
 """
 
 from __future__ import annotations
@@ -26,17 +35,74 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from tdq_exp.diffusion.draws import Stream, fixed_draws
+from tdq_exp.diffusion.objective import NetworkInput, Samples
 from tdq_exp.fit.calibrated import BATCH
-from tdq_exp.fit.ptq.stored_set import CalibrationSet
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.time import TimeContext
 from tdq_exp.runtime.processes import Processes
+
+TIME_STEPS = 50  # at which noised images are compared, evenly spaced from 0
+IMAGES = 256  # at each of them
+LEAST = {"ptqd": 0.0, "rescale": -0.5}  # k_t, by rule
+
+
+class InputSet(Protocol):
+    """Network inputs at some time steps, several at each."""
+
+    def __len__(self) -> int: ...
+
+    def times(self) -> Tensor:
+        """Return the time step of each, `[N]`, int64."""
+        ...
+
+    def batch(self, part: slice) -> NetworkInput:
+        """Return a part of them, on the CPU."""
+        ...
+
+
+class NoisedImages:
+    """Training images noised to evenly spaced time steps.
+
+    Args:
+        model: whose inputs they are.
+        images: the training set.
+        seed: of the choice of images and of the noise.
+    """
+
+    def __init__(self, model: DiffusionModel, images: Samples, seed: int) -> None:
+        self.schedule, self.images = model.schedule, images
+        steps = min(TIME_STEPS, model.steps)
+        self.draws = fixed_draws(
+            seed,
+            Stream.CORRECTION,
+            samples=steps * IMAGES,
+            images=len(images),
+            shape=model.sample_shape,
+            steps=steps,
+            random=images.random,
+        )
+        # Stratified draws have as many samples in each of the intervals.
+        starts = torch.arange(steps) * model.steps // steps
+        self.t = starts.index_select(0, self.draws.t)
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def times(self) -> Tensor:
+        return self.t
+
+    def batch(self, part: slice) -> NetworkInput:
+        draws, t = self.draws.of(part), self.t[part]
+        x_0 = self.images.batch(draws.index, draws.flip, draws.noise)
+        x_t = self.schedule.add_noise(x_0, draws.eps, t)
+        return NetworkInput(x_t, t, self.images.condition(draws.index))
 
 
 class NoiseCorrection(nn.Module):
@@ -88,8 +154,9 @@ def correct(
     net: nn.Module,
     float_net: nn.Module,
     model: DiffusionModel,
-    samples: CalibrationSet,
+    samples: InputSet,
     processes: Processes,
+    rule: str,
 ) -> dict[str, float]:
     """Measure and attach the correction of a fitted network.
 
@@ -100,8 +167,9 @@ def correct(
         net: quantized and fitted, on the device, without a correction.
         float_net: the same network in float.
         model: their description.
-        samples: the calibration set.
+        samples: at which it is measured.
         processes: who shares the work; both networks are on their device.
+        rule: see the head of this module.
 
     Returns:
         Facts for the record: the mean square error of the prediction over the set before and after,
@@ -111,11 +179,29 @@ def correct(
         FloatingPointError: if a prediction is not finite.
     """
     net.eval()
-    found = processes.decide(partial(_tables, net, float_net, model, samples, processes.device))
+    pair = _Pair(net, float_net, model, processes.device)
+    found = processes.decide(partial(_tables, pair, samples, rule))
 
     correction = attach(net, model).to(processes.device)
     correction.load_state_dict(found.tables)
     return found.facts
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A quantized network and the float one, on a device, and their description."""
+
+    net: nn.Module
+    float_net: nn.Module
+    model: DiffusionModel
+    device: torch.device
+
+    def predictions(self, samples: InputSet, first: int) -> tuple[Tensor, Tensor]:
+        """Return eps and eps_hat of one batch of a set, on the CPU."""
+        x, t, condition = samples.batch(slice(first, first + BATCH)).to(self.device)
+        eps = Denoiser(self.float_net, self.model, condition)(x, t)
+        eps_hat = Denoiser(self.net, self.model, condition)(x, t)
+        return eps.cpu(), eps_hat.cpu()
 
 
 @dataclass(frozen=True)
@@ -126,19 +212,10 @@ class _Found:
     facts: dict[str, float]
 
 
-def _tables(
-    net: nn.Module,
-    float_net: nn.Module,
-    model: DiffusionModel,
-    samples: CalibrationSet,
-    device: torch.device,
-) -> _Found:
-    """Measure the tables of a correction over a calibration set."""
+def _tables(pair: _Pair, samples: InputSet, rule: str) -> _Found:
+    """Measure the tables of a correction over a set."""
     # 1. Both predictions for every sample.
-    pairs = [
-        _predictions(net, float_net, model, samples, first, device) for first in _firsts(samples)
-    ]
-
+    pairs = [pair.predictions(samples, first) for first in range(0, len(samples), BATCH)]
     eps, eps_hat = (torch.cat(values) for values in zip(*pairs, strict=True))
 
     # 2. Slope, bias and variance at each time step of the set.
@@ -146,11 +223,11 @@ def _tables(
     measured = {}
     for step in sorted(set(times.tolist())):
         at_step = times == step
-        measured[int(step)] = _measure(eps[at_step], eps_hat[at_step], int(step))
+        measured[int(step)] = _measure(eps[at_step], eps_hat[at_step], int(step), rule)
 
     # 3. Tables over all time steps.
-    time: Any = net.time
-    correction = NoiseCorrection(model.sample_shape[0], time)
+    time: Any = pair.net.time
+    correction = NoiseCorrection(pair.model.sample_shape[0], time)
     _fill(correction, measured)
 
     # 4. What they are worth on the set.
@@ -168,25 +245,6 @@ def _tables(
     return _Found(dict(correction.state_dict()), facts)
 
 
-def _firsts(samples: CalibrationSet) -> range:
-    return range(0, len(samples), BATCH)
-
-
-def _predictions(
-    net: nn.Module,
-    float_net: nn.Module,
-    model: DiffusionModel,
-    samples: CalibrationSet,
-    first: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Return eps and eps_hat of one batch of the set, on the CPU."""
-    x, t, condition = samples.batch(slice(first, first + BATCH)).to(device)
-    eps = Denoiser(float_net, model, condition)(x, t)
-    eps_hat = Denoiser(net, model, condition)(x, t)
-    return eps.cpu(), eps_hat.cpu()
-
-
 @dataclass(frozen=True)
 class _Measured:
     """What was measured at one time step: k_t, b_t `[C]` and v_t."""
@@ -196,7 +254,7 @@ class _Measured:
     variance: float
 
 
-def _measure(eps: Tensor, eps_hat: Tensor, t: int) -> _Measured:
+def _measure(eps: Tensor, eps_hat: Tensor, t: int, rule: str) -> _Measured:
     """Return the correction of one time step, computed in double precision."""
     eps, eps_hat = eps.double(), eps_hat.double()
     error, centred = eps_hat - eps, eps - eps.mean()
@@ -204,9 +262,9 @@ def _measure(eps: Tensor, eps_hat: Tensor, t: int) -> _Measured:
     slope = float((centred * error).mean() / centred.square().mean().clamp(min=1e-20))
     if not math.isfinite(slope):
         raise FloatingPointError(
-            f"fit.correction=ptqd: at t = {t} a prediction of the calibration set is not finite"
+            f"fit.correction={rule}: at t = {t} a prediction of the set is not finite"
         )
-    k = max(slope, 0.0)
+    k = max(slope, LEAST[rule])
 
     residual = eps_hat / (1 + k) - eps
     bias = residual.mean(dim=(0, 2, 3))
