@@ -18,7 +18,7 @@ began=$SECONDS limit=${LIMIT:-465}
 workers=()
 "$python" -c "import xdist" 2>/dev/null && workers=(-n 6)
 timeout 200 "$python" -m pytest -m gpu "${workers[@]}" --tb=short \
-  tests/fit/test_weight_update.py tests/runtime/test_processes.py \
+  tests/runtime/test_graphs.py tests/fit/test_weight_update.py tests/runtime/test_processes.py \
   tests/quant/test_kernels_triton.py tests/diffusion/test_denoising_graph.py \
   tests/fit/test_training_graph.py tests/fit/test_ahead.py tests/fit/test_gradients.py \
   tests/quant/test_kernels_integer.py tests/deploy/test_gpu.py \

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.fit.training_graph import TrainingGraph
-from tdq_exp.runtime.graphs import records
+from tdq_exp.runtime.graphs import UnusableDevice, records
 from tdq_exp.runtime.processes import Processes
 
 Batch = tuple[Tensor, ...]
@@ -71,15 +71,17 @@ class Gradients:
         return self._graph is not None
 
     def forget(self) -> None:
-        """Drop the recording: what the host decides is about to change, such as a phase."""
+        """Free the recording: what the host decides is about to change, such as a phase."""
+        if self._graph is not None:
+            self._graph.release()
         self._graph = None
 
     def _record(self, batch: Batch) -> None:
         """Record a pass, or say why there is no recording."""
         try:
             self._graph = TrainingGraph(self.net, self._backward, batch)
-        except torch.OutOfMemoryError:
-            raise  # launched singly it would want as much
+        except (torch.OutOfMemoryError, UnusableDevice):
+            raise  # launched singly it would want as much memory
         except RuntimeError as error:
             reason = (str(error).strip().splitlines() or [""])[0]
             self._records = False

@@ -167,6 +167,7 @@ class Training:
         with (
             track("training", options.updates, first, show=self.processes.main) as advance,
             signals.deferred(),
+            closing(self),
             closing(batches_ahead(self._batch, first, options.updates, device)) as batches,
         ):
             for done, batch in enumerate(batches, first + 1):
@@ -197,6 +198,11 @@ class Training:
 
         self.processes.decide(lambda: remove_earlier(self.state_file))
         return self.ema.net, self.history
+
+    def close(self) -> None:
+        """Free the recordings, whose memory is that of all activations."""
+        self.gradients.forget()
+        self.weight_update.forget()
 
     def _batch(self, update: int) -> Batch:
         """Return this process' part of the batch of an update, on the CPU (see `batch_of`)."""
@@ -231,8 +237,7 @@ class Training:
         phase = self.phase(update)
         if phase != self._phase:
             self.set_phase(phase)
-            self.gradients.forget()
-            self.weight_update.forget()
+            self.close()
             self._phase = phase
             self._compile(batch)
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tdq_exp.fit.ema import Ema
-from tdq_exp.runtime.graphs import Recorded, records
+from tdq_exp.runtime.graphs import Recorded, UnusableDevice, records
 
 # How the optimiser launches its work: a matter of the device, and not of a saved state.
 LAUNCH = ("fused", "foreach", "capturable")
@@ -76,7 +76,9 @@ class WeightUpdate:
         return self._graph is not None
 
     def forget(self) -> None:
-        """Drop the recording: the gradients are about to lie elsewhere."""
+        """Free the recording: the gradients are about to lie elsewhere."""
+        if self._graph is not None:
+            self._graph.release()
         self._graph = None
 
     def rates_by_name(self) -> dict[str, float]:
@@ -148,7 +150,7 @@ class WeightUpdate:
                 graph.record()
                 self._graph = graph
                 return
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, UnusableDevice):
                 raise
             except RuntimeError as error:
                 reason = (str(error).strip().splitlines() or [""])[0]

@@ -6,6 +6,7 @@ computes nothing, and what reads a number from the device can't be recorded.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tdq_exp.fit import gradients, training_graph, weight_update
+from tdq_exp.runtime import graphs
 from tdq_exp.runtime.graphs import Recorded
 
 
@@ -71,7 +73,11 @@ class Taped(Recorded[Any]):
     """`Recorded` with a tape in place of a graph."""
 
     tape: Tape | None = None
-    replays = 0  # of all, for tests that ask if there were any
+
+    # Of all, for tests.
+    replays = released = 0
+    alive: weakref.WeakSet[Tape] = weakref.WeakSet()
+    others: list[int] = []  # recordings that were alive when one was begun
 
     def prepare(self) -> None:
         self._generator = torch.get_rng_state()
@@ -79,6 +85,7 @@ class Taped(Recorded[Any]):
             self._function()
 
     def record(self) -> None:
+        Taped.others.append(len(Taped.alive))
         tape = Tape()
         try:
             with tape:
@@ -88,11 +95,17 @@ class Taped(Recorded[Any]):
                 tape.undo()
             if hasattr(self, "_generator"):
                 torch.set_rng_state(self._generator)
-        self.tape = tape
+        self.tape, self._function = tape, graphs._released
+        Taped.alive.add(tape)
+
+    def release(self) -> None:
+        self.tape = None
+        Taped.released += 1
+        super().release()
 
     @torch.no_grad()
     def __call__(self) -> Any:
-        assert self.tape is not None
+        assert self.tape is not None, "not recorded, or released"
         self.tape.play()
         Taped.replays += 1
         return self._result
@@ -105,4 +118,7 @@ def record_on_tape(monkeypatch: Any) -> None:
         monkeypatch.setattr(module, "records", yes)
     for module in (training_graph, weight_update):
         monkeypatch.setattr(module, "Recorded", Taped)
-    monkeypatch.setattr(Taped, "replays", 0)
+    for count in ("replays", "released"):
+        monkeypatch.setattr(Taped, count, 0)
+    monkeypatch.setattr(Taped, "alive", weakref.WeakSet())
+    monkeypatch.setattr(Taped, "others", [])

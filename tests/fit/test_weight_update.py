@@ -12,6 +12,7 @@ from tdq_exp.fit.ema import Ema
 from tdq_exp.fit.loop import Interrupted
 from tdq_exp.fit.qat import QatTraining
 from tdq_exp.fit.weight_update import WeightUpdate
+from tdq_exp.runtime.graphs import no_collection
 from tests.fit.taped import Taped, record_on_tape
 from tests.fit.trainings import RATE, UPDATES, training
 from tests.quant.builders import make_net, make_recipe, start_quickly
@@ -136,6 +137,25 @@ def test_a_step_that_waits_is_launched_singly_with_a_warning(nets, tmp_path, mon
     require_same(trained, launched, average=False)
 
 
+def test_a_recording_is_freed_before_the_next_one_and_at_the_end(nets, tmp_path, monkeypatch):
+    """By itself: the collector of garbage does not know how much memory of a GPU a recording holds."""
+    record_on_tape(monkeypatch)
+    trained = training(nets[CASES[2]], tmp_path)
+    with no_collection():
+        trained.run()
+        assert Taped.others == [0, 1] * 2  # that of the gradients, beside that of the step
+        assert not Taped.alive and Taped.released == 4  # a GPU is waited for
+
+
+def test_recordings_of_a_training_that_fails_are_freed(nets, tmp_path, monkeypatch):
+    record_on_tape(monkeypatch)
+    trained = training(nets[CASES[2]], tmp_path, stop_after=3)
+    with no_collection():
+        with pytest.raises(Interrupted):
+            trained.run()
+        assert not Taped.alive
+
+
 def test_gradients_that_move_are_never_recorded(monkeypatch):
     record_on_tape(monkeypatch)
     net = nn.Linear(2, 2)
@@ -200,8 +220,15 @@ def test_recorded_updates_on_a_gpu_are_launched_ones(nets, case, tmp_path, same_
     for records in (True, False):
         trained = training(nets[case], tmp_path / str(records), "cuda", grad_clip=0.5)
         trained.weight_update._records = records
+        seen, close = [], trained.close
+
+        def noted(of=trained, seen=seen, close=close) -> None:
+            seen.append(of.weight_update.recorded)
+            close()
+
+        trained.close = noted
         trained.run()
-        assert (trained.weight_update._graph is not None) == records
+        assert seen[-1] == records
         results.append(trained)
     for a, b in zip(moments(results[0]), moments(results[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
