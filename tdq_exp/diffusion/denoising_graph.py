@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from tdq_exp.diffusion.ddim import Ddim, as_table
-from tdq_exp.diffusion.objective import NoisePredictor
+from tdq_exp.diffusion.objective import ConditionedPredictor, NoisePredictor
 from tdq_exp.diffusion.schedule import Schedule
-from tdq_exp.runtime.graphs import Recorded
+from tdq_exp.runtime.graphs import Recorded, UnusableDevice, free_memory, records
 
 
 class DenoisingGraph:
     """Sampling with the call of `Ddim.sample`, and its bits; without a GPU, `Ddim.sample` itself.
 
-    The recording is kept for the next batch: of one shape, by an equal `denoise`.
+    The recording is kept for the next batch: of one shape, by an equal `denoise`. A condition is
+    copied into a tensor that the recording reads, so that each batch may have its own.
 
     Args:
         ddim: the sampler to follow.
@@ -33,6 +34,7 @@ class DenoisingGraph:
         self.ddim = ddim
         self._key: object = None
         self._steps: RecordedSteps | None = None
+        self._condition: Tensor | None = None  # that the recording reads
 
     @torch.no_grad()
     def sample(
@@ -44,15 +46,36 @@ class DenoisingGraph:
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Follow the trajectory from pure noise to a sample. Arguments as `Ddim.sample`."""
-        if not x.is_cuda:
+        if not records(x.device):
             return self.ddim.sample(denoise, x, schedule, generators, on_step)
 
+        denoise = self._with_own_condition(denoise, x.device)
         key = (denoise, schedule, x.shape, x.dtype, x.device)
         if self._key != key:
-            self._key, self._steps = key, _recorded(self.ddim, denoise, x, schedule)
+            self._forget()
+            self._steps = _recorded(self.ddim, denoise, x, schedule)
+            self._key = key
         if self._steps is None:
             return self.ddim.sample(denoise, x, schedule, generators, on_step)
         return self._steps.run(x, generators, on_step)
+
+    def _with_own_condition(self, denoise: NoisePredictor, device: torch.device) -> NoisePredictor:
+        """Return a predictor with the same condition, in the tensor that a recording reads."""
+        if not isinstance(denoise, ConditionedPredictor) or denoise.condition is None:
+            return denoise
+
+        theirs, mine = denoise.condition, self._condition
+        if mine is None or (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
+            self._condition = mine = theirs.to(device, copy=True)
+        else:
+            mine.copy_(theirs)
+        return denoise.conditioned(mine, device)
+
+    def _forget(self) -> None:
+        """Free the recording: a batch of another kind needs its memory."""
+        if self._steps is not None:
+            self._steps.step.release()
+        self._key = self._steps = None
 
 
 def _recorded(
@@ -61,8 +84,10 @@ def _recorded(
     steps = RecordedSteps(ddim, denoise, x, schedule)
     try:
         steps.record()
+    except (torch.OutOfMemoryError, UnusableDevice):
+        raise  # launched singly it would want as much memory
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [""])[0]
         warnings.warn(
             f"sampling step by step: no CUDA graph of this network ({reason})", stacklevel=3
         )
@@ -92,6 +117,7 @@ class RecordedSteps:
 
     def record(self) -> None:
         """Record the step."""
+        free_memory(self.x.device)
         self.step.prepare()
         self.i.zero_()
         self.step.record()

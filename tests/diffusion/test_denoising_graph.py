@@ -13,9 +13,14 @@ from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.denoising_graph import DenoisingGraph
 from tdq_exp.diffusion.draws import image_generators, starting_noise
 from tdq_exp.diffusion.schedule import Schedule
+from tdq_exp.models.denoiser import Denoiser
+from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant import bake
+from tests.fit.taped import Taped, record_on_tape
+from tests.models.test_denoiser import CONDITIONAL
 from tests.quant.builders import make_net, make_recipe
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SCHEDULE = Schedule()
 SAMPLERS = {
     "plain": Ddim(5),
@@ -66,6 +71,51 @@ def test_without_a_gpu_it_is_the_sampler_itself():
     found = DenoisingGraph(SAMPLERS["stochastic"]).sample(denoise, x, SCHEDULE, generators)
     x, generators = start()
     assert torch.equal(found, SAMPLERS["stochastic"].sample(denoise, x, SCHEDULE, generators))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_of_conditions_share_a_recording(device, monkeypatch):
+    """One for each shape of batch, of which one is kept; the conditions that are given stay."""
+    if device == "cpu":
+        record_on_tape(monkeypatch)
+    recorded, record = [], denoising_graph.RecordedSteps.record
+
+    def counted(steps: denoising_graph.RecordedSteps) -> None:
+        recorded.append(len(steps.x))
+        record(steps)
+
+    monkeypatch.setattr(denoising_graph.RecordedSteps, "record", counted)
+    model = DiffusionModel(CONDITIONAL, SCHEDULE)
+    net = model.build(seed=1).to(device).eval()
+    ddim, graph = SAMPLERS["plain"], DenoisingGraph(SAMPLERS["plain"])
+    given, x = [], start(device)[0][..., :4, :4].contiguous()
+    for classes in ([0, 1, 2], [2, 2, 0], [1, 0, 1], [1]):
+        labels = torch.tensor(classes, device=device)
+        denoiser = Denoiser(net, model).conditioned(labels, labels.device)
+        found = graph.sample(denoiser, x[: len(labels)], SCHEDULE)
+        with torch.no_grad():
+            assert torch.equal(found, ddim.sample(denoiser, x[: len(labels)], SCHEDULE))
+        given.append((labels, classes))
+
+    assert recorded == [3, 1] and graph._steps is not None
+    assert all(labels.tolist() == classes for labels, classes in given)
+    if device == "cpu":
+        assert len(Taped.alive) == Taped.released == 1
+
+
+def test_without_memory_for_a_recording_sampling_ends(monkeypatch):
+    record_on_tape(monkeypatch)
+    graph, x = DenoisingGraph(SAMPLERS["plain"]), start()[0]
+    graph.sample(denoise, x, SCHEDULE)
+
+    def fail(taped: Taped) -> None:
+        assert not Taped.alive, "the earlier recording is still there"
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(Taped, "prepare", fail)
+    for _ in range(2):  # and is tried again
+        with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+            graph.sample(denoise, x[:2], SCHEDULE)
 
 
 @pytest.mark.gpu

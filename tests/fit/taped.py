@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tdq_exp.diffusion import denoising_graph
 from tdq_exp.fit import gradients, training_graph, weight_update
 from tdq_exp.runtime import graphs
 from tdq_exp.runtime.graphs import Recorded
@@ -112,11 +113,11 @@ class Taped(Recorded[Any]):
 
 
 def record_on_tape(monkeypatch: Any) -> None:
-    """Let the loop believe that it trains on a device that records."""
+    """Let the loop, and sampling, believe that they compute on a device that records."""
     yes: Callable[[torch.device], bool] = lambda device: True  # noqa: E731
-    for module in (gradients, weight_update):
+    for module in (gradients, weight_update, denoising_graph):
         monkeypatch.setattr(module, "records", yes)
-    for module in (training_graph, weight_update):
+    for module in (training_graph, weight_update, denoising_graph):
         monkeypatch.setattr(module, "Recorded", Taped)
     for count in ("replays", "released"):
         monkeypatch.setattr(Taped, count, 0)
