@@ -12,13 +12,14 @@ from tdq_exp.diffusion import denoising_graph
 from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.denoising_graph import DenoisingGraph
 from tdq_exp.diffusion.draws import image_generators, starting_noise
+from tdq_exp.diffusion.objective import PREDICTIONS
 from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant import bake
 from tests.fit.taped import Taped, record_on_tape
 from tests.models.test_denoiser import CONDITIONAL
-from tests.quant.builders import make_net, make_recipe
+from tests.quant.builders import load_model, make_net, make_recipe, start_quickly
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SCHEDULE = Schedule()
@@ -101,6 +102,27 @@ def test_batches_of_conditions_share_a_recording(device, monkeypatch):
     assert all(labels.tolist() == classes for labels, classes in given)
     if device == "cpu":
         assert len(Taped.alive) == Taped.released == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_a_step_of_every_prediction_is_recorded(kind, device, monkeypatch):
+    """Of a baked network with TDQ: nothing reads t on the host."""
+    if device == "cpu":
+        record_on_tape(monkeypatch)
+    model = load_model("tiny")
+    model.prediction_type = kind
+    net = model.build(seed=1)
+    model.quantize(net, make_recipe("lsq", "temporal"))
+    start_quickly(net)
+    denoiser = Denoiser(bake(net).to(device).eval(), model)
+
+    x = start(device)[0]
+    graph = DenoisingGraph(SAMPLERS["plain"])
+    found = graph.sample(denoiser, x, SCHEDULE)
+    assert graph._steps is not None
+    with torch.no_grad():
+        assert torch.equal(found, SAMPLERS["plain"].sample(denoiser, x, SCHEDULE))
 
 
 def test_without_memory_for_a_recording_sampling_ends(monkeypatch):
