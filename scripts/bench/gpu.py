@@ -467,16 +467,15 @@ def loop(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None
             _loop(bench, name, Training(bench, job, "LSQ+TDQ", precision, batch, recorded), make)
 
 
-def _loop(
-    bench: Bench, name: str, step: Training, make: Callable[[int], tuple[Tensor, ...]]
-) -> None:
+def _loop(bench: Bench, name: str, step: Training, make: Callable[[int], Any]) -> None:
     def waiting() -> None:
         x_0, t, eps = (v.to(bench.device) for v in make(step.update))
         step((x_0, t, eps), wait=True)
 
     if step.graph is None:
         bench.timed(f"{name}, draws on the host, loss read at each update", waiting)
-    with closing(batches_ahead(make, 0, 10**6, bench.device)) as batches:
+    ahead: Any = batches_ahead(make, 0, 10**6, bench.device)
+    with closing(ahead) as batches:
         bench.timed(f"{name}, draws ahead, nothing read", lambda: step(next(batches)))
 
 
@@ -618,7 +617,7 @@ def _time_loop(bench: Bench, name: str, training: QatTraining) -> None:
     read = sections.timed("read", training._read)
 
     def noted(done: int) -> Any:
-        recorded.append(loop.gradients.recorded and loop.weight_update.recorded)
+        recorded.append(training.gradients.recorded and training.weight_update.recorded)
         answer = read(done)
         stamps.append(time.perf_counter())
         return answer
