@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
 import weakref
 from argparse import Namespace
@@ -242,3 +244,36 @@ def test_an_eager_step_is_measured_without_the_recorded_one(gpu_bench, monkeypat
     x = torch.zeros(1, *job.model.sample_shape)
     module._denoise(bench, job, "denoise ddim float", job.model.build(), x, "float32")
     assert alive == [1, 0] and not bench.results["failed"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "spent", "code", "asked", "line"),
+    [
+        (465, 0, 0, [("-k 10 200", "pytest"), ("465", "--seconds 425")], "bench: exit code 0"),
+        (100, 0, 0, [("-k 10 40", "pytest"), ("100", "--seconds 60")], "bench: exit code 0"),
+        (60, 0, 2, [], "LIMIT=60: too short"),
+        (100, 60, 1, [("-k 10 40", "pytest")], "bench: not begun, 40 of 100 seconds are left"),
+    ],
+)
+def test_the_check_of_a_gpu_keeps_its_limit(tmp_path, limit, spent, code, asked, line):
+    """A limit of 0 or less would be none. Nothing is run: commands are written down."""
+    commands = tmp_path / "asked"
+    commands.touch()
+    (tmp_path / "functions").write_text(
+        f"timeout() {{ echo \"$*\" >> '{commands}'; }}\n"
+        f"no_python() {{ SECONDS=$((SECONDS + {spent})); false; }}\n"
+    )
+    done = subprocess.run(
+        ["bash", SCRIPTS / "gpu_check.sh", "no_python"],
+        env={
+            "PATH": os.environ["PATH"], "BASH_ENV": str(tmp_path / "functions"),
+            "LIMIT": str(limit), "OUT": str(tmp_path / "out"),
+        },
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == code and line in done.stdout + done.stderr
+    found = commands.read_text().splitlines()
+    assert len(found) == len(asked)
+    for words, (first, other) in zip(found, asked, strict=True):
+        assert words.startswith(f"{first} no_python") and other in words
