@@ -62,7 +62,7 @@ class History:
         validation: (update, loss).
         best: (loss, update) of the kept checkpoints, lowest loss first.
         seconds: spent, interrupted runs included.
-        compiled: whether torch compiled the network's blocks.
+        compiled: whether torch compiled the network's blocks, in any phase.
     """
 
     validation: list[tuple[int, float]] = field(default_factory=list)
@@ -257,7 +257,7 @@ class Training:
         with products(self.options.precision):
             self.compiled.try_out(lambda: self.gradients.launch(batch))
         self.processes.set_random_state(random)
-        self.history.compiled = self.compiled.active
+        self.history.compiled |= self.compiled.active  # whatever a later phase does
 
     def _read(self, done: int) -> tuple[float, bool]:
         """Return the loss of the last update, and whether any process was asked to stop.
@@ -351,6 +351,7 @@ class Training:
             "validation": self.history.validation,
             "best": self.history.best,
             "seconds": self.history.seconds,
+            "compiled": self.history.compiled,
         }
         self.processes.decide(lambda: save_state(self.state_file, state, keep_earlier=True))
 
@@ -382,6 +383,7 @@ class Training:
             self.history.validation = [(int(u), float(loss)) for u, loss in state["validation"]]
             self.history.best = [(float(loss), int(u)) for loss, u in state["best"]]
             self.history.seconds = float(state["seconds"])
+            self.history.compiled = bool(state.get("compiled", False))  # older states lack it
             update = int(state["update"])
             if not 0 < update <= self.options.updates:
                 raise ValueError(f"its update is {update}, of {self.options.updates}")
