@@ -3,7 +3,9 @@
 One update draws (images, t, eps) for the global batch, takes this process' shard, computes the
 model's loss, steps the optimiser, and takes the weights into their average. Validation is the
 average's loss over fixed (x, t, eps). Killed and started again, the loop ends with the same bits as
-one that was never killed. A signal that asks it to stop (`runtime.signals`) saves after the update.
+one that was never killed; on a GPU up to the order of sums, which cuDNN's convolutions, and the
+gradients of step sizes per time step, leave open. A signal that asks it to stop
+(`runtime.signals`) saves after the update.
 """
 
 from __future__ import annotations
