@@ -144,20 +144,24 @@ class WeightUpdate:
     def _record(self) -> None:
         """Make this update launched singly, then record it for the next ones, or say why not."""
         graph = Recorded(self._step, self._device)
-        reason = graph.run_once()
-        if reason is None:
-            try:
-                graph.record()
-                self._graph = graph
-                return
-            except (torch.OutOfMemoryError, UnusableDevice):
-                raise
-            except RuntimeError as error:
-                reason = (str(error).strip().splitlines() or [""])[0]
+        waits = graph.run_once()
+        if waits is not None:
+            self._never_record(waits)
+            return
 
+        try:
+            graph.record()
+        except (torch.OutOfMemoryError, UnusableDevice):
+            raise
+        except RuntimeError as error:
+            self._never_record((str(error).strip().splitlines() or [""])[0])
+        else:
+            self._graph = graph
+
+    def _never_record(self, reason: str) -> None:
         self._records = False
         warnings.warn(
             "training launches the optimiser's operations one by one, which takes longer: no CUDA"
             f" graph of its step ({reason})",
-            stacklevel=3,
+            stacklevel=4,
         )

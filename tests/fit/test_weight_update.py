@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from tdq_exp.fit.ema import Ema
 from tdq_exp.fit.loop import Interrupted
 from tdq_exp.fit.qat import QatTraining
 from tdq_exp.fit.weight_update import WeightUpdate
-from tdq_exp.runtime.graphs import no_collection
+from tdq_exp.runtime.graphs import Recorded, UnusableDevice, no_collection
 from tests.fit.taped import Taped, record_on_tape
 from tests.fit.trainings import RATE, UPDATES, training
 from tests.quant.builders import make_net, make_recipe, start_quickly
@@ -29,10 +31,14 @@ def nets() -> dict[tuple[str, str], nn.Module]:
     return made
 
 
+def moments_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All that an optimiser keeps."""
+    return [value for entry in optimizer.state.values() for value in entry.values()]
+
+
 def moments(trained: QatTraining) -> list[Tensor]:
-    """All that the optimiser keeps."""
-    state = trained.weight_update.optimizer.state
-    return [value for entry in state.values() for value in entry.values()]
+    """All that the optimiser of a training keeps."""
+    return moments_of(trained.weight_update.optimizer)
 
 
 def require_same(one: QatTraining, other: QatTraining, average: bool = True) -> None:
@@ -156,6 +162,30 @@ def test_recordings_of_a_training_that_fails_are_freed(nets, tmp_path, monkeypat
         assert not Taped.alive
 
 
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, UnusableDevice])
+def test_a_step_that_can_not_be_recorded_is_launched_singly_unless_that_would_fail(
+    monkeypatch, error
+):
+    def fail(step: Taped) -> None:
+        raise error("no more\nand why")
+
+    record_on_tape(monkeypatch)
+    monkeypatch.setattr(Taped, "record", fail)
+    net = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=RATE)
+    step = WeightUpdate(net, optimizer, Ema(net, 0.5), 0.0, torch.device("cpu"))
+    net(torch.ones(1, 2)).sum().backward()
+    if error is not RuntimeError:
+        with pytest.raises(error, match="no more"):
+            step(0, 1.0, fixed=True)
+        return
+
+    with pytest.warns(UserWarning, match="optimiser's operations one by one.*no more"):
+        step(0, 1.0, fixed=True)
+    step(1, 1.0, fixed=True)  # without asking again
+    assert not step.recorded and moments_of(optimizer)[0] == 2
+
+
 def test_gradients_that_move_are_never_recorded(monkeypatch):
     record_on_tape(monkeypatch)
     net = nn.Linear(2, 2)
@@ -236,6 +266,22 @@ def test_recorded_updates_on_a_gpu_are_launched_ones(nets, case, tmp_path, same_
         one, other = (r.net if name == "net" else r.ema.net for r in results)
         for a, b in zip(one.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_recordings_of_a_training_on_a_gpu_are_freed(nets, tmp_path, monkeypatch):
+    alive, others, record = weakref.WeakSet(), [], Recorded.record
+
+    def counted(step: Recorded) -> None:
+        others.append(len(alive))
+        record(step)
+        alive.add(step._graph)
+
+    monkeypatch.setattr(Recorded, "record", counted)
+    trained = training(nets[CASES[0]], tmp_path, "cuda")
+    with no_collection():
+        trained.run()
+        assert others == [0, 1] * 2 and not alive
 
 
 @pytest.mark.gpu
