@@ -682,9 +682,9 @@ def churches_images(bench: Bench, job: jobs.Experiment, precisions: tuple[str, .
 
 def run(options: argparse.Namespace) -> None:
     """All parts that there is time for, then the page."""
-    # What can't be recorded is no result, but an error that shows where; collecting is quick.
+    # What can't be recorded is no result, but an error that shows where.
     warnings.filterwarnings("error", message="training launches|sampling step by step")
-    gc.freeze()
+    gc.freeze()  # garbage is collected before each measurement: not among all that was imported
     bench = Bench(options)
     try:
         parts(bench)

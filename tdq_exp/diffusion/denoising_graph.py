@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,6 +97,24 @@ def _recorded(
     return steps
 
 
+class StepTensors(NamedTuple):
+    """What a recorded step reads and writes, where x is.
+
+    Args:
+        x: x_t, `[B, C, H, W]`; the step writes x_{t_prev}.
+        i: number of the step, `[1]`; the step counts it up.
+        t: the time steps, `[S]`.
+        table: the numbers of their updates, `[S, 5]`.
+        z: standard normal of x's shape; None if no step adds noise.
+    """
+
+    x: Tensor
+    i: Tensor
+    t: Tensor
+    table: Tensor
+    z: Tensor | None
+
+
 class RecordedSteps:
     """The tensors of a recording, and the function that is recorded.
 
@@ -102,18 +122,17 @@ class RecordedSteps:
     """
 
     def __init__(self, ddim: Ddim, denoise: NoisePredictor, x: Tensor, schedule: Schedule) -> None:
-        self.ddim, self.denoise = ddim, denoise
+        self.ddim = ddim
         trajectory = ddim.trajectory(denoise, schedule)
         self.visited = [t for t, _ in trajectory]
         self.sigmas = [values.sigma for _, values in trajectory]
 
         # Made where x is; from here on nothing is copied from the host but the noise of eta > 0.
-        self.t = torch.tensor(self.visited, device=x.device)
-        self.table = as_table(trajectory, x)
+        self.x, self.z = x.clone(), torch.zeros_like(x) if any(self.sigmas) else None
         self.i = torch.zeros(1, dtype=torch.long, device=x.device)
-        self.x = x.clone()
-        self.z = torch.zeros_like(x) if any(self.sigmas) else None
-        self.step = Recorded(self._advance, x.device)
+        t = torch.tensor(self.visited, device=x.device)
+        tensors = StepTensors(self.x, self.i, t, as_table(trajectory, x), self.z)
+        self.step = Recorded(partial(_advance, ddim, denoise, tensors), x.device)
 
     def record(self) -> None:
         """Record the step."""
@@ -139,12 +158,15 @@ class RecordedSteps:
             self.step()
         return self.x.clone()
 
-    def _advance(self) -> Tensor:
-        """x_t -> x_{t_prev} in place, at the step whose number is on the GPU."""
-        number = self.i.clamp(max=len(self.visited) - 1)  # the warm-up may count past the end
-        t = self.t.index_select(0, number).reshape(())
-        values = self.table.index_select(0, number).reshape(-1).unbind()
-        eps = self.denoise(self.x, t).to(self.x.dtype)
-        self.x.copy_(self.ddim.update(eps, self.x, values, self.z))
-        self.i.add_(1)
-        return self.x
+
+def _advance(ddim: Ddim, denoise: NoisePredictor, tensors: StepTensors) -> Tensor:
+    """x_t -> x_{t_prev} in place, at the step whose number is on the GPU."""
+    x, i, steps, table, z = tensors
+    number = i.clamp(max=len(steps) - 1)  # the warm-up may count past the end
+    t = steps.index_select(0, number).reshape(())
+    values = table.index_select(0, number).reshape(-1).unbind()
+
+    eps = denoise(x, t).to(x.dtype)
+    x.copy_(ddim.update(eps, x, values, z))
+    i.add_(1)
+    return x

@@ -37,9 +37,9 @@ class Recorded(Generic[T]):
     What the function draws from the device's generator is drawn anew by each call. Warm-up and
     recording leave the generator as it was, so that work that is resumed goes on with its numbers.
 
-    A recording keeps the memory of everything that the function computes. Once recorded, the
-    function itself is dropped: it is mostly a method of whoever holds the recording, and each would
-    keep the other alive. Call `release` before the next recording, and when the work is done.
+    A recording keeps the memory of all that the function computes, and the function with all that
+    it reads. Call `release` before the next recording, and when the work is done: if the function
+    is a method of whoever holds the recording, each keeps the other alive.
 
     Args:
         function: the step; called `warm_up` times before it is recorded, so that whatever is made
@@ -149,7 +149,7 @@ class Recorded(Generic[T]):
         finally:
             first = None  # its frames hold this one
 
-        self._graph, self._function = graph, _released
+        self._graph = graph
         self._put_generator_back()
 
     def _clean_up(self, before: torch.cuda.Stream, pool: Any, cause: Exception) -> None:

@@ -17,6 +17,7 @@ from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant import bake
+from tdq_exp.runtime.graphs import no_collection
 from tests.fit.taped import Taped, record_on_tape
 from tests.models.test_denoiser import CONDITIONAL
 from tests.quant.builders import load_model, make_net, make_recipe, start_quickly
@@ -123,6 +124,17 @@ def test_a_step_of_every_prediction_is_recorded(kind, device, monkeypatch):
     assert graph._steps is not None
     with torch.no_grad():
         assert torch.equal(found, SAMPLERS["plain"].sample(denoiser, x, SCHEDULE))
+
+
+def test_a_sampler_that_nobody_holds_frees_its_recording(monkeypatch):
+    record_on_tape(monkeypatch)
+    with no_collection():
+        graph = DenoisingGraph(SAMPLERS["stochastic"])
+        x, generators = start()
+        graph.sample(denoise, x, SCHEDULE, generators)
+        assert Taped.alive
+        del graph
+        assert not Taped.alive
 
 
 def test_without_memory_for_a_recording_sampling_ends(monkeypatch):

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 from tdq_exp.diffusion import denoising_graph
 from tdq_exp.fit import gradients, training_graph, weight_update
-from tdq_exp.runtime import graphs
 from tdq_exp.runtime.graphs import Recorded
 
 
@@ -96,7 +95,7 @@ class Taped(Recorded[Any]):
                 tape.undo()
             if hasattr(self, "_generator"):
                 torch.set_rng_state(self._generator)
-        self.tape, self._function = tape, graphs._released
+        self.tape = tape
         Taped.alive.add(tape)
 
     def release(self) -> None:

@@ -94,14 +94,16 @@ class Owner:
         return "done"
 
 
-def test_a_recording_holds_nothing_of_its_function(card):
+def test_a_recording_keeps_what_it_reads_until_it_is_released(card):
     with graphs.no_collection():
         owner = Owner()
-        owner.step.record()
-        assert owner.step() == "done" and card.events == ["replay"]
-        seen = weakref.ref(owner)
+        step, seen = owner.step, weakref.ref(owner)
+        step.record()
         del owner
-        assert seen() is None and card.events == ["replay", "destroyed"]
+        assert step() == "done" and seen() is not None
+
+        step.release()
+        assert seen() is None and card.events == ["replay", "synchronized", "destroyed"]
 
 
 def test_garbage_is_not_collected_while_recording(card):
