@@ -3,7 +3,8 @@
 #   scripts/gpu_check.sh [python] [options of the bench, such as --rehearse]
 #   scripts/gpu_check.sh python3 --only fit_loop savings     the tests, then these parts of the bench
 #   scripts/gpu_check.sh python3 --only integers    the tests, then of the bench what is about integers
-#   LIMIT=200 scripts/gpu_check.sh        in at most so many seconds; the bench leaves parts out
+#   LIMIT=200 scripts/gpu_check.sh        in at most so many seconds, of which the last 60 are the bench's;
+#                                         it leaves parts out
 # What comes out is written as it comes below $OUT (default: results/bench): tests.txt, gpu.json, gpu.md, bench.txt.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -13,12 +14,19 @@ out=${OUT:-results/bench}
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
 began=$SECONDS limit=${LIMIT:-465}
+tests_limit=$((limit - 60 < 200 ? limit - 60 : 200))
+if [ "$tests_limit" -le 0 ]; then
+  echo "LIMIT=$limit: too short; the bench alone wants 60 seconds" >&2
+  exit 2
+fi
 
-# Kernels are compiled for many shapes: several processes, if pytest-xdist is there.
+# Kernels are compiled for many shapes: several processes, if pytest-xdist is there. What is launched
+# singly because it can't be recorded is an error, with its traceback.
 workers=()
 "$python" -c "import xdist" 2>/dev/null && workers=(-n 6)
-timeout 200 "$python" -m pytest -m gpu "${workers[@]}" --tb=short \
-  tests/fit/test_weight_update.py tests/runtime/test_processes.py \
+timeout -k 10 "$tests_limit" "$python" -m pytest -m gpu "${workers[@]}" --tb=short \
+  -W "error:training launches" -W "error:sampling step by step" \
+  tests/runtime/test_graphs.py tests/fit/test_weight_update.py tests/runtime/test_processes.py \
   tests/quant/test_kernels_triton.py tests/diffusion/test_denoising_graph.py \
   tests/fit/test_training_graph.py tests/fit/test_ahead.py tests/fit/test_gradients.py \
   tests/quant/test_kernels_integer.py tests/deploy/test_gpu.py \
@@ -27,6 +35,10 @@ tests=${PIPESTATUS[0]}
 echo "tests: exit code $tests after $((SECONDS - began)) s"
 
 left=$((limit - (SECONDS - began)))
+if [ "$left" -le 40 ]; then
+  echo "bench: not begun, $left of $limit seconds are left"
+  exit 1
+fi
 timeout "$left" "$python" scripts/bench/gpu.py --out "$out" --seconds $((left - 40)) "$@" 2>&1 | tee "$out/bench.txt" | tail -n 120
 bench=${PIPESTATUS[0]}
 echo "bench: exit code $bench after $((SECONDS - began)) s"

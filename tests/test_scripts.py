@@ -5,8 +5,12 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
+import weakref
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,10 @@ from tdq_exp.fit.quantized import skeleton
 from tdq_exp.quant.convert import activation_quantizers
 from tdq_exp.quant.layers import QuantLayer
 from tdq_exp.report import pages
+from tdq_exp.runtime.context import RunContext
+from tdq_exp.runtime.processes import Processes
+from tests.fit.taped import Taped, record_on_tape
+from tests.quant.builders import load_model
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 RESULTS = SCRIPTS.parent / "results"
@@ -183,3 +191,89 @@ def test_the_gpus_bench_compares_integers_with_the_fastest_simulated_step(with_i
     page = "\n".join(module.page({"integers": {"bfloat16": entries}, "about": {"integers": line}}))
     assert said in page and "| 2 | 2.0000 | 1.0000 | 2.00 |" in page and "(too large)" in page
     assert module.page({"about": {}}) == []
+
+
+@pytest.fixture
+def gpu_bench(tmp_path, monkeypatch):
+    """The bench of a GPU at its tiny size, and what it is run with."""
+    monkeypatch.syspath_prepend(SCRIPTS / "bench")
+    module = script("bench/gpu")
+    options = Namespace(rehearse=True, out=tmp_path, seconds=600, only=[])
+    return module, module.Bench(options)
+
+
+def test_the_loop_of_a_fit_is_timed_in_one_phase(gpu_bench, tmp_path):
+    """At a new phase it records again, which would be among the updates whose mean is taken."""
+    module, _ = gpu_bench
+    options = module.fit_options(60, 4, "float32")
+    context = RunContext(tmp_path, "", 0, Processes(cpu=True), tmp_path)
+    model = load_model("tiny")
+    training = module._fit(model, model.build(), options, context)
+    assert {training.phase(update) for update in range(60)} == {0}
+
+
+@pytest.mark.parametrize("part", ["savings", "loop"])
+def test_memory_is_measured_with_nothing_of_the_form_before(gpu_bench, monkeypatch, part):
+    record_on_tape(monkeypatch)
+    module, bench = gpu_bench
+    networks, alive, build = weakref.WeakSet(), [], module.built
+
+    def built(*arguments):
+        net = build(*arguments)
+        networks.add(net)
+        return net
+
+    def measured(name, step, rounds):
+        alive.append((len(networks), len(Taped.alive)))
+
+    monkeypatch.setattr(module, "built", built)
+    monkeypatch.setattr(bench, "_timed_on_cpu", measured)
+    job = {"savings": ("ldm_w4a4_lsq_tdq", "tiny_latent"), "loop": ("ddim_w4a4_lsq_tdq", "tiny")}
+    getattr(module, part)(bench, module._job(*job[part]), "float32", 2)
+
+    # The network, and in each form recordings of the gradients and of the step.
+    recordings = {"savings": [1, 1], "loop": [0, 0, 2]}
+    assert alive == [(1, number) for number in recordings[part]] and not bench.results["failed"]
+
+
+def test_an_eager_step_is_measured_without_the_recorded_one(gpu_bench, monkeypatch):
+    record_on_tape(monkeypatch)
+    module, bench = gpu_bench
+    alive, job = [], module._job("ddim_w4a4_lsq_tdq", "tiny")
+    monkeypatch.setattr(bench, "_timed_on_cpu", lambda *step: alive.append(len(Taped.alive)))
+    x = torch.zeros(1, *job.model.sample_shape)
+    module._denoise(bench, job, "denoise ddim float", job.model.build(), x, "float32")
+    assert alive == [1, 0] and not bench.results["failed"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "spent", "code", "asked", "line"),
+    [
+        (465, 0, 0, [("-k 10 200", "pytest"), ("465", "--seconds 425")], "bench: exit code 0"),
+        (100, 0, 0, [("-k 10 40", "pytest"), ("100", "--seconds 60")], "bench: exit code 0"),
+        (60, 0, 2, [], "LIMIT=60: too short"),
+        (100, 60, 1, [("-k 10 40", "pytest")], "bench: not begun, 40 of 100 seconds are left"),
+    ],
+)
+def test_the_check_of_a_gpu_keeps_its_limit(tmp_path, limit, spent, code, asked, line):
+    """A limit of 0 or less would be none. Nothing is run: commands are written down."""
+    commands = tmp_path / "asked"
+    commands.touch()
+    (tmp_path / "functions").write_text(
+        f"timeout() {{ echo \"$*\" >> '{commands}'; }}\n"
+        f"no_python() {{ SECONDS=$((SECONDS + {spent})); false; }}\n"
+    )
+    done = subprocess.run(
+        ["bash", SCRIPTS / "gpu_check.sh", "no_python"],
+        env={
+            "PATH": os.environ["PATH"], "BASH_ENV": str(tmp_path / "functions"),
+            "LIMIT": str(limit), "OUT": str(tmp_path / "out"),
+        },
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == code and line in done.stdout + done.stderr
+    found = commands.read_text().splitlines()
+    assert len(found) == len(asked)
+    for words, (first, other) in zip(found, asked, strict=True):
+        assert words.startswith(f"{first} no_python") and other in words

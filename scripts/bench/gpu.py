@@ -19,8 +19,9 @@ import statistics
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -124,14 +125,22 @@ class Bench:
                 raise
             lines = str(error).strip().splitlines() or [""]
             self.note("failed", name, f"{type(error).__name__}: {lines[0]}"[:300])
-            traceback.print_exc(limit=-4)
+            traceback.print_exc()
         finally:
-            gc.collect()
-            if not self.small:
-                torch.cuda.empty_cache()
+            self._free()
+
+    def _free(self) -> None:
+        """Give back what nobody holds."""
+        gc.collect()
+        if not self.small:
+            torch.cuda.empty_cache()
 
     def timed(self, name: str, step: Callable[[], object], rounds: int | None = None) -> float:
-        """Median milliseconds of a step, back to back with its neighbours, and peak memory."""
+        """Median milliseconds of a step, back to back with its neighbours, and peak memory.
+
+        Memory is of the step alone, if nothing else is held: build each in a function of its own.
+        """
+        self._free()
         for _ in range(self.warm_up):
             step()
         rounds = rounds or self.rounds
@@ -320,7 +329,7 @@ class Training:
             self.optimizer.zero_grad(set_to_none=True)
             loss = self.loss(*batch)
         if wait:
-            float(loss)
+            float(loss.detach())
         if self.graph is None:
             loss.backward()
         self.weight_update(self.update, 1.0, fixed=self.graph is not None)
@@ -388,11 +397,14 @@ def _denoise(
         with autocast(bench.device, precision):
             return job.model.predict(net, x_t, t)
 
-    with torch.no_grad(), bench.part(name):
+    def recorded() -> None:
         steps = RecordedSteps(job.sampler, predict, x, job.model.schedule)
         steps.record()
         steps.i.zero_()
         bench.timed(f"{name}, graph", steps.step)
+
+    with torch.no_grad(), bench.part(name):
+        recorded()
         if " ldm " in name:
             return  # large enough to hide its launches
         t = torch.tensor(500, device=bench.device)
@@ -405,18 +417,20 @@ def training(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> 
         for recorded in (False, True):
             name = f"train {form} {precision}" + (", graph" if recorded else "")
             with bench.part(name):
-                step = Training(bench, job, form, precision, batch, recorded)
-                bench.timed(name, step)
-                if form != "float" and not recorded:
-                    with kernels.unfused():
-                        bench.timed(f"{name}, unfused", step)
-                del step
+                _train(bench, name, Training(bench, job, form, precision, batch, recorded))
 
     # Without kernels inside of a graph too: what launches cost is no part of this comparison.
     for form in FORMS[1:]:
         name = f"train {form} {precision}, graph, unfused"
         with bench.part(name), kernels.unfused():
             bench.timed(name, Training(bench, job, form, precision, batch, recorded=True))
+
+
+def _train(bench: Bench, name: str, step: Training) -> None:
+    bench.timed(name, step)
+    if step.graph is None and " float " not in name:
+        with kernels.unfused():
+            bench.timed(f"{name}, unfused", step)
 
 
 def profiles(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
@@ -450,20 +464,19 @@ def loop(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None
     for recorded in (False, True):
         name = f"loop LSQ+TDQ {precision}" + (", graph" if recorded else "")
         with bench.part(name):
-            step = Training(bench, job, "LSQ+TDQ", precision, batch, recorded)
-            if not recorded:
+            _loop(bench, name, Training(bench, job, "LSQ+TDQ", precision, batch, recorded), make)
 
-                def waiting(step: Training = step) -> None:
-                    x_0, t, eps = (v.to(bench.device) for v in make(step.update))
-                    step((x_0, t, eps), wait=True)
 
-                bench.timed(f"{name}, draws on the host, loss read at each update", waiting)
-            ahead = batches_ahead(make, 0, 10**6, bench.device)
+def _loop(bench: Bench, name: str, step: Training, make: Callable[[int], Any]) -> None:
+    def waiting() -> None:
+        x_0, t, eps = (v.to(bench.device) for v in make(step.update))
+        step((x_0, t, eps), wait=True)
 
-            def prepared(step: Training = step, ahead: Iterator[Any] = ahead) -> None:
-                step(next(ahead))
-
-            bench.timed(f"{name}, draws ahead, nothing read", prepared)
+    if step.graph is None:
+        bench.timed(f"{name}, draws on the host, loss read at each update", waiting)
+    ahead: Any = batches_ahead(make, 0, 10**6, bench.device)
+    with closing(ahead) as batches:
+        bench.timed(f"{name}, draws ahead, nothing read", lambda: step(next(batches)))
 
 
 def churches(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
@@ -478,25 +491,31 @@ def churches(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> 
 
 def savings(bench: Bench, job: jobs.Experiment, precision: str, batch: int) -> None:
     """What micro-batches and recomputed activations save, and cost, in the latent model's training."""
-    processes = Processes(cpu=bench.small)
     for title, recompute, micro in (
         ("4 micro-batches", False, 4),
         ("activations computed again", True, 1),
     ):
         name = f"train ldm LSQ+TDQ {precision}, graph, {title}"
         with bench.part(name):
-            net = built(job.model, "LSQ+TDQ", bench.device)
-            if recompute:
-                recompute_activations(net)
+            _saving(bench, job, name, precision, batch, recompute, micro)
 
-            def loss(x_0: Tensor, t: Tensor, eps: Tensor, net: nn.Module = net) -> Tensor:
-                with autocast(bench.device, precision):
-                    return job.model.training_loss(net, x_0, t, eps)
 
-            gradients = Gradients(net, loss, processes, micro)
-            x = torch.randn(batch, *job.model.sample_shape, device=bench.device)
-            t = torch.randint(job.model.schedule.steps, (batch,), device=bench.device)
-            bench.timed(name, partial(gradients, (x, t, torch.randn_like(x))), rounds=3)
+def _saving(
+    bench: Bench, job: jobs.Experiment, name: str, precision: str, batch: int, recompute: bool,
+    micro: int,
+) -> None:  # fmt: skip
+    net = built(job.model, "LSQ+TDQ", bench.device)
+    if recompute:
+        recompute_activations(net)
+
+    def loss(x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        with autocast(bench.device, precision):
+            return job.model.training_loss(net, x_0, t, eps)
+
+    gradients = Gradients(net, loss, Processes(cpu=bench.small), micro)
+    x = torch.randn(batch, *job.model.sample_shape, device=bench.device)
+    t = torch.randint(job.model.schedule.steps, (batch,), device=bench.device)
+    bench.timed(name, partial(gradients, (x, t, torch.randn_like(x))), rounds=3)
 
 
 class Sections:
@@ -559,35 +578,46 @@ def fit_loop(
     bench: Bench, job: jobs.Experiment, precision: str, batch: int, compiled: bool = False
 ) -> None:
     """Updates of the loop that a fit runs, and how much of each lies outside of recordings."""
-    updates = 12 if bench.small else 60
-    size, channels = job.model.sample_shape[-1], job.model.sample_shape[0]
-    shape = (2000, size, size, channels)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    sets = TrainingSets(Images(pixels, "noise", ""), Images(pixels[:64], "noise", ""))
-
     for form in FORMS:
         name = f"fit's loop {form} {precision}" + (", compiled" if compiled else "")
         with bench.part(name), tempfile.TemporaryDirectory() as folder:
             net = built(job.model, form, bench.device)
-            options = QatOptions(
-                kind="qat", updates=updates, batch_size=batch, precision=precision,
-                validate_every=updates, validation_samples=8, lr=RATE, lr_step_size=RATE,
-                lr_zero_point=RATE, lr_generator=RATE,
-            )  # fmt: skip
-            optimizer = torch.optim.AdamW(optimizer_groups(net, rates_of(options)), fused=True)
-            processes, place = Processes(cpu=bench.small), Path(folder)
+            options = fit_options(12 if bench.small else 60, batch, precision)
+            place, processes = Path(folder), Processes(cpu=bench.small)
             context = RunContext(place, "", 0, processes, place, compile=compiled)
-            training = QatTraining(net, job.model, sets, optimizer, options, context)
-            _time_loop(bench, name, training)
+            _time_loop(bench, name, _fit(job.model, net, options, context))
+            del net
+
+
+def fit_options(updates: int, batch: int, precision: str) -> QatOptions:
+    """Options of a fit of one phase: at another one it would record again, amid what is timed."""
+    return QatOptions(
+        kind="qat", updates=updates, batch_size=batch, precision=precision, real_rounding=0.0,
+        validate_every=updates, validation_samples=8, lr=RATE, lr_step_size=RATE,
+        lr_zero_point=RATE, lr_generator=RATE,
+    )  # fmt: skip
+
+
+def _fit(
+    model: DiffusionModel, net: nn.Module, options: QatOptions, context: RunContext
+) -> QatTraining:
+    size, channels = model.sample_shape[-1], model.sample_shape[0]
+    shape = (2000, size, size, channels)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    sets = TrainingSets(Images(pixels, "noise", ""), Images(pixels[:64], "noise", ""))
+    optimizer = torch.optim.AdamW(optimizer_groups(net, rates_of(options)), fused=True)
+    return QatTraining(net, model, sets, optimizer, options, context)
 
 
 def _time_loop(bench: Bench, name: str, training: QatTraining) -> None:
     """Run a training, and note what its updates take, in all and by section."""
     sections = Sections(bench)
     stamps: list[float] = []  # what lies between two readings is all that the host can know
+    recorded: list[bool] = []  # at each reading, for a training frees its recordings at its end
     read = sections.timed("read", training._read)
 
     def noted(done: int) -> Any:
+        recorded.append(training.gradients.recorded and training.weight_update.recorded)
         answer = read(done)
         stamps.append(time.perf_counter())
         return answer
@@ -621,11 +651,11 @@ def _time_loop(bench: Bench, name: str, training: QatTraining) -> None:
     median = bench._keep(name, times)
     in_gradients, in_step = (sections.device(part, every) for part in ("gradients", "step"))
     found = {
-        "recorded": loop.gradients.recorded and loop.weight_update.recorded,
+        "recorded": recorded[-1],
         "an update": median,
         "on the device, gradients": in_gradients,
         "on the device, step and average": in_step,
-        "outside of both": median - in_gradients - in_step,
+        "outside of both": statistics.fmean(times) - in_gradients - in_step,  # means, all three
         "host, gradients": sections.host("gradients", every),
         "host, step and average": sections.host("step", every),
         "host, whole update": sections.host("update", every),
@@ -652,6 +682,9 @@ def churches_images(bench: Bench, job: jobs.Experiment, precisions: tuple[str, .
 
 def run(options: argparse.Namespace) -> None:
     """All parts that there is time for, then the page."""
+    # What can't be recorded is no result, but an error that shows where.
+    warnings.filterwarnings("error", message="training launches|sampling step by step")
+    gc.freeze()  # garbage is collected before each measurement: not among all that was imported
     bench = Bench(options)
     try:
         parts(bench)

@@ -16,7 +16,7 @@ Source: Salimans, Ho, *Progressive Distillation for Fast Sampling of Diffusion M
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,6 +31,25 @@ class NoisePredictor(Protocol):
     """Predicts the noise in x_t; a condition, if there is one, is its own (see `Denoiser`)."""
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class ConditionedPredictor(NoisePredictor, Protocol):
+    """A predictor that says its condition, and can be given another one."""
+
+    @property
+    def condition(self) -> Tensor | None:
+        """What the network is told beside t, `[B, ...]`; None for an unconditional model."""
+        ...
+
+    def conditioned(self, condition: Tensor | None, device: torch.device) -> NoisePredictor:
+        """Return a predictor by the same network, with another condition.
+
+        Args:
+            condition: `[B, ...]`; a tensor on the device is read where it is.
+            device: of the network.
+        """
+        ...
 
 
 class NetworkInput(NamedTuple):

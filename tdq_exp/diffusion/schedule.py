@@ -97,8 +97,12 @@ class Schedule:
         return abar.sqrt().to(like.dtype), (1 - abar).sqrt().to(like.dtype)
 
     def _abar(self, t: Tensor, like: Tensor) -> Tensor:
-        """Return abar_t, float64, in a shape that multiplies a batch."""
-        return self._alphas_cumprod_on(like.device)[t].reshape(-1, *[1] * (like.dim() - 1))
+        """Return abar_t, float64, in a shape that multiplies a batch.
+
+        Plain indexing with a 0-dim t would wait for an accelerator to say what t is.
+        """
+        values, t = self._alphas_cumprod_on(like.device), t.reshape(-1).to(like.device)
+        return values.index_select(0, t).reshape(-1, *[1] * (like.dim() - 1))
 
     def _alphas_cumprod_on(self, device: torch.device) -> Tensor:
         """Return abar on a device, copied once: each copy would wait for the device."""

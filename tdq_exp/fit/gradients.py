@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from tdq_exp.fit.training_graph import TrainingGraph
-from tdq_exp.runtime.graphs import records
+from tdq_exp.runtime.graphs import UnusableDevice, records
 from tdq_exp.runtime.processes import Processes
 
 Batch = tuple[Tensor, ...]
@@ -63,7 +64,7 @@ class Gradients:
         """Return the loss of this process' part; leave its own gradients, launched one by one."""
         for parameter in self._parameters:
             parameter.grad = None
-        return self._backward(*batch)
+        return _backward(self.loss, self.micro_batches, *batch)
 
     @property
     def recorded(self) -> bool:
@@ -71,15 +72,18 @@ class Gradients:
         return self._graph is not None
 
     def forget(self) -> None:
-        """Drop the recording: what the host decides is about to change, such as a phase."""
+        """Free the recording: what the host decides is about to change, such as a phase."""
+        if self._graph is not None:
+            self._graph.release()
         self._graph = None
 
     def _record(self, batch: Batch) -> None:
         """Record a pass, or say why there is no recording."""
+        backward = partial(_backward, self.loss, self.micro_batches)  # holds nothing of this object
         try:
-            self._graph = TrainingGraph(self.net, self._backward, batch)
-        except torch.OutOfMemoryError:
-            raise  # launched singly it would want as much
+            self._graph = TrainingGraph(self.net, backward, batch)
+        except (torch.OutOfMemoryError, UnusableDevice):
+            raise  # launched singly it would want as much memory
         except RuntimeError as error:
             reason = (str(error).strip().splitlines() or [""])[0]
             self._records = False
@@ -89,15 +93,16 @@ class Gradients:
                 stacklevel=3,
             )
 
-    def _backward(self, *batch: Tensor) -> Tensor:
-        """Add the gradients of a batch's loss to the parameters; return the loss."""
-        parts: Sequence[Batch] = [batch]
-        if self.micro_batches > 1:
-            parts = list(zip(*(tensor.chunk(self.micro_batches) for tensor in batch), strict=True))
 
-        shares = []
-        for part in parts:
-            share = self.loss(*part) / len(parts)
-            share.backward()
-            shares.append(share.detach())
-        return torch.stack(shares).sum()
+def _backward(loss: Loss, micro_batches: int, *batch: Tensor) -> Tensor:
+    """Add the gradients of a batch's loss to the parameters; return the loss."""
+    parts: Sequence[Batch] = [batch]
+    if micro_batches > 1:
+        parts = list(zip(*(tensor.chunk(micro_batches) for tensor in batch), strict=True))
+
+    shares = []
+    for part in parts:
+        share = loss(*part) / len(parts)
+        share.backward()
+        shares.append(share.detach())
+    return torch.stack(shares).sum()

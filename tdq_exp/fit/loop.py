@@ -3,7 +3,9 @@
 One update draws (images, t, eps) for the global batch, takes this process' shard, computes the
 model's loss, steps the optimiser, and takes the weights into their average. Validation is the
 average's loss over fixed (x, t, eps). Killed and started again, the loop ends with the same bits as
-one that was never killed. A signal that asks it to stop (`runtime.signals`) saves after the update.
+one that was never killed; on a GPU up to the order of sums, which cuDNN's convolutions, and the
+gradients of step sizes per time step, leave open. A signal that asks it to stop
+(`runtime.signals`) saves after the update.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class History:
         validation: (update, loss).
         best: (loss, update) of the kept checkpoints, lowest loss first.
         seconds: spent, interrupted runs included.
-        compiled: whether torch compiled the network's blocks.
+        compiled: whether torch compiled the network's blocks, in any phase.
     """
 
     validation: list[tuple[int, float]] = field(default_factory=list)
@@ -167,6 +169,7 @@ class Training:
         with (
             track("training", options.updates, first, show=self.processes.main) as advance,
             signals.deferred(),
+            closing(self),
             closing(batches_ahead(self._batch, first, options.updates, device)) as batches,
         ):
             for done, batch in enumerate(batches, first + 1):
@@ -197,6 +200,11 @@ class Training:
 
         self.processes.decide(lambda: remove_earlier(self.state_file))
         return self.ema.net, self.history
+
+    def close(self) -> None:
+        """Free the recordings, whose memory is that of all activations."""
+        self.gradients.forget()
+        self.weight_update.forget()
 
     def _batch(self, update: int) -> Batch:
         """Return this process' part of the batch of an update, on the CPU (see `batch_of`)."""
@@ -231,8 +239,7 @@ class Training:
         phase = self.phase(update)
         if phase != self._phase:
             self.set_phase(phase)
-            self.gradients.forget()
-            self.weight_update.forget()
+            self.close()
             self._phase = phase
             self._compile(batch)
 
@@ -252,7 +259,7 @@ class Training:
         with products(self.options.precision):
             self.compiled.try_out(lambda: self.gradients.launch(batch))
         self.processes.set_random_state(random)
-        self.history.compiled = self.compiled.active
+        self.history.compiled |= self.compiled.active  # whatever a later phase does
 
     def _read(self, done: int) -> tuple[float, bool]:
         """Return the loss of the last update, and whether any process was asked to stop.
@@ -346,6 +353,7 @@ class Training:
             "validation": self.history.validation,
             "best": self.history.best,
             "seconds": self.history.seconds,
+            "compiled": self.history.compiled,
         }
         self.processes.decide(lambda: save_state(self.state_file, state, keep_earlier=True))
 
@@ -377,6 +385,7 @@ class Training:
             self.history.validation = [(int(u), float(loss)) for u, loss in state["validation"]]
             self.history.best = [(float(loss), int(u)) for loss, u in state["best"]]
             self.history.seconds = float(state["seconds"])
+            self.history.compiled = bool(state.get("compiled", False))  # older states lack it
             update = int(state["update"])
             if not 0 < update <= self.options.updates:
                 raise ValueError(f"its update is {update}, of {self.options.updates}")

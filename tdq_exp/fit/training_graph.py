@@ -8,11 +8,12 @@ batches of one shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
 from tdq_exp.quant.intervals.temporal import GeneratorBank
-from tdq_exp.runtime.graphs import Recorded
+from tdq_exp.runtime.graphs import Recorded, free_memory
 
 
 class TrainingGraph:
@@ -36,16 +37,21 @@ class TrainingGraph:
     def __init__(
         self, net: nn.Module, backward: Callable[..., Tensor], batch: Sequence[Tensor]
     ) -> None:
-        self.parameters = [p for p in net.parameters() if p.requires_grad]
-        self.backward = backward
         self.inputs = [tensor.clone() for tensor in batch]
+        parameters = [p for p in net.parameters() if p.requires_grad]
 
         # A graph of an earlier pass would tie the gradients of its leaves to another stream.
         for module in net.modules():
             if isinstance(module, GeneratorBank):
                 module.forget()
 
-        self.step = Recorded(self._pass, self.inputs[0].device)
+        # Gradients of an earlier recording lie in its memory.
+        device = self.inputs[0].device
+        for parameter in parameters:
+            parameter.grad = None
+        free_memory(device)
+
+        self.step = Recorded(partial(_pass, parameters, backward, self.inputs), device)
         self.step.prepare()
         self.step.record()
 
@@ -58,7 +64,15 @@ class TrainingGraph:
             mine.copy_(theirs, non_blocking=True)
         return self.step()
 
-    def _pass(self) -> Tensor:
-        for parameter in self.parameters:
-            parameter.grad = None  # so that each pass writes, and does not add
-        return self.backward(*self.inputs)
+    def release(self) -> None:
+        """Free the recording with its memory; see `Recorded.release`."""
+        self.step.release()
+
+
+def _pass(
+    parameters: Sequence[nn.Parameter], backward: Callable[..., Tensor], inputs: Sequence[Tensor]
+) -> Tensor:
+    """Write the gradients of a batch; return its loss."""
+    for parameter in parameters:
+        parameter.grad = None  # so that each pass writes, and does not add
+    return backward(*inputs)

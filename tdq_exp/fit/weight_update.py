@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tdq_exp.fit.ema import Ema
-from tdq_exp.runtime.graphs import Recorded, records
+from tdq_exp.runtime.graphs import Recorded, UnusableDevice, records
 
 # How the optimiser launches its work: a matter of the device, and not of a saved state.
 LAUNCH = ("fused", "foreach", "capturable")
@@ -76,7 +76,9 @@ class WeightUpdate:
         return self._graph is not None
 
     def forget(self) -> None:
-        """Drop the recording: the gradients are about to lie elsewhere."""
+        """Free the recording: the gradients are about to lie elsewhere."""
+        if self._graph is not None:
+            self._graph.release()
         self._graph = None
 
     def rates_by_name(self) -> dict[str, float]:
@@ -142,20 +144,24 @@ class WeightUpdate:
     def _record(self) -> None:
         """Make this update launched singly, then record it for the next ones, or say why not."""
         graph = Recorded(self._step, self._device)
-        reason = graph.run_once()
-        if reason is None:
-            try:
-                graph.record()
-                self._graph = graph
-                return
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                reason = (str(error).strip().splitlines() or [""])[0]
+        waits = graph.run_once()
+        if waits is not None:
+            self._never_record(waits)
+            return
 
+        try:
+            graph.record()
+        except (torch.OutOfMemoryError, UnusableDevice):
+            raise
+        except RuntimeError as error:
+            self._never_record((str(error).strip().splitlines() or [""])[0])
+        else:
+            self._graph = graph
+
+    def _never_record(self, reason: str) -> None:
         self._records = False
         warnings.warn(
             "training launches the optimiser's operations one by one, which takes longer: no CUDA"
             f" graph of its step ({reason})",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -6,6 +6,7 @@ rounding are the compiler's: a network that was trained so says so in its row.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,7 @@ class CompiledBlocks:
 
         # Step sizes belong to no block: all blocks are given those that are computed here.
         bank = next((m for m in net.modules() if isinstance(m, GeneratorBank)), None)
+        self._bank = bank
         if bank is not None:
 
             def before(net: nn.Module, args: object) -> None:
@@ -78,6 +80,10 @@ class CompiledBlocks:
         """
         if not self.active:
             return
+        if self._bank is not None:
+            self._bank.forget()  # of an earlier phase: its graph is tied to another stream
+
+        failed: str | None = None
         try:
             with warnings.catch_warnings():
                 # The compiler looks at step sizes, which are no leaves, for a gradient.
@@ -87,10 +93,12 @@ class CompiledBlocks:
             raise
         except Exception as error:  # a compiler may fail in any way
             reason = " ".join(str(error).split("\n")[:2]).strip()[:200]  # who refused, and why
+            failed = f"{type(error).__name__}: {reason}"
+
+        if failed is not None:
             self._take_back()
             warnings.warn(
-                f"{KEY}: the network is trained without compiling its blocks"
-                f" ({type(error).__name__}: {reason})",
+                f"{KEY}: the network is trained without compiling its blocks ({failed})",
                 stacklevel=2,
             )
 
@@ -98,3 +106,7 @@ class CompiledBlocks:
         self.active = False
         for block in self._blocks:
             block._compiled_call_impl = None  # what `nn.Module.compile` sets
+
+        # The error may hold itself, and with it the graph of the pass that failed: the gradients of
+        # its leaves are tied to a stream that a recording must not wait for.
+        gc.collect()

@@ -44,7 +44,8 @@ class Denoiser:
         """Return a denoiser of the same network with the condition of another batch.
 
         Args:
-            condition: `[B, ...]`, on the CPU; None leaves this denoiser as it is.
+            condition: `[B, ...]`; a tensor on the device is read where it is, and None leaves this
+                denoiser as it is.
             device: of the network.
         """
         return self if condition is None else replace(self, condition=condition.to(device))

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Callable
-from typing import Generic, TypeVar, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
 
+# Other threads (copies of batches, a process group's watchdog) may go on calling the driver.
+MODE = "thread_local"
+
 
 def records(device: torch.device) -> bool:
     """Return whether work on a device can be recorded."""
     return device.type != "cpu" and torch.cuda.is_available()
+
+
+class UnusableDevice(RuntimeError):
+    """A recording failed, and left the device in a state in which nothing can go on."""
 
 
 class Recorded(Generic[T]):
@@ -27,6 +36,10 @@ class Recorded(Generic[T]):
 
     What the function draws from the device's generator is drawn anew by each call. Warm-up and
     recording leave the generator as it was, so that work that is resumed goes on with its numbers.
+
+    A recording keeps the memory of all that the function computes, and the function with all that
+    it reads. Call `release` before the next recording, and when the work is done: if the function
+    is a method of whoever holds the recording, each keeps the other alive.
 
     Args:
         function: the step; called `warm_up` times before it is recorded, so that whatever is made
@@ -109,18 +122,79 @@ class Recorded(Generic[T]):
             torch.cuda.set_sync_debug_mode(before)
 
     def record(self) -> None:
-        """Record the function. Nothing is computed: the first call does that."""
-        if self._stream is None:
+        """Record the function. Nothing is computed: the first call does that.
+
+        Raises:
+            RuntimeError: the first error, if it can't be recorded; work can go on without.
+            UnusableDevice: if that left the device in a state in which it can't.
+        """
+        side = self._stream
+        if side is None:
             return
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (copies of batches, a process group's watchdog) may go on calling the
-        # driver.
+
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        before = torch.cuda.current_stream(self._device)
+        first: Exception | None = None
         try:
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._result = self._function()
-            self._graph = graph
+            with no_collection(), torch.cuda.graph(graph, pool, side, MODE):
+                try:
+                    self._result = self._function()
+                except Exception as error:
+                    first = error  # the end of the recording may raise another one
+                    raise
+        except Exception as last:
+            self._result = None
+            self._clean_up(before, pool, first or last)
+            raise (first or last) from None
         finally:
-            self._put_generator_back()
+            first = None  # its frames hold this one
+
+        self._graph = graph
+        self._put_generator_back()
+
+    def _clean_up(self, before: torch.cuda.Stream, pool: Any, cause: Exception) -> None:
+        """End what a failed recording began, and make sure that the device can be used.
+
+        If the driver calls a recording invalid, torch leaves the side stream current, the allocator
+        recording, and the generator counting as if it still were.
+
+        Raises:
+            UnusableDevice: if the device can't be used.
+        """
+        torch.cuda.set_stream(before)
+        index = self._device.index
+        index = torch.cuda.current_device() if index is None else index
+        with suppress(RuntimeError):  # if torch ended it
+            torch._C._cuda_endAllocateToPool(index, pool)
+            torch._C._cuda_releasePool(index, pool)
+
+        # The end of a recording that succeeds sets the generator right.
+        try:
+            count = torch.zeros((), device=self._device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode=MODE):
+                count.add_(1)
+            graph.replay()
+            usable = float(count) == 1
+        except RuntimeError:
+            usable = False
+        if not usable:
+            torch.cuda.set_stream(before)
+            reason = (str(cause).strip().splitlines() or [""])[0]
+            raise UnusableDevice(
+                f"the GPU can't be used after a CUDA graph that failed ({reason}); run the same"
+                " command again"
+            ) from cause
+        self._put_generator_back()
+
+    def release(self) -> None:
+        """Free the recording with its memory; it can't be called any more."""
+        if self._graph is not None:
+            # What a replay reads is freed, too. An error of the device stays for its next use.
+            with suppress(RuntimeError):
+                torch.cuda.synchronize(self._device)
+        self._graph = self._result = None
+        self._function = _released
 
     def _put_generator_back(self) -> None:
         if self._random is not None:
@@ -132,3 +206,29 @@ class Recorded(Generic[T]):
             return self._function()
         self._graph.replay()
         return cast(T, self._result)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give memory that nobody uses back to the driver, garbage included: a recording takes much."""
+    if records(device):
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep Python from collecting garbage within the block.
+
+    A graph that is destroyed while another one is recorded makes that one invalid.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _released() -> Any:
+    raise RuntimeError("a recording that was released can't be called")

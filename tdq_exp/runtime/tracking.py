@@ -4,8 +4,9 @@
 key, else offline.
 
 A resumed fit goes on in the same run: one id, and wandb's step is the update. An update that was
-logged before the interruption is made again, to the same bits, and not logged again, so that steps
-never go backwards. Whatever wandb raises is one warning; the fit goes on without it.
+logged before the interruption is made again, with the same numbers (see `fit.loop`), and not logged
+again, so that steps never go backwards. Whatever wandb raises is one warning; the fit goes on
+without it.
 """
 
 from __future__ import annotations

@@ -12,10 +12,17 @@ from tdq_exp.diffusion import denoising_graph
 from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.denoising_graph import DenoisingGraph
 from tdq_exp.diffusion.draws import image_generators, starting_noise
+from tdq_exp.diffusion.objective import PREDICTIONS
 from tdq_exp.diffusion.schedule import Schedule
+from tdq_exp.models.denoiser import Denoiser
+from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant import bake
-from tests.quant.builders import make_net, make_recipe
+from tdq_exp.runtime.graphs import no_collection
+from tests.fit.taped import Taped, record_on_tape
+from tests.models.test_denoiser import CONDITIONAL
+from tests.quant.builders import load_model, make_net, make_recipe, start_quickly
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SCHEDULE = Schedule()
 SAMPLERS = {
     "plain": Ddim(5),
@@ -66,6 +73,83 @@ def test_without_a_gpu_it_is_the_sampler_itself():
     found = DenoisingGraph(SAMPLERS["stochastic"]).sample(denoise, x, SCHEDULE, generators)
     x, generators = start()
     assert torch.equal(found, SAMPLERS["stochastic"].sample(denoise, x, SCHEDULE, generators))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_of_conditions_share_a_recording(device, monkeypatch):
+    """One for each shape of batch, of which one is kept; the conditions that are given stay."""
+    if device == "cpu":
+        record_on_tape(monkeypatch)
+    recorded, record = [], denoising_graph.RecordedSteps.record
+
+    def counted(steps: denoising_graph.RecordedSteps) -> None:
+        recorded.append(len(steps.x))
+        record(steps)
+
+    monkeypatch.setattr(denoising_graph.RecordedSteps, "record", counted)
+    model = DiffusionModel(CONDITIONAL, SCHEDULE)
+    net = model.build(seed=1).to(device).eval()
+    ddim, graph = SAMPLERS["plain"], DenoisingGraph(SAMPLERS["plain"])
+    given, x = [], start(device)[0][..., :4, :4].contiguous()
+    for classes in ([0, 1, 2], [2, 2, 0], [1, 0, 1], [1]):
+        labels = torch.tensor(classes, device=device)
+        denoiser = Denoiser(net, model).conditioned(labels, labels.device)
+        found = graph.sample(denoiser, x[: len(labels)], SCHEDULE)
+        with torch.no_grad():
+            assert torch.equal(found, ddim.sample(denoiser, x[: len(labels)], SCHEDULE))
+        given.append((labels, classes))
+
+    assert recorded == [3, 1] and graph._steps is not None
+    assert all(labels.tolist() == classes for labels, classes in given)
+    if device == "cpu":
+        assert len(Taped.alive) == Taped.released == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_a_step_of_every_prediction_is_recorded(kind, device, monkeypatch):
+    """Of a baked network with TDQ: nothing reads t on the host."""
+    if device == "cpu":
+        record_on_tape(monkeypatch)
+    model = load_model("tiny")
+    model.prediction_type = kind
+    net = model.build(seed=1)
+    model.quantize(net, make_recipe("lsq", "temporal"))
+    start_quickly(net)
+    denoiser = Denoiser(bake(net).to(device).eval(), model)
+
+    x = start(device)[0]
+    graph = DenoisingGraph(SAMPLERS["plain"])
+    found = graph.sample(denoiser, x, SCHEDULE)
+    assert graph._steps is not None
+    with torch.no_grad():
+        assert torch.equal(found, SAMPLERS["plain"].sample(denoiser, x, SCHEDULE))
+
+
+def test_a_sampler_that_nobody_holds_frees_its_recording(monkeypatch):
+    record_on_tape(monkeypatch)
+    with no_collection():
+        graph = DenoisingGraph(SAMPLERS["stochastic"])
+        x, generators = start()
+        graph.sample(denoise, x, SCHEDULE, generators)
+        assert Taped.alive
+        del graph
+        assert not Taped.alive
+
+
+def test_without_memory_for_a_recording_sampling_ends(monkeypatch):
+    record_on_tape(monkeypatch)
+    graph, x = DenoisingGraph(SAMPLERS["plain"]), start()[0]
+    graph.sample(denoise, x, SCHEDULE)
+
+    def fail(taped: Taped) -> None:
+        assert not Taped.alive, "the earlier recording is still there"
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(Taped, "prepare", fail)
+    for _ in range(2):  # and is tried again
+        with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+            graph.sample(denoise, x[:2], SCHEDULE)
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ computes nothing, and what reads a number from the device can't be recorded.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tdq_exp.diffusion import denoising_graph
 from tdq_exp.fit import gradients, training_graph, weight_update
 from tdq_exp.runtime.graphs import Recorded
 
@@ -71,7 +73,11 @@ class Taped(Recorded[Any]):
     """`Recorded` with a tape in place of a graph."""
 
     tape: Tape | None = None
-    replays = 0  # of all, for tests that ask if there were any
+
+    # Of all, for tests.
+    replays = released = 0
+    alive: weakref.WeakSet[Tape] = weakref.WeakSet()
+    others: list[int] = []  # recordings that were alive when one was begun
 
     def prepare(self) -> None:
         self._generator = torch.get_rng_state()
@@ -79,6 +85,7 @@ class Taped(Recorded[Any]):
             self._function()
 
     def record(self) -> None:
+        Taped.others.append(len(Taped.alive))
         tape = Tape()
         try:
             with tape:
@@ -89,20 +96,29 @@ class Taped(Recorded[Any]):
             if hasattr(self, "_generator"):
                 torch.set_rng_state(self._generator)
         self.tape = tape
+        Taped.alive.add(tape)
+
+    def release(self) -> None:
+        self.tape = None
+        Taped.released += 1
+        super().release()
 
     @torch.no_grad()
     def __call__(self) -> Any:
-        assert self.tape is not None
+        assert self.tape is not None, "not recorded, or released"
         self.tape.play()
         Taped.replays += 1
         return self._result
 
 
 def record_on_tape(monkeypatch: Any) -> None:
-    """Let the loop believe that it trains on a device that records."""
+    """Let the loop, and sampling, believe that they compute on a device that records."""
     yes: Callable[[torch.device], bool] = lambda device: True  # noqa: E731
-    for module in (gradients, weight_update):
+    for module in (gradients, weight_update, denoising_graph):
         monkeypatch.setattr(module, "records", yes)
-    for module in (training_graph, weight_update):
+    for module in (training_graph, weight_update, denoising_graph):
         monkeypatch.setattr(module, "Recorded", Taped)
-    monkeypatch.setattr(Taped, "replays", 0)
+    for count in ("replays", "released"):
+        monkeypatch.setattr(Taped, count, 0)
+    monkeypatch.setattr(Taped, "alive", weakref.WeakSet())
+    monkeypatch.setattr(Taped, "others", [])

@@ -13,8 +13,10 @@ from tdq_exp.diffusion.draws import require_batch
 from tdq_exp.fit.gradients import Batch, Gradients
 from tdq_exp.models.recompute import recompute_activations
 from tdq_exp.quant import penalty, set_final_phase
+from tdq_exp.runtime.graphs import UnusableDevice, no_collection
 from tdq_exp.runtime.precision import products
 from tdq_exp.runtime.processes import Processes
+from tests.fit.taped import Taped, record_on_tape
 from tests.quant.builders import inputs, load_model, make_net, make_recipe, randn
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -117,6 +119,29 @@ def test_a_pass_that_can_not_be_recorded_is_launched_step_by_step_with_a_warning
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(gradients(batch(0)), first)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, UnusableDevice])
+def test_what_would_fail_again_is_not_launched_step_by_step(nets, monkeypatch, error):
+    gradients = gradients_of(nets[CASES[0]], "cpu")
+    gradients._records = True
+
+    def fail(*args: object) -> None:
+        raise error("no more")
+
+    monkeypatch.setattr("tdq_exp.fit.gradients.TrainingGraph", fail)
+    with pytest.raises(error, match="no more"):
+        gradients(batch(0))
+
+
+def test_gradients_that_nobody_holds_free_their_recording(nets, monkeypatch):
+    record_on_tape(monkeypatch)
+    gradients = gradients_of(copy.deepcopy(nets[CASES[2]]).train(), "cpu")
+    with no_collection():
+        gradients(batch(0))
+        assert gradients.recorded and Taped.alive
+        del gradients
+        assert not Taped.alive
 
 
 def test_recorded_passes_on_a_cpu_are_the_same_bits(nets):

@@ -7,6 +7,7 @@ import torch
 
 from tdq_exp.config.setting import check
 from tdq_exp.fit import loop
+from tdq_exp.fit.checkpoint import load_state, save_state
 from tdq_exp.fit.options import TrainOptions
 from tests.fit.trainings import training
 from tests.quant.builders import make_net, make_recipe, start_quickly
@@ -63,3 +64,37 @@ def test_compiling_draws_and_changes_nothing(tmp_path, monkeypatch):
     pairs = zip(plain.net.parameters(), compiled.net.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert other.facts()["compiled"] is True and "compiled" not in one.facts()
+
+
+class OnlyFirst(Trials):
+    """Compiles in the first phase that it sees, if in any."""
+
+    phases = 1
+
+    def try_out(self, run):
+        run()
+        self.trials += 1
+        self.active = self.trials <= self.phases
+
+
+def test_a_row_says_that_a_part_of_the_training_was_compiled(tmp_path, monkeypatch):
+    """Another part may not compile: the later phase, or what a killed run goes on with."""
+    monkeypatch.setattr(loop, "CompiledBlocks", OnlyFirst)
+    net = make_net(make_recipe("lsq", "static"), calibrated=False)
+    start_quickly(net)
+    numbers = {"compiled": True, "validate_every": 3, "real_rounding": 0.7}
+    first = training(net, tmp_path, stop_after=3, **numbers)
+    with pytest.raises(loop.Interrupted):
+        first.run()
+    assert first.compiled.trials == 2 and not first.compiled.active
+    state = load_state(tmp_path / "state.pt")
+
+    monkeypatch.setattr(OnlyFirst, "phases", 0)
+    _, history = training(net, tmp_path, **numbers).run()
+    assert history.compiled and history.facts()["compiled"] is True
+
+    # A state that was written before it said so.
+    del state["compiled"]
+    save_state(tmp_path / "state.pt", state)
+    older = training(net, tmp_path, **numbers)
+    assert older._restore() == 3 and not older.history.compiled

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from tdq_exp.fit.ema import Ema
 from tdq_exp.fit.loop import Interrupted
 from tdq_exp.fit.qat import QatTraining
 from tdq_exp.fit.weight_update import WeightUpdate
+from tdq_exp.runtime.graphs import Recorded, UnusableDevice, no_collection
 from tests.fit.taped import Taped, record_on_tape
 from tests.fit.trainings import RATE, UPDATES, training
 from tests.quant.builders import make_net, make_recipe, start_quickly
@@ -28,10 +31,14 @@ def nets() -> dict[tuple[str, str], nn.Module]:
     return made
 
 
+def moments_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All that an optimiser keeps."""
+    return [value for entry in optimizer.state.values() for value in entry.values()]
+
+
 def moments(trained: QatTraining) -> list[Tensor]:
-    """All that the optimiser keeps."""
-    state = trained.weight_update.optimizer.state
-    return [value for entry in state.values() for value in entry.values()]
+    """All that the optimiser of a training keeps."""
+    return moments_of(trained.weight_update.optimizer)
 
 
 def require_same(one: QatTraining, other: QatTraining, average: bool = True) -> None:
@@ -136,6 +143,49 @@ def test_a_step_that_waits_is_launched_singly_with_a_warning(nets, tmp_path, mon
     require_same(trained, launched, average=False)
 
 
+def test_a_recording_is_freed_before_the_next_one_and_at_the_end(nets, tmp_path, monkeypatch):
+    """By itself: the collector of garbage does not know how much memory of a GPU a recording holds."""
+    record_on_tape(monkeypatch)
+    trained = training(nets[CASES[2]], tmp_path)
+    with no_collection():
+        trained.run()
+        assert Taped.others == [0, 1] * 2  # that of the gradients, beside that of the step
+        assert not Taped.alive and Taped.released == 4  # a GPU is waited for
+
+
+def test_recordings_of_a_training_that_fails_are_freed(nets, tmp_path, monkeypatch):
+    record_on_tape(monkeypatch)
+    trained = training(nets[CASES[2]], tmp_path, stop_after=3)
+    with no_collection():
+        with pytest.raises(Interrupted):
+            trained.run()
+        assert not Taped.alive
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, UnusableDevice])
+def test_a_step_that_can_not_be_recorded_is_launched_singly_unless_that_would_fail(
+    monkeypatch, error
+):
+    def fail(step: Taped) -> None:
+        raise error("no more\nand why")
+
+    record_on_tape(monkeypatch)
+    monkeypatch.setattr(Taped, "record", fail)
+    net = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=RATE)
+    step = WeightUpdate(net, optimizer, Ema(net, 0.5), 0.0, torch.device("cpu"))
+    net(torch.ones(1, 2)).sum().backward()
+    if error is not RuntimeError:
+        with pytest.raises(error, match="no more"):
+            step(0, 1.0, fixed=True)
+        return
+
+    with pytest.warns(UserWarning, match="optimiser's operations one by one.*no more"):
+        step(0, 1.0, fixed=True)
+    step(1, 1.0, fixed=True)  # without asking again
+    assert not step.recorded and moments_of(optimizer)[0] == 2
+
+
 def test_gradients_that_move_are_never_recorded(monkeypatch):
     record_on_tape(monkeypatch)
     net = nn.Linear(2, 2)
@@ -200,8 +250,15 @@ def test_recorded_updates_on_a_gpu_are_launched_ones(nets, case, tmp_path, same_
     for records in (True, False):
         trained = training(nets[case], tmp_path / str(records), "cuda", grad_clip=0.5)
         trained.weight_update._records = records
+        seen, close = [], trained.close
+
+        def noted(of=trained, seen=seen, close=close) -> None:
+            seen.append(of.weight_update.recorded)
+            close()
+
+        trained.close = noted
         trained.run()
-        assert (trained.weight_update._graph is not None) == records
+        assert seen[-1] == records
         results.append(trained)
     for a, b in zip(moments(results[0]), moments(results[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
@@ -209,6 +266,22 @@ def test_recorded_updates_on_a_gpu_are_launched_ones(nets, case, tmp_path, same_
         one, other = (r.net if name == "net" else r.ema.net for r in results)
         for a, b in zip(one.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_recordings_of_a_training_on_a_gpu_are_freed(nets, tmp_path, monkeypatch):
+    alive, others, record = weakref.WeakSet(), [], Recorded.record
+
+    def counted(step: Recorded) -> None:
+        others.append(len(alive))
+        record(step)
+        alive.add(step._graph)
+
+    monkeypatch.setattr(Recorded, "record", counted)
+    trained = training(nets[CASES[0]], tmp_path, "cuda")
+    with no_collection():
+        trained.run()
+        assert others == [0, 1] * 2 and not alive
 
 
 @pytest.mark.gpu

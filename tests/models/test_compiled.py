@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from tdq_exp.fit.checkpoint import FIXED, save_state, state_of_fit
 from tdq_exp.models.compiled import CompiledBlocks, blocks_to_compile
 from tdq_exp.quant.intervals.temporal import GeneratorBank
+from tdq_exp.runtime.graphs import no_collection
 from tdq_exp.runtime.options import LauncherOptions
 from tests.quant.builders import inputs, load_model, make_net, make_recipe, randn, start_quickly
 
@@ -83,6 +85,34 @@ def test_blocks_that_do_not_compile_run_as_they_were(quantized):
     for a, b in zip(gradients(net), gradients(quantized), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     compiled.try_out(pytest.fail)  # not tried again
+
+
+def test_a_pass_that_fails_to_compile_leaves_no_graph(quantized):
+    """Its error holds itself, as a compiler's may; one that is alive ties leaves to its stream."""
+    net, graphs = copy.deepcopy(quantized), []
+
+    def fail() -> None:
+        loss = sum(p.sum() for p in net.parameters())
+        graphs.append(weakref.ref(loss))
+        error = RuntimeError("no compiler")
+        raise error
+
+    compiled = CompiledBlocks(net, "aot_eager")
+    with no_collection(), pytest.warns(UserWarning, match="RuntimeError: no compiler"):
+        compiled.try_out(fail)
+        assert graphs[0]() is None
+
+
+def test_compiling_uses_no_graph_of_an_earlier_pass(quantized):
+    net = copy.deepcopy(quantized)
+    compiled = CompiledBlocks(net, "aot_eager")
+    bank = next(m for m in net.modules() if isinstance(m, GeneratorBank))
+    bank.time.set(torch.tensor([3, 5]))
+    bank.time.kept = (bank, bank.step_sizes())
+    graph = weakref.ref(bank.time.kept[1])
+    with no_collection():
+        compiled.try_out(lambda: None)
+        assert graph() is None
 
 
 def test_a_network_without_blocks_and_what_can_not_be_combined_are_refused():

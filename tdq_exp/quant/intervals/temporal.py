@@ -195,6 +195,7 @@ class GeneratorBank(nn.Module):
         """Drop what is kept for the current time step, with the graph of the last forward."""
         for cache in (self._matrix_cache, self._rows_cache, self._eval_cache):
             cache.clear()
+        self.time.kept = None
 
     def _now(self) -> tuple[Any, ...]:
         """Return what the step sizes at the current time step depend on."""
