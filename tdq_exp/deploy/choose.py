@@ -23,6 +23,7 @@ from tdq_exp.deploy.gpu import GpuLayer
 from tdq_exp.deploy.integer import (
     byte_source,
     candidates,
+    codable,
     integerize,
     left_out,
     readers,
@@ -77,6 +78,31 @@ class Kept:
     def again(self) -> str:
         images = self.file.parent / "images"
         return f"put the right one back, or remove {images} and what is there of it to begin again"
+
+    def read(self) -> dict[str, Any] | None:
+        """Return the choice, or None if there is no file.
+
+        Raises:
+            ValueError: if it is damaged, or of other images.
+        """
+        found = files.read_json(self.file, needs=["layers", "of"])
+        if found is None:
+            return None
+
+        stated = found.get("sample", self.sample)  # an earlier version did not note it
+        if stated != self.sample:
+            reason = f"the choice for the images {stated}, not {self.sample}"
+            raise files.damaged(self.file, reason, self.again)
+
+        layers = found["layers"]
+        if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
+            raise files.damaged(self.file, "its layers are no list of names", self.again)
+        return found
+
+
+def name_of(found: Mapping[str, Any]) -> str:
+    """Return the name of the engine with a choice of layers, for rows and records."""
+    return f"integer: {len(found['layers'])} of {found['of']} layers"
 
 
 @torch.no_grad()
@@ -181,20 +207,27 @@ def choice(
             images; on a GPU also `tiles` by name, and `step`, the seconds of both whole networks.
 
     Raises:
-        ValueError: if the file is damaged, of other images or another network, or missing where
-            images were begun with it.
+        ValueError: if the file is damaged, of other images or another network; and where images
+            were begun with it, if it is missing, or its layers can't run here.
     """
-    found = files.read_json(kept.file, needs=["layers", "of"])
-    if found is not None:
-        _require_choice(kept, found, net)
+    found = kept.read()
+    reason = None if found is None else _reason_against(kept, found, net)
+    if found is not None and reason is None:
         return found
+
+    if found is not None and kept.begun:
+        images = kept.file.parent / "images"
+        raise ValueError(
+            f"{kept.file}: {reason}; go on where its images were begun, or remove {images} to begin"
+            " again"
+        )
     if kept.begun:
         raise ValueError(
             f"{kept.file}: is missing, and images were begun with it, or on a machine without"
             f" integers; {kept.again}"
         )
 
-    # Measured here, for there is no file of an earlier choice.
+    # Measured here: there is no earlier choice, or none that an image was made with.
     times = timed(net, run)
     names = chosen(times, min_speedup)
     made: dict[str, Any] = {
@@ -265,20 +298,23 @@ def _print(times: list[Timed], made: Mapping[str, Any]) -> None:
         )
 
 
-def _require_choice(kept: Kept, found: Mapping[str, Any], net: nn.Module) -> None:
-    """Refuse a choice that was made for other images, or for another network.
+def _reason_against(kept: Kept, found: Mapping[str, Any], net: nn.Module) -> str | None:
+    """Return why an earlier choice can't be taken here, or None.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: naming the file, if it is the choice for another network.
     """
-    stated = found.get("sample", kept.sample)  # an earlier version did not note it
-    if stated != kept.sample:
-        reason = f"the choice for the images {stated}, not {kept.sample}"
-        raise files.damaged(kept.file, reason, kept.again)
-
-    layers = found["layers"]
-    if not isinstance(layers, list) or not {*map(str, layers)} <= {*candidates(net)}:
+    able, left = codable(net), left_out(net)
+    if not set(found["layers"]) <= able.keys():
         raise files.damaged(kept.file, "it names layers that can't run on integers", kept.again)
+
+    # Each kind of device has kernels, and with them last bits, of its own.
+    of_gpu, on_gpu = "tiles" in found, runs_on_gpu(net)
+    if of_gpu != on_gpu:
+        then, now = ("a GPU" if gpu else "a CPU" for gpu in (of_gpu, on_gpu))
+        return f"its layers were chosen on {then}, and this is {now}"
+    name = next((name for name in found["layers"] if name in left), None)
+    return None if name is None else f"{name} ran on integers, and here {left[name]}"
 
 
 def _units(net: nn.Module, found: Mapping[str, nn.Module]) -> list[tuple[tuple[str, ...], Any]]:

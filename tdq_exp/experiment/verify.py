@@ -175,6 +175,9 @@ def _row_faults(
         asked = samples["parts"].get("sampler", {}).get("images")
         if row["images"] != asked:
             yield f"a row is of {row['images']} images, its set has {asked}"
+        engine = samples.get("engine", row.get("engine"))
+        if row.get("engine") != engine:
+            yield f"a row is of the engine {row.get('engine')}, its set of {engine}"
 
     # The measurement, where the fit says what the data are.
     data = fit["parts"].get("data") if fit is not None else None

@@ -254,9 +254,10 @@ def test_the_engine_takes_the_fastest_tile_or_none(
 
 def test_the_sample_stage_names_the_layers_that_ran(as_on_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(choose, "stopwatch", Watch({"integer 0": 0.5}, 0.5, {}))
-    options = {"batch": 2, "min_speedup": 1.0, "folder": tmp_path, "processes": Processes(cpu=True)}
-    options["store"] = ImageStore(tmp_path / "images", 2, 2, (8, 8, 1))
-    net, name = engines.engine(baked("4 bits"), load_model("tiny"), "integer", **options)
+    images = engines.ImageSet(tmp_path, ImageStore(tmp_path / "images", 2, 2, (8, 8, 1)))
+    net, name = engines.engine(
+        baked("4 bits"), load_model("tiny"), "integer", images, Processes(cpu=True)
+    )
     count = sum(isinstance(module, gpu.GpuLayer) for module in net.modules())
     assert name == f"integer: {count} of {count} layers"
 
