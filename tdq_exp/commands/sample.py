@@ -20,6 +20,7 @@ from tdq_exp.experiment.load import load
 from tdq_exp.experiment.options import MOST_BATCH, MOST_IMAGES
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.runtime import figures, files
+from tdq_exp.runtime.precision import products
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console
 
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@products("float32")  # as a run's own images were computed
 def draw(options: argparse.Namespace) -> None:
     """Sample as the options say.
 

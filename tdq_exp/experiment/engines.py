@@ -67,8 +67,8 @@ class ImageSet:
     def refusal(self, engine: str, reason: str) -> ValueError:
         """Return the error of a set that can't be gone on with here."""
         return ValueError(
-            f"{self.folder}: its images were begun with the engine {engine!r}, and here {reason}; go"
-            f" on where they were begun, or remove {self.store.arrays.folder} to begin again"
+            f"{self.folder}: its images were begun with the engine {engine!r}, and here {reason};"
+            f" go on where they were begun, or remove {self.store.arrays.folder} to begin again"
         )
 
 
