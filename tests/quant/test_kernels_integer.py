@@ -12,10 +12,18 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tdq_exp.deploy import gpu
+from tdq_exp.quant.grid import Grid
+from tdq_exp.quant.intervals.base import LookupTable
 from tdq_exp.quant.kernels import integer
+from tdq_exp.quant.layers import CodedWeight, QuantLinear
+from tdq_exp.quant.rules.lsq import Lsq
+from tdq_exp.quant.time import TimeContext
+from tdq_exp.quant.zero_point import TableZeroPoint
+from tdq_exp.runtime.precision import products
 from tests.oracles.products import integer_sums
 from tests.quant.devices import INTERPRETED, devices
 
@@ -238,6 +246,26 @@ def test_functions_and_operators_call_the_kernels(device, monkeypatch):
     monkeypatch.setattr(integer, "by_triton", lambda x: False)
     for (direct, operated), (call, _, arguments) in zip(found, calls, strict=True):
         assert torch.equal(direct, operated) and torch.equal(direct, call(*arguments))
+
+
+@devices
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (2, 3, 6), (4, 6)])
+def test_a_linear_layer_reads_its_input_in_the_order_of_its_axes(shape, device, monkeypatch):
+    """An image's layout would give it channels of another axis."""
+    monkeypatch.setattr(integer, "by_triton", lambda x: True)
+    monkeypatch.setattr(integer, "default_tile", lambda rows, outs: tile(device))
+    time = TimeContext(STEPS)
+    quantizer = Lsq(
+        Grid(4, symmetric=False),
+        LookupTable(torch.full((STEPS,), 0.2), time),
+        TableZeroPoint(torch.full((STEPS,), 7.0), time),
+    ).eval()
+    weight = CodedWeight(numbers((5, 6), -7, 7, 11).to(torch.int8), torch.tensor(0.05))
+    layer = QuantLinear(nn.Linear(6, 5), weight, quantizer).to(device)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(12)).to(device)
+    with torch.no_grad(), products("float32"), time.at(torch.tensor(T, device=device)):
+        found = gpu.GpuLayer(layer, gpu.gpu_coder_of(quantizer))(x)
+        torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
 
 
 # What needs neither.
