@@ -45,19 +45,21 @@ class Timed:
         shape: what they are, to print.
         simulated, integer: median seconds of a call; None if it failed.
         tile: of a GPU's kernel, the fastest.
-        error: of the kernel, if it can't take the shape.
+        error: of the kernel, if it can't take the shape, or of the simulated form.
     """
 
     names: tuple[str, ...]
     shape: str
-    simulated: float
+    simulated: float | None
     integer: float | None
     tile: tuple[int, ...] = ()
     error: str | None = None
 
     @property
     def speedup(self) -> float:
-        return self.simulated / self.integer if self.integer is not None else -1.0
+        if self.simulated is None or self.integer is None:
+            return -1.0
+        return self.simulated / self.integer
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def timed(net: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[Timed]:
         }
 
         calls = {"simulated": partial(_call, layers, reader, x), **forms}
-        seconds, failed = stopwatch.medians(calls, x.device)
+        seconds, failed = stopwatch.medians(calls, x.device, stopwatch.CALLS)
         result.append(_entry(tuple(n for names in same for n in names), shape, seconds, failed))
 
     return result
@@ -165,13 +167,10 @@ def timed(net: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[Timed]:
 def _entry(
     names: tuple[str, ...], shape: str, seconds: Mapping[str, float], failed: Mapping[str, str]
 ) -> Timed:
-    """Return the result of one shape.
-
-    Raises:
-        RuntimeError: if the simulated form failed: then nothing can be compared.
-    """
+    """Return the result of one shape: it stays simulated where that can't be timed."""
     if "simulated" in failed:
-        raise RuntimeError(f"{names[0]}: {failed['simulated']}")
+        error = f"could not be timed: its simulated form ended with {failed['simulated']}"
+        return Timed(names, shape, None, None, (), error)
     simulated, *forms = seconds
     if not forms:
         return Timed(names, shape, seconds[simulated], None, (), next(iter(failed.values())))
@@ -197,14 +196,16 @@ def choice(
     Args:
         net: baked, in eval mode, on the device that it runs on.
         run: see `timed`.
-        min_speedup: least gain of a layer; 0 takes every layer that can.
+        min_speedup: least gain of a layer; 0 takes every layer that can. A whole step only must
+            not lose by it.
         kept: where the choice is kept, and for which images.
         chains: of the network; with them, the whole network is compared on a GPU.
 
     Returns:
         `layers`: their names; `of`: how many quantized layers there are; `shapes`: what was
             measured; `simulated`: by name, why a layer is not among `layers`; `sample`: of which
-            images; on a GPU also `tiles` by name, and `step`, the seconds of both whole networks.
+            images; on a GPU also `tiles` by name, and `step`, the seconds of both whole networks,
+            and `failed`, the errors of those without.
 
     Raises:
         ValueError: if the file is damaged, of other images or another network; and where images
@@ -238,16 +239,18 @@ def choice(
     }
 
     # A GPU: all of it together, too. A choice that makes the whole slower is no choice.
+    failure: str | None = None
     if runs_on_gpu(net):
         made["tiles"] = {n: entry.tile for entry in times for n in entry.names if n in names}
         if chains is not None and names:
-            made["step"] = whole_step(net, run, chains, made)
-            if made["step"]["simulated"] < min_speedup * made["step"]["integer"]:
+            made["step"], made["failed"] = whole_step(net, run, chains, made)
+            failure = made["failed"].get("integer")
+            if failure is not None or _slower(made["step"], min_speedup):
                 names = made["layers"] = []
 
     _print(times, made)
     made["simulated"] = left_out(net) | {
-        name: entry.error or f"as a layer {entry.speedup:.2f} times as fast on integers"
+        name: entry.error or failure or f"as a layer {entry.speedup:.2f} times as fast on integers"
         for entry in times
         for name in entry.names
         if name not in names
@@ -262,15 +265,28 @@ def choice(
 @torch.no_grad()
 def whole_step(
     net: nn.Module, run: Callable[[nn.Module], Tensor], chains: Chains, made: Mapping[str, Any]
-) -> dict[str, float]:
-    """Return the seconds of `run`, recorded, of the simulated and of the integer network."""
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the seconds of `run`, recorded, of the simulated and of the integer network.
+
+    A form that failed, for want of memory or in a kernel, is in the second result with its error.
+    """
     device = next(net.parameters()).device
-    whole = integerize(net, chains, made["layers"], made["tiles"])
+    try:
+        whole = integerize(net, chains, made["layers"], made["tiles"])
+    except torch.OutOfMemoryError as error:
+        return {}, {"integer": stopwatch.in_one_line(error)}
     calls = {"simulated": partial(run, net), "integer": partial(run, whole)}
-    seconds, failed = stopwatch.medians(calls, device)
-    if failed:
-        raise RuntimeError(f"{next(iter(failed))} network: {next(iter(failed.values()))}")
-    return seconds
+    return stopwatch.medians(calls, device)
+
+
+def _slower(step: Mapping[str, float], min_speedup: float) -> bool:
+    """Return whether a whole step loses by integers; not if it could not be compared.
+
+    How much a layer has to gain says nothing of the whole: it only must not lose.
+    """
+    if not step.keys() >= {"simulated", "integer"}:
+        return False
+    return step["simulated"] < min(min_speedup, 1.0) * step["integer"]
 
 
 def _print(times: list[Timed], made: Mapping[str, Any]) -> None:
@@ -282,20 +298,30 @@ def _print(times: list[Timed], made: Mapping[str, Any]) -> None:
             (
                 e.shape,
                 len(e.names),
-                1e3 * e.simulated,
-                "-" if e.integer is None else 1e3 * e.integer,
+                *("-" if s is None else 1e3 * s for s in (e.simulated, e.integer)),
                 "integers" if e.names[0] in made["layers"] else "floats",
             )
             for e in times
         ],
     )
     if "step" in made:
-        simulated, whole = (1e3 * made["step"][form] for form in ("simulated", "integer"))
-        console.print(
-            f"a whole step: {simulated:.3f} ms simulated, {whole:.3f} ms with integers"
-            + ("" if made["layers"] else "; integers are not faster, quantization is simulated"),
-            markup=False,
+        console.print(_of_step(made), markup=False)
+
+
+def _of_step(made: Mapping[str, Any]) -> str:
+    """Return in a line what the whole network's two forms took, and what follows."""
+    failed, end = made["failed"], "; integers are not faster, quantization is simulated"
+    if "integer" in failed:
+        end = f"; quantization is simulated: a step with integers ended with {failed['integer']}"
+    elif failed:
+        end = (
+            f"; layers are chosen by themselves: a simulated step ended with {failed['simulated']}"
         )
+    elif made["layers"]:
+        end = ""
+    forms = {"simulated": "simulated", "integer": "with integers"}
+    taken = [f"{1e3 * s:.3f} ms {forms[form]}" for form, s in made["step"].items()]
+    return f"a whole step: {', '.join(taken) or 'not timed'}{end}"
 
 
 def _reason_against(kept: Kept, found: Mapping[str, Any], net: nn.Module) -> str | None:
