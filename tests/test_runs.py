@@ -327,6 +327,17 @@ def test_a_network_that_is_gone_is_fitted_again_where_something_new_is_wanted(
         with pytest.raises(ValueError, match=r"other bits come out \(threads 1, here 77\)"):
             pipeline.run(third)
 
+    fit = files.read_json(made.folder / "fit.json")
+    versions = fit["facts"]["environment"]["versions"]
+    assert "triton" not in versions, (
+        "a fit that names none was made without, or before it was noted"
+    )
+    other = fit["facts"] | {"environment": {"versions": versions | {"triton": "0.1"}}}
+    files.write_json(made.folder / "fit.json", fit | {"facts": other})
+    with pytest.raises(ValueError, match=r"other bits come out \(triton 0.1, here None\)"):
+        pipeline.run(third)
+    files.write_json(made.folder / "fit.json", fit)
+
     record = files.read_json(made.folder / "fit.json")
     del record["facts"]["network"]
     files.write_json(made.folder / "fit.json", {k: v for k, v in record.items() if k != "seal"})
