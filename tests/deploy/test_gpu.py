@@ -453,6 +453,29 @@ def test_a_gpu_gives_what_a_cpu_gives():
         assert float(apart.median()) <= 1e-4 and float(apart.mean()) <= 1e-2
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_integers_under_autocast_are_no_worse_than_simulated_quantization(
+    device, as_on_gpu, monkeypatch
+):
+    if device == "cpu":  # layers answer in autocast's type there, too
+        kernels = SimpleNamespace(
+            readable=gpu.kernels.readable, result_type=lambda x: torch.bfloat16
+        )
+        monkeypatch.setattr(gpu, "kernels", kernels)
+    net = bake(make_net(RECIPES["4 bits"]())).to(device)
+    whole = integer.integerize(net, unet_chains(net))
+    for t in TIMES:
+        with products("float32"):
+            exact = run(net, t, device)
+        with torch.autocast(device, torch.bfloat16):
+            simulated, integers = run(net, t, device), run(whole, t, device)
+        assert simulated.dtype == integers.dtype
+        of_simulated, of_integers = (
+            float((y.float() - exact).abs().mean()) for y in (simulated, integers)
+        )
+        assert 0 < of_integers <= 2 * of_simulated
+
+
 @pytest.mark.gpu
 def test_autocast_gets_its_own_type():
     net = bake(make_net(RECIPES["4 bits"]())).cuda()
