@@ -117,35 +117,14 @@ def timed(net: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[Timed]:
     """
     found = candidates(net)
     units = _units(net, found)
-    seen: dict[str, Tensor] = {}
-
-    # The first input of each unit, kept in one run of the network.
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen[name] = args[0].detach()
-
-        return hook
-
-    handles = []
-    for names, reader in units:
-        source = reader if reader is not None else net.get_submodule(names[0])
-        handles.append(source.register_forward_pre_hook(keep(names[0])))
-
-    run(net)
-    for handle in handles:
-        handle.remove()
+    readers = dict(units)
+    shapes, inputs = _inputs(net, units, run)
 
     # Units of one shape take the same time: the first stands for all.
-    shapes: dict[str, list[tuple[str, ...]]] = {}
-    readers = dict(units)
-    for names, _ in units:
-        if names[0] in seen:
-            shapes.setdefault(_shape(net, names, seen[names[0]]), []).append(names)
-
     result = []
     for shape, same in shapes.items():
         names = same[0]
-        x, reader = seen[names[0]], readers[names]
+        x, reader = inputs[shape], readers[names]
         layers = [net.get_submodule(name) for name in names]
         coded = [found[name] for name in names]
 
@@ -162,6 +141,41 @@ def timed(net: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[Timed]:
         result.append(_entry(tuple(n for names in same for n in names), shape, seconds, failed))
 
     return result
+
+
+def _inputs(
+    net: nn.Module, units: list[tuple[tuple[str, ...], Any]], run: Callable[[nn.Module], Tensor]
+) -> tuple[dict[str, list[tuple[str, ...]]], dict[str, Tensor]]:
+    """Return the units of each shape that a run of the network shows, and an input of each shape.
+
+    One is kept of a shape: the inputs of all units may be more than a GPU's memory.
+    """
+    inputs: dict[str, Tensor] = {}
+    shape_of: dict[tuple[str, ...], str] = {}
+
+    def keep(names: tuple[str, ...]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            shape_of[names] = _shape(net, names, args[0])
+            inputs.setdefault(shape_of[names], args[0].detach())
+
+        return hook
+
+    handles = []
+    for names, reader in units:
+        source = reader if reader is not None else net.get_submodule(names[0])
+        handles.append(source.register_forward_pre_hook(keep(names)))
+    try:
+        run(net)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    # In the order of the network, whatever runs first.
+    shapes: dict[str, list[tuple[str, ...]]] = {}
+    for names, _ in units:
+        if names in shape_of:
+            shapes.setdefault(shape_of[names], []).append(names)
+    return shapes, inputs
 
 
 def _entry(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -280,6 +281,29 @@ def test_the_engine_takes_the_fastest_tile_or_none(
 def step_of_the_tiny_net(net: nn.Module) -> torch.Tensor:
     """A forward pass as the engine makes it, of two images."""
     return load_model("tiny").predict(net, inputs(2)[0], torch.tensor(500))
+
+
+def test_one_input_of_a_shape_is_kept(monkeypatch):
+    """Those of all layers at once may be more than a GPU's memory."""
+    shown: dict[str, weakref.ref[torch.Tensor]] = {}
+    alive: list[int] = []
+
+    def medians(calls, device, together) -> tuple[dict[str, float], dict[str, str]]:
+        alive.append(sum(x() is not None for x in shown.values()))
+        return dict.fromkeys(calls, 1.0), {}
+
+    def note(name: str):
+        return lambda module, args: shown.update({name: weakref.ref(args[0])})
+
+    net = copy.deepcopy(baked("4 bits"))
+    for name, module in net.named_modules():
+        if isinstance(module, QuantLayer):
+            module.register_forward_pre_hook(note(name))
+    monkeypatch.setattr(choose.stopwatch, "medians", medians)
+    monkeypatch.setattr(torch.Tensor, "detach", lambda x: x)  # what is kept is what was shown
+    times = choose.timed(net, step_of_the_tiny_net)
+    assert alive[0] <= len(times) < len(shown) / 2
+    assert sum(len(entry.names) for entry in times) == len(shown)
 
 
 def test_two_networks_that_do_not_fit_leave_the_first(as_on_gpu, monkeypatch, tmp_path):

@@ -126,6 +126,8 @@ def test_the_commands_pack_and_draw(run, tmp_path, inside, monkeypatch):
     assert not any(flag for _, *flags in rounded for flag in flags)
     assert torch.backends.cudnn.allow_tf32, "as it was before"
     assert (tmp_path / "drawn" / "grid.png").stat().st_size > 0
+    again = inside("net.safetensors", "--images", "4", "--out", "drawn", verb="sample")
+    assert again.returncode == 2 and "drawn: is not empty; name another" in again.stderr
     refused = inside("x", "--engine", "warp", verb="sample")
     assert (
         refused.returncode == 2
