@@ -2,7 +2,7 @@
 
     fit.json      its fingerprint is that of its parts
     samples.json  the same, and its fit is the one beside it
-    metrics.json  every row is of this fit and this set, with the counts that they state
+    metrics.json  every row is of this fit and this set, with the counts and engine that they state
     images        every group matches its checksum, and the set the hash in its row
     networks      match their checksums, and belong to this fit; and so do training states
     layers.json, engine.json, pictures
