@@ -365,6 +365,19 @@ def test_no_device_is_named():
     none(violations)
 
 
+def test_whoever_may_compute_on_a_gpu_says_at_which_precision():
+    """Left alone, torch rounds the operands of convolutions to TF32 there: other images."""
+    silent = []
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Processes":
+                on_cpu = any(ast.unparse(keyword) == "cpu=True" for keyword in node.keywords)
+                known = ("tdq_exp.runtime.precision", "tdq_exp.runtime.precision.products")
+                if not on_cpu and not any(what in known for _, what in imports(module)):
+                    silent.append(f"{MODULES[module]}:{node.lineno}")
+    assert silent == []
+
+
 def test_no_module_is_called_utils():
     bad = {"util", "utils", "common", "helper", "helpers", "misc"}
     none([name for name in MODULES if bad & set(name.split("."))])

@@ -107,6 +107,18 @@ def test_the_environment_says_where_a_number_comes_from():
     assert environment.peak_memory_gb() > 0.01
 
 
+def test_the_compiler_of_kernels_is_named_where_one_was_used(monkeypatch):
+    """Rows of a CPU stay as they are, whether it is installed or not."""
+    monkeypatch.setattr(environment, "accelerator", lambda device: "a card")
+    monkeypatch.setattr(environment, "version", lambda package: f"{package} 1")
+    named = environment.environment.__wrapped__  # what was found before is kept
+    assert named("cuda")["versions"]["triton"] == "triton 1"
+    assert named("cuda")["accelerator"] == "a card"
+    for device in (None, "cpu"):
+        assert named(device)["versions"].keys() == {*environment.PACKAGES}
+        assert "accelerator" not in named(device)
+
+
 def test_no_flipped_bit_of_a_sealed_file_goes_unnoticed(tmp_path):
     file, content = tmp_path / "fit.json", {"fid": 10.25, "parts": {"lr": 1e-3}, "name": "x"}
     files.write_json(file, content)

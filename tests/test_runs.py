@@ -327,6 +327,17 @@ def test_a_network_that_is_gone_is_fitted_again_where_something_new_is_wanted(
         with pytest.raises(ValueError, match=r"other bits come out \(threads 1, here 77\)"):
             pipeline.run(third)
 
+    fit = files.read_json(made.folder / "fit.json")
+    versions = fit["facts"]["environment"]["versions"]
+    assert "triton" not in versions, (
+        "a fit that names none was made without, or before it was noted"
+    )
+    other = fit["facts"] | {"environment": {"versions": versions | {"triton": "0.1"}}}
+    files.write_json(made.folder / "fit.json", fit | {"facts": other})
+    with pytest.raises(ValueError, match=r"other bits come out \(triton 0.1, here None\)"):
+        pipeline.run(third)
+    files.write_json(made.folder / "fit.json", fit)
+
     record = files.read_json(made.folder / "fit.json")
     del record["facts"]["network"]
     files.write_json(made.folder / "fit.json", {k: v for k, v in record.items() if k != "seal"})
@@ -642,8 +653,10 @@ def test_paper_scale_without_a_gpu_stops_and_says_what_to_do(tmp_path, inside):
 
 
 def test_the_integer_engine_samples_the_same_fit_into_a_row_of_its_own(
-    tmp_path, tiny_weights, finished
+    tmp_path, tiny_weights, finished, monkeypatch
 ):
+    from tdq_exp.deploy import integer
+
     integers = ["sampler.engine=integer", "sampler.min_speedup=0"]
     (simulated,) = pipeline.run(build(tmp_path, tiny_weights))
     made = build(tmp_path, tiny_weights, *integers)
@@ -663,6 +676,24 @@ def test_the_integer_engine_samples_the_same_fit_into_a_row_of_its_own(
     (made.folder / made.sample_name / "metrics.json").unlink()
     pipeline.run(build(tmp_path, tiny_weights, *integers))
     assert np.array_equal(images(made), before)
+
+    # Its record names the engine; without it, the row does.
+    record = made.folder / made.sample_name / "samples.json"
+    assert files.read_json(record)["engine"] == row["engine"]
+    record.unlink()
+    pipeline.run(build(tmp_path, tiny_weights, *integers))
+    assert files.read_json(record)["engine"] == row["engine"]
+
+    # Where there are no integers, the finished set keeps its name, and is not gone on with.
+    monkeypatch.setattr(integer, "unavailable", lambda device: "none here")
+    (made.folder / made.sample_name / "metrics.json").unlink()
+    (measured,) = pipeline.run(build(tmp_path, tiny_weights, *integers))
+    assert measured["engine"] == row["engine"]
+    if row["engine"].startswith("integer"):
+        done[1] = 0
+        done.flush()
+        with pytest.raises(ValueError, match="were begun with the engine 'integer: .* none here"):
+            pipeline.run(build(tmp_path, tiny_weights, *integers))
 
 
 def test_without_integer_kernels_quantization_is_simulated_and_a_line_says_why(

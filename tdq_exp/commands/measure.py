@@ -28,6 +28,7 @@ from tdq_exp.metrics.fidelity import VALUES, Statistics, distances, frechet_dist
 from tdq_exp.metrics.half_sampling import deviation_of_frechet
 from tdq_exp.metrics.measure import Features
 from tdq_exp.runtime import files
+from tdq_exp.runtime.precision import products
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console, print_table, track
 
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@products("float32")  # as the features of rows were computed
 def show(options: argparse.Namespace) -> None:
     """Measure the sets and print them beside the rows of the model.
 

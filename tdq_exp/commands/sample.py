@@ -15,11 +15,12 @@ from tdq_exp.commands import cli
 from tdq_exp.config.setting import SEED, require
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.experiment import sample_stage
-from tdq_exp.experiment.engines import engine
+from tdq_exp.experiment.engines import ImageSet, engine
 from tdq_exp.experiment.load import load
 from tdq_exp.experiment.options import MOST_BATCH, MOST_IMAGES
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.runtime import figures, files
+from tdq_exp.runtime.precision import products
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console
 
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@products("float32")  # as a run's own images were computed
 def draw(options: argparse.Namespace) -> None:
     """Sample as the options say.
 
@@ -111,16 +113,8 @@ def draw(options: argparse.Namespace) -> None:
     try:
         size, channels = job.model.image_size, job.model.channels
         store = ImageStore(options.out / "images", options.images, batch, (size, size, channels))
-        net, _ = engine(
-            net,
-            job.model,
-            options.engine,
-            batch=batch,
-            min_speedup=1.0,
-            folder=options.out,
-            processes=processes,
-            store=store,
-        )
+        images = ImageSet(options.out, store)
+        net, _ = engine(net, job.model, options.engine, images, processes)
 
         sample_stage.sample_set(
             Denoiser(net, job.model),

@@ -23,6 +23,7 @@ from tdq_exp.deploy.gpu import GpuLayer
 from tdq_exp.deploy.integer import (
     byte_source,
     candidates,
+    codable,
     integerize,
     left_out,
     readers,
@@ -44,19 +45,21 @@ class Timed:
         shape: what they are, to print.
         simulated, integer: median seconds of a call; None if it failed.
         tile: of a GPU's kernel, the fastest.
-        error: of the kernel, if it can't take the shape.
+        error: of the kernel, if it can't take the shape, or of the simulated form.
     """
 
     names: tuple[str, ...]
     shape: str
-    simulated: float
+    simulated: float | None
     integer: float | None
     tile: tuple[int, ...] = ()
     error: str | None = None
 
     @property
     def speedup(self) -> float:
-        return self.simulated / self.integer if self.integer is not None else -1.0
+        if self.simulated is None or self.integer is None:
+            return -1.0
+        return self.simulated / self.integer
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,31 @@ class Kept:
         images = self.file.parent / "images"
         return f"put the right one back, or remove {images} and what is there of it to begin again"
 
+    def read(self) -> dict[str, Any] | None:
+        """Return the choice, or None if there is no file.
+
+        Raises:
+            ValueError: if it is damaged, or of other images.
+        """
+        found = files.read_json(self.file, needs=["layers", "of"])
+        if found is None:
+            return None
+
+        stated = found.get("sample", self.sample)  # an earlier version did not note it
+        if stated != self.sample:
+            reason = f"the choice for the images {stated}, not {self.sample}"
+            raise files.damaged(self.file, reason, self.again)
+
+        layers = found["layers"]
+        if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
+            raise files.damaged(self.file, "its layers are no list of names", self.again)
+        return found
+
+
+def name_of(found: Mapping[str, Any]) -> str:
+    """Return the name of the engine with a choice of layers, for rows and records."""
+    return f"integer: {len(found['layers'])} of {found['of']} layers"
+
 
 @torch.no_grad()
 def timed(net: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[Timed]:
@@ -89,35 +117,14 @@ def timed(net: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[Timed]:
     """
     found = candidates(net)
     units = _units(net, found)
-    seen: dict[str, Tensor] = {}
-
-    # The first input of each unit, kept in one run of the network.
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen[name] = args[0].detach()
-
-        return hook
-
-    handles = []
-    for names, reader in units:
-        source = reader if reader is not None else net.get_submodule(names[0])
-        handles.append(source.register_forward_pre_hook(keep(names[0])))
-
-    run(net)
-    for handle in handles:
-        handle.remove()
+    readers = dict(units)
+    shapes, inputs = _inputs(net, units, run)
 
     # Units of one shape take the same time: the first stands for all.
-    shapes: dict[str, list[tuple[str, ...]]] = {}
-    readers = dict(units)
-    for names, _ in units:
-        if names[0] in seen:
-            shapes.setdefault(_shape(net, names, seen[names[0]]), []).append(names)
-
     result = []
     for shape, same in shapes.items():
         names = same[0]
-        x, reader = seen[names[0]], readers[names]
+        x, reader = inputs[shape], readers[names]
         layers = [net.get_submodule(name) for name in names]
         coded = [found[name] for name in names]
 
@@ -130,22 +137,54 @@ def timed(net: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[Timed]:
         }
 
         calls = {"simulated": partial(_call, layers, reader, x), **forms}
-        seconds, failed = stopwatch.medians(calls, x.device)
+        seconds, failed = stopwatch.medians(calls, x.device, stopwatch.CALLS)
         result.append(_entry(tuple(n for names in same for n in names), shape, seconds, failed))
 
     return result
 
 
+def _inputs(
+    net: nn.Module, units: list[tuple[tuple[str, ...], Any]], run: Callable[[nn.Module], Tensor]
+) -> tuple[dict[str, list[tuple[str, ...]]], dict[str, Tensor]]:
+    """Return the units of each shape that a run of the network shows, and an input of each shape.
+
+    One is kept of a shape: the inputs of all units may be more than a GPU's memory.
+    """
+    inputs: dict[str, Tensor] = {}
+    shape_of: dict[tuple[str, ...], str] = {}
+
+    def keep(names: tuple[str, ...]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            shape_of[names] = _shape(net, names, args[0])
+            inputs.setdefault(shape_of[names], args[0].detach())
+
+        return hook
+
+    handles = []
+    for names, reader in units:
+        source = reader if reader is not None else net.get_submodule(names[0])
+        handles.append(source.register_forward_pre_hook(keep(names)))
+    try:
+        run(net)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    # In the order of the network, whatever runs first.
+    shapes: dict[str, list[tuple[str, ...]]] = {}
+    for names, _ in units:
+        if names in shape_of:
+            shapes.setdefault(shape_of[names], []).append(names)
+    return shapes, inputs
+
+
 def _entry(
     names: tuple[str, ...], shape: str, seconds: Mapping[str, float], failed: Mapping[str, str]
 ) -> Timed:
-    """Return the result of one shape.
-
-    Raises:
-        RuntimeError: if the simulated form failed: then nothing can be compared.
-    """
+    """Return the result of one shape: it stays simulated where that can't be timed."""
     if "simulated" in failed:
-        raise RuntimeError(f"{names[0]}: {failed['simulated']}")
+        error = f"could not be timed: its simulated form ended with {failed['simulated']}"
+        return Timed(names, shape, None, None, (), error)
     simulated, *forms = seconds
     if not forms:
         return Timed(names, shape, seconds[simulated], None, (), next(iter(failed.values())))
@@ -171,30 +210,39 @@ def choice(
     Args:
         net: baked, in eval mode, on the device that it runs on.
         run: see `timed`.
-        min_speedup: least gain of a layer; 0 takes every layer that can.
+        min_speedup: least gain of a layer; 0 takes every layer that can. A whole step only must
+            not lose by it.
         kept: where the choice is kept, and for which images.
         chains: of the network; with them, the whole network is compared on a GPU.
 
     Returns:
         `layers`: their names; `of`: how many quantized layers there are; `shapes`: what was
             measured; `simulated`: by name, why a layer is not among `layers`; `sample`: of which
-            images; on a GPU also `tiles` by name, and `step`, the seconds of both whole networks.
+            images; on a GPU also `tiles` by name, and `step`, the seconds of both whole networks,
+            and `failed`, the errors of those without.
 
     Raises:
-        ValueError: if the file is damaged, of other images or another network, or missing where
-            images were begun with it.
+        ValueError: if the file is damaged, of other images or another network; and where images
+            were begun with it, if it is missing, or its layers can't run here.
     """
-    found = files.read_json(kept.file, needs=["layers", "of"])
-    if found is not None:
-        _require_choice(kept, found, net)
+    found = kept.read()
+    reason = None if found is None else _reason_against(kept, found, net)
+    if found is not None and reason is None:
         return found
+
+    if found is not None and kept.begun:
+        images = kept.file.parent / "images"
+        raise ValueError(
+            f"{kept.file}: {reason}; go on where its images were begun, or remove {images} to begin"
+            " again"
+        )
     if kept.begun:
         raise ValueError(
             f"{kept.file}: is missing, and images were begun with it, or on a machine without"
             f" integers; {kept.again}"
         )
 
-    # Measured here, for there is no file of an earlier choice.
+    # Measured here: there is no earlier choice, or none that an image was made with.
     times = timed(net, run)
     names = chosen(times, min_speedup)
     made: dict[str, Any] = {
@@ -205,16 +253,18 @@ def choice(
     }
 
     # A GPU: all of it together, too. A choice that makes the whole slower is no choice.
+    failure: str | None = None
     if runs_on_gpu(net):
         made["tiles"] = {n: entry.tile for entry in times for n in entry.names if n in names}
         if chains is not None and names:
-            made["step"] = whole_step(net, run, chains, made)
-            if made["step"]["simulated"] < min_speedup * made["step"]["integer"]:
+            made["step"], made["failed"] = whole_step(net, run, chains, made)
+            failure = made["failed"].get("integer")
+            if failure is not None or _slower(made["step"], min_speedup):
                 names = made["layers"] = []
 
     _print(times, made)
     made["simulated"] = left_out(net) | {
-        name: entry.error or f"as a layer {entry.speedup:.2f} times as fast on integers"
+        name: entry.error or failure or f"as a layer {entry.speedup:.2f} times as fast on integers"
         for entry in times
         for name in entry.names
         if name not in names
@@ -229,15 +279,28 @@ def choice(
 @torch.no_grad()
 def whole_step(
     net: nn.Module, run: Callable[[nn.Module], Tensor], chains: Chains, made: Mapping[str, Any]
-) -> dict[str, float]:
-    """Return the seconds of `run`, recorded, of the simulated and of the integer network."""
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the seconds of `run`, recorded, of the simulated and of the integer network.
+
+    A form that failed, for want of memory or in a kernel, is in the second result with its error.
+    """
     device = next(net.parameters()).device
-    whole = integerize(net, chains, made["layers"], made["tiles"])
+    try:
+        whole = integerize(net, chains, made["layers"], made["tiles"])
+    except torch.OutOfMemoryError as error:
+        return {}, {"integer": stopwatch.in_one_line(error)}
     calls = {"simulated": partial(run, net), "integer": partial(run, whole)}
-    seconds, failed = stopwatch.medians(calls, device)
-    if failed:
-        raise RuntimeError(f"{next(iter(failed))} network: {next(iter(failed.values()))}")
-    return seconds
+    return stopwatch.medians(calls, device)
+
+
+def _slower(step: Mapping[str, float], min_speedup: float) -> bool:
+    """Return whether a whole step loses by integers; not if it could not be compared.
+
+    How much a layer has to gain says nothing of the whole: it only must not lose.
+    """
+    if not step.keys() >= {"simulated", "integer"}:
+        return False
+    return step["simulated"] < min(min_speedup, 1.0) * step["integer"]
 
 
 def _print(times: list[Timed], made: Mapping[str, Any]) -> None:
@@ -249,36 +312,49 @@ def _print(times: list[Timed], made: Mapping[str, Any]) -> None:
             (
                 e.shape,
                 len(e.names),
-                1e3 * e.simulated,
-                "-" if e.integer is None else 1e3 * e.integer,
+                *("-" if s is None else 1e3 * s for s in (e.simulated, e.integer)),
                 "integers" if e.names[0] in made["layers"] else "floats",
             )
             for e in times
         ],
     )
     if "step" in made:
-        simulated, whole = (1e3 * made["step"][form] for form in ("simulated", "integer"))
-        console.print(
-            f"a whole step: {simulated:.3f} ms simulated, {whole:.3f} ms with integers"
-            + ("" if made["layers"] else "; integers are not faster, quantization is simulated"),
-            markup=False,
+        console.print(_of_step(made), markup=False)
+
+
+def _of_step(made: Mapping[str, Any]) -> str:
+    """Return in a line what the whole network's two forms took, and what follows."""
+    failed, end = made["failed"], "; integers are not faster, quantization is simulated"
+    if "integer" in failed:
+        end = f"; quantization is simulated: a step with integers ended with {failed['integer']}"
+    elif failed:
+        end = (
+            f"; layers are chosen by themselves: a simulated step ended with {failed['simulated']}"
         )
+    elif made["layers"]:
+        end = ""
+    forms = {"simulated": "simulated", "integer": "with integers"}
+    taken = [f"{1e3 * s:.3f} ms {forms[form]}" for form, s in made["step"].items()]
+    return f"a whole step: {', '.join(taken) or 'not timed'}{end}"
 
 
-def _require_choice(kept: Kept, found: Mapping[str, Any], net: nn.Module) -> None:
-    """Refuse a choice that was made for other images, or for another network.
+def _reason_against(kept: Kept, found: Mapping[str, Any], net: nn.Module) -> str | None:
+    """Return why an earlier choice can't be taken here, or None.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: naming the file, if it is the choice for another network.
     """
-    stated = found.get("sample", kept.sample)  # an earlier version did not note it
-    if stated != kept.sample:
-        reason = f"the choice for the images {stated}, not {kept.sample}"
-        raise files.damaged(kept.file, reason, kept.again)
-
-    layers = found["layers"]
-    if not isinstance(layers, list) or not {*map(str, layers)} <= {*candidates(net)}:
+    able, left = codable(net), left_out(net)
+    if not set(found["layers"]) <= able.keys():
         raise files.damaged(kept.file, "it names layers that can't run on integers", kept.again)
+
+    # Each kind of device has kernels, and with them last bits, of its own.
+    of_gpu, on_gpu = "tiles" in found, runs_on_gpu(net)
+    if of_gpu != on_gpu:
+        then, now = ("a GPU" if gpu else "a CPU" for gpu in (of_gpu, on_gpu))
+        return f"its layers were chosen on {then}, and this is {now}"
+    name = next((name for name in found["layers"] if name in left), None)
+    return None if name is None else f"{name} ran on integers, and here {left[name]}"
 
 
 def _units(net: nn.Module, found: Mapping[str, nn.Module]) -> list[tuple[tuple[str, ...], Any]]:

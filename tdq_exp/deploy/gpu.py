@@ -87,8 +87,9 @@ class GpuLayer(nn.Module):
 
     def product(self, x: Coded, dtype: torch.dtype) -> Tensor:
         """Return the output in a type; int32 is the exact sum in brackets."""
+        codes = dense(x.codes) if self.conv else x.codes.contiguous()  # rows of channels
         return kernel.product(
-            dense(x.codes), self.codes, x.s, x.z, x.t, self.w_scale, self.w_sum, self.rest,
+            codes, self.codes, x.s, x.z, x.t, self.w_scale, self.w_sum, self.rest,
             self.bias, self.window, dtype, list(self.tile),
         )  # fmt: skip
 

@@ -226,15 +226,17 @@ def _require_repeatable(job: Experiment, context: RunContext) -> None:
             f" again could not be told from another: {own}"
         )
 
-    # What bits depend on, as far as it is recorded.
+    # What bits depend on, as far as it is recorded; triton is named by fits on a GPU alone.
     made = facts.get("environment", {})
     here = environment.environment(context.processes.device.type)
+    old_versions, new_versions = made.get("versions", {}), here["versions"]
     compared = {
         "threads": (facts.get("threads"), torch.get_num_threads()),
         "processes": (facts.get("processes"), context.processes.world),
         "accelerator": (made.get("accelerator"), here.get("accelerator")),
         "instructions": (made.get("instructions"), here["instructions"]),
-        "torch": (made.get("versions", {}).get("torch"), here["versions"]["torch"]),
+        "torch": (old_versions.get("torch"), new_versions["torch"]),
+        "triton": (old_versions.get("triton"), new_versions.get("triton")),
     }
     other = [
         f"{name} {then}, here {now}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from tdq_exp.data.images import Data
 from tdq_exp.experiment.build import Experiment
+from tdq_exp.experiment.engines import SIMULATED
 from tdq_exp.experiment.fit_stage import FittedModel
 from tdq_exp.experiment.paired import paired_distance
 from tdq_exp.experiment.places import made_of, place_of
@@ -149,8 +150,10 @@ def _confirm_images(
     # 1. The record of the set, which a row never is without.
     if processes.decide(lambda: sampling.record.begun() is None):
         _say(f"{sampling.record.file}: was missing, written again", processes)
-        seconds = row["seconds"]["sample"]
-        processes.decide(lambda: sampling.record.write({"seconds": seconds, "made": made_of(row)}))
+        facts = {"seconds": row["seconds"]["sample"], "made": made_of(row)}
+        if (engine := row.get("engine", SIMULATED)) != SIMULATED:
+            facts["engine"] = engine
+        processes.decide(lambda: sampling.record.write(facts))
 
     # 2. The images.
     if not processes.decide(folder.exists):

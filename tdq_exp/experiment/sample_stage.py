@@ -20,7 +20,7 @@ from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.denoising_graph import DenoisingGraph
 from tdq_exp.diffusion.draws import Stream, generator, groups, image_generators, starting_noise
 from tdq_exp.experiment.build import Experiment
-from tdq_exp.experiment.engines import engine
+from tdq_exp.experiment.engines import SIMULATED, ImageSet, engine
 from tdq_exp.experiment.fit_stage import FittedModel
 from tdq_exp.experiment.places import UNKNOWN, place_of
 from tdq_exp.models.denoiser import Denoiser
@@ -124,7 +124,12 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
     engines: list[str] = []
     made: list[dict[str, Any]] = []
 
-    def begin() -> float:
+    def facts(seconds: float, name: str | None) -> Result:
+        """What the record says; of the engine, where another one was to be had."""
+        named = {} if name in (None, SIMULATED) else {"engine": name}
+        return {"seconds": seconds, "made": made, **named}
+
+    def begin() -> tuple[float, str | None]:
         found = record.begun()
         if found is None and (folder / "images").exists():
             raise ValueError(
@@ -135,29 +140,30 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
         made.extend(found.get("made", []) if found else [])
         if not made and earlier:  # groups of a version that did not note it
             made.append(UNKNOWN)
-        record.write({"seconds": earlier, "made": made})
-        return earlier
+        begun_with = found.get("engine") if found else None
+        record.write(facts(earlier, begun_with))
+        return earlier, begun_with
 
     def make() -> Result:
-        earlier = processes.decide(begin)
+        earlier, begun_with = processes.decide(begin)
         net, name = engine(
             sampling.net(),
             job.model,
             job.sampling.engine,
-            batch=job.sampling.batch,
-            min_speedup=job.sampling.min_speedup,
-            folder=folder,
-            processes=processes,
-            store=store,
+            ImageSet(folder, store, begun_with),
+            processes,
+            job.sampling.min_speedup,
         )
         engines.append(name)
+        if name not in (SIMULATED, begun_with):  # before there is an image
+            processes.decide(lambda: record.write(facts(earlier, name)))
 
         here = place_of(processes)
 
         def note(seconds: float) -> None:  # after each group, so that an interrupted run counts too
             if not made or made[-1] != here:
                 made.append(here)
-            record.write({"seconds": earlier + seconds, "made": made})
+            record.write(facts(earlier + seconds, name))
 
         spent = sample_set(
             Denoiser(net, job.model),
@@ -168,7 +174,7 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
             truncate=job.sampling.truncate,
             on_group=note,
         )
-        return {"seconds": earlier + spent, "made": made}
+        return facts(earlier + spent, name)
 
     # The record never says `done`: its store knows which groups are there.
     result, _ = stage(record, make, processes)

@@ -2,7 +2,7 @@
 
     fit.json      its fingerprint is that of its parts
     samples.json  the same, and its fit is the one beside it
-    metrics.json  every row is of this fit and this set, with the counts that they state
+    metrics.json  every row is of this fit and this set, with the counts and engine that they state
     images        every group matches its checksum, and the set the hash in its row
     networks      match their checksums, and belong to this fit; and so do training states
     layers.json, engine.json, pictures
@@ -175,6 +175,9 @@ def _row_faults(
         asked = samples["parts"].get("sampler", {}).get("images")
         if row["images"] != asked:
             yield f"a row is of {row['images']} images, its set has {asked}"
+        engine = samples.get("engine", row.get("engine"))
+        if row.get("engine") != engine:
+            yield f"a row is of the engine {row.get('engine')}, its set of {engine}"
 
     # The measurement, where the fit says what the data are.
     data = fit["parts"].get("data") if fit is not None else None

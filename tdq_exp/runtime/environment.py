@@ -28,6 +28,7 @@ PACKAGES = (
     "numpy",
     "accelerate",
 )
+COMPILER = "triton"  # of kernels for an accelerator, whose last bits depend on it; a CPU has none
 
 
 @lru_cache
@@ -35,10 +36,12 @@ def environment(device: str | None = None) -> dict[str, Any]:
     """Return commit, machine and versions, for the row.
 
     Args:
-        device: type of what computes; its model is named where it is no CPU.
+        device: type of what computes; its model and the compiler of its kernels are named where
+            it is no CPU.
     """
+    on_cpu = device in (None, "cpu")
     versions: dict[str, str | None] = {}
-    for package in PACKAGES:
+    for package in PACKAGES if on_cpu else (*PACKAGES, COMPILER):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -46,7 +49,7 @@ def environment(device: str | None = None) -> dict[str, Any]:
     return {
         "commit": commit(),
         "machine": f"{platform.system()} {platform.machine()}, {_cpu()}, {os.cpu_count()} cores",
-        **({} if device in (None, "cpu") else {"accelerator": accelerator(device)}),
+        **({} if on_cpu else {"accelerator": accelerator(str(device))}),
         "python": sys.version.split()[0],
         "instructions": instructions(),
         "versions": versions,

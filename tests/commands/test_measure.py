@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from tdq_exp.data import given
+from tdq_exp.metrics.features import FeatureNetwork
 from tdq_exp.metrics.fidelity import Statistics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,13 +85,24 @@ def test_a_pickle_is_not_opened(tmp_path):
         given.read(tmp_path / "a.npy", 8, 1)
 
 
-def test_sets_are_measured_beside_the_rows(inside, pixels, folder, tmp_path):
+def test_sets_are_measured_beside_the_rows(inside, pixels, folder, tmp_path, monkeypatch):
     run = ROOT / "results" / "runs" / "digits_w4a4_lsq"
     shutil.copytree(run, tmp_path / "results" / "runs" / run.name)
     np.save(tmp_path / "a.npy", pixels)
     command = [str(folder), "a.npy", "--model", "digits", "--json", "a.json", "--cpu"]
-    done = inside(*command, verb="measure")
+
+    rounded, extract = [], FeatureNetwork.extract
+
+    def noted(*arguments, **options):
+        rounded.append(torch.backends.cudnn.allow_tf32)
+        return extract(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        patch.setattr(FeatureNetwork, "extract", noted)
+        done = inside(*command, verb="measure")
     assert done.returncode == 0, done.stderr
+    assert rounded and not any(rounded), "features of rows are computed in float32 on a GPU"
     assert "digits_w4a4_lsq ddim50_n1000" in done.stdout and "1437 reference images" in done.stdout
 
     measured = json.loads((tmp_path / "a.json").read_text())

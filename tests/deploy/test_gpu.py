@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +33,7 @@ from tdq_exp.quant.rules.lsq import Lsq
 from tdq_exp.quant.rules.minmax import MinMax, MinMaxWeights
 from tdq_exp.quant.time import TimeContext
 from tdq_exp.quant.zero_point import TableZeroPoint
+from tdq_exp.runtime import files
 from tdq_exp.runtime.precision import products
 from tdq_exp.runtime.processes import Processes
 from tests.quant.builders import inputs, load_model, make_net, randn
@@ -199,46 +203,70 @@ class Watch:
     Args:
         layer: of a layer's forms, by name; `simulated` is 1.
         step: of the whole network's integer form.
-        failed: forms that fail, and how.
+        failed: a layer's forms that fail, and how.
+        step_failed: the whole network's.
     """
 
-    def __init__(self, layer: dict[str, float], step: float, failed: dict[str, str]) -> None:
-        self.layer, self.step, self.failed = layer, step, failed
+    CALLS, in_one_line = stopwatch.CALLS, staticmethod(stopwatch.in_one_line)
 
-    def medians(self, calls, device):
+    def __init__(
+        self,
+        layer: dict[str, float],
+        step: float,
+        failed: dict[str, str],
+        step_failed: dict[str, str] | None = None,
+    ) -> None:
+        self.layer, self.step = {"simulated": 1.0, **layer}, {"simulated": 1.0, "integer": step}
+        self.failed, self.step_failed = failed, step_failed or {}
+
+    def medians(self, calls, device, together=1):
         """As `stopwatch.medians`; each call is made once."""
         for call in calls.values():
             assert isinstance(call(), torch.Tensor)
-        if "integer" in calls:
-            return {"simulated": 1.0, "integer": self.step}, {}
-        seconds = {name: self.layer.get(name, 2.0) for name in calls if name not in self.failed}
-        return seconds | {"simulated": 1.0}, self.failed
+        whole = "integer" in calls
+        assert together == (1 if whole else self.CALLS)
+        times, failed = (self.step, self.step_failed) if whole else (self.layer, self.failed)
+        return {name: times.get(name, 2.0) for name in calls if name not in failed}, failed
+
+
+LARGE = {"integer": "OutOfMemoryError: of both networks"}
+NO_FLOATS = {"simulated": "RuntimeError: waits for the GPU"}
+FAST = {"integer 1": 0.5}
 
 
 @pytest.mark.parametrize(
-    ("watch", "taken", "said"),
+    ("watch", "taken", "said", "printed"),
     [
-        (Watch({"integer 1": 0.5}, 0.8, {"integer 0": "too large"}), True, ""),
-        (Watch({"integer 1": 0.5}, 1.2, {}), False, "2.00 times as fast"),
-        (Watch({}, 0.5, {}), False, "0.50 times as fast"),
-        (Watch({}, 0.5, {f"integer {i}": "out of resources" for i in range(5)}), False, "out of"),
+        (Watch(FAST, 0.8, {"integer 0": "too large"}), True, "", "800.000 ms with integers"),
+        (Watch(FAST, 1.2, {}), False, "2.00 times as fast", "integers are not faster"),
+        (Watch({}, 0.5, {}), False, "0.50 times as fast", ""),
+        (
+            Watch({}, 0.5, {f"integer {i}": "out of resources" for i in range(5)}),
+            False,
+            "out of",
+            "",
+        ),
+        (Watch(FAST, 0.5, NO_FLOATS), False, "its simulated form ended with RuntimeError", ""),
+        (Watch(FAST, 0.5, {}, LARGE), False, "OutOfMemoryError", "integers ended with OutOfMem"),
+        (Watch(FAST, 0.5, {}, NO_FLOATS), True, "", "a simulated step ended with RuntimeError"),
+        (Watch(FAST, 0.5, {}, LARGE | NO_FLOATS), False, "OutOfMemoryError", "not timed; quant"),
     ],
-    ids=["faster", "whole step slower", "layers slower", "no tile fits"],
+    ids=[
+        *("faster", "whole step slower", "layers slower", "no tile fits", "no simulated layer"),
+        *("no integer step", "no simulated step", "no step"),
+    ],
 )
 def test_the_engine_takes_the_fastest_tile_or_none(
-    watch, taken, said, as_on_gpu, monkeypatch, tmp_path, capsys
+    watch, taken, said, printed, as_on_gpu, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.setattr(choose, "stopwatch", watch)
-    net, model = baked("4 bits"), load_model("tiny")
-    x, t = inputs(2)[0], torch.tensor(500)
-
-    def step(other: nn.Module) -> torch.Tensor:
-        return model.predict(other, x, t)
-
-    file = tmp_path / "engine.json"
-    kept = choose.Kept(file)
+    net, step = baked("4 bits"), step_of_the_tiny_net
+    kept = choose.Kept(tmp_path / "engine.json")
     found = choose.choice(net, step, 1.0, kept, unet_chains(net))
-    assert choose.choice(net, step, 1.0, kept, unet_chains(net)) == choose.files.read_json(file)
+    assert choose.choice(net, step, 1.0, kept, unet_chains(net)) == files.read_json(kept.file)
+    out = " ".join(capsys.readouterr().out.split())
+    assert ("a whole step: " in out) == ("step" in found) == bool(printed)
+    assert printed in out
     if taken:
         assert len(found["layers"]) == found["of"] and found["simulated"] == {}
         assert {tuple(tile) for tile in found["tiles"].values()} == {kernel.TILES[1]}
@@ -248,15 +276,66 @@ def test_the_engine_takes_the_fastest_tile_or_none(
     else:
         assert found["layers"] == [] and len(found["simulated"]) == found["of"]
         assert all(said in reason for reason in found["simulated"].values())
-        printed = capsys.readouterr().out
-        assert ("integers are not faster" in printed) == ("step" in found)
+
+
+def step_of_the_tiny_net(net: nn.Module) -> torch.Tensor:
+    """A forward pass as the engine makes it, of two images."""
+    return load_model("tiny").predict(net, inputs(2)[0], torch.tensor(500))
+
+
+def test_one_input_of_a_shape_is_kept(monkeypatch):
+    """Those of all layers at once may be more than a GPU's memory."""
+    shown: dict[str, weakref.ref[torch.Tensor]] = {}
+    alive: list[int] = []
+
+    def medians(calls, device, together) -> tuple[dict[str, float], dict[str, str]]:
+        alive.append(sum(x() is not None for x in shown.values()))
+        return dict.fromkeys(calls, 1.0), {}
+
+    def note(name: str):
+        return lambda module, args: shown.update({name: weakref.ref(args[0])})
+
+    net = copy.deepcopy(baked("4 bits"))
+    for name, module in net.named_modules():
+        if isinstance(module, QuantLayer):
+            module.register_forward_pre_hook(note(name))
+    monkeypatch.setattr(choose.stopwatch, "medians", medians)
+    monkeypatch.setattr(torch.Tensor, "detach", lambda x: x)  # what is kept is what was shown
+    times = choose.timed(net, step_of_the_tiny_net)
+    assert alive[0] <= len(times) < len(shown) / 2
+    assert sum(len(entry.names) for entry in times) == len(shown)
+
+
+def test_two_networks_that_do_not_fit_leave_the_first(as_on_gpu, monkeypatch, tmp_path):
+    def too_large(*arguments) -> nn.Module:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(choose, "stopwatch", Watch(FAST, 0.5, {}))
+    monkeypatch.setattr(choose, "integerize", too_large)
+    net, kept = baked("4 bits"), choose.Kept(tmp_path / "engine.json")
+    found = choose.choice(net, step_of_the_tiny_net, 1.0, kept, unet_chains(net))
+    assert found["layers"] == [] and found["failed"]["integer"].endswith("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("least", "step", "taken"),
+    [(2.0, 0.6, True), (2.0, 1.1, False), (0.5, 1.5, True), (0, 9, True)],
+)
+def test_the_least_gain_is_of_a_layer_and_the_whole_only_must_not_lose(
+    least, step, taken, as_on_gpu, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(choose, "stopwatch", Watch({"integer 1": 0.4}, step, {}))
+    net, kept = baked("4 bits"), choose.Kept(tmp_path / "engine.json")
+    found = choose.choice(net, step_of_the_tiny_net, least, kept, unet_chains(net))
+    assert bool(found["layers"]) is taken
 
 
 def test_the_sample_stage_names_the_layers_that_ran(as_on_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(choose, "stopwatch", Watch({"integer 0": 0.5}, 0.5, {}))
-    options = {"batch": 2, "min_speedup": 1.0, "folder": tmp_path, "processes": Processes(cpu=True)}
-    options["store"] = ImageStore(tmp_path / "images", 2, 2, (8, 8, 1))
-    net, name = engines.engine(baked("4 bits"), load_model("tiny"), "integer", **options)
+    images = engines.ImageSet(tmp_path, ImageStore(tmp_path / "images", 2, 2, (8, 8, 1)))
+    net, name = engines.engine(
+        baked("4 bits"), load_model("tiny"), "integer", images, Processes(cpu=True)
+    )
     count = sum(isinstance(module, gpu.GpuLayer) for module in net.modules())
     assert name == f"integer: {count} of {count} layers"
 
@@ -271,30 +350,71 @@ def test_the_clock_of_a_cpu_lets_errors_pass():
         stopwatch.medians({"a": wrong}, torch.device("cpu"))
 
 
-def test_what_can_not_be_recorded_is_named_and_the_rest_is_timed(monkeypatch):
-    class Event:
-        record = synchronize = staticmethod(list)
+class Card:
+    """In torch.cuda's place: the current device, its events, and recordings of calls."""
 
-        def elapsed_time(self, other: Event) -> float:
-            return 1e3 * stopwatch.REPLAYS * len(calls)  # milliseconds of all replays
+    def __init__(self) -> None:
+        self.current: torch.device | None = None
+        self.calls: list[str] = []  # while recording
+        self.replayed = 0  # calls, while replaying
 
-    class Step:
-        def __init__(self, call, device: torch.device) -> None:
-            self.call, self.device = call, device
+    def call(self, name: str) -> torch.Tensor:
+        """What is recorded; b can't be."""
+        if name == "b":
+            raise MemoryError("out of shared memory\nand more")
+        self.calls.append(name)
+        return torch.zeros(())
 
-        def prepare(self) -> None:
-            self.call()
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        """As `torch.cuda.device`."""
+        self.current = device
+        yield
+        self.current = None
 
-        record, __call__ = prepare, prepare
+    def event(self, enable_timing: bool) -> SimpleNamespace:
+        """As `torch.cuda.Event`; a call takes 3 ms."""
+        event = SimpleNamespace(synchronize=list)
 
-    def wrong() -> torch.Tensor:
-        raise MemoryError("out of shared memory\nand more")
+        def record() -> None:
+            assert self.current == torch.device("cuda:1")
+            event.at = self.replayed
 
-    calls = {"a": lambda: torch.zeros(()), "b": wrong, "c": lambda: torch.ones(())}
-    monkeypatch.setattr(stopwatch, "Recorded", Step)
-    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event())
-    seconds, failed = stopwatch.medians(calls, torch.device("meta"))
-    assert seconds == {"a": 3.0, "c": 3.0}
+        event.record = record
+        event.elapsed_time = lambda other: 3.0 * (other.at - event.at)
+        return event
+
+    def recorded(self, function, device: torch.device) -> Recording:
+        """As `Recorded`."""
+        return Recording(self, function)
+
+
+class Recording:
+    """Calls a function to record it, and then only counts."""
+
+    def __init__(self, card: Card, function) -> None:
+        self.card, self.function, self.prepare = card, function, list
+
+    def record(self) -> None:
+        """As `Recorded.record`."""
+        before = len(self.card.calls)
+        self.function()
+        self.count = len(self.card.calls) - before
+
+    def __call__(self) -> None:
+        self.card.replayed += self.count
+
+
+@pytest.mark.parametrize("together", [1, stopwatch.CALLS])
+def test_what_can_not_be_recorded_is_named_and_the_rest_is_timed(together, monkeypatch):
+    card = Card()
+    monkeypatch.setattr(stopwatch, "Recorded", card.recorded)
+    monkeypatch.setattr(torch.cuda, "device", card.device)
+    monkeypatch.setattr(torch.cuda, "Event", card.event)
+    calls = {name: partial(card.call, name) for name in "abc"}
+    seconds, failed = stopwatch.medians(calls, torch.device("cuda:1"), together)
+    assert card.calls == ["a"] * together + ["c"] * together, "so many calls in one recording"
+    assert seconds == pytest.approx({"a": 0.003, "c": 0.003})
     assert failed == {"b": "MemoryError: out of shared memory"}
 
 
@@ -355,6 +475,29 @@ def test_a_gpu_gives_what_a_cpu_gives():
     for t in TIMES:  # a sum on the border of two codes may fall on either side
         apart = (run(whole, t, "cuda").cpu() - wanted[t]).abs()
         assert float(apart.median()) <= 1e-4 and float(apart.mean()) <= 1e-2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_integers_under_autocast_are_no_worse_than_simulated_quantization(
+    device, as_on_gpu, monkeypatch
+):
+    if device == "cpu":  # layers answer in autocast's type there, too
+        kernels = SimpleNamespace(
+            readable=gpu.kernels.readable, result_type=lambda x: torch.bfloat16
+        )
+        monkeypatch.setattr(gpu, "kernels", kernels)
+    net = bake(make_net(RECIPES["4 bits"]())).to(device)
+    whole = integer.integerize(net, unet_chains(net))
+    for t in TIMES:
+        with products("float32"):
+            exact = run(net, t, device)
+        with torch.autocast(device, torch.bfloat16):
+            simulated, integers = run(net, t, device), run(whole, t, device)
+        assert simulated.dtype == integers.dtype
+        of_simulated, of_integers = (
+            float((y.float() - exact).abs().mean()) for y in (simulated, integers)
+        )
+        assert 0 < of_integers <= 2 * of_simulated
 
 
 @pytest.mark.gpu

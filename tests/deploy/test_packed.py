@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 import tdq_exp
 from tdq_exp.commands.pack import pack
 from tdq_exp.config.compose import compose
-from tdq_exp.deploy import packed
+from tdq_exp.deploy import choose, packed
 from tdq_exp.experiment import build as jobs
-from tdq_exp.experiment import pipeline
+from tdq_exp.experiment import pipeline, sample_stage
 from tdq_exp.experiment.load import load
 
 
@@ -100,14 +100,34 @@ def test_what_is_wrong_with_a_file_is_one_line(run, tmp_path):
         tdq_exp.load(tmp_path / "none.safetensors")
 
 
-def test_the_commands_pack_and_draw(run, tmp_path, inside):
+def test_the_commands_pack_and_draw(run, tmp_path, inside, monkeypatch):
     done = inside(str(run), "--out", "net.safetensors", verb="pack")
     assert done.returncode == 0 and "read back and compared" in done.stdout, done.stderr
+
+    # Layers are timed and images computed in float32, on a GPU too.
+    rounded, group, timed = [], sample_stage.sample_group, choose.timed
+
+    def noting(function):
+        def noted(*arguments, **options):
+            flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+            rounded.append((function.__name__, *flags))
+            return function(*arguments, **options)
+
+        return noted
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(sample_stage, "sample_group", noting(group))
+    monkeypatch.setattr(choose, "timed", noting(timed))
     drawn = inside(
         "net.safetensors", "--images", "3", "--engine", "integer", "--out", "drawn", verb="sample"
     )
     assert drawn.returncode == 0, drawn.stderr
+    assert ("sample_group", False, False) in rounded
+    assert not any(flag for _, *flags in rounded for flag in flags)
+    assert torch.backends.cudnn.allow_tf32, "as it was before"
     assert (tmp_path / "drawn" / "grid.png").stat().st_size > 0
+    again = inside("net.safetensors", "--images", "4", "--out", "drawn", verb="sample")
+    assert again.returncode == 2 and "drawn: is not empty; name another" in again.stderr
     refused = inside("x", "--engine", "warp", verb="sample")
     assert (
         refused.returncode == 2

@@ -171,16 +171,8 @@ def test_without_vnni_a_layer_that_would_be_wrong_is_refused_by_name(without_vnn
 @needs_kernels
 def test_without_vnni_a_w8a8_net_is_simulated_and_a_line_says_why(without_vnni, tmp_path, capsys):
     net, processes = net_of(8), Processes(cpu=True)
-    running, engine = engines.engine(
-        net,
-        load_model("tiny"),
-        "integer",
-        batch=2,
-        min_speedup=0,
-        folder=tmp_path,
-        processes=processes,
-        store=ImageStore(tmp_path / "images", 2, 2, (8, 8, 1)),
-    )
+    images = engines.ImageSet(tmp_path, ImageStore(tmp_path / "images", 2, 2, (8, 8, 1)))
+    running, engine = engines.engine(net, load_model("tiny"), "integer", images, processes, 0)
     processes.close()
     assert running is net and engine == f"fake: {integer.INEXACT}"
     assert "8-bit by 8-bit products are cut off" in " ".join(capsys.readouterr().out.split())

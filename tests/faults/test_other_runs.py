@@ -149,6 +149,12 @@ def test_a_file_of_another_run_is_named(name, change, job, capsys):
     assert files.read_json(job.folder / SET / "metrics.json") == row
 
 
+def test_a_row_of_another_engine_than_its_set_is_named(job):
+    stated("engine")(job.folder / SET / "samples.json")
+    (fault,) = verify.faults_of(job.folder)
+    assert "metrics.json: a row is of the engine" in fault and f"its set of {OTHER}" in fault
+
+
 def test_a_set_in_the_folder_of_another_is_named(job):
     (job.folder / SET).rename(job.folder / "ddim9_n12")
     (fault,) = verify.faults_of(job.folder)

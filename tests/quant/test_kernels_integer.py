@@ -12,10 +12,18 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tdq_exp.deploy import gpu
+from tdq_exp.quant.grid import Grid
+from tdq_exp.quant.intervals.base import LookupTable
 from tdq_exp.quant.kernels import integer
+from tdq_exp.quant.layers import CodedWeight, QuantLinear
+from tdq_exp.quant.rules.lsq import Lsq
+from tdq_exp.quant.time import TimeContext
+from tdq_exp.quant.zero_point import TableZeroPoint
+from tdq_exp.runtime.precision import products
 from tests.oracles.products import integer_sums
 from tests.quant.devices import INTERPRETED, devices
 
@@ -179,7 +187,9 @@ def test_bytes_are_the_quantizers_codes(source, shift, device):
 
 @devices
 @pytest.mark.parametrize(
-    ("shape", "groups"), [((2, 6, 5, 9), 3), ((1, 70, 2, 2), 7), ((3, 4, 1, 1), 1)]
+    ("shape", "groups"),
+    # The last one has more partial sums in a group than are read at once.
+    [((2, 6, 5, 9), 3), ((1, 70, 2, 2), 7), ((3, 4, 1, 1), 1), ((1, 8, 40, 41), 1)],
 )
 def test_a_norm_gives_the_codes_of_its_output(shape, groups, device):
     from tdq_exp.quant.kernels import triton_integer
@@ -202,6 +212,24 @@ def test_a_norm_gives_the_codes_of_its_output(shape, groups, device):
         border = ((v - v.floor()) - 0.5).abs() < 1e-2
         assert torch.equal(codes[~border], expected[~border])
         assert ((codes - expected).abs() <= 1).all()
+
+
+@devices
+def test_bytes_of_bfloat16_are_those_of_the_same_numbers(device):
+    from tdq_exp.quant.kernels import triton_integer
+
+    generator = torch.Generator().manual_seed(8)
+    x = images_last((torch.randn(2, 6, 5, 9, generator=generator) * 2).bfloat16()).to(device)
+    s, z, p = (v.to(device) if isinstance(v, Tensor) else v for v in tables(-128))
+    norm = (torch.ones(6, device=device), torch.zeros(6, device=device), 3, 1e-6, True)
+    of_table = (s, z, torch.tensor(T, device=device), 0, p, -128)
+    for call, arguments, most in (
+        (triton_integer.codes, of_table, 0),
+        (triton_integer.norm_codes, (*norm, *of_table), 1),  # a GPU may add in another order
+    ):
+        found, expected = (call(v, *arguments).int() for v in (x, x.float()))
+        apart = (found - expected).abs()
+        assert int(apart.max()) <= most and float(apart.float().mean()) < 0.01
 
 
 @devices
@@ -238,6 +266,26 @@ def test_functions_and_operators_call_the_kernels(device, monkeypatch):
     monkeypatch.setattr(integer, "by_triton", lambda x: False)
     for (direct, operated), (call, _, arguments) in zip(found, calls, strict=True):
         assert torch.equal(direct, operated) and torch.equal(direct, call(*arguments))
+
+
+@devices
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (2, 3, 6), (4, 6)])
+def test_a_linear_layer_reads_its_input_in_the_order_of_its_axes(shape, device, monkeypatch):
+    """An image's layout would give it channels of another axis."""
+    monkeypatch.setattr(integer, "by_triton", lambda x: True)
+    monkeypatch.setattr(integer, "default_tile", lambda rows, outs: tile(device))
+    time = TimeContext(STEPS)
+    quantizer = Lsq(
+        Grid(4, symmetric=False),
+        LookupTable(torch.full((STEPS,), 0.2), time),
+        TableZeroPoint(torch.full((STEPS,), 7.0), time),
+    ).eval()
+    weight = CodedWeight(numbers((5, 6), -7, 7, 11).to(torch.int8), torch.tensor(0.05))
+    layer = QuantLinear(nn.Linear(6, 5), weight, quantizer).to(device)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(12)).to(device)
+    with torch.no_grad(), products("float32"), time.at(torch.tensor(T, device=device)):
+        found = gpu.GpuLayer(layer, gpu.gpu_coder_of(quantizer))(x)
+        torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
 
 
 # What needs neither.
@@ -325,3 +373,29 @@ def test_many_pixels_and_channels_in_every_type():
         half = integer.product(*rest, window, torch.bfloat16, list(one_tile))
         torch.testing.assert_close(y.double(), sums * 1e-4, rtol=1e-6, atol=1e-6)
         assert torch.equal(half, y.bfloat16())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [96, 3])
+@pytest.mark.parametrize("zero", ZEROS)
+def test_every_tile_is_exact_with_zero_points(zero, channels):
+    codes = numbers((8, channels, 32, 32), -128, 127, 1).cuda()
+    weight = numbers((130, channels, 3, 3), -128, 127, 2).cuda()
+    rest = numbers((130,), -127, 128, 3).cuda()
+    zeros = numbers(({"none": 1, "table": STEPS, "sample": 8}[zero],), -128, 127, 4).cuda()
+    t = torch.tensor(T).cuda() if zero == "table" else None
+
+    # In double precision, which holds such sums.
+    of_input = {"none": zeros * 0, "table": zeros[T : T + 1], "sample": zeros}[zero]
+    from_zero = (codes - of_input.reshape(-1, 1, 1, 1)).double()
+    sums = F.conv2d(from_zero, (weight + rest.reshape(-1, 1, 1, 1)).double(), padding=1)
+
+    rows = weight.permute(0, 2, 3, 1).reshape(130, -1).to(torch.int8).contiguous()
+    one, scale = torch.ones(1, device="cuda"), torch.ones(130, device="cuda")
+    z = None if zero == "none" else zeros.float()
+    arguments = (
+        images_last(codes.to(torch.int8)), rows, one, z, t, scale,
+        rows.sum(1, dtype=torch.int32), rest.int(), None, [3, 3, 1, 1, 1, 1, 1, 1], torch.int32,
+    )  # fmt: skip
+    for one_tile in (*integer.TILES, ()):
+        assert torch.equal(integer.product(*arguments, list(one_tile)).double(), sums), one_tile
