@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tdq_exp.runtime.graphs import Recorded
+from tdq_exp.runtime.graphs import Recorded, UnusableDevice
 
 ROUNDS = 7
 REPLAYS = 20  # of a recording, one after another, between two readings of a GPU's clock
@@ -33,6 +33,7 @@ def medians(
         Seconds by name, and by name the error of those that could not be recorded.
 
     Raises:
+        UnusableDevice: if a failed recording left the device so.
         Exception: whatever a call raises on a CPU.
     """
     if device.type == "cpu":
@@ -50,6 +51,8 @@ def medians(
                 measure = _by_events(step, together)
                 measure()  # a first replay may fail, too
                 rounds[name] = measure
+            except UnusableDevice:
+                raise
             except Exception as error:  # whatever a compiler of kernels may raise
                 failed[name] = in_one_line(error)
         return _in_turn(rounds), failed
