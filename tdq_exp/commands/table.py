@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, "python -m tdq_exp table")
 
     # Which table, and its cells.
-    parser.add_argument("table", help="a file of configs/table: table1 to table8, or all")
+    parser.add_argument("table", help="a file of configs/table: table1 to table9, or all")
     parser.add_argument(
         "overrides", nargs="*", help="of every cell's command, as data.source.path=PATH"
     )
