@@ -45,6 +45,13 @@ BY_HAND = {
     "ddim_small_w8a8_ptq4dm_mid_t",
     "ddim_small_w4a4_lsq_release_u4000",
     "ddim_small_w4a4_lsq_tdq_release_u4000",
+    # Lines of Table 9 with a label of their own.
+    *(
+        f"{model}_{bits}_lsq{tdq}_release_no_ema"
+        for model in ("ddim_small", "digits")
+        for bits in ("w4a4", "w3a3")
+        for tdq in ("", "_tdq")
+    ),
 }
 ROWS = sorted({path.name for path in (ROOT / "results" / "runs").iterdir()} - BY_HAND)
 
