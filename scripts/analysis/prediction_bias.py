@@ -10,6 +10,8 @@ model's own trajectories, for each run:
     rms      sqrt(mean e^2)
     bias     root of the mean over channels and t of b^2, b = mean of e over images and places
     steady   the same of b's mean over t: what every step adds in one direction
+    k        cov(e, eps) / var(eps) at the last step, and its mean over the others: how much too
+             little noise is predicted (`fit.correction` divides by 1 + k)
 
 and, with each network following its own trajectory, the mean of each channel of its images less
 that of the float model's from the same noise, in levels of 255.
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -90,9 +93,9 @@ def measure(options: argparse.Namespace) -> None:
         " prediction less the float one's at the same x_t, b its mean over images and places.",
         "`scripts/analysis/prediction_bias.py` says what each column is.",
         "",
-        "| run | rms of e | rms of b | rms of b's mean over t | b^2 / e^2 | mean of the images'"
-        " channels less the float model's, levels |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| run | rms of e | rms of b | rms of b's mean over t | b^2 / e^2 | k, last step | k, others |"
+        " mean of the images' channels less the float model's, levels |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     about = pages.about(images=options.images, steps=options.steps)
     pages.report(options.out / "prediction_bias", {"runs": results}, about, [*head, *lines])
@@ -117,9 +120,10 @@ def _last_network(job: Experiment) -> nn.Module:
 
 def _line(name: str, found: dict[str, Any]) -> str:
     shift = ", ".join(f"{value:+.1f}" for value in found["shift"])
+    k = statistics.fmean(found["k"][:-1])
     return (
         f"| {name} | {found['rms']:.4f} | {found['bias']:.4f} | {found['steady']:.4f} |"
-        f" {100 * found['share']:.1f} % | {shift} |"
+        f" {100 * found['share']:.1f} % | {found['k'][-1]:.3f} | {k:.3f} | {shift} |"
     )
 
 
@@ -128,6 +132,7 @@ def _of_run(quantized: Denoiser, float_net: Denoiser, sampler: Ddim, images: int
     model = quantized.model
     squares: list[Tensor] = []
     means: list[list[Tensor]] = []
+    slopes: list[list[Tensor]] = []
     ends: dict[str, list[Tensor]] = {"quantized": [], "float": []}
 
     for start in range(0, images, BATCH):
@@ -136,16 +141,24 @@ def _of_run(quantized: Denoiser, float_net: Denoiser, sampler: Ddim, images: int
 
         # 1. Both predictions along the float model's way.
         of_steps: list[Tensor] = []
+        slope: list[Tensor] = []
 
-        def compare(x_t: Tensor, t: Tensor, of_steps: list[Tensor] = of_steps) -> Tensor:
+        def compare(
+            x_t: Tensor,
+            t: Tensor,
+            of_steps: list[Tensor] = of_steps,
+            slope: list[Tensor] = slope,
+        ) -> Tensor:
             eps = float_net(x_t, t)
-            error = quantized(x_t, t) - eps
+            error, centred = quantized(x_t, t) - eps, eps - eps.mean()
             squares.append(error.square().mean())
             of_steps.append(error.mean((0, 2, 3)))
+            slope.append((centred * error).mean() / centred.square().mean())
             return eps
 
         ends["float"].append(model.decode(sampler.sample(compare, x, model.schedule, generators)))
         means.append(of_steps)
+        slopes.append(slope)
 
         # 2. The quantized network's own way.
         generators = image_generators(0, range(start, min(start + BATCH, images)))
@@ -162,6 +175,7 @@ def _of_run(quantized: Denoiser, float_net: Denoiser, sampler: Ddim, images: int
         "bias": float(bias),
         "steady": float(b.mean(0).square().mean().sqrt()),
         "share": float((bias / rms).square()),
+        "k": torch.tensor(slopes).mean(0).tolist(),
         "shift": [round(float(v), 2) for v in colours["quantized"] - colours["float"]],
         "over_t": [[round(float(v), 5) for v in step] for step in b],
     }
