@@ -6,7 +6,7 @@ For a network and a training loop of one's own:
 
 net = tdq_exp.quantize(unet, bits="w4a4", method="lsq", tdq="temporal")
 tdq_exp.calibrate(net, batches); tdq_exp.parameter_groups(net, lr); tdq_exp.penalty(net)
-tdq_exp.bake(net); tdq_exp.save(net, "net.safetensors")
+tdq_exp.correct(net, unet, images); tdq_exp.bake(net); tdq_exp.save(net, "net.safetensors")
 """
 
 from __future__ import annotations
@@ -21,13 +21,23 @@ if TYPE_CHECKING:
     from tdq_exp.experiment.own_loop import (
         bake,
         calibrate,
+        correct,
         parameter_groups,
         penalty,
         quantize,
         save,
     )
 
-__all__ = ["bake", "calibrate", "load", "parameter_groups", "penalty", "quantize", "save"]
+__all__ = [
+    "bake",
+    "calibrate",
+    "correct",
+    "load",
+    "parameter_groups",
+    "penalty",
+    "quantize",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.config.setting import require
+from tdq_exp.models.pixel import architecture_of
 
 CALIBRATED = "tdq_calibrated"  # attribute of a network whose step sizes have values
 
@@ -97,6 +98,59 @@ def require_batch(net: nn.Module, batch: Any) -> None:
         raise ValueError(f"calibrate: t must be from 0 to {time.steps - 1}")
     if labels and labels[0].shape != t.shape:
         raise ValueError(f"calibrate: classes are {list(labels[0].shape)}, wanted [{len(x_t)}]")
+
+
+def require_source(net: nn.Module, float_net: nn.Module) -> None:
+    """Refuse a network that another one was not made of, by its class, weights and arguments.
+
+    Args:
+        net: of `quantize`.
+        float_net: should be what was given to it.
+
+    Raises:
+        TypeError: for a network of another class.
+        ValueError: saying what differs.
+    """
+    theirs = architecture_of(float_net)
+    require_float32(float_net)
+    if hasattr(float_net, "tdq_config"):
+        raise ValueError("float_net: is a quantized network, wanted the float one")
+    for key, value in architecture_of(net).items():
+        if theirs.get(key) != value:
+            raise ValueError(f"float_net: its {key} is {theirs.get(key)}, the network's {value}")
+    if next(float_net.parameters()).device != next(net.parameters()).device:
+        raise ValueError("float_net: is on another device than the network")
+
+
+def require_images(net: nn.Module, images: Any, classes: Any) -> None:
+    """Refuse images that a network's correction can't be measured on.
+
+    Args:
+        net: of `quantize`.
+        images: should be `[N, C, H, W]` in [-1, 1].
+        classes: should be `[N]` for a class-conditional network, else None.
+
+    Raises:
+        ValueError: saying what is wanted.
+    """
+    config: Any = net.config
+    channels = config["in_channels"]
+    if not isinstance(images, Tensor) or images.dtype != torch.float32 or images.dim() != 4:
+        raise ValueError(f"correct: images must be a float32 tensor [N, {channels}, H, W]")
+    size = config["sample_size"]
+    shape = [channels, *(size if isinstance(size, list | tuple) else (size, size))]
+    if list(images.shape[1:]) != shape or not len(images):
+        raise ValueError(f"correct: images are {list(images.shape)}, wanted {['N', *shape]}")
+    if not bool((images.abs() <= 1).all()):
+        raise ValueError("correct: images must be in [-1, 1]")
+
+    if (config["num_class_embeds"] is None) != (classes is None):
+        wanted = "no classes" if classes is not None else "classes"
+        raise ValueError(f"correct: this network takes {wanted}")
+    if classes is not None and (
+        not isinstance(classes, Tensor) or classes.shape != images.shape[:1]
+    ):
+        raise ValueError(f"correct: classes must be a tensor [{len(images)}]")
 
 
 def require_rates(**rates: float | None) -> None:

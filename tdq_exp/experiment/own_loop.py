@@ -4,6 +4,7 @@
     tdq_exp.calibrate(net, batches)                              # (x_t, t) over all of time
     optimizer = torch.optim.AdamW(tdq_exp.parameter_groups(net, lr=1e-4))
     ...                                                          # loss + tdq_exp.penalty(net)
+    tdq_exp.correct(net, unet, images)                           # if you like
     tdq_exp.save(tdq_exp.bake(net), "net.safetensors")
     net = tdq_exp.load("net.safetensors")
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from tdq_exp.deploy import packed
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import own_checks
+from tdq_exp.fit import correction as corrections
 from tdq_exp.fit.qat import Rates, optimizer_groups
 from tdq_exp.fit.quantized import required
 from tdq_exp.models.pixel import architecture_of
@@ -30,6 +33,7 @@ from tdq_exp.quant import calibrating
 from tdq_exp.quant import convert as conversion
 from tdq_exp.quant import penalty as penalty_of
 from tdq_exp.runtime import files
+from tdq_exp.runtime.precision import products
 
 Batch = Sequence[Tensor]  # (x_t, t), or (x_t, t, classes)
 RELEASED_SHARE = 0.1  # of the weights' rate: that of step sizes, as released
@@ -160,6 +164,82 @@ def penalty(net: nn.Module) -> Tensor:
     _config(net)
     found = penalty_of(net)
     return next(net.parameters()).new_zeros(()) if found is None else found
+
+
+def correct(
+    net: nn.Module,
+    float_net: nn.Module,
+    images: Tensor,
+    classes: Tensor | None = None,
+    rule: str = "rescale",
+) -> dict[str, float]:
+    """Correct the prediction of a trained or calibrated network by tables over t, in place.
+
+    They are measured on the images, noised to 50 time steps by the schedule that `quantize` was
+    told of. Call it once, after the training: tables of an earlier network do not fit.
+
+    Args:
+        net: of `quantize`, calibrated, and not baked; it predicts the noise.
+        float_net: the network that it was made of.
+        images: x_0 of the training set, `[N, C, H, W]`, float32 in [-1, 1]; some hundred will do.
+        classes: of the images, `[N]`, for a class-conditional network.
+        rule: `rescale`, or `ptqd`; see `fit.correction`.
+
+    Returns:
+        The mean square error of the prediction before and after, relative to that of the noise, and
+        the smallest and largest k.
+
+    Raises:
+        ValueError: for what can't be corrected so; the network is as it was then.
+    """
+    config = _trainable_config(net)
+    own_checks.require_calibrated(net)
+    own_checks.require_source(net, float_net)
+    own_checks.require_images(net, images, classes)
+    if rule not in corrections.LEAST:
+        raise ValueError(f"rule={rule!r}: choose one of {', '.join(corrections.LEAST)}")
+    if "correction" in dict(net.named_children()):
+        raise ValueError("the network is corrected already")
+
+    # The configuration with the correction, refused as a command line would be.
+    changed = {**config, "fit": {**config["fit"], "correction": rule}}
+    job = jobs.rebuild(changed, Path("tdq_config"))
+
+    device, training = next(net.parameters()).device, net.training
+    try:
+        pair = corrections.Pair(net.eval(), float_net, job.model, device)
+        with products("float32"):
+            samples = corrections.NoisedImages(job.model, _Given(images, classes), seed=0)
+            found = corrections.tables(pair, samples, rule)
+    finally:
+        net.train(training)
+
+    facts = pair.correct(found)
+    made: Any = net
+    made.tdq_config = changed
+    return facts
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Somebody's images as a training set."""
+
+    images: Tensor
+    classes: Tensor | None
+    random: bool = False
+    content: str = ""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, index: Tensor, flip: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return x_0 of some images, on the CPU; none is mirrored."""
+        return self.images[index.to(self.images.device)].cpu()
+
+    def condition(self, index: Tensor) -> Tensor | None:
+        """Return their classes."""
+        classes = self.classes
+        return None if classes is None else classes[index.to(classes.device)].cpu()
 
 
 def bake(net: nn.Module) -> nn.Module:

@@ -179,16 +179,13 @@ def correct(
         FloatingPointError: if a prediction is not finite.
     """
     net.eval()
-    pair = _Pair(net, float_net, model, processes.device)
-    found = processes.decide(partial(_tables, pair, samples, rule))
-
-    correction = attach(net, model).to(processes.device)
-    correction.load_state_dict(found.tables)
-    return found.facts
+    pair = Pair(net, float_net, model, processes.device)
+    found = processes.decide(partial(tables, pair, samples, rule))
+    return pair.correct(found)
 
 
 @dataclass(frozen=True)
-class _Pair:
+class Pair:
     """A quantized network and the float one, on a device, and their description."""
 
     net: nn.Module
@@ -203,17 +200,27 @@ class _Pair:
         eps_hat = Denoiser(self.net, self.model, condition)(x, t)
         return eps.cpu(), eps_hat.cpu()
 
+    def correct(self, found: Tables) -> dict[str, float]:
+        """Attach what was measured to the quantized network; return the facts."""
+        correction = attach(self.net, self.model).to(self.device)
+        correction.load_state_dict(found.tables)
+        return found.facts
+
 
 @dataclass(frozen=True)
-class _Found:
+class Tables:
     """Tables of a correction, on the CPU, and facts for the record."""
 
     tables: dict[str, Tensor]
     facts: dict[str, float]
 
 
-def _tables(pair: _Pair, samples: InputSet, rule: str) -> _Found:
-    """Measure the tables of a correction over a set."""
+@torch.no_grad()
+def tables(pair: Pair, samples: InputSet, rule: str) -> Tables:
+    """Measure the tables of a correction over a set.
+
+    Args, Raises: see `correct`.
+    """
     # 1. Both predictions for every sample.
     pairs = [pair.predictions(samples, first) for first in range(0, len(samples), BATCH)]
     eps, eps_hat = (torch.cat(values) for values in zip(*pairs, strict=True))
@@ -242,7 +249,7 @@ def _tables(pair: _Pair, samples: InputSet, rule: str) -> _Found:
         "k_min": float(correction.k.min()),
         "k_max": float(correction.k.max()),
     }
-    return _Found(dict(correction.state_dict()), facts)
+    return Tables(dict(correction.state_dict()), facts)
 
 
 @dataclass(frozen=True)

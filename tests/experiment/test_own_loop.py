@@ -13,6 +13,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from hydra.core.global_hydra import GlobalHydra
 
 import tdq_exp
+from tdq_exp.fit import correction as corrections
 from tests.quant.builders import load_model
 
 README = Path(__file__).parents[2] / "README.md"
@@ -40,7 +41,9 @@ def readme_example():
 def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     eps = torch.randn(4, 1, 8, 8)
+    monkeypatch.setattr(corrections, "IMAGES", 1)
     given = {"unet": unet(), "batches": [batch(1), batch(2)], "loader": [(*batch(3), eps)]}
+    given["images"] = torch.zeros(3, 1, 8, 8)
     before = copy.deepcopy(given["unet"].state_dict())
     exec(readme_example(), given)
 
@@ -67,6 +70,63 @@ def test_other_methods_give_networks_that_are_saved_and_come_back(method, tmp_pa
     loaded = tdq_exp.load(tmp_path / "net.safetensors")
     with torch.no_grad():
         assert torch.equal(loaded(*batch(5)).sample, net(*batch(5)).sample)
+
+
+def test_a_corrected_network_is_saved_and_comes_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(corrections, "IMAGES", 2)
+    source = unet()
+    net = tdq_exp.quantize(source, bits="w3a3")
+    tdq_exp.calibrate(net, [batch()])
+    plain, images = copy.deepcopy(net), torch.rand(5, 1, 8, 8) * 2 - 1
+    facts = tdq_exp.correct(net.train(), source, images)
+    assert net.training and -0.5 <= facts["k_min"] <= facts["k_max"] < 0.5
+
+    x, t = batch(5)
+    k, bias = net.correction.k[t], net.correction.bias[t]
+    assert bool((k != 0).any()) and bool((bias != 0).any())
+    with torch.no_grad():
+        expected = plain(x, t).sample / (1 + k[:, None, None, None]) - bias[:, :, None, None]
+        assert torch.equal(net.eval()(x, t).sample, expected)
+        tdq_exp.save(net, tmp_path / "net.safetensors")
+        assert torch.equal(tdq_exp.load(tmp_path / "net.safetensors")(x, t).sample, expected)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rule": "qncd"}, "rule='qncd': choose one of ptqd, rescale"),
+        ({"images": torch.full((2, 1, 8, 8), 255.0)}, r"images must be in \[-1, 1\]"),
+        ({"images": torch.zeros(2, 3, 8, 8)}, r"wanted \['N', 1, 8, 8\]"),
+        ({"images": [1, 2]}, "must be a float32 tensor"),
+        ({"classes": torch.zeros(2)}, "takes no classes"),
+        ({"float_net": "itself"}, "is a quantized network"),
+        ({"float_net": "other"}, "its block_out_channels is"),
+    ],
+)
+def test_what_can_not_be_corrected_is_one_line(change, message):
+    source = unet()
+    net = tdq_exp.quantize(source)
+    tdq_exp.calibrate(net, [batch()])
+    other = UNet2DModel(**{**load_model("tiny").network, "block_out_channels": (8, 8)})
+    given = {"net": net, "float_net": source, "images": torch.zeros(2, 1, 8, 8), **change}
+    given["float_net"] = {"itself": net, "other": other}.get(change.get("float_net"), source)
+    with pytest.raises(ValueError, match=message):
+        tdq_exp.correct(**given)
+    assert "correction" not in dict(net.named_children())
+
+
+def test_a_network_is_corrected_once_and_before_it_is_baked(monkeypatch):
+    monkeypatch.setattr(corrections, "IMAGES", 1)
+    source, images = unet(), torch.zeros(2, 1, 8, 8)
+    net = tdq_exp.quantize(source)
+    with pytest.raises(ValueError, match="call tdq_exp.calibrate"):
+        tdq_exp.correct(net, source, images)
+    tdq_exp.calibrate(net, [batch()])
+    with pytest.raises(ValueError, match="is baked"):
+        tdq_exp.correct(tdq_exp.bake(net), source, images)
+    tdq_exp.correct(net, source, images)
+    with pytest.raises(ValueError, match="corrected already"):
+        tdq_exp.correct(net, source, images)
 
 
 def test_every_parameter_is_in_one_group_and_the_rates_are_as_asked():

@@ -121,7 +121,7 @@ def test_one_measured_step_is_the_whole_table():
 def test_the_main_process_measures_for_all():
     table, facts = corrected([3, 10, 15])[0].state_dict(), {"k_min": 0.0}
     others = SimpleNamespace(
-        decide=lambda ask: corrections._Found(dict(table), facts), device=torch.device("cpu")
+        decide=lambda ask: corrections.Tables(dict(table), facts), device=torch.device("cpu")
     )
     net = nn.Module()
     net.time = TimeContext(20)
