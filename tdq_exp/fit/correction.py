@@ -47,6 +47,7 @@ from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.time import TimeContext
 from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime.progress import track
 
 TIME_STEPS = 50  # at which noised images are compared, evenly spaced from 0
 IMAGES = 256  # at each of them
@@ -180,7 +181,7 @@ def correct(
     """
     net.eval()
     pair = Pair(net, float_net, model, processes.device)
-    found = processes.decide(partial(tables, pair, samples, rule))
+    found = processes.decide(partial(tables, pair, samples, rule, show=True))
     return pair.correct(found)
 
 
@@ -216,13 +217,18 @@ class Tables:
 
 
 @torch.no_grad()
-def tables(pair: Pair, samples: InputSet, rule: str) -> Tables:
+def tables(pair: Pair, samples: InputSet, rule: str, show: bool = False) -> Tables:
     """Measure the tables of a correction over a set.
 
-    Args, Raises: see `correct`.
+    Args, Raises: see `correct`; `show` prints how far it is.
     """
     # 1. Both predictions for every sample.
-    pairs = [pair.predictions(samples, first) for first in range(0, len(samples), BATCH)]
+    firsts = range(0, len(samples), BATCH)
+    pairs = []
+    with track("measuring the correction", len(firsts), show=show) as advance:
+        for first in firsts:
+            pairs.append(pair.predictions(samples, first))
+            advance("")
     eps, eps_hat = (torch.cat(values) for values in zip(*pairs, strict=True))
 
     # 2. Slope, bias and variance at each time step of the set.
