@@ -205,14 +205,16 @@ def correct(
     changed = {**config, "fit": {**config["fit"], "correction": rule}}
     job = jobs.rebuild(changed, Path("tdq_config"))
 
-    device, training = next(net.parameters()).device, net.training
+    # Without dropout, in both.
+    device, modes = next(net.parameters()).device, (net.training, float_net.training)
     try:
-        pair = corrections.Pair(net.eval(), float_net, job.model, device)
+        pair = corrections.Pair(net.eval(), float_net.eval(), job.model, device)
         with products("float32"):
             samples = corrections.NoisedImages(job.model, _Given(images, classes), seed=0)
             found = corrections.tables(pair, samples, rule)
     finally:
-        net.train(training)
+        net.train(modes[0])
+        float_net.train(modes[1])
 
     facts = pair.correct(found)
     made: Any = net

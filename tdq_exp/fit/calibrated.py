@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.diffusion.draws import Stream, fixed_draws
+from tdq_exp.diffusion.draws import Draws, Stream, fixed_draws
 from tdq_exp.diffusion.objective import NetworkInput, Samples
 from tdq_exp.fit.ptq.stored_set import CalibrationSet
 from tdq_exp.models.pixel import DiffusionModel
@@ -55,12 +55,16 @@ def drawn_batches(model: DiffusionModel, images: Samples, samples: int, seed: in
     )
 
     def get(number: int) -> NetworkInput:
-        part = draws.of(slice(number * BATCH, (number + 1) * BATCH))
-        x_0 = images.batch(part.index, part.flip, part.noise)
-        x_t = model.schedule.add_noise(x_0, part.eps, part.t)
-        return NetworkInput(x_t, part.t, images.condition(part.index))
+        return noised(model, images, draws.of(slice(number * BATCH, (number + 1) * BATCH)))
 
     return Batches(samples, get)
+
+
+def noised(model: DiffusionModel, images: Samples, draws: Draws) -> NetworkInput:
+    """Return (x_t, t, condition) of some draws, on the CPU: x_t is the image noised to t."""
+    x_0 = images.batch(draws.index, draws.flip, draws.noise)
+    x_t = model.schedule.add_noise(x_0, draws.eps, draws.t)
+    return NetworkInput(x_t, draws.t, images.condition(draws.index))
 
 
 def set_batches(samples: CalibrationSet) -> Batches:

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from tdq_exp.diffusion.draws import Stream, fixed_draws
 from tdq_exp.diffusion.objective import NetworkInput, Samples
-from tdq_exp.fit.calibrated import BATCH
+from tdq_exp.fit.calibrated import BATCH, noised
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.time import TimeContext
@@ -78,9 +78,9 @@ class NoisedImages:
     """
 
     def __init__(self, model: DiffusionModel, images: Samples, seed: int) -> None:
-        self.schedule, self.images = model.schedule, images
+        self.model, self.images = model, images
         steps = min(TIME_STEPS, model.steps)
-        self.draws = fixed_draws(
+        draws = fixed_draws(
             seed,
             Stream.CORRECTION,
             samples=steps * IMAGES,
@@ -91,19 +91,16 @@ class NoisedImages:
         )
         # Stratified draws have as many samples in each of the intervals.
         starts = torch.arange(steps) * model.steps // steps
-        self.t = starts.index_select(0, self.draws.t)
+        self.draws = replace(draws, t=starts.index_select(0, draws.t))
 
     def __len__(self) -> int:
-        return len(self.t)
+        return len(self.draws.t)
 
     def times(self) -> Tensor:
-        return self.t
+        return self.draws.t
 
     def batch(self, part: slice) -> NetworkInput:
-        draws, t = self.draws.of(part), self.t[part]
-        x_0 = self.images.batch(draws.index, draws.flip, draws.noise)
-        x_t = self.schedule.add_noise(x_0, draws.eps, t)
-        return NetworkInput(x_t, t, self.images.condition(draws.index))
+        return noised(self.model, self.images, self.draws.of(part))
 
 
 class NoiseCorrection(nn.Module):

@@ -90,7 +90,8 @@ def _correction() -> Any:
         choices=("none", "ptqd", "rescale"),
         since="none",
         named={"ptqd": "ptqd", "rescale": "rescaled"},
-        help="of the fitted network's prediction, by tables over t; see `fit.correction`",
+        help="of the prediction after the fit, by tables over t: none, ptqd (as published), or"
+        " rescale (ours: few bits predict too little noise)",
     )
 
 

@@ -91,6 +91,22 @@ def test_a_corrected_network_is_saved_and_comes_back(tmp_path, monkeypatch):
         assert torch.equal(tdq_exp.load(tmp_path / "net.safetensors")(x, t).sample, expected)
 
 
+def test_a_correction_is_measured_without_dropout_and_leaves_both_networks_in_their_mode(
+    monkeypatch,
+):
+    monkeypatch.setattr(corrections, "IMAGES", 1)
+    found = []
+    for training in (False, True):
+        torch.manual_seed(0)
+        source = UNet2DModel(**{**dict(unet().config), "dropout": 0.5}).train(training)
+        net = tdq_exp.quantize(source.eval())
+        tdq_exp.calibrate(net, [batch()])
+        tdq_exp.correct(net.train(training), source.train(training), torch.zeros(2, 1, 8, 8))
+        assert net.training is source.training is training
+        found.append(net.correction.bias)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
