@@ -1,0 +1,141 @@
+"""Compare rates of step sizes and zero points by validation loss, for all methods alike -> rates.json, .md.
+
+    python scripts/analysis/rates.py model=ddim_small plan=release bits=w4a4 --updates 500
+    python scripts/analysis/rates.py ... --methods lsq lsq_tdq     of these methods alone
+
+Each method is trained with the protocol's rates, then with one of them divided or multiplied by a
+factor, the others as they are. No image is sampled: rates are compared by the loss that training
+lowers, on images that it does not see, never by the distance that tables report. Every fit lies
+under `--work` and is found there again, so that the command can be stopped and repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from tdq_exp.commands import cli
+from tdq_exp.config.compose import compose
+from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment import pipeline
+from tdq_exp.experiment.fit_stage import run_fit
+from tdq_exp.report import pages
+from tdq_exp.runtime import lock
+from tdq_exp.runtime.processes import Processes
+from tdq_exp.runtime.tracking import Tracker
+
+METHODS = {
+    "lsq": ("LSQ", ["method=lsq", "tdq=none"]),
+    "lsq_tdq": ("LSQ + TDQ", ["method=lsq", "tdq=temporal"]),
+    "pact": ("PACT", ["method=pact", "tdq=none"]),
+    "nipq": ("NIPQ", ["method=nipq", "tdq=none"]),
+}
+RATES = {"lr_step_size": "step sizes", "lr_zero_point": "zero points"}
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("overrides", nargs="+", help="the experiment, without its method")
+    parser.add_argument("--updates", type=int, default=500, help="of each fit")
+    parser.add_argument("--factor", type=float, default=3.0, help="between neighbouring rates")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--work", type=Path, default=Path("results/rates"), help="of the fits")
+    parser.add_argument("--out", type=Path, default=Path("results/analysis"))
+    return cli.exit_code(search, parser.parse_args())
+
+
+def search(options: argparse.Namespace) -> None:
+    """Fit what is missing, and write the page of all fits that are done.
+
+    Raises:
+        ValueError: if the experiment can't be built, or the factor is no factor.
+    """
+    if not (math.isfinite(options.factor) and options.factor > 1):
+        raise ValueError(f"--factor {options.factor:g}: must be a number above 1")
+
+    losses: dict[str, dict[str, float]] = {}
+    points: dict[str, dict[str, float]] = {}
+
+    for method in options.methods:
+        title, choices = METHODS[method]
+        shared = [*options.overrides, *choices, f"fit.updates={options.updates}"]
+        protocol = compose(shared).fit
+        points = _points({name: float(protocol[name]) for name in RATES}, options.factor)
+
+        of_method = losses.setdefault(title, {})
+        for point, rates in points.items():
+            values = [f"fit.{name}={rate:.4g}" for name, rate in rates.items()]
+            places = [f"label=rates_{point}", f"out={options.work}", "tracker=none"]
+            job = jobs.build(compose([*shared, *values, *places]))
+            of_method[point] = _validation_loss(job)
+
+    _write(options, losses, points)
+
+
+def _points(rates: Mapping[str, float], factor: float) -> dict[str, dict[str, float]]:
+    """Return point -> rates by name: the protocol's, and those with one of them changed."""
+    points = {"protocol": dict(rates)}
+    for name, rate in rates.items():
+        points[f"{name}_low"] = {**rates, name: rate / factor}
+        points[f"{name}_high"] = {**rates, name: rate * factor}
+    return points
+
+
+def _validation_loss(job: jobs.Experiment) -> float:
+    """Return the validation loss at the end of a fit, which is made if it is not there."""
+    launcher = job.machine.launcher
+    processes = Processes(cpu=launcher.cpu, threads=launcher.threads)
+    tracker = Tracker("none", job.machine.tracker.project, job.name, job.folder, job.config)
+
+    try:
+        with lock.held(job.folder):
+            fit = run_fit(job, pipeline.load_data(job, processes), processes, tracker)
+    finally:
+        tracker.close()
+        processes.close()
+    return float(fit.facts["validation_loss"])
+
+
+def _write(
+    options: argparse.Namespace,
+    losses: Mapping[str, Mapping[str, float]],
+    points: Mapping[str, Mapping[str, float]],
+) -> None:
+    """Write and print the page.
+
+    Args:
+        losses: method -> point -> validation loss.
+        points: point -> rates by name.
+    """
+    head = [
+        "# Rates of step sizes and zero points",
+        "",
+        f"Validation loss after {options.updates} updates, `{' '.join(options.overrides)}`. One rate at a"
+        f" time divided or multiplied by {options.factor:g}; weights and TDQ's generators keep their rate."
+        " Change: mean over the methods of the loss divided by the one with the protocol's rates, less 1.",
+        "",
+        f"| {' | '.join([*RATES.values(), *losses, 'change'])} |",
+        "|" + "---:|" * (len(RATES) + len(losses) + 1),
+    ]
+    lines = []
+    for point, rates in points.items():
+        ratios = [of_method[point] / of_method["protocol"] for of_method in losses.values()]
+        cells = [
+            *(f"{rates[name]:.4g}" for name in RATES),
+            *(f"{of_method[point]:.5f}" for of_method in losses.values()),
+            f"{100 * (statistics.fmean(ratios) - 1):+.2f} %",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+
+    measured = {"losses": losses, "points": points}
+    about = pages.about(overrides=options.overrides, updates=options.updates, factor=options.factor)
+    pages.report(options.out / "rates", measured, about, [*head, *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
