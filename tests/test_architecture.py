@@ -4,10 +4,13 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+
+from tdq_exp.commands import VERBS
 
 PACKAGE = Path(__file__).resolve().parents[1] / "tdq_exp"
 NAME = PACKAGE.name
@@ -165,6 +168,19 @@ def docstrings(tree: ast.AST) -> set[ast.AST]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
+
+
+def documented() -> Iterable[tuple[str, ast.AST, str]]:
+    """Yield (place, definition, docstring) of all of the package, without the indent of the code."""
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node, clean=False)
+                if text:
+                    statement = node.body[0]
+                    indent = " " * statement.col_offset
+                    lines = [line.removeprefix(indent) for line in text.splitlines()]
+                    yield f"{module}:{statement.lineno}", node, "\n".join(lines)
 
 
 def none(violations: Iterable[str]) -> None:
@@ -418,6 +434,48 @@ def test_lines_end_before_column_100():
         for module, path in MODULES.items()
     }
     assert sum(wide.values()) <= WIDE_LINES, f"{sum(wide.values())} lines of more than 100 columns"
+
+
+# Headings of a docstring under which lines are indented.
+SECTIONS = ("Args:", "Returns:", "Raises:", "Yields:", "References:")
+
+
+def broken_sentences(text: str) -> list[str]:
+    """Return the lines of a docstring that are indented deeper than the sentence they belong to.
+
+    A line may be indented deeper than the one before it in a section, in a list, in code or a table
+    that is indented as a whole, or where a heading that ends in a colon comes before it.
+    """
+    lines = text.splitlines()
+    broken, section = [], False
+    for before, line in zip(lines, lines[1:], strict=False):
+        if line and not line.startswith(" "):
+            section = line in SECTIONS
+
+        indented = before.startswith(" ")
+        deeper = len(line) - len(line.lstrip()) > len(before) - len(before.lstrip())
+        listed = re.match(r"\s*(-|\d+\.) ", before)
+        if before.strip() and deeper and not (indented or section or listed):
+            if not before.endswith(":"):
+                broken.append(line)
+    return broken
+
+
+def test_a_sentence_that_a_formatter_has_broken_is_found():
+    assert broken_sentences("It is what a formatter does with\n    long\nlines.") == ["    long"]
+    assert broken_sentences("Args:\n    x: what is\n        given.\n\n- an\n  item") == []
+
+
+def test_the_sentences_of_docstrings_keep_their_indent():
+    none(f"{at}: {line}" for at, _, text in documented() for line in broken_sentences(text))
+
+
+def test_every_command_has_a_console_script():
+    scripts = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {
+        "tdq-exp" if verb == "run" else f"tdq-exp-{verb}": f"{module}:main"
+        for verb, (module, _) in VERBS.items()
+    }
 
 
 def test_nothing_calls_the_network_with_a_counter():

@@ -1,9 +1,11 @@
 """Packed networks: weights at their real bit width, step sizes as tables, nothing else.
 
-A packed file is a safetensors file of a baked network's tensors in which
+A packed file is a safetensors file of a baked network's tensors, in which
+
     codes of weights    are numbers of b bits, lowest bit first, one after another: two 4-bit codes
                         a byte
     zero points         are in the smallest integer type that holds them
+
 and everything else (step sizes, biases, norms) is as it was. The header says how to undo it.
 """
 

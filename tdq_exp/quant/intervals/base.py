@@ -11,9 +11,8 @@
 | `LookupTable`  | s_t                                 | none: any of the first three, baked |
 
 All have one contract: `interval(x, grid)` returns (s, z or None). The learned ones share one
-parametrisation, so that a comparison of two of them compares intervals: `Static` is `Temporal` with
-    zero
-weights.
+parametrisation, so that a comparison of two of them compares intervals: `Static` is `Temporal`
+with zero weights.
 """
 
 from __future__ import annotations
@@ -39,11 +38,12 @@ class Interval(nn.Module):
     defines `forward` alone and sets `dynamic`.
     """
 
-    time_dependent = False  # does s depend on t?
-    dynamic = (
-        False  # is s read from what is quantized, so that there is nothing to calibrate or bake?
-    )
-    baked = False  # does it hold what a quantizer computed from another interval?
+    # Whether s depends on t.
+    time_dependent = False
+    # Whether s is read from what is quantized: then there is nothing to calibrate or to bake.
+    dynamic = False
+    # Whether it holds what a quantizer computed from another interval.
+    baked = False
 
     def start(self, s: float) -> None:
         """Set the start value, for every time step alike. Nothing happens where s follows x."""
