@@ -63,7 +63,7 @@ def _rule(cfg: DictConfig, key: str) -> Any:
     """
     rule = make(cfg, key)
     named = rule.func if isinstance(rule, partial) else None
-    if not (isinstance(named, type) and issubclass(named, Quantizer)):
+    if not (isinstance(named, type) and issubclass(named, Quantizer)) or named is Quantizer:
         raise ValueError(f"{key}: must name a quantizer by its _target_, with _partial_: true")
     return rule
 
