@@ -30,7 +30,7 @@ FLOORS = {
     "fit": 2,
     "experiment": 3, "report": 4, "analysis": 4,
     # The root of the configuration is made of what the components declare.
-    "config.schema": 3, "config.compose": 3, "config.naming": 3, "config.experiments": 3,
+    "config.schema": 3, "config.groups": 3, "config.compose": 3, "config.naming": 3, "config.experiments": 3,
     "commands": 5,
     "run": 6, "__init__": 6, "__main__": 6,
 }  # fmt: skip
@@ -455,9 +455,9 @@ def broken_sentences(text: str) -> list[str]:
         indented = before.startswith(" ")
         deeper = len(line) - len(line.lstrip()) > len(before) - len(before.lstrip())
         listed = re.match(r"\s*(-|\d+\.) ", before)
-        if before.strip() and deeper and not (indented or section or listed):
-            if not before.endswith(":"):
-                broken.append(line)
+        headed = before.endswith(":") or not before.strip()
+        if deeper and not (indented or section or listed or headed):
+            broken.append(line)
     return broken
 
 
@@ -468,6 +468,54 @@ def test_a_sentence_that_a_formatter_has_broken_is_found():
 
 def test_the_sentences_of_docstrings_keep_their_indent():
     none(f"{at}: {line}" for at, _, text in documented() for line in broken_sentences(text))
+
+
+# First words that are no verb in the imperative, beside those that end in "s" (Writes, Codes).
+NO_VERBS = {
+    "A", "All", "An", "Both", "From", "How", "In", "Number", "Nothing", "Of", "One", "Range", "See",
+    "The", "What", "When", "Where", "Whether", "Which", "Who", "Why",
+}  # fmt: skip
+VERBS_IN_S = {"Discuss", "Express", "Guess", "Pass", "Press", "Process"}
+
+
+def opens_with_a_verb(text: str) -> bool:
+    """Return whether a docstring opens with a verb in the imperative, as far as that shows."""
+    words = text.split("\n\n")[0].split()
+    first = words[0].rstrip(",")
+    is_word = re.fullmatch("[A-Z][a-z]+", first) is not None
+    noun_or_third_person = first.endswith("s") and first not in VERBS_IN_S
+    question = words[-1].endswith("?")
+    return (
+        is_word and len(words) > 1 and not (question or noun_or_third_person or first in NO_VERBS)
+    )
+
+
+def test_a_docstring_that_opens_without_a_verb_is_found():
+    bad = (
+        "Is it whole?", "Args:\n    x: it.", "Of s and of z.", "See `forward`.", "T.", "x_hat.",
+        "Codes of x.", "Writes a file.", "The hash.", "Return.", "`[B, C]`.", "(s, z) at t.",
+    )  # fmt: skip
+    assert [text for text in bad if opens_with_a_verb(text)] == []
+    assert opens_with_a_verb("Return x_hat.")
+
+
+def test_docstrings_of_functions_open_with_a_verb():
+    violations = []
+    for at, node, text in documented():
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+            is_property = any(name.endswith("property") for name in decorators)
+            if not is_property and not opens_with_a_verb(text):
+                violations.append(f"{at} {node.name}: {text.splitlines()[0]}")
+    none(violations)
+
+
+def test_docstrings_are_no_questions_and_open_with_a_summary():
+    none(
+        f"{at}: {text.splitlines()[0]}"
+        for at, _, text in documented()
+        if text.splitlines()[0].endswith("?") or text.startswith(SECTIONS) or len(text.split()) < 2
+    )
 
 
 def test_every_command_has_a_console_script():

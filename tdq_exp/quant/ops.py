@@ -235,7 +235,7 @@ def _fake_quantize(
     kind: str,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """x_hat, by the first of three ways that applies.
+    """Return x_hat, by the first of three ways that applies.
 
     1. No fused kernel is for such tensors, or kernels are off: single tensor operations.
     2. Somebody records operations or replaces memory: a torch operator that stands for the kernel.

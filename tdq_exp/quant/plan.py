@@ -30,7 +30,7 @@ class Plan:
     Args:
         edge_bits: bits of the first and last layer, weights and input; None: as all others.
         keep_float: kinds of role that are not quantized.
-        attention: quantize q, k, v and the softmax output inside attention?
+        attention: whether to quantize q, k, v and the softmax output inside attention.
 
     Raises:
         ValueError: for an unknown kind of role.

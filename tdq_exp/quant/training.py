@@ -2,7 +2,7 @@
 
     initialize(net)             any valid start value in every slot, before a state is loaded
     parameter_groups(net)       trainable parameters, by what they are
-    set_final_phase(net, ...)   rules that train in two phases: is this the last one?
+    set_final_phase(net, ...)   tells rules that train in two phases which one it is
     penalty(net)                what the rules add to the loss
 
 Each slot answers for itself: a module names the group of its own parameters (`parameter_group`),

@@ -216,7 +216,7 @@ class FilledColumn:
         return next((cell.row.get(kind) for cell in used(self.reference) if cell.row), None)
 
     def real_numbers(self, kind: str) -> list[str]:
-        """As `numbers`, of real images."""
+        """Return the same as `numbers`, of real images."""
         metrics = self.real(kind)
         if metrics is None:
             absent = "missing" if kind == "held_out" else "-"

@@ -193,10 +193,10 @@ def paired_lines(groups: Sequence[Group], scale: str) -> Iterator[str]:
     table = markdown_lines(HEADERS, summary(groups))
     yield from page_markdown.table_lines(table, "Rank correlations of the two distances")
 
-    told = [group for group in groups if group.by_l2 is not None]
-    if told:
+    with_rank = [group for group in groups if group.by_l2 is not None]
+    if with_rank:
         title = "Frechet distance of every row over its distance to the float model's images"
-        svg = charts.paired_svg(told, f"paired-{scale}")
+        svg = charts.paired_svg(with_rank, f"paired-{scale}")
         yield scroll_region(f"{title}, drawing", accessible(svg, title))
     yield (
         "<figcaption>Spearman's rank correlation. The paired distance is that of a run's first"

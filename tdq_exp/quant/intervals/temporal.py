@@ -326,7 +326,8 @@ class Temporal(Interval):
         return self.bank.table()[self.row]
 
 
-MOST_WIDTH, MOST_LAYERS = 1 << 14, 64  # beyond these a number is a slip of the keyboard
+# A number beyond these is probably a typo.
+MOST_WIDTH, MOST_LAYERS = 1 << 14, 64
 
 
 class TemporalIntervals:
