@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tdq_exp.config.experiments import option_of
 from tdq_exp.experiment.places import environments, machine_of
 from tdq_exp.report.cells import Cell
 from tdq_exp.report.costs import COST_HEADERS, Costs
@@ -360,7 +361,7 @@ def _places(cells: Sequence[Cell]) -> str:
 def _options(column: FilledColumn, group: str) -> str:
     """Return the options of a group that the quantized lines of a column choose."""
     chosen = [
-        str(cell.config[group]["label"]) or "all"
+        option_of(group, str(cell.config[group]["label"])) or "all"
         for cell in column.cells
         if cell.config["method"]["quantized"] and (group == "plan" or cell.config[group]["label"])
     ]
