@@ -217,9 +217,9 @@ def test_a_name_is_read_back_into_choices(name, choices):
 
 def test_an_option_may_be_written_by_its_own_name_in_place_of_its_label():
     for own, label in (
-        ("ldm_small_w8a5_ptq4dm_tdq_float_attention_uniform", "ldm_small_w8a5_ptq4dm_tdq_fattn_uniform"),
+        ("ldm_w8a5_ptq4dm_tdq_float_attention_uniform", "ldm_w8a5_ptq4dm_tdq_fattn_uniform"),
         ("digits_w4a4_lsq_temporal_release", "digits_w4a4_lsq_tdq_release"),
-    ):  # fmt: skip
+    ):
         assert experiments.choices_of(own) == experiments.choices_of(label)
         assert naming.fit_name(compose([f"+experiment={own}"])) == label
 
