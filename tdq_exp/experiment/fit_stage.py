@@ -163,7 +163,7 @@ def _confirm_network(
     repeatable = decide(lambda: any((folder / name).exists() for name in STATES))
     if not repeatable and decide(file.exists):
         raise ValueError(
-            f"{found.partition(';')[0]}; put it back, or remove it and {folder / 'fit.json'} to fit"
+            f"{found.partition(';')[0]}; put it back, or remove it and {folder / FIT_RECORD} to fit"
             " again"
         )
 

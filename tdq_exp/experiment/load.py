@@ -38,7 +38,7 @@ def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
 
     for key in ("config", "parts", "facts"):
         if not isinstance(found.get(key), dict):
-            raise ValueError(f"{folder / 'fit.json'}: is no record of a fit (it has no {key})")
+            raise ValueError(f"{folder / FIT_RECORD}: is no record of a fit (it has no {key})")
 
     # Built again from the configuration that was recorded.
     job = jobs.rebuild(found["config"], folder / FIT_RECORD)
