@@ -162,6 +162,8 @@ def distance_over_updates(record: Numbers) -> Figure:
         float_model = [line["0"]["distance"] for line in column["lines"].values() if "0" in line]
         for distance in float_model:
             left.axhline(distance, color=GREY, ls="--", lw=1, label="float")
+        if left.has_data():
+            left.set_ylim(bottom=0)  # after all lines: it fixes the upper end
 
         for axis, label in ((left, column["label"]), (right, "validation loss")):
             axis.set_xlabel("updates", fontsize=SMALL)
@@ -182,7 +184,6 @@ def _points_over_updates(axis: Any, label: str, line: Mapping[str, Any], number:
             updates, distances, widths, ms=4, lw=1.3, capsize=3, label=label, **style(number)
         )
         axis.set_xticks(updates)
-        axis.set_ylim(bottom=0)
 
 
 def _losses_over_updates(axis: Any, label: str, line: Mapping[str, Any], number: int) -> None:
