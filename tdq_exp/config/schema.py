@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tdq_exp.config import setting as settings
@@ -271,8 +271,8 @@ def one_line(error: OmegaConfBaseException) -> ValueError:
 
 
 def _typed(cfg: DictConfig) -> Config:
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
+    if _holds_missing(OmegaConf.to_container(cfg)):
+        missing = sorted(OmegaConf.missing_keys(cfg))
         raise ValueError(f"{missing[0]} has no value: choose an option of its group, or set it")
 
     # Types that a merge may have replaced, and keys that none of them declares.
@@ -288,6 +288,19 @@ def _typed(cfg: DictConfig) -> Config:
     config: Config = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     validate(config)
     return config
+
+
+def _holds_missing(value: Any) -> bool:
+    """Return whether any value is the sign of a missing one.
+
+    An interpolation of it needs no look: what it names is among the values. OmegaConf's own search
+    resolves all of them, which takes longer than all other checks.
+    """
+    if isinstance(value, dict):
+        return any(_holds_missing(entry) for entry in value.values())
+    if isinstance(value, list):
+        return any(_holds_missing(entry) for entry in value)
+    return isinstance(value, str) and value == MISSING
 
 
 def _require_known_keys(node: Any, prefix: str) -> None:

@@ -6,7 +6,7 @@ Building decides everything that can be wrong before anything is computed: unkno
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ class Experiment:
 
     def features(self) -> FeatureNetwork:
         """Return the feature network."""
-        return features_of(OmegaConf.create(self.config))
+        return features_of(self.config)
 
     def subject(self, data: Data, weights: str | None) -> Subject:
         """Return what the fit works on.
@@ -189,10 +189,9 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
     name, sample, folder = naming.fit_name(cfg), naming.sample_name(cfg), naming.run_folder(cfg)
 
     values = schema.plain(cfg)
-    resolved = OmegaConf.create(values)
 
     # 2. The model, and what of it is fitted: refused here if there is no such part.
-    model = make_of(resolved, "model.definition", DiffusionModel)
+    model = make_of(values, "model.definition", DiffusionModel)
     _require_classes_only(model)
 
     fit = _fit(config)
@@ -210,7 +209,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
     weights = shipped(config.model.weights) if fit.options.needs_weights else None
 
     # 3. The sampler: what it can't do is known before a fit of days.
-    sampler = make(resolved, "sampler.method")
+    sampler = make(values, "sampler.method")
     if not callable(getattr(sampler, "check", None)):
         raise ValueError(f"sampler.method={config.sampler.method}: is no sampler")
     if fit.options.gives_rows:
@@ -230,7 +229,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
 
     # 4. The rest.
     cache = Path(config.data.cache).expanduser() if config.data.cache else default_cache()
-    images = source_of(resolved) if source else None
+    images = source_of(values) if source else None
 
     return Experiment(
         name=name,
@@ -242,7 +241,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
         weights=FloatWeights(weights, config.model.ema),
         data=DataChoice(images, cache, config.data.limit),
         fit=fit,
-        recipe=recipe_of(resolved) if config.method.quantized else None,
+        recipe=recipe_of(values) if config.method.quantized else None,
         sampler=sampler,
         sampling=config.sampler,
         evaluation=config.eval,
@@ -288,12 +287,13 @@ def shipped(weights: str | None) -> str | None:
     )
 
 
-def features_of(cfg: DictConfig) -> FeatureNetwork:
-    """Return the feature network that a config names."""
-    cfg = cfg.copy()
-    if cfg.eval.features.get("weights") is not None:
-        cfg.eval.features.weights = shipped(cfg.eval.features.weights)
-    return make(cfg, "eval.features")
+def features_of(config: Mapping[str, Any]) -> FeatureNetwork:
+    """Return the feature network that a configuration names, as plain values."""
+    node = dict(config["eval"]["features"])
+    if node.get("weights") is not None:
+        node["weights"] = shipped(node["weights"])
+    features: FeatureNetwork = make({"eval": {"features": node}}, "eval.features")
+    return features
 
 
 def of_network(network: dict[str, Any], overrides: Sequence[str]) -> Experiment:

@@ -26,7 +26,6 @@ from tdq_exp.experiment import fit_stage
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.row import measure_parts
 from tdq_exp.experiment.sample_stage import sample_stage_of
-from tdq_exp.metrics.features import FeatureNetwork
 from tdq_exp.runtime.files import fingerprint, read_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,21 +107,20 @@ def made_by(command: list[str], record: Json, row: Json) -> Made:
 
     features = features_of(json.dumps(job.config["eval"]["features"]), job)
     data = data_sets()[row["reference"]["content"]]
-    measure = measure_parts(
-        sample, [features.name, features.weights_hash], data, vars(job.evaluation)
-    )
+    measure = measure_parts(sample, features, data, vars(job.evaluation))
 
     fingerprints = {"fit": fit, "sample": sample, "measure": fingerprint(measure)}
     return Made(f"{job.name}/seed{job.seed}", job.sample_name, parts, fingerprints)
 
 
-_FEATURES: dict[str, FeatureNetwork] = {}
+_FEATURES: dict[str, list[str]] = {}
 
 
-def features_of(node: str, job: Experiment) -> FeatureNetwork:
-    """Return the feature network of a job, read once for all jobs that name the same one."""
+def features_of(node: str, job: Experiment) -> list[str]:
+    """Return name and hash of a job's feature network, read once for all that name the same one."""
     if node not in _FEATURES:
-        _FEATURES[node] = job.features()
+        network = job.features()
+        _FEATURES[node] = [network.name, network.weights_hash]
     return _FEATURES[node]
 
 
