@@ -122,7 +122,7 @@ def _require_tables(run: Path, net: nn.Module) -> None:
         ValueError: naming the run and a quantizer.
     """
     for name, quantizer in activation_quantizers(net).items():
-        if quantizer.interval.dynamic:
+        if quantizer.tables() is None:
             raise ValueError(
                 f"{run}: can't be exported, {name} reads its step size from each input"
                 " (tdq=dynamic)"

@@ -16,6 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tdq_exp.config import setting as settings
+from tdq_exp.config.records import texts
 from tdq_exp.config.setting import SEED, setting
 from tdq_exp.experiment.options import MOST_BATCH, MOST_IMAGES, EvalOptions, SamplerOptions
 from tdq_exp.fit.calibration_options import CalibrationSpec
@@ -271,7 +272,8 @@ def one_line(error: OmegaConfBaseException) -> ValueError:
 
 
 def _typed(cfg: DictConfig) -> Config:
-    if _holds_missing(OmegaConf.to_container(cfg)):
+    # An interpolation of a missing value needs no look: what it names is among the values.
+    if MISSING in texts(OmegaConf.to_container(cfg)):
         missing = sorted(OmegaConf.missing_keys(cfg))
         raise ValueError(f"{missing[0]} has no value: choose an option of its group, or set it")
 
@@ -288,19 +290,6 @@ def _typed(cfg: DictConfig) -> Config:
     config: Config = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     validate(config)
     return config
-
-
-def _holds_missing(value: Any) -> bool:
-    """Return whether any value is the sign of a missing one.
-
-    An interpolation of it needs no look: what it names is among the values. OmegaConf's own search
-    resolves all of them, which takes longer than all other checks.
-    """
-    if isinstance(value, dict):
-        return any(_holds_missing(entry) for entry in value.values())
-    if isinstance(value, list):
-        return any(_holds_missing(entry) for entry in value)
-    return isinstance(value, str) and value == MISSING
 
 
 def _require_known_keys(node: Any, prefix: str) -> None:
@@ -351,12 +340,6 @@ def _check_method(config: Config) -> None:
                 f"{name}.quantizer=null: method={method.label} quantizes; choose {name}=OPTION, or"
                 " method=fp"
             )
-
-    if fit.reconstructs and config.tdq.interval["_target_"].endswith("DynamicIntervals"):
-        raise ValueError(
-            f"tdq={config.tdq.label}: ranges that are read from the input can't be reconstructed;"
-            " use method=minmax"
-        )
 
     if fit.needs_calibration_set != config.calibration.wanted:
         raise ValueError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,6 +30,7 @@ from tdq_exp.fit.fit import Fit, Subject
 from tdq_exp.fit.options import FitOptions
 from tdq_exp.fit.registry import fit_class
 from tdq_exp.metrics.features import FeatureNetwork
+from tdq_exp.metrics.fetched import file_to_fetch
 from tdq_exp.metrics.fidelity import check_names
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.models.trainable import Trainable
@@ -139,6 +141,11 @@ class Experiment:
         """Return the feature network."""
         return features_of(self.config)
 
+    def features_to_fetch(self) -> Path | None:
+        """Return the file of weights that the feature network fetches if it is not there."""
+        node = self.config["eval"]["features"]
+        return file_to_fetch(get_object(node["_target_"]), node.get("weights"))
+
     def subject(self, data: Data, weights: str | None) -> Subject:
         """Return what the fit works on.
 
@@ -190,7 +197,10 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
 
     values = schema.plain(cfg)
 
-    # 2. The model, and what of it is fitted: refused here if there is no such part.
+    # 2. The quantizers.
+    recipe = _recipe(config, values)
+
+    # 3. The model, and what of it is fitted: refused here if there is no such part.
     model = make_of(values, "model.definition", DiffusionModel)
     _require_classes_only(model)
 
@@ -208,7 +218,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
 
     weights = shipped(config.model.weights) if fit.options.needs_weights else None
 
-    # 3. The sampler: what it can't do is known before a fit of days.
+    # 4. The sampler: what it can't do is known before a fit of days.
     sampler = make(values, "sampler.method")
     if not callable(getattr(sampler, "check", None)):
         raise ValueError(f"sampler.method={config.sampler.method}: is no sampler")
@@ -227,7 +237,7 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
             " sampler=ddim, or fit.correction=none"
         )
 
-    # 4. The rest.
+    # 5. The rest.
     cache = Path(config.data.cache).expanduser() if config.data.cache else default_cache()
     images = source_of(values) if source else None
 
@@ -241,13 +251,31 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
         weights=FloatWeights(weights, config.model.ema),
         data=DataChoice(images, cache, config.data.limit),
         fit=fit,
-        recipe=recipe_of(values) if config.method.quantized else None,
+        recipe=recipe,
         sampler=sampler,
         sampling=config.sampler,
         evaluation=config.eval,
         machine=Machine(config.launcher, config.tracker, config.smoke),
         notes=notes,
     )
+
+
+def _recipe(config: schema.Config, values: Mapping[str, Any]) -> Recipe | None:
+    """Return the quantizers that a config names; None for a float network.
+
+    Raises:
+        ValueError: if the fit can't have them.
+    """
+    if not config.method.quantized:
+        return None
+
+    recipe = recipe_of(values)
+    if config.fit.reconstructs and recipe.intervals.dynamic:
+        raise ValueError(
+            f"tdq={config.tdq.label}: ranges that are read from the input can't be reconstructed;"
+            " use method=minmax"
+        )
+    return recipe
 
 
 def _require_classes_only(model: DiffusionModel) -> None:

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from tdq_exp.data.sources import Source
 from tdq_exp.experiment.arguments import require_node
 from tdq_exp.quant.convert import Recipe
+from tdq_exp.quant.intervals.base import Intervals
 from tdq_exp.quant.plan import Plan
 from tdq_exp.quant.quantizer import Quantizer
 from tdq_exp.quant.release import ReleaseDetails
@@ -39,7 +40,7 @@ def recipe_of(values: Values) -> Recipe:
         ValueError: if a slot of theirs names something else.
     """
     intervals = make(values, "tdq.interval")
-    if not callable(getattr(intervals, "make", None)):
+    if not isinstance(intervals, Intervals):
         raise ValueError("tdq.interval: must name a source of step sizes by its _target_")
 
     return Recipe(

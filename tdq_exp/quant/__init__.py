@@ -14,6 +14,7 @@ The names below are the package's face: configurations and records use them, so 
 from tdq_exp.quant.calibrate import calibrating
 from tdq_exp.quant.convert import Recipe, bake, layer_map, quantize
 from tdq_exp.quant.grid import Grid
+from tdq_exp.quant.intervals.base import Bank, Interval, Intervals
 from tdq_exp.quant.intervals.dynamic import DynamicIntervals
 from tdq_exp.quant.intervals.static import PerStepIntervals, StaticIntervals
 from tdq_exp.quant.intervals.temporal import TemporalIntervals
@@ -27,9 +28,12 @@ from tdq_exp.quant.rules.pact import DorefaWeights, Pact, PactWeights
 from tdq_exp.quant.training import initialize, parameter_groups, penalty, set_final_phase
 
 __all__ = [
+    "Bank",
     "DorefaWeights",
     "DynamicIntervals",
     "Grid",
+    "Interval",
+    "Intervals",
     "Lsq",
     "MinMax",
     "MinMaxWeights",

@@ -27,7 +27,6 @@ from tdq_exp.fit.ptq.stored_set import CalibrationSet
 from tdq_exp.fit.qat import optimizer_groups
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.convert import activation_quantizers
-from tdq_exp.quant.intervals.temporal import Temporal
 from tdq_exp.quant.quantizer import Quantizer
 from tdq_exp.quant.time import TimeContext
 from tdq_exp.runtime.context import RunContext
@@ -73,9 +72,9 @@ def observed(quantizers: Mapping[str, Quantizer]) -> Iterator[dict[str, Values]]
             quantizer.observer = None
 
 
-def learns_over_time(net: nn.Module) -> bool:
-    """Return whether a network has step sizes that are generated from t."""
-    return any(isinstance(q.interval, Temporal) for q in activation_quantizers(net).values())
+def fitted_over_time(net: nn.Module) -> bool:
+    """Return whether a network has step sizes that are functions of t to be fitted."""
+    return any(q.interval.fitted_over_time for q in activation_quantizers(net).values())
 
 
 def make_over_time(

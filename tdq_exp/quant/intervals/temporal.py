@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdq_exp.config.setting import require
-from tdq_exp.quant.intervals.base import Interval, inverse_softplus
+from tdq_exp.quant.intervals.base import Bank, Interval, Intervals, inverse_softplus
 from tdq_exp.quant.intervals.cache import Cache
 from tdq_exp.quant.intervals.encoding import encode_time, scaled_time
 from tdq_exp.quant.time import TimeContext
 
 
-class GeneratorBank(nn.Module):
+class GeneratorBank(Bank):
     """The networks f of all quantizers, by quantizer name.
 
     Its state dict shows each network by itself, `<quantizer>.<layer>.weight` and `.bias`, and loads
@@ -48,8 +48,6 @@ class GeneratorBank(nn.Module):
             0.2..5.6.
         raw_time: f reads t / T in place of enc(t).
     """
-
-    parameter_group = "generators"
 
     def __init__(
         self,
@@ -191,6 +189,13 @@ class GeneratorBank(nn.Module):
         key = (self._versions(), tuple(_sum(p) for p in self.parameters()))
         return self._table_cache.get(key, compute)
 
+    def prepare(self, compiled: bool) -> None:
+        """Compute all step sizes at the current time step: they belong to no block."""
+        if compiled:
+            self.time.kept = (self, self.step_sizes())
+        else:
+            self.row_in_training(0)
+
     def forget(self) -> None:
         """Drop what is kept for the current time step, with the graph of the last forward."""
         for cache in (self._matrix_cache, self._rows_cache, self._eval_cache):
@@ -230,8 +235,9 @@ class GeneratorBank(nn.Module):
         return part
 
     @torch.no_grad()
-    def take_back(self, part: GeneratorBank) -> None:
+    def take_back(self, part: Bank) -> None:
         """Copy the networks of a `subset` back to the rows of the same names."""
+        assert isinstance(part, GeneratorBank)
         rows = [self.names.index(name) for name in part.names]
         for mine, theirs in zip(self.parameters(), part.parameters(), strict=True):
             mine[rows] = theirs
@@ -298,6 +304,7 @@ class Temporal(Interval):
     """
 
     time_dependent = True
+    fitted_over_time = True
 
     def __init__(self, bank: GeneratorBank, row: int, calibrated: bool = True) -> None:
         super().__init__()
@@ -309,6 +316,11 @@ class Temporal(Interval):
     def bank(self) -> GeneratorBank:
         """The bank that this interval reads."""
         return self._bank[0]
+
+    def reading(self, bank: Bank, row: int) -> Temporal:
+        """Return an interval that reads a row of a part of the bank."""
+        assert isinstance(bank, GeneratorBank)
+        return Temporal(bank, row)
 
     def start(self, s: float) -> None:
         """Let s(t) spread around s, unless the interval keeps its random start."""
@@ -329,7 +341,7 @@ class Temporal(Interval):
 MOST_WIDTH, MOST_LAYERS = 1 << 14, 64  # beyond these a number is a slip of the keyboard
 
 
-class TemporalIntervals:
+class TemporalIntervals(Intervals):
     """Give every activation quantizer a network f of its own: TDQ.
 
     Args:
