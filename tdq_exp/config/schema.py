@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tdq_exp.config import setting as settings
 from tdq_exp.config.records import texts
-from tdq_exp.config.setting import SEED, setting
+from tdq_exp.config.setting import FEWEST_BITS, MOST_BITS, SEED, setting
+from tdq_exp.diffusion.options import ModelConventions
 from tdq_exp.experiment.options import MOST_BATCH, MOST_IMAGES, EvalOptions, SamplerOptions
 from tdq_exp.fit.calibration_options import CalibrationSpec
 from tdq_exp.fit.options import (
@@ -36,15 +37,6 @@ from tdq_exp.runtime.options import LauncherOptions, TrackerOptions
 
 
 @dataclass
-class Sampling:
-    """A model's own conventions of sampling."""
-
-    clip: bool = False
-    offset: int = 0
-    final_alpha_one: bool = True
-
-
-@dataclass
 class ModelConfig:
     label: str = setting(fingerprint=False, is_name=True)
     definition: Any = setting(help="_target_: a class like tdq_exp.models.DiffusionModel")
@@ -57,7 +49,9 @@ class ModelConfig:
     autoencoder: str | None = setting(
         None, fingerprint=False, help="weights of a latent model's first stage, as `weights`"
     )
-    sampling: Sampling = field(default_factory=Sampling, metadata={"fingerprint": False})
+    sampling: ModelConventions = field(
+        default_factory=ModelConventions, metadata={"fingerprint": False}
+    )
 
 
 @dataclass
@@ -108,8 +102,8 @@ class Protocol:
 @dataclass
 class BitsConfig:
     label: str = setting(fingerprint=False, is_name=True)
-    weight: int = setting(low=2, high=16)
-    act: int = setting(low=2, high=16)
+    weight: int = setting(low=FEWEST_BITS, high=MOST_BITS)
+    act: int = setting(low=FEWEST_BITS, high=MOST_BITS)
 
 
 @dataclass

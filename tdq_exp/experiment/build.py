@@ -296,14 +296,9 @@ def _fit(config: schema.Config) -> Fit[FitOptions]:
     """Return the fit that a config names."""
     chosen, options = fit_class(config.fit), config.fit
     if options.needs_calibration_set:
-        trajectory = trajectory_of(config.sampler)
+        trajectory = Ddim.without_noise(vars(config.sampler))
         return chosen(options, config.calibration, trajectory)  # type: ignore[call-arg]
     return chosen(options)
-
-
-def trajectory_of(s: SamplerOptions) -> Ddim:
-    """Return the sampler of trajectories: DDIM without noise, at the same time steps."""
-    return Ddim(s.steps, s.spacing, 0.0, s.clip, s.offset, s.final_alpha_one)
 
 
 def shipped(weights: str | None) -> str | None:

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.diffusion.draws import Stream, generator, seed_global
+from tdq_exp.diffusion.draws import BareSeed, Stream, bare_generator, generator, seed_global
 from tdq_exp.fit.calibrated import forward_batch, set_batches
 from tdq_exp.fit.checkpoint import save_state
 from tdq_exp.fit.options import ReconstructOptions, cosine
@@ -50,7 +50,7 @@ class Values:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> None:
         rows = x.detach().float().flatten(1)
-        g = torch.Generator().manual_seed(self.batch)
+        g = bare_generator(BareSeed.OVER_TIME_VALUES, self.batch)
         pick = torch.randint(rows.shape[1], (VALUES,), generator=g)
         self.seen[self.batch] = rows[:, pick.to(rows.device)].cpu()
 

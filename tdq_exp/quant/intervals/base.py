@@ -44,8 +44,8 @@ def inverse_softplus(s: float) -> float:
 class Bank(nn.Module):
     """Parameters that the intervals of several quantizers share: a row for each of them.
 
-    The network owns it, as `generators`, and saves it once. An interval holds it in a tuple, so that
-    it is not a part of the interval, too.
+    The network owns it, as `generators`, and saves it once. An interval holds it in a tuple: then
+    it is no part of the interval.
     """
 
     parameter_group = "generators"
