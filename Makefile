@@ -5,7 +5,7 @@ SCALE ?= paper
 RUN = $(VENV)/bin/python -m tdq_exp.run
 
 TABLES = table1 table2 table3 table4 table5 table6 table7 table8 table9
-FIGURES = figure2 figure3 figure8 figure9 grids layers
+FIGURES = figure2 figure3 figure8 figure9 grids layers length encoding
 
 .PHONY: help demo test lint $(TABLES) $(FIGURES) figures claims render status report paper verify freeze-rows faults bench bench-cost bench-integer bench-gpu house clean
 
@@ -22,7 +22,7 @@ help:
 	@echo "make paper SCALE=small       everything: runs what has no row, in the order of the tables, then renders"
 	@echo "make bench-cost              what the lines of Table 7 cost -> results/bench/cost.json"
 	@echo "make figure3 SCALE=digits    a figure: measure it if it was not, train what is missing for it, draw"
-	@echo "                             (figure2 figure3 figure8 figure9 grids layers; figures: all of them)"
+	@echo "                             (figure2 figure3 figure8 figure9 grids layers length encoding; figures: all of them)"
 	@echo "make report                  everything on one page, results/report.html (seconds)"
 	@echo "make verify                  checks the checksums of everything under results/ (seconds)"
 	@echo "make freeze-rows             lists new rows of results/runs with their commands, which tests compute again"

@@ -349,7 +349,45 @@ def test_a_line_within_the_spread_of_the_best_is_a_tie(short_manifest, cells):
 
     # Half-sampling widens it: four deviations of 0.6.
     save(cells[3], row_of(cells[3], 12.6) | {"half_sampling": {"fid": 0.6, "draws": 20}})
-    assert line_of(render(short_manifest, cells), "LSQ |")[2] == "12.60≈"
+    text = render(short_manifest, cells)
+    assert line_of(text, "LSQ |")[2] == "12.60 ± 1.20≈"
+    assert "two standard deviations of the distance over halves" in text
+
+
+def test_a_line_with_one_training_seed_varies_as_those_with_several(manifest, tmp_path):
+    """LSQ + TDQ at 10 to 11 is known to vary by a tenth of its mean: LSQ at 11.5 ties, at 12 not."""
+    lines = [
+        dataclasses.replace(line, seeds=seeds)
+        for label, seeds in (("LSQ", {}), ("LSQ + TDQ", {"digits": (0, 1)}))
+        for line in manifest.lines
+        if (line.bits, line.label) == ("4/4", label)
+    ]
+    several = dataclasses.replace(manifest, lines=tuple(lines))
+    cells = [
+        dataclasses.replace(cell, folder=tmp_path / "runs" / cell.run / f"seed{number}")
+        for number, cell in enumerate(report_cells.cells_of(several, "digits", Path("results")))
+    ]
+    for cell, fid in zip(cells, (5.0, 5.1, 5.2, 11.6, 10.0, 11.0), strict=True):
+        save(cell, row_of(cell, fid))
+
+    for fid, mark in ((11.6, "11.60≈"), (12.0, "12.00")):
+        save(cells[3], row_of(cells[3], fid))
+        text = render(several, cells)
+        assert line_of(text, "LSQ |")[2] == mark
+    save(cells[3], row_of(cells[3], 11.6))
+    assert "widest line with several: 9.5 %" in render(several, cells)
+
+
+def test_the_footer_says_how_long_the_rows_took_and_counts_a_fit_once(short_manifest, cells):
+    fill(cells)
+    for cell, fit in zip(cells, ("a", "a", "a", "b", "c"), strict=True):
+        row = row_of(cell, 10.0) | {
+            "fingerprints": {"fit": fit},
+            "seconds": {"fit": 3600.0, "sample": 1800.0, "measure": 360.0},
+        }
+        save(cell, row)
+    said = "Time of the rows above: 6.0 hours; fits 3.0, sampling 2.5, measuring 0.5."
+    assert said in render(short_manifest, cells)
 
 
 def test_precision_and_recall_of_a_row_are_a_second_metric(short_manifest, cells):

@@ -6,7 +6,7 @@ examples:
   python -m tdq_exp figure 3 --scale small --measure    measure the networks that there are
   python -m tdq_exp figure 8 --scale small --run     run the cells that have no row, then draw
   python -m tdq_exp figure all --scale small         draw everything that has numbers
-Figures: 2, 3, 8, 9, grids (Figures 5 to 7), layers. The same numbers give the same bytes.
+Figures: 2, 3, 8, 9, grids (Figures 5 to 7), layers, length, encoding. The same numbers give the same bytes.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _make_one(figure: FigureManifest, out: Path, options: argparse.Namespace) ->
     failed: list[str] = []
 
     # 1. The numbers.
-    if figure.kind == "steps":
+    if figure.is_from_rows:
         cells, failed = _rows(figure, out, options)
         figure_numbers.write(file, figure_numbers.distances(figure, options.scale, cells))
     elif options.measure or (options.run and not file.exists()):
@@ -129,7 +129,7 @@ def _make_one(figure: FigureManifest, out: Path, options: argparse.Namespace) ->
     # 2. The picture, of no other networks than the manifest names today.
     asked = figure_manifest.cells_of_figure(figure, options.scale, out, options.overrides)
     figure_numbers.require_asked(file, record, asked)
-    if figure.kind != "steps":  # which lists its missing rows with their commands
+    if not figure.is_from_rows:  # which lists its missing rows with their commands
         _tell_missing(record)
     path = drawings.draw(figure, record, out / "figures" / f"{file.stem}.png")
     console.print(f"numbers   {file}", markup=False)
@@ -153,7 +153,7 @@ def _rows(
 
 def _has_rows(figure: FigureManifest, out: Path, options: argparse.Namespace) -> bool:
     """Return whether there are rows to draw a figure from that needs no other numbers."""
-    if figure.kind != "steps":
+    if not figure.is_from_rows:
         return False
     asked = figure_manifest.cells_of_figure(figure, options.scale, out, options.overrides)
     found = [cells_module.find(cell) for cell in asked]

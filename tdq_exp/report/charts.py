@@ -1,4 +1,4 @@
-"""Charts of rows: distance over bits and over sampling steps, validation losses."""
+"""Charts of rows: distance over bits, sampling steps and updates, validation losses."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from matplotlib.ticker import LogFormatter, NullLocator
 from tdq_exp.report.axes import (
     COLOURS,
     GREY,
+    LINES,
     MARKERS,
     SMALL,
     TINY,
@@ -140,6 +141,59 @@ def distance_over_steps(record: Numbers) -> Figure:
         axis.grid(color=GREY, alpha=0.2, which="both", axis="y")
         finish(axis, column)
     return figure
+
+
+def distance_over_updates(record: Numbers) -> Figure:
+    """Return the distance and the validation loss over the length of training, by model.
+
+    Args:
+        record: of `figure_numbers.distances`.
+    """
+    columns = list(record["columns"].values())
+    figure = Figure(figsize=(10, 4.2 * len(columns)), dpi=130, layout="constrained")
+    axes = figure.subplots(len(columns), 2, squeeze=False)
+
+    for (left, right), column in zip(axes, columns, strict=True):
+        trained = {label: line for label, line in column["lines"].items() if "0" not in line}
+        for number, (label, line) in enumerate(trained.items()):
+            _points_over_updates(left, label, line, number)
+            _losses_over_updates(right, label, line, number)
+
+        float_model = [line["0"]["distance"] for line in column["lines"].values() if "0" in line]
+        for distance in float_model:
+            left.axhline(distance, color=GREY, ls="--", lw=1, label="float")
+        if left.has_data():
+            left.set_ylim(bottom=0)  # after all lines: it fixes the upper end
+
+        for axis, label in ((left, column["label"]), (right, "validation loss")):
+            axis.set_xlabel("updates", fontsize=SMALL)
+            axis.set_ylabel(label, fontsize=SMALL)
+            axis.grid(color=GREY, alpha=0.2)
+            finish(axis, column)
+    return figure
+
+
+def _points_over_updates(axis: Any, label: str, line: Mapping[str, Any], number: int) -> None:
+    """Draw a line's distances, each with two deviations of half-sampling to either side."""
+    updates = sorted(map(int, line))
+    if updates:
+        points = [line[str(u)] for u in updates]
+        widths = [point["half_width"] or 0.0 for point in points]
+        distances = [point["distance"] for point in points]
+        axis.errorbar(
+            updates, distances, widths, ms=4, lw=1.3, capsize=3, label=label, **style(number)
+        )
+        axis.set_xticks(updates)
+
+
+def _losses_over_updates(axis: Any, label: str, line: Mapping[str, Any], number: int) -> None:
+    """Draw the validation losses of a line's fits, the longest with the strongest stroke."""
+    for place, updates in enumerate(sorted(map(int, line), reverse=True)):
+        curve = line[str(updates)]["validation"]
+        if curve:
+            x, y = zip(*curve, strict=True)
+            look = {**style(number), "marker": "", "ls": LINES[place % len(LINES)]}
+            axis.plot(x, y, lw=1.3, label=f"{label}, {updates} updates", **look)
 
 
 def training_svg(curves: Mapping[str, Sequence[Sequence[float]]], name: str) -> str:

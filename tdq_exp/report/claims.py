@@ -18,6 +18,7 @@ of them do.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,9 @@ from tdq_exp.report import cells as report_cells
 from tdq_exp.report.cells import Cell, Place
 from tdq_exp.report.manifest import line_of, read_manifest
 from tdq_exp.report.render import markdown_lines
-from tdq_exp.report.spread import difference, mean, used, values
+from tdq_exp.report.spread import difference, mean, over_training_seeds, used, values
 
-HOLDS, FAILS, OPEN = "holds", "does not hold", "can't tell"
+HOLDS, FAILS, OPEN, MISSING = "holds", "does not hold", "can't tell", "missing"
 RULES = ("smaller", "no_larger", "less_gain")
 WIDEST = 0.25  # spread over distance, up to which two distances can be called alike
 SEEDS = (0, 1, 2)  # of training, or of sampling for the float model: whichever have rows
@@ -80,11 +81,17 @@ class Comparison:
     ours: Sequence[Cell]
     theirs: Sequence[Cell]
     float_model: Sequence[Cell]
+    over_seeds: float = 0.0  # see `spread.over_training_seeds`
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether a side has no row."""
+        return not values(self.ours, "fid") or not values(self.theirs, "fid")
 
     @property
     def difference(self) -> tuple[float, float] | None:
         """Ours minus theirs, and the spread; None if that can't be told."""
-        return difference(self.ours, self.theirs, self.float_model)
+        return difference(self.ours, self.theirs, self.float_model, self.over_seeds)
 
     @property
     def gain(self) -> tuple[float, float] | None:
@@ -132,15 +139,35 @@ def judge(claims: Iterable[Claim], scale: str, out: Path) -> list[Judged]:
         scale: paper, small or digits; comparisons of columns that it lacks are left out.
         out: folder of results.
     """
+    of_claims = [
+        (
+            claim,
+            [
+                comparison
+                for column in claim.columns
+                for at in claim.at
+                for comparison in _comparisons(claim, scale, column, at, out)
+            ],
+        )
+        for claim in claims
+    ]
+
+    # What other seeds change is known of few lines, and taken over for all of a column.
+    everywhere = [comparison for _, comparisons in of_claims for comparison in comparisons]
+    over_seeds = {
+        column: over_training_seeds(
+            side
+            for comparison in everywhere
+            if comparison.column == column
+            for side in (comparison.ours, comparison.theirs)
+        )
+        for column in {comparison.column for comparison in everywhere}
+    }
+
     judged = []
-    for claim in claims:
-        comparisons = [
-            comparison
-            for column in claim.columns
-            for at in claim.at
-            for comparison in _comparisons(claim, scale, column, at, out)
-        ]
-        judged.append(Judged(claim, comparisons, _verdicts(claim, comparisons)))
+    for claim, comparisons in of_claims:
+        known = [dataclasses.replace(c, over_seeds=over_seeds[c.column]) for c in comparisons]
+        judged.append(Judged(claim, known, _verdicts(claim, known)))
     return judged
 
 
@@ -202,7 +229,7 @@ def _verdicts(claim: Claim, comparisons: Sequence[Comparison]) -> list[str]:
 def _verdict(rule: str, comparison: Comparison) -> str:
     found = comparison.difference
     if found is None:
-        return OPEN
+        return MISSING if comparison.is_missing else OPEN
 
     larger_by, spread = found
     if larger_by > spread:
@@ -216,6 +243,9 @@ def _verdict(rule: str, comparison: Comparison) -> str:
 
 
 def _less_gain(first: Comparison, second: Comparison) -> str:
+    if first.is_missing or second.is_missing:
+        return MISSING
+
     a, b = first.gain, second.gain
     if a is None or b is None or abs(a[0] - b[0]) <= a[1] + b[1]:
         return OPEN
@@ -227,15 +257,16 @@ def _less_gain(first: Comparison, second: Comparison) -> str:
 
 def markdown(judged: Sequence[Judged], scale: str, out: Path) -> str:
     """Return the claims as a page: the verdicts, then every comparison and where its rows lie."""
-    summary = [[j.claim.name, j.claim.text, j.verdict, _count(j)] for j in judged]
+    summary = [[j.claim.name, j.verdict, _count(j), j.claim.text] for j in judged]
     lines = [
         f"# The paper's claims, scale {scale}",
         "",
-        *markdown_lines(["claim", "what it says", "verdict", "comparisons"], summary, left=4),
+        *markdown_lines(["claim", "verdict", "comparisons", "what it says"], summary, left=4),
         "",
         "Two distances differ if they are further apart than the spread: the largest range over"
         " seeds of either line and of the float model's sampling, or four deviations of"
-        " half-sampling. A tie can't tell which is smaller, nor, where the spread is more than a"
+        " half-sampling; a line with one training seed is taken to vary by as much of its mean as the"
+        " column's widest line with several. A tie can't tell which is smaller, nor, where the spread is more than a"
         " quarter of the distance, that nothing is lost. The rules are those of"
         " `configs/claims.yaml`.",
     ]
@@ -247,7 +278,7 @@ def markdown(judged: Sequence[Judged], scale: str, out: Path) -> str:
 
 
 def _count(judged: Judged) -> str:
-    counts = [f"{judged.verdicts.count(v)} {v}" for v in (HOLDS, FAILS, OPEN)]
+    counts = [f"{judged.verdicts.count(v)} {v}" for v in (HOLDS, FAILS, OPEN, MISSING)]
     return ", ".join(count for count in counts if not count.startswith("0 ")) or "none"
 
 

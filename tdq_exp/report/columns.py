@@ -10,9 +10,17 @@ from tdq_exp.report.cells import Cell
 from tdq_exp.report.costs import COST_HEADERS, Costs
 from tdq_exp.report.manifest import Line, Manifest
 from tdq_exp.report.protocol import SAMPLER, check_protocol, select
-from tdq_exp.report.render import SHORT, STALE, TIE, TextTable
+from tdq_exp.report.render import EITHER_SIDE, SHORT, STALE, TIE, TextTable
 from tdq_exp.report.second import SECOND, Shown, fixed
-from tdq_exp.report.spread import is_tie, mean, metric_of, used, values
+from tdq_exp.report.spread import (
+    interval,
+    is_tie,
+    mean,
+    metric_of,
+    over_training_seeds,
+    used,
+    values,
+)
 
 
 def text_table(
@@ -120,6 +128,7 @@ class FilledColumn:
         self.prefix = f"{model_label(self.cells)}: " if several else ""
         self.reference = self.of(manifest.float_model)
         self.lines = manifest.lines
+        self.over_seeds = over_training_seeds(self.of(line) for line in self.lines)
         self.publishes = any(name in line.fid for line in manifest.lines)
         self.second = [shown for shown in SECOND if self._has(shown)]
         self.headers = self._headers(manifest.columns[name].published)
@@ -163,7 +172,7 @@ class FilledColumn:
     def numbers(self, line: Line) -> list[str]:
         """Return distance, second metrics, gap and published number of a line."""
         cells = self.of(line)
-        distance = _metric_text(cells, "fid") + (TIE if self.ties_with_the_best(line) else "")
+        distance = _distance_text(cells) + (TIE if self.ties_with_the_best(line) else "")
         second = [self._second_text(cells, shown) for shown in self.second]
 
         first = [distance, *second, self._gap(cells)]
@@ -188,7 +197,8 @@ class FilledColumn:
             return False
 
         best = rivals[ranked[0][1]]
-        return best != line and is_tie(self.of(line), self.of(best), self.reference) is True
+        pair = self.of(line), self.of(best)
+        return best != line and is_tie(*pair, self.reference, self.over_seeds) is True
 
     def _second_text(self, cells: Sequence[Cell], shown: Shown) -> str:
         """Return the means of a second metric; `-` where rows lack it."""
@@ -233,6 +243,14 @@ class FilledColumn:
         """Return the texts of real images where models have a gap, and a cost or publication."""
         after = int(self.publishes) if self.costs is None else len(COST_HEADERS)
         return ["-"] * (1 + after)
+
+
+def _distance_text(cells: Sequence[Cell]) -> str:
+    """Return the distance of a line with its spread over seeds, or, of one row, its interval."""
+    half_width = interval(cells)
+    if half_width is None:
+        return _metric_text(cells, "fid")
+    return f"{fixed(values(cells, 'fid')[0], 2)} {EITHER_SIDE} {fixed(half_width, 2)}{marks(cells)}"
 
 
 def _metric_text(cells: Sequence[Cell], metric: str, digits: int = 2) -> str:
@@ -299,11 +317,17 @@ def _notes(
 
     if filled:
         notes.append("Gaps are to the float model's mean in our own column.")
+        notes.append(_time(filled))
+    if any(interval(column.of(line)) for column in columns for line in manifest.lines):
+        notes.append(
+            f"{EITHER_SIDE}: two standard deviations of the distance over halves of the images"
+            " (half-sampling), of one row; training with another seed is not in it."
+        )
     if any(column.ties_with_the_best(line) for column in columns for line in manifest.lines):
         notes.append(
             f"{TIE}: a tie with the best of its bit widths; the difference is no larger than the"
             " spread over seeds (max - min, of either line or of the float model's sampling) or"
-            " four deviations of half-sampling."
+            f" four deviations of half-sampling.{_of_single_seeds(columns)}"
         )
     notes += [columns[0].costs.note] if columns[0].costs else []
     if overrides:
@@ -316,6 +340,39 @@ def _notes(
     if sources:
         notes.append(f"Published: {'; '.join(sources)}.")
     return notes
+
+
+def _of_single_seeds(columns: Sequence[FilledColumn]) -> str:
+    """Return what ties assume of lines with one training seed."""
+    known = [
+        f"{column.prefix}{100 * column.over_seeds:.1f} %" for column in columns if column.over_seeds
+    ]
+    if not known:
+        return " No line here has several training seeds, so what these change is not counted."
+    return (
+        " A line with one training seed is taken to vary by as much of its mean as the column's"
+        f" widest line with several: {', '.join(known)}."
+    )
+
+
+def _time(cells: Sequence[Cell]) -> str:
+    """Return how long the rows took, each fit counted once."""
+    seconds = {"fit": 0.0, "sample": 0.0, "measure": 0.0}
+    fits = set()
+
+    for cell in cells:
+        row = cell.row or {}
+        fit = row.get("fingerprints", {}).get("fit")
+        for stage, value in (row.get("seconds") or {}).items():
+            if stage != "fit" or fit not in fits:
+                seconds[stage] += value
+        fits.add(fit)
+
+    hours = {stage: total / 3600 for stage, total in seconds.items()}
+    return (
+        f"Time of the rows above: {sum(hours.values()):.1f} hours; fits {hours['fit']:.1f},"
+        f" sampling {hours['sample']:.1f}, measuring {hours['measure']:.1f}."
+    )
 
 
 def _column_notes(column: FilledColumn) -> list[str]:

@@ -304,6 +304,7 @@ BUILDERS: dict[str, Callable[[Numbers], Figure]] = {
     "activations": _activations,
     "errors": _errors,
     "steps": charts.distance_over_steps,
+    "length": charts.distance_over_updates,
     "ranges": _ranges,
     "layers": _layers,
     "grids": _grids,

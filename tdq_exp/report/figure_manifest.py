@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tdq_exp.config import assets
@@ -13,7 +13,8 @@ from tdq_exp.report import manifest as manifests
 from tdq_exp.report.cells import Cell, cells_of
 from tdq_exp.report.manifest import Manifest
 
-KINDS = ("activations", "errors", "ranges", "layers", "grids", "steps")
+FROM_ROWS = ("steps", "length")
+KINDS = ("activations", "errors", "ranges", "layers", "grids", *FROM_ROWS)
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,10 @@ class FigureManifest:
         bits: of the lines, `4/4`.
         images: that a measurement takes.
         steps: time steps that it looks at.
-        sampling_steps: of the cells of a figure that is drawn from rows.
+        sampling_steps: of the cells of a figure over steps.
+        updates: scale -> numbers of updates beside the protocol's, of a figure over the length of
+            training. Such a fit has the label `u<number>`.
+        columns: of the table; all if there are none.
 
     Raises:
         ValueError: for an unknown kind.
@@ -44,20 +48,27 @@ class FigureManifest:
     images: int = 0
     steps: int = 0
     sampling_steps: tuple[int, ...] = ()
+    updates: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind: {self.kind}: choose one of {', '.join(KINDS)}")
 
+    @property
+    def is_from_rows(self) -> bool:
+        """Whether rows are all that the figure is drawn from."""
+        return self.kind in FROM_ROWS
+
     def lines_of(self) -> Manifest:
-        """Return the table with only the lines that the figure is about, at their first seeds.
+        """Return the table with only what the figure is about, each line at its first seed.
 
         Raises:
             ValueError: if a method or a pair of widths chooses no line.
         """
         table = manifests.read_manifest(self.table)
         lines = [
-            dataclasses.replace(line, seeds={})
+            dataclasses.replace(line, seeds={}, fid={}, source=None)
             for line in table.lines
             if line.label in self.methods and line.bits in self.bits
         ]
@@ -67,8 +78,17 @@ class FigureManifest:
         if unknown:
             raise ValueError(f"{self.name}: {', '.join(unknown)}: no line of {self.table}")
 
-        float_model = dataclasses.replace(table.float_model, sampler_seeds=(0,))
-        return dataclasses.replace(table, lines=tuple(lines), float_model=float_model)
+        columns = {
+            name: column
+            for name, column in table.columns.items()
+            if not self.columns or name in self.columns
+        }
+        float_model = dataclasses.replace(
+            table.float_model, sampler_seeds=(0,), fid={}, source=None
+        )
+        return dataclasses.replace(
+            table, lines=tuple(lines), float_model=float_model, columns=columns
+        )
 
 
 def names() -> list[str]:
@@ -107,6 +127,12 @@ def cells_of_figure(
         overrides: of every cell's command.
     """
     table = figure.lines_of()
+    longer = [
+        dataclasses.replace(line, overrides=(*line.overrides, f"fit.updates={n}", f"label=u{n}"))
+        for n in figure.updates.get(scale, ())
+        for line in table.lines
+    ]
+    table = dataclasses.replace(table, lines=(*table.lines, *longer))
     if not figure.sampling_steps:
         return cells_of(table, scale, out, overrides)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tdq_exp.report import columns
+from tdq_exp.report import columns, spread
 from tdq_exp.report.cells import Cell
 from tdq_exp.report.figure_manifest import FigureManifest
 from tdq_exp.runtime import files
@@ -64,9 +64,9 @@ def require_asked(file: Path, record: Mapping[str, Any], cells: Sequence[Cell]) 
 
 
 def distances(figure: FigureManifest, scale: str, cells: Sequence[Cell]) -> dict[str, Any]:
-    """Return the distance of every line at every number of sampling steps.
+    """Return the distance of every line at every number of sampling steps, or of updates.
 
-    Stale and short rows are left out and count as missing.
+    Stale and short rows are left out and count as missing. The float model is at 0 updates.
 
     Args:
         figure: the manifest.
@@ -74,9 +74,12 @@ def distances(figure: FigureManifest, scale: str, cells: Sequence[Cell]) -> dict
         cells: with their rows.
 
     Returns:
-        `columns`: column -> `model`, `label` of the distance, `lines` (line -> steps -> distance,
-        run, images, seed, fingerprint and commit), and `missing` cells.
+        `columns`: column -> `model`, `label` of the distance, `lines` (line -> steps or updates ->
+        distance, run, images, seed, fingerprint and commit; over updates also half the width of the
+        distance's interval, and the validation losses as [update, loss]), and `missing` cells.
     """
+    over_updates = figure.kind == "length"
+    unit = "updates" if over_updates else "steps"
     record: dict[str, Any] = {"figure": figure.name, "scale": scale, "columns": {}}
 
     for name in dict.fromkeys(cell.column for cell in cells):
@@ -84,8 +87,12 @@ def distances(figure: FigureManifest, scale: str, cells: Sequence[Cell]) -> dict
         record["columns"][name] = {
             "model": columns.model_label(of_column),
             "label": columns.distance_name(of_column),
-            "lines": _lines(of_column),
-            "missing": [f"{line_label(c)}, {_steps(c)} steps" for c in of_column if not _good(c)],
+            "lines": _lines(of_column, over_updates),
+            "missing": [
+                f"{line_label(c)}, {_updates(c) if over_updates else _steps(c)} {unit}"
+                for c in of_column
+                if not _good(c)
+            ],
         }
     return record
 
@@ -104,7 +111,7 @@ def line_label(cell: Cell) -> str:
     return f"{cell.line.label} W{weight}A{act}"
 
 
-def _lines(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+def _lines(cells: Sequence[Cell], over_updates: bool) -> dict[str, dict[str, Any]]:
     lines: dict[str, dict[str, Any]] = {}
     for cell in cells:
         of_line = lines.setdefault(line_label(cell), {})
@@ -112,7 +119,7 @@ def _lines(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
         if row is None or not _good(cell):
             continue
 
-        of_line[str(_steps(cell))] = {
+        point = of_line[str(_updates(cell) if over_updates else _steps(cell))] = {
             "distance": row["metrics"]["fid"],
             "run": row["name"],
             "images": row["images"],
@@ -120,7 +127,16 @@ def _lines(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
             "fingerprint": row["fingerprints"]["measure"],
             "commit": row["environment"]["commit"],
         }
+        if over_updates:
+            fit = files.read_json(cell.folder / "fit.json") or {}
+            point["half_width"] = spread.interval([cell])
+            point["validation"] = fit.get("facts", {}).get("validation", [])
     return lines
+
+
+def _updates(cell: Cell) -> int:
+    """Return the length of a cell's training; 0 of the float model, which is given."""
+    return int(cell.config["fit"]["updates"]) if cell.config["method"]["quantized"] else 0
 
 
 def _steps(cell: Cell) -> int:

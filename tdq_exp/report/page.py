@@ -123,7 +123,8 @@ def _verdicts(out: Path, scale: str) -> dict[str, str]:
     headers, _, *lines = (page_markdown.cells_of(line) for line in next(tables, ["||", "||"]))
     if "verdict" not in headers:
         return {}
-    verdict, text = headers.index("verdict"), min(1, headers.index("verdict") - 1)
+    verdict = headers.index("verdict")
+    text = headers.index("what it says") if "what it says" in headers else 0
     return {line[text]: line[verdict] for line in lines}
 
 

@@ -24,8 +24,11 @@ CAPTIONS = {
     " are told the same time step while x_t changes; with x_t held, the other way round.",
     "errors": "Squared error of the activation quantizers, relative to the power of what they"
     " quantize: truncation is that of values beyond the grid, rounding that of all others.",
-    "steps": "Each network sampled with fewer and fewer steps. The claim fewer-steps says which"
+    "steps": "Each network, of training seed 0, sampled with fewer and fewer steps. The claim fewer-steps says which"
     " differences are larger than the spread.",
+    "length": "Left: distance after trainings of different length, from one seed, with two deviations"
+    " of half-sampling to either side; each length has a schedule of its own. Right: loss of held-out"
+    " images during these trainings.",
     "ranges": "What an activation takes at every t, and what the grid of its quantizer covers,"
     " s (n - z) to s (p - z), which shows the zero point as well. The layers whose range changes"
     " most.",

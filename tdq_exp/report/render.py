@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tdq_exp.runtime import files
 
-STALE, SHORT, TIE = "†", "‡", "≈"
+STALE, SHORT, TIE, EITHER_SIDE = "†", "‡", "≈", "±"
 
 LATEX = {
     **{character: rf"\{character}" for character in "&%$#_{}"},
@@ -21,6 +21,7 @@ LATEX = {
     STALE: r"\textsuperscript{\dag}",
     SHORT: r"\textsuperscript{\ddag}",
     TIE: r"\ensuremath{\approx}",
+    EITHER_SIDE: r"\ensuremath{\pm}",
 }
 
 

@@ -5,14 +5,16 @@ the deviation to either side), whichever is wider. The rule is one for all table
 
     two lines differ   <=>   |mean_a - mean_b| > max(spread_a, spread_b, spread of the column)
 
-The spread of the column stands in for lines of a single seed: it is that of the float model's
-sampling seeds. Lines that do not differ are ties. Where no spread is known at all, nothing can be
-told.
+The spread of the column is that of the float model's sampling seeds. Sampling is not all that
+varies: a fit with another seed gives another network. A line of a single training seed is therefore
+taken to vary as the column's other lines do, by the widest (max - min) / mean that is known of a
+line with several training seeds. Lines that do not differ are ties. Where no spread is known at
+all, nothing can be told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tdq_exp.report.cells import Cell
 
@@ -57,14 +59,37 @@ def spread(cells: Sequence[Cell]) -> float | None:
     return max(widths, default=None)
 
 
+def over_training_seeds(lines: Iterable[Sequence[Cell]]) -> float:
+    """Return the widest (max - min) / mean of lines with several training seeds; 0 if there are none.
+
+    Args:
+        lines: of a column, each with its cells; those of float models don't count.
+    """
+    widest = 0.0
+    for cells in lines:
+        distances = values(cells, "fid") if is_trained(cells) else []
+        if len(distances) > 1:
+            widest = max(widest, (max(distances) - min(distances)) / mean(distances))
+    return widest
+
+
+def is_trained(cells: Sequence[Cell]) -> bool:
+    """Return whether a line's networks are fitted here, so that they depend on a training seed."""
+    return bool(cells) and bool(cells[0].config.get("method", {}).get("quantized"))
+
+
 def difference(
-    ours: Sequence[Cell], theirs: Sequence[Cell], float_model: Sequence[Cell]
+    ours: Sequence[Cell],
+    theirs: Sequence[Cell],
+    float_model: Sequence[Cell],
+    over_seeds: float = 0.0,
 ) -> tuple[float, float] | None:
     """Return how much larger one line's distance is than another's, and what it must exceed.
 
     Args:
         ours, theirs: cells of both lines.
         float_model: cells of the column's float model.
+        over_seeds: see `over_training_seeds`; of the column.
 
     Returns:
         (mean_a - mean_b, largest of the spreads); None if a line has no distance, a short row, or
@@ -76,12 +101,28 @@ def difference(
 
     if not a or not b or any_short or not widths:
         return None
+
+    single = [line for line in (ours, theirs) if is_trained(line) and len(used(line)) == 1]
+    widths += [over_seeds * mean(values(line, "fid")) for line in single]
     return mean(a) - mean(b), max(widths)
 
 
 def is_tie(
-    ours: Sequence[Cell], theirs: Sequence[Cell], float_model: Sequence[Cell]
+    ours: Sequence[Cell],
+    theirs: Sequence[Cell],
+    float_model: Sequence[Cell],
+    over_seeds: float = 0.0,
 ) -> bool | None:
-    """Return whether two lines are a tie; None if that can't be told."""
-    found = difference(ours, theirs, float_model)
+    """Return whether two lines are a tie; None if that can't be told. See `difference`."""
+    found = difference(ours, theirs, float_model, over_seeds)
     return None if found is None else abs(found[0]) <= found[1]
+
+
+def interval(cells: Sequence[Cell]) -> float | None:
+    """Return the half width of a single row's interval, two deviations of half-sampling.
+
+    None for several seeds, whose range says more, and for a row that does not state it.
+    """
+    rows = [cell.row for cell in used(cells) if cell.row]
+    halves = rows[0].get("half_sampling") if len(rows) == 1 else None
+    return DEVIATIONS / 2 * float(halves["fid"]) if halves else None

@@ -33,7 +33,7 @@ def comparison(ours, theirs, float_model=(10.0, 11.0), column="ddim"):
         ("smaller", [12], [12.5], "can't tell"),
         ("smaller", [13.5], [12], "does not hold"),
         ("smaller", [12, 14], [14], "can't tell"),  # seeds 2 apart, means 1
-        ("smaller", [12], [], "can't tell"),
+        ("smaller", [12], [], "missing"),
         ("no_larger", [12.9], [12], "holds"),
         ("no_larger", [13.1], [12], "does not hold"),
         ("no_larger", [9], [12], "holds"),
@@ -43,6 +43,21 @@ def comparison(ours, theirs, float_model=(10.0, 11.0), column="ddim"):
 )
 def test_a_rule_looks_beyond_the_spread(rule, ours, theirs, verdict):
     assert claims._verdict(rule, comparison(ours, theirs)) == verdict
+
+
+def test_a_line_with_one_training_seed_varies_as_the_columns_others_do():
+    """12 and 13.5 differ by more than the float model's seeds; not if a seed may change a tenth."""
+    alone = comparison([12], [13.5])
+    trained = [
+        dataclasses.replace(cell, config={"method": {"quantized": True}}) for cell in alone.theirs
+    ]
+    told = dataclasses.replace(alone, theirs=trained, over_seeds=0.1)
+    assert claims._verdict("smaller", told) == "holds"
+    assert claims._verdict("smaller", dataclasses.replace(told, over_seeds=0.12)) == "can't tell"
+
+    # A float model's seeds are those of its sampling.
+    float_too = dataclasses.replace(alone, over_seeds=0.12)
+    assert claims._verdict("smaller", float_too) == "holds"
 
 
 def test_without_any_spread_nothing_is_told():
@@ -55,15 +70,22 @@ def test_gains_are_relative_and_so_are_their_spreads():
     assert claims._less_gain(first, second) == "holds"
     assert claims._less_gain(second, first) == "does not hold"
     assert claims._less_gain(first, comparison([11], [20])) == "can't tell"
+    assert claims._less_gain(first, comparison([], [20])) == "missing"
 
 
 def test_a_claim_fails_with_one_comparison_and_holds_with_all():
     (claim, *_) = claims.read_claims()
     judged = [
         claims.Judged(claim, [], verdicts).verdict
-        for verdicts in (["holds"] * 2, ["holds", "can't tell"], ["holds", "does not hold"], [])
+        for verdicts in (
+            ["holds"] * 2,
+            ["holds", "can't tell"],
+            ["holds", "missing"],
+            ["holds", "does not hold"],
+            [],
+        )
     ]
-    assert judged == ["holds", "can't tell", "does not hold", "can't tell"]
+    assert judged == ["holds", "can't tell", "can't tell", "does not hold", "can't tell"]
 
 
 def test_every_claim_asks_for_lines_of_the_tables():

@@ -68,6 +68,12 @@ def record_of(kind: str) -> dict:
             "label": "distance",
             "lines": {"float": {}, "LSQ W4A4": {"10": {"distance": 3.0}, "100": {"distance": 1.0}}},
         }
+    elif kind == "length":
+        point = {"distance": 3.0, "half_width": 0.5, "validation": [[1, 0.5], [2, 0.25]]}
+        column |= {
+            "label": "distance",
+            "lines": {"float": {"0": {**point, "validation": []}}, "LSQ W4A4": {"2": point}},
+        }
     else:
         column |= {"t": T, "runs": runs}
     return {"figure": "x", "scale": "digits", "columns": {"ddim": column}, "about": about}
@@ -130,10 +136,7 @@ def test_every_figure_has_a_manifest_that_chooses_lines():
 @pytest.mark.parametrize("name", figure_manifest.names())
 def test_a_figure_asks_for_one_seed_of_each_line(name, tmp_path):
     cells = figure_manifest.cells_of_figure(figure_manifest.read_figure(name), "small", tmp_path)
-    shown = [
-        (cell.column, figure_numbers.line_label(cell), cell.config["sampler"]["steps"])
-        for cell in cells
-    ]
+    shown = [(cell.run, cell.config["sampler"]["steps"]) for cell in cells]
     assert len(set(shown)) == len(shown)
     assert {(cell.config["seed"], cell.config["sampler"]["seed"]) for cell in cells} == {(0, 0)}
 
@@ -162,6 +165,32 @@ def test_figure_8_asks_for_every_number_of_steps(tmp_path):
     record = figure_numbers.distances(short, "digits", cells)
     assert list(record["columns"]["ddim"]["lines"]) == ["float", "LSQ W4A4"]
     assert len(record["columns"]["ddim"]["missing"]) == 4
+
+
+def test_the_figure_over_updates_asks_for_longer_fits_beside_the_protocols(tmp_path):
+    figure = figure_manifest.read_figure("length")
+    short = dataclasses.replace(figure, methods=("LSQ",), updates={"digits": [600]})
+    cells = figure_manifest.cells_of_figure(short, "digits", tmp_path)
+    assert [cell.run for cell in cells] == [
+        "digits_fp",
+        "digits_w4a4_lsq_release",
+        "digits_w4a4_lsq_release_u600",
+    ]
+    assert [figure_numbers._updates(cell) for cell in cells] == [0, 300, 600]
+
+    # What the row and the fit say is what is drawn.
+    row = {
+        "name": "n", "images": 5, "seed": 0, "metrics": {"fid": 2.0}, "half_sampling": {"fid": 0.25},
+        "fingerprints": {"measure": "m"}, "environment": {"commit": "c"}, "features": {"name": "f"},
+    }  # fmt: skip
+    row |= {"config": cells[2].config, **cells[2].nets}
+    longest = dataclasses.replace(cells[2], row=row, images=5, folder=tmp_path)
+    (tmp_path / "fit.json").write_text(json.dumps({"facts": {"validation": [[600, 0.5]]}}))
+    record = figure_numbers.distances(short, "digits", [*cells[:2], longest])
+    (column,) = record["columns"].values()
+    assert column["missing"] == ["float, 0 updates", "LSQ W4A4, 300 updates"]
+    point = column["lines"]["LSQ W4A4"]["600"]
+    assert point["half_width"] == 0.5 and point["validation"] == [[600, 0.5]]
 
 
 @pytest.mark.parametrize("name", figure_manifest.names())
