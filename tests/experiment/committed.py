@@ -58,8 +58,11 @@ def sets_of(run: str) -> Iterator[tuple[str, Json, Json]]:
     """Yield (name, record, feature network -> row) of every sampled set of a run."""
     for file in sorted((RUNS / run).rglob("metrics.json")):
         rows = {row["features"]["name"]: row for row in _read(file)["rows"]}
-        name = file.parent.relative_to(RUNS / run).as_posix()
-        yield name, _read(file.with_name("samples.json")), rows
+        # The best of several checkpoints: the set is that of one of them.
+        place = file.parent
+        for row in rows.values():
+            place = place / f"update{row['update']}" if "candidates" in row else place
+        yield file.parent.relative_to(RUNS / run).as_posix(), _read(place / "samples.json"), rows
 
 
 def fit_parts_of(job: Experiment, record: Json) -> Json:
