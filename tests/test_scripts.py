@@ -156,6 +156,13 @@ def test_the_numbers_of_the_results_page_are_those_of_its_rows():
     assert set(re.findall(r"\b\d+\.\d\d\b", page)) <= known
 
 
+def test_the_results_page_opens_with_the_verdicts_as_they_are_judged_now():
+    claims = (RESULTS / "tables" / "claims-small.md").read_text().splitlines()
+    table = [line for line in claims if line.startswith("|")]
+    table = table[: 2 + sum(line.startswith("## ") for line in claims)]
+    assert "\n".join(table) in (RESULTS / "README.md").read_text()
+
+
 @pytest.mark.parametrize("page", ["README.md", "results/README.md", "scripts/cluster/README.md"])
 def test_what_a_page_links_to_is_there(page):
     path = SCRIPTS.parent / page

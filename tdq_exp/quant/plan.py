@@ -5,6 +5,11 @@
 | all     | nothing: every convolution and linear layer, and q, k, v and softmax inside attention |
 | edge8   | the first and the last layer at 8 bits: the field's habit |
 | release | float: first and last convolution, time embedding and projections, attention matrices |
+| release_shortcut8 | as release, and shortcuts at 8 bits |
+
+A shortcut is the 1x1 convolution beside a residual block. That of the last block reads what the first
+layer made of x_t, and what it cuts off stays in the image as a bright dot
+(`scripts/analysis/outliers.py`).
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ class Plan:
         edge_bits: bits of the first and last layer, weights and input; None: as all others.
         keep_float: kinds of role that are not quantized.
         attention: quantize q, k, v and the softmax output inside attention?
+        shortcut_bits: bits of the shortcuts, weights and input; None: as all others.
 
     Raises:
         ValueError: for an unknown kind of role.
@@ -41,9 +47,11 @@ class Plan:
         edge_bits: int | None = None,
         keep_float: Sequence[str] = (),
         attention: bool = True,
+        shortcut_bits: int | None = None,
     ) -> None:
-        if edge_bits is not None:
-            require("plan.plan.edge_bits", edge_bits, int, low=2, high=16)
+        for name, bits in (("edge_bits", edge_bits), ("shortcut_bits", shortcut_bits)):
+            if bits is not None:
+                require(f"plan.plan.{name}", bits, int, low=2, high=16)
         require("plan.plan.attention", attention, bool)
         if isinstance(keep_float, str):
             raise ValueError(f"plan.plan.keep_float={keep_float}: must be a list: [{keep_float}]")
@@ -54,7 +62,8 @@ class Plan:
             raise ValueError(
                 f"plan.plan.keep_float: unknown role {unknown[0]!r}; choose from {choices}"
             )
-        self.edge_bits, self.keep_float, self.attention = edge_bits, tuple(keep_float), attention
+        self.edge_bits, self.shortcut_bits = edge_bits, shortcut_bits
+        self.keep_float, self.attention = tuple(keep_float), attention
 
     def bits(self, role: Role, weight: int, act: int) -> LayerBits | None:
         """Return the bits of a layer, or None if it stays float.
@@ -67,4 +76,6 @@ class Plan:
             return None
         if self.edge_bits is not None and role.kind in ("first", "last"):
             return LayerBits(self.edge_bits, self.edge_bits)
+        if self.shortcut_bits is not None and role.kind == "shortcut":
+            return LayerBits(self.shortcut_bits, self.shortcut_bits)
         return LayerBits(weight, act)

@@ -153,6 +153,7 @@ ARGUMENTS = [
     Wrong(("sampler.method._target_=os.system",), ("sampler.method",)),
     Wrong(("+tdq.interval.widht=64",), ("tdq.interval.widht", "did you mean width?")),
     Wrong(("+plan.plan.edge_bits=99",), ("plan.plan.edge_bits=99", "from 2 to 16")),
+    Wrong(("+plan.plan.shortcut_bits=1",), ("plan.plan.shortcut_bits=1", "from 2 to 16")),
     Wrong(("+plan.plan.keep_float=first",), ("plan.plan.keep_float=first", "list")),
     Wrong(("+plan.plan.keep_float=[nope]",), ("plan.plan.keep_float", "nope")),
     Wrong(("+habits.habits.start=abc",), ("habits.habits.start", "moments")),

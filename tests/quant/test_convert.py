@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra.utils import instantiate
 from torch import nn
 
+from tdq_exp.config.compose import compose
 from tdq_exp.models.attention import AttentionProcessor, quantize_attention
 from tdq_exp.models.roles import unet_roles
 from tdq_exp.quant import calibrate
@@ -167,6 +169,21 @@ def test_plan_edge8_gives_eight_bits_to_the_edges_alone():
             assert module.weight_quantizer.grid.bits == bits, name
             if module.input_quantizer is not None:
                 assert module.input_quantizer.grid.bits == bits, name
+
+
+def test_plan_release_shortcut8_gives_eight_bits_to_the_shortcuts_alone():
+    plans = [
+        compose(["model=tiny", f"plan=release{name}"]).plan.plan for name in ("", "_shortcut8")
+    ]
+    assert dict(plans[1]) == {**plans[0], "shortcut_bits": 8}
+    net = started(plan=instantiate(plans[1]))
+    layers = {n: m for n, m in net.named_modules() if isinstance(m, QuantLayer)}
+    for name, layer in layers.items():
+        bits = 8 if name.endswith("conv_shortcut") else 4
+        assert layer.weight_quantizer.grid.bits == bits, name
+        if layer.input_quantizer is not None:
+            assert layer.input_quantizer.grid.bits == bits, name
+    assert any(name.endswith("conv_shortcut") for name in layers)
 
 
 def test_plan_release_keeps_what_it_says_in_float():
