@@ -166,12 +166,12 @@ def _migrate_samples(path: Path, fit: Record, new_fit: Record, data_sets: list[A
     _require(old["parts"]["fit"], fit["fingerprint"], path)
 
     parts = {**records.upgrade(old["parts"]), "fit": new_fit["fingerprint"]}
-    mark = fingerprint(parts)
-    write_json(path, {**old, "parts": parts, "fingerprint": mark})
+    sample = fingerprint(parts)
+    write_json(path, {**old, "parts": parts, "fingerprint": sample})
 
     rows_file = path.with_name("metrics.json")
     rows = [
-        _new_row(row, new_fit["fingerprint"], mark, [fit["parts"].get("data"), *data_sets], path)
+        _new_row(row, new_fit["fingerprint"], sample, [fit["parts"].get("data"), *data_sets], path)
         for row in _read(rows_file)["rows"]
     ]
     write_json(rows_file, {"rows": rows})

@@ -62,8 +62,7 @@ def load(run: str | Path) -> nn.Module:
         FileNotFoundError: if there is no finished run.
         ValueError: if its weights are missing, damaged, or of another configuration.
     """
-    from tdq_exp.experiment.load import (
-        load as load_run,  # torch and diffusers are imported only when a network is wanted
-    )
+    # torch and diffusers are imported only when a network is wanted.
+    from tdq_exp.experiment.load import load as load_run
 
     return load_run(run)[1]

@@ -4,10 +4,13 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+
+from tdq_exp.commands import VERBS
 
 PACKAGE = Path(__file__).resolve().parents[1] / "tdq_exp"
 NAME = PACKAGE.name
@@ -27,7 +30,7 @@ FLOORS = {
     "fit": 2,
     "experiment": 3, "report": 4, "analysis": 4,
     # The root of the configuration is made of what the components declare.
-    "config.schema": 3, "config.compose": 3, "config.naming": 3, "config.experiments": 3,
+    "config.schema": 3, "config.groups": 3, "config.compose": 3, "config.naming": 3, "config.experiments": 3,
     "commands": 5,
     "run": 6, "__init__": 6, "__main__": 6,
 }  # fmt: skip
@@ -165,6 +168,19 @@ def docstrings(tree: ast.AST) -> set[ast.AST]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
+
+
+def documented() -> Iterable[tuple[str, ast.AST, str]]:
+    """Yield (place, definition, docstring) of all of the package, without the indent of the code."""
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node, clean=False)
+                if text:
+                    statement = node.body[0]
+                    indent = " " * statement.col_offset
+                    lines = [line.removeprefix(indent) for line in text.splitlines()]
+                    yield f"{module}:{statement.lineno}", node, "\n".join(lines)
 
 
 def none(violations: Iterable[str]) -> None:
@@ -413,11 +429,103 @@ def test_no_function_has_more_than_8_parameters():
 
 
 def test_lines_end_before_column_100():
-    wide = {
-        module: sum(len(line) > 100 for line in path.read_text().splitlines())
+    wide = [
+        f"{module}:{number} has {len(line)} columns"
         for module, path in MODULES.items()
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 100
+    ]
+    none(wide if len(wide) > WIDE_LINES else [])
+
+
+# Headings of a docstring under which lines are indented.
+SECTIONS = ("Args:", "Returns:", "Raises:", "Yields:", "References:")
+
+
+def broken_sentences(text: str) -> list[str]:
+    """Return the lines of a docstring that are indented deeper than the sentence they belong to.
+
+    A line may be indented deeper than the one before it in a section, in a list, in code or a table
+    that is indented as a whole, or where a heading that ends in a colon comes before it.
+    """
+    lines = text.splitlines()
+    broken, section = [], False
+    for before, line in zip(lines, lines[1:], strict=False):
+        if line and not line.startswith(" "):
+            section = line in SECTIONS
+
+        indented = before.startswith(" ")
+        deeper = len(line) - len(line.lstrip()) > len(before) - len(before.lstrip())
+        listed = re.match(r"\s*(-|\d+\.) ", before)
+        headed = before.endswith(":") or not before.strip()
+        if deeper and not (indented or section or listed or headed):
+            broken.append(line)
+    return broken
+
+
+def test_a_sentence_that_a_formatter_has_broken_is_found():
+    assert broken_sentences("It is what a formatter does with\n    long\nlines.") == ["    long"]
+    assert broken_sentences("Args:\n    x: what is\n        given.\n\n- an\n  item") == []
+
+
+def test_the_sentences_of_docstrings_keep_their_indent():
+    none(f"{at}: {line}" for at, _, text in documented() for line in broken_sentences(text))
+
+
+# First words that are no verb in the imperative, beside those that end in "s" (Writes, Codes).
+NO_VERBS = {
+    "A", "All", "An", "Both", "From", "How", "In", "Number", "Nothing", "Of", "One", "Range", "See",
+    "The", "What", "When", "Where", "Whether", "Which", "Who", "Why",
+}  # fmt: skip
+VERBS_IN_S = {"Discuss", "Express", "Guess", "Pass", "Press", "Process"}
+
+
+def opens_with_a_verb(text: str) -> bool:
+    """Return whether a docstring opens with a verb in the imperative, as far as that shows."""
+    words = text.split("\n\n")[0].split()
+    first = words[0].rstrip(",")
+    is_word = re.fullmatch("[A-Z][a-z]+", first) is not None
+    noun_or_third_person = first.endswith("s") and first not in VERBS_IN_S
+    question = words[-1].endswith("?")
+    return (
+        is_word and len(words) > 1 and not (question or noun_or_third_person or first in NO_VERBS)
+    )
+
+
+def test_a_docstring_that_opens_without_a_verb_is_found():
+    bad = (
+        "Is it whole?", "Args:\n    x: it.", "Of s and of z.", "See `forward`.", "T.", "x_hat.",
+        "Codes of x.", "Writes a file.", "The hash.", "Return.", "`[B, C]`.", "(s, z) at t.",
+    )  # fmt: skip
+    assert [text for text in bad if opens_with_a_verb(text)] == []
+    assert opens_with_a_verb("Return x_hat.")
+
+
+def test_docstrings_of_functions_open_with_a_verb():
+    violations = []
+    for at, node, text in documented():
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+            is_property = any(name.endswith("property") for name in decorators)
+            if not is_property and not opens_with_a_verb(text):
+                violations.append(f"{at} {node.name}: {text.splitlines()[0]}")
+    none(violations)
+
+
+def test_docstrings_are_no_questions_and_open_with_a_summary():
+    none(
+        f"{at}: {text.splitlines()[0]}"
+        for at, _, text in documented()
+        if text.splitlines()[0].endswith("?") or text.startswith(SECTIONS) or len(text.split()) < 2
+    )
+
+
+def test_every_command_has_a_console_script():
+    scripts = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {
+        "tdq-exp" if verb == "run" else f"tdq-exp-{verb}": f"{module}:main"
+        for verb, (module, _) in VERBS.items()
     }
-    assert sum(wide.values()) <= WIDE_LINES, f"{sum(wide.values())} lines of more than 100 columns"
 
 
 def test_nothing_calls_the_network_with_a_counter():

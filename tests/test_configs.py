@@ -119,7 +119,7 @@ def test_the_papers_numbers_for_churches():
     )
     assert cfg.data.source.path == "tglcourse/lsun_church_train"
     assert cfg.tdq.interval.encoding == 192  # the U-Net's base channels
-    cfg = compose(["+experiment=ldm_w8a5_ptq4dm_tdq_fattn"])
+    cfg = compose(["+experiment=ldm_w8a5_ptq4dm_tdq_float_attention"])
     assert (cfg.sampler.steps, cfg.calibration.samples, cfg.plan.plan.attention) == (
         100,
         5120,
@@ -153,7 +153,7 @@ def test_post_training_quantization_samples_with_its_own_number_of_steps():
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_an_experiment_builds_and_is_named_after_what_it_contains(name):
     made = jobs.build(compose([f"+experiment={name}", *local(name)]))
-    assert made.name == name
+    assert made.name == name.replace("float_attention", "fattn")
     assert (made.recipe is None) == name.endswith("_fp")
 
 
@@ -235,6 +235,15 @@ def test_hydra_reads_every_choice_of_a_name(name):
 def test_a_name_is_read_back_into_choices(name, choices):
     assert experiments.choices_of(name) == choices.split()
     assert naming.fit_name(compose([f"+experiment={name}"])) == name
+
+
+def test_an_option_may_be_written_by_its_own_name_in_place_of_its_label():
+    for own, label in (
+        ("ldm_w8a5_ptq4dm_tdq_float_attention_uniform", "ldm_w8a5_ptq4dm_tdq_fattn_uniform"),
+        ("digits_w4a4_lsq_temporal_release", "digits_w4a4_lsq_tdq_release"),
+    ):
+        assert experiments.choices_of(own) == experiments.choices_of(label)
+        assert naming.fit_name(compose([f"+experiment={own}"])) == label
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import ParamSpec
 
 from tdq_exp.runtime.command import CommandFailed
+from tdq_exp.runtime.shared_error import is_printed, is_shared
 from tdq_exp.runtime.signals import Stopped, handled
 
 FAILED = 1
@@ -72,7 +73,7 @@ def require_results(out: Path, is_read: bool = False) -> None:
 
     Args:
         out: of the option `--out`.
-        is_read: whether nothing but what is there is shown: a slip of the keyboard would show an
+        is_read: whether the command only shows what is there: a typo in the name would show an
             empty table.
 
     Raises:
@@ -107,13 +108,13 @@ def attempt(command: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> 
         return Ending(result if isinstance(result, int) else 0)
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Stopped) else Stopped(INTERRUPTED - 128)
-        return _told(error, Ending(stopped.exit_code, str(stopped)))
+        return _printed(error, Ending(stopped.exit_code, str(stopped)))
     except CommandFailed as error:
-        return _told(error, Ending(error.code, _one_line(error) if str(error) else ""))
+        return _printed(error, Ending(error.code, _one_line(error) if str(error) else ""))
     except BlockingIOError as error:
-        return _told(error, Ending(IN_USE, _one_line(error), hasattr(error, "told")))
+        return _printed(error, Ending(IN_USE, _one_line(error), is_shared(error)))
     except (ValueError, OSError, FloatingPointError) as error:  # InterruptedError is an OSError
-        return _told(error, Ending(MISTAKE, _one_line(error), hasattr(error, "told")))
+        return _printed(error, Ending(MISTAKE, _one_line(error), is_shared(error)))
 
 
 def _one_line(error: BaseException) -> str:
@@ -121,8 +122,8 @@ def _one_line(error: BaseException) -> str:
     return "error: " + " ".join(line.strip() for line in str(error).splitlines())
 
 
-def _told(error: BaseException, ending: Ending) -> Ending:
+def _printed(error: BaseException, ending: Ending) -> Ending:
     """Print the line of an ending, unless another process prints it."""
-    if ending.line and not getattr(error, "told", False):
+    if ending.line and not is_printed(error):
         print(ending.line, file=sys.stderr, flush=True)
     return ending

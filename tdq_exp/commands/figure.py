@@ -6,7 +6,9 @@ examples:
   python -m tdq_exp figure 3 --scale small --measure    measure the networks that there are
   python -m tdq_exp figure 8 --scale small --run     run the cells that have no row, then draw
   python -m tdq_exp figure all --scale small         draw everything that has numbers
-Figures: 2, 3, 8, 9, grids (Figures 5 to 7), layers, length, encoding. The same numbers give the same bytes.
+
+Figures: 2, 3, 8, 9, grids (Figures 5 to 7), layers, length, encoding. The same numbers give the
+same bytes.
 """
 
 from __future__ import annotations

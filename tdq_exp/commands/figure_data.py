@@ -14,6 +14,7 @@ from torch import nn
 
 from tdq_exp.analysis import activations, alone, quantizers, samples, trajectory
 from tdq_exp.config.compose import compose
+from tdq_exp.config.naming import FIT_RECORD, PACKED
 from tdq_exp.data.images import Data
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import fit_stage, pipeline
@@ -29,7 +30,6 @@ from tdq_exp.runtime.progress import console
 from tdq_exp.runtime.tracking import Tracker
 
 NAMED = 6  # quantizers whose ranges are drawn
-PACKED = "packed.safetensors"
 RANGES = ("low", "q01", "q99", "high", "grid_low", "grid_high", "bits")
 
 # Label of a network -> what `quantizers.measure` returns.
@@ -162,7 +162,7 @@ def _fit_fingerprint(folder: Path, cell: Cell) -> str:
     Raises:
         ValueError: if there is no record beside the network.
     """
-    record = files.read_json(folder / "fit.json")
+    record = files.read_json(folder / FIT_RECORD)
     if record is None:
         raise ValueError(f"{folder}: holds a network without its record, fit.json")
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tdq_exp.commands import cli
+from tdq_exp.config.naming import FIT_RECORD, PACKED
 from tdq_exp.deploy import packed
 from tdq_exp.experiment.load import load
 from tdq_exp.runtime import files
@@ -37,7 +38,7 @@ def pack(run: Path, out: Path | None = None) -> Path:
         ValueError: for a run that is not quantized, or a file that exists.
         FileNotFoundError: if there is no finished run.
     """
-    out = out or run / "packed.safetensors"
+    out = out or run / PACKED
     if out.exists():
         raise ValueError(f"--out={out}: exists; remove it or name another file")
 
@@ -50,7 +51,7 @@ def pack(run: Path, out: Path | None = None) -> Path:
         raise ValueError(f"{run}: is a float run; there is nothing to pack")
 
     # What the file must say of its run.
-    record = files.read_json(run / "fit.json")
+    record = files.read_json(run / FIT_RECORD)
     assert record is not None
     size = packed.save(
         net.state_dict(), out, record["config"], record["fingerprint"], job.model.parts()

@@ -145,7 +145,7 @@ def _shown(shown: int, images: int) -> str:
 
 
 def _require_ranges(options: argparse.Namespace) -> None:
-    """Refuse numbers that are slips of the keyboard, and an output that can't be a folder.
+    """Refuse numbers that are probably typos, and an output that can't be a folder.
 
     Raises:
         ValueError, OSError: naming the option.

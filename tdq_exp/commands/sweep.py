@@ -42,6 +42,7 @@ class SweptJob:
 
     @property
     def state(self) -> str:
+        """Return how far the job is, in words."""
         if self.ending is None:
             return "not begun"
         if self.ending.stopped:

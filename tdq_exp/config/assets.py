@@ -15,13 +15,13 @@ _CHECKOUT = _PACKAGE.parent
 
 
 def configs() -> Path:
-    """The folder of Hydra configs, absolute."""
+    """Return the folder of Hydra configs, absolute."""
     inside = _PACKAGE / "_configs"
     return inside if inside.is_dir() else _CHECKOUT / "configs"
 
 
 def weights(name: str) -> Path:
-    """Path of a weights file, `shipped:NAME` being one of the nets shipped with the project.
+    """Return the path of a weights file; `shipped:NAME` is one of the project's own nets.
 
     Raises:
         FileNotFoundError: if no net of that name is shipped.

@@ -230,8 +230,8 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OverrideParseException):
         return _grammar_hint(str(error.override))
 
-    said = str(error).split("Config search path")[0].split("Set the environment")[0]
-    words = " ".join(said.split())
+    message = str(error).split("Config search path")[0].split("Set the environment")[0]
+    words = " ".join(message.split())
 
     # Hydra advises to add the key, which helps only where a class takes it.
     unknown = _UNKNOWN_KEY.match(words)

@@ -3,10 +3,13 @@
 The name of a run says which options it was composed of (`naming.fit_name`), so the way back needs
 no file: `<model>[_<bits>]_<method>`, then the labels of whatever else differs from its default.
 
-    ddim_small_w4a4_lsq_tdq      model=ddim_small bits=w4a4 method=lsq tdq=temporal
-    ldm_w8a5_ptq4dm_fattn        model=ldm_churches bits=w8a5 method=ptq4dm tdq=none
-                                 plan=float_attention
-    digits_fp                    model=digits method=fp
+    ddim_small_w4a4_lsq_tdq          model=ddim_small bits=w4a4 method=lsq tdq=temporal
+    ldm_w8a5_ptq4dm_float_attention  model=ldm_churches bits=w8a5 method=ptq4dm tdq=none
+                                     plan=float_attention
+    digits_fp                        model=digits method=fp
+
+After the method an option may be written by its own name in place of its label, as here: the label
+of plan=float_attention is `fattn`, and the run is called ldm_w8a5_ptq4dm_fattn either way.
 
 The files of `configs/experiment` are the documented ones; they win where both exist. Nothing here
 needs torch.
@@ -31,8 +34,6 @@ from tdq_exp.fit.registry import OPTIONS
 
 # Groups whose labels may follow the method, in the order in which `fit_name` writes them.
 LATER = ("tdq", "weight", "act", "plan", "habits", "data", "fit", "calibration", "debug")
-
-# Labels of single values, which no group has an option for.
 
 
 def register(overrides: Sequence[str]) -> None:
@@ -106,7 +107,7 @@ def _later_choices(rest: str, groups: Sequence[str]) -> list[str] | None:
         return []
 
     for number, group in enumerate(groups):
-        for option, after in _prefixes(group, rest):
+        for option, after in [*_prefixes(group, rest), *_prefixes(group, rest, own_names=True)]:
             found = _later_choices(after, groups[number + 1 :])
             if found is not None:
                 return [f"{group}={option}", *found]
@@ -129,12 +130,27 @@ def _values() -> dict[str, str]:
     }
 
 
-def _prefixes(group: str, name: str) -> list[tuple[str, str]]:
-    """Return (option, what is left) for every label of a group that a name begins with."""
+def option_of(group: str, label: str) -> str:
+    """Return the option of a group that has a label, or the label if none has it."""
+    return _labels(group).get(label, label)
+
+
+def _prefixes(group: str, name: str, own_names: bool = False) -> list[tuple[str, str]]:
+    """Return (option, what is left) for every label of a group that a name begins with.
+
+    Args:
+        group: whose options are meant.
+        name: what is left of a run's name.
+        own_names: look for the names of the options themselves, where their labels are others.
+    """
+    spelt = _labels(group)
+    if own_names:
+        spelt = {option: option for label, option in spelt.items() if option != label}
+
     return [
-        (option, name[len(label) + 1 :])
-        for label, option in _labels(group).items()
-        if name == label or name.startswith(f"{label}_")
+        (option, name[len(word) + 1 :])
+        for word, option in spelt.items()
+        if name == word or name.startswith(f"{word}_")
     ]
 
 

@@ -1,4 +1,4 @@
-"""Names of runs: what a folder of results is called."""
+"""Names of runs: what a folder of results is called, and the files in it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from tdq_exp.config.setting import labels
 from tdq_exp.fit.registry import options_class
 
 GROUPS = ("tdq", "weight", "act", "plan", "habits", "data", "fit")
+
+# In the folder of a run.
+FIT_RECORD = "fit.json"
+PACKED = "packed.safetensors"
 
 
 def fit_name(cfg: DictConfig) -> str:

@@ -29,6 +29,25 @@ SLOTS = {
     "habits": ("quant",),
 }
 
+# Parts of a face that code makes, of objects: no configuration names them.
+MADE_BY_CODE = {
+    f"tdq_exp.quant.{name}"
+    for name in (
+        "Dynamic",
+        "Bank",
+        "Interval",
+        "Intervals",
+        "LookupTable",
+        "LowerBound",
+        "PerStep",
+        "Quantizer",
+        "Static",
+        "Temporal",
+        "TimeContext",
+        "ZeroPoint",
+    )
+}
+
 # File paths of older records -> face names.
 MOVED = {
     "tdq_exp.data.images.Digits": "tdq_exp.data.Digits",
@@ -149,7 +168,7 @@ def _require_face(target: Any, faces: Collection[str], where: str) -> None:
         ValueError: naming the target.
     """
     package, _, name = str(target).rpartition(".")
-    known = package in {f"tdq_exp.{face}" for face in faces}
+    known = package in {f"tdq_exp.{face}" for face in faces} and str(target) not in MADE_BY_CODE
 
     # Feature networks are made by functions; everything else that is made is a class.
     if known and name in importlib.import_module(package).__all__:

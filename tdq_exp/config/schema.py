@@ -1,8 +1,7 @@
 """The root of the configuration: its groups, and the checks that concern more than one of them.
 
-Each group is the dataclass of the component that consumes it; the group `fit` is of the class that
-the registry gives for its kind. Nodes of type `Any` hold a `_target_`: their keys are checked by
-the constructor that they name. Free of torch.
+Each group is the dataclass of the component that consumes it, or one of `groups`; the group `fit`
+is of the class that the registry gives for its kind. Free of torch.
 """
 
 from __future__ import annotations
@@ -16,13 +15,23 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tdq_exp.config import setting as settings
+from tdq_exp.config.groups import (
+    ActConfig,
+    BitsConfig,
+    DataConfig,
+    HabitsConfig,
+    MethodConfig,
+    ModelConfig,
+    PlanConfig,
+    Protocol,
+    TdqConfig,
+    WeightConfig,
+)
 from tdq_exp.config.records import texts
-from tdq_exp.config.setting import FEWEST_BITS, MOST_BITS, SEED, setting
-from tdq_exp.diffusion.options import ModelConventions
-from tdq_exp.experiment.options import MOST_BATCH, MOST_IMAGES, EvalOptions, SamplerOptions
+from tdq_exp.config.setting import SEED, setting
+from tdq_exp.experiment.options import EvalOptions, SamplerOptions
 from tdq_exp.fit.calibration_options import CalibrationSpec
 from tdq_exp.fit.options import (
-    MOST_SAMPLES,
     FitOptions,
     LoadOptions,
     PretrainOptions,
@@ -37,122 +46,9 @@ from tdq_exp.runtime.options import LauncherOptions, TrackerOptions
 
 
 @dataclass
-class ModelConfig:
-    label: str = setting(fingerprint=False, is_name=True)
-    definition: Any = setting(help="_target_: a class like tdq_exp.models.DiffusionModel")
-    weights: str | None = setting(
-        None,
-        fingerprint=False,
-        help="safetensors, .ckpt, diffusers folder, hub id, or shipped:NAME",
-    )
-    ema: bool = setting(True, fingerprint=False, help="of a .ckpt that holds both")
-    autoencoder: str | None = setting(
-        None, fingerprint=False, help="weights of a latent model's first stage, as `weights`"
-    )
-    sampling: ModelConventions = field(
-        default_factory=ModelConventions, metadata={"fingerprint": False}
-    )
-
-
-@dataclass
-class DataConfig:
-    label: str = setting("", fingerprint=False, is_name=True)
-    source: Any = setting(help="_target_: where images come from", fingerprint=False)
-    cache: str | None = setting(None, fingerprint=False, help="default: ~/.cache/tdq_exp")
-    limit: int | None = setting(
-        None,
-        low=1,
-        most=MOST_IMAGES,
-        fingerprint=False,
-        help="only the first so many images of each split",
-    )
-
-
-@dataclass
-class PtqProtocol(PtqNumbers):
-    samples: int = setting(0, low=1, most=MOST_SAMPLES, help="of a calibration set")
-    images: int = setting(
-        0, low=1, most=MOST_SAMPLES, help="trajectories of a set whose t are steps of each"
-    )
-    ndtc_images: int = setting(
-        0, low=1, most=MOST_SAMPLES, help="the same, where t is drawn from PTQ4DM's distribution"
-    )
-    steps: int = setting(0, low=1, help="of sampling after post-training quantization")
-
-
-@dataclass
-class SamplingNumbers:
-    images: int = setting(low=1, most=MOST_IMAGES)
-    steps: int = setting(low=1)
-    batch: int = setting(low=1, most=MOST_BATCH)
-
-
-@dataclass
-class Protocol:
-    """The numbers of an experiment at one scale; the groups `fit` and `sampler` read them."""
-
-    scale: str = setting(is_name=True, help="paper, small, digits, tiny")
-    pretrain: TrainOptions = field(default_factory=TrainOptions)
-    autoencoder: TrainOptions = field(default_factory=TrainOptions)
-    qat: QatNumbers = field(default_factory=QatNumbers)
-    ptq: PtqProtocol = field(default_factory=PtqProtocol)
-    sampling: SamplingNumbers = field(default_factory=SamplingNumbers)
-
-
-@dataclass
-class BitsConfig:
-    label: str = setting(fingerprint=False, is_name=True)
-    weight: int = setting(low=FEWEST_BITS, high=MOST_BITS)
-    act: int = setting(low=FEWEST_BITS, high=MOST_BITS)
-
-
-@dataclass
-class ActConfig:
-    """The rule of activations, or null."""
-
-    label: str = setting("", fingerprint=False, is_name=True)
-    quantizer: Any = setting(None)
-
-
-@dataclass
-class WeightConfig:
-    """The rule of weights, or null, and where their step sizes come from."""
-
-    label: str = setting("", fingerprint=False, is_name=True)
-    quantizer: Any = setting(None)
-    interval: str = setting("static", help="static, max_abs or channel_range")
-
-
-@dataclass
-class TdqConfig:
-    label: str = setting("", fingerprint=False, is_name=True)
-    interval: Any = setting(help="_target_: where activations' step sizes come from")
-    zero_point: str = setting("by_role", help="static, lower_bound, by_role")
-
-
-@dataclass
-class PlanConfig:
-    label: str = setting("", fingerprint=False, is_name=True)
-    plan: Any = setting()
-
-
-@dataclass
-class HabitsConfig:
-    label: str = setting("", fingerprint=False, is_name=True)
-    habits: Any = setting()
-
-
-@dataclass
-class MethodConfig:
-    label: str = setting(fingerprint=False, is_name=True)
-    quantized: bool = setting(True, fingerprint=False)
-    calibration: str = setting(
-        "", fingerprint=False, help="label of the set that the method's name stands for"
-    )
-
-
-@dataclass
 class Config:
+    """A whole experiment: the root of the configuration."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     protocol: Protocol = field(default_factory=Protocol)

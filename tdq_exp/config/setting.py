@@ -57,7 +57,7 @@ def setting(
         since: for a key that was added later, the value with which every earlier result was made.
             It is part of a fingerprint only where it differs from that.
         words: `help`, one line for a reader; `named`, value -> what the run's name says of it;
-            `most`, the largest value that is not taken for a slip of the keyboard, for numbers
+            `most`, the largest value that is not refused as probably a typo, for numbers
             whose range has no end; `is_name`, for a text that becomes part of a folder's name.
     """
     about = {"low": low, "high": high, "above": above, "below": below, "choices": tuple(choices)}
@@ -96,12 +96,12 @@ def check(options: Any, prefix: str, *, defaults: bool = True, skip: Collection[
 
         problem = _problem(value, field.metadata)
         if problem is not None:
-            said = f"{value!r}" if isinstance(value, str) else f"{value}"
-            raise ValueError(f"{key}={said}: {problem}")
+            text = f"{value!r}" if isinstance(value, str) else f"{value}"
+            raise ValueError(f"{key}={text}: {problem}")
 
 
 def _problem(value: Any, about: Mapping[str, Any]) -> str | None:
-    """What is wrong with a value, or None."""
+    """Return what is wrong with a value, or None."""
     choices = about.get("choices", ())
     if choices:
         several = isinstance(value, list)
@@ -169,7 +169,7 @@ def is_of(value: Any, kind: type[Any]) -> bool:
 
 
 def _name_problem(value: str) -> str | None:
-    """What keeps a text from being part of a folder's name, or None."""
+    """Return what keeps a text from being part of a folder's name, or None."""
     if len(value) > _LONGEST_NAME:
         return f"is part of a folder's name: at most {_LONGEST_NAME} characters"
     if value and not _NAME.fullmatch(value):

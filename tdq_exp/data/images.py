@@ -32,6 +32,16 @@ CACHE_REMEDY = "free space or set data.cache=FOLDER"
 _HEADER = 128  # bytes, of a .npy file of images
 
 
+def classes_at(labels: NDArray[np.int64] | None, index: Tensor) -> Tensor | None:
+    """Return the class of some samples, `[B]`, int64; None without labels.
+
+    Args:
+        labels: of all samples, `[N]`.
+        index: `[B]`, int64.
+    """
+    return None if labels is None else torch.from_numpy(labels[index.numpy()])
+
+
 @dataclass(frozen=True)
 class Images:
     """A set of images in memory-mapped form.
@@ -76,7 +86,7 @@ class Images:
 
     def condition(self, index: Tensor) -> Tensor | None:
         """Return the class of some images, `[B]`, int64; None without labels."""
-        return None if self.labels is None else torch.from_numpy(self.labels[index.numpy()])
+        return classes_at(self.labels, index)
 
     def labelled(self, labels: Sequence[int]) -> Images:
         """Return the same images with their classes.

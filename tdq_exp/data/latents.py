@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tdq_exp.data.arrays import Column, GroupedArrays
-from tdq_exp.data.images import Images
+from tdq_exp.data.images import Images, classes_at
 from tdq_exp.runtime import files, lock
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import track
@@ -98,7 +98,7 @@ class Latents:
 
     def condition(self, index: Tensor) -> Tensor | None:
         """Return the class of some images, `[B]`, int64; None without labels."""
-        return None if self.labels is None else torch.from_numpy(self.labels[index.numpy()])
+        return classes_at(self.labels, index)
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ class Digits:
         return []
 
     def settle(self, cached: Callable[[str], bool]) -> None:
-        """Nothing is left to decide."""
+        """Do nothing: the split of this set is fixed."""
 
     def key(self, split: str) -> str:
         return f"sklearn-digits/{split}"
@@ -166,7 +166,7 @@ class Folder:
         ]
 
     def settle(self, cached: Callable[[str], bool]) -> None:
-        """Nothing is left to decide."""
+        """Do nothing: the place of an image in the list decides whether it is held out."""
 
     def _of(self, split: str) -> list[Path]:
         return list(part(iter(self.files), self.holdout, split))

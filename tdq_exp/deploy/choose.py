@@ -57,6 +57,7 @@ class Timed:
 
     @property
     def speedup(self) -> float:
+        """Return simulated time over integer time; -1 where one of them is unknown."""
         if self.simulated is None or self.integer is None:
             return -1.0
         return self.simulated / self.integer
@@ -78,6 +79,7 @@ class Kept:
 
     @property
     def again(self) -> str:
+        """Return what a message of an error says to do about the choice."""
         images = self.file.parent / "images"
         return f"put the right one back, or remove {images} and what is there of it to begin again"
 
@@ -194,7 +196,7 @@ def _entry(
 
 
 def chosen(times: list[Timed], min_speedup: float) -> list[str]:
-    """Names of the layers whose shape gains at least so much."""
+    """Return the names of the layers whose shape gains at least so much."""
     return [name for entry in times if entry.speedup >= min_speedup for name in entry.names]
 
 

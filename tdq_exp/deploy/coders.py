@@ -71,7 +71,7 @@ class Tables(nn.Module):
         self.register_buffer("zero_points", z.clone())
 
     def rows(self) -> tuple[int, int]:
-        """Of s and of z at the current time step."""
+        """Return the rows of s and of z at the current time step."""
         steps, zeros = len(self.step_sizes) > 1, len(self.zero_points) > 1
         if not (steps or zeros):
             return 0, 0
@@ -84,7 +84,7 @@ class Rounder(Tables):
     """Simulated quantization by a table, for factors of products that have no integer kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x_hat."""
+        """Return x_hat."""
         i, j = self.rows()
         return ops.fake_quantize(
             x, self.step_sizes[i : i + 1], self.zero_points[j : j + 1], self.n, self.p
@@ -112,7 +112,7 @@ class Coder(Tables, ByteSource):
         )
 
     def forward(self, x: Tensor) -> Coded:
-        """Codes of x at the current time step."""
+        """Return the codes of x at the current time step."""
         i, j = self.rows()
         s, z = self.step_sizes[i : i + 1], self.zero_points[j : j + 1]
         return Coded(
@@ -122,7 +122,7 @@ class Coder(Tables, ByteSource):
         )
 
     def of_norm(self, x: Tensor, norm: nn.GroupNorm, silu: bool) -> Coded:
-        """Codes of a group norm's output, or of SiLU of it; `[B, C, H, W]`."""
+        """Return the codes of a group norm's output, or of SiLU of it; `[B, C, H, W]`."""
         i, j = self.rows()
         codes = kernels.norm_codes(
             x, norm, silu, self.steps[i], self.zeros[j], self.n, self.p, self.shift
@@ -149,7 +149,7 @@ class DynamicCoder(ByteSource):
         self.shift = -self.n
 
     def forward(self, x: Tensor) -> Coded:
-        """Codes of x on its own range."""
+        """Return the codes of x on its own range."""
         x = x.float()
         low, high = kernels.ranges(x)
         if not self.per_sample:
@@ -163,11 +163,11 @@ class DynamicCoder(ByteSource):
         )
 
     def of_norm(self, x: Tensor, norm: nn.GroupNorm, silu: bool) -> Coded:
-        """As `Coder.of_norm`, in three passes: the range is known after the first."""
+        """Return the same in three passes: the range is known after the first."""
         return self(kernels.normalised(x, norm, silu))
 
     def matrix(self, quantizer: Quantizer) -> nn.Module:
-        """As `Coder.matrix`."""
+        """Return the same as `Coder.matrix`."""
         return matrix_on_cpu(quantizer)
 
 
@@ -187,7 +187,7 @@ def gives_codes(quantizer: Quantizer) -> bool:
 
 
 def too_wide(quantizer: Quantizer) -> bool:
-    """Do its codes not fit into a byte?"""
+    """Return whether the codes of a quantizer do not fit into a byte."""
     return largest_code(quantizer) > 255
 
 

@@ -36,7 +36,7 @@ class CodedNorm(nn.Module):
         self.norm, self.coder, self.silu = norm, coder, silu
 
     def forward(self, x: Tensor) -> Coded:
-        """`[B, C, H, W]`."""
+        """Return the codes of the norm's output, or of SiLU of it, `[B, C, H, W]`."""
         return self.coder.of_norm(x, self.norm, self.silu)
 
 
@@ -71,7 +71,7 @@ class CodedUpsample(nn.Module):
         self.conv, self.coder = conv, coder
 
     def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
-        """`[B, C, H, W]` -> twice the height and width, or the size."""
+        """Return `[B, C, H, W]` at twice the height and width, or at the size."""
         coded = self.coder(x)
         factor = None if output_size is not None else 2.0
         # Only copied: as unsigned bytes, which torch interpolates on any device.

@@ -121,13 +121,13 @@ class GpuCoder(Tables, ByteSource):
         return t.to(x.device)
 
     def forward(self, x: Tensor) -> Coded:
-        """Bytes of x at the current time step."""
+        """Return the bytes of x at the current time step."""
         x, t = dense(kernels.readable(x)), self._time(x)
         codes = kernel.codes(x, self.step_sizes, self.zero_points, t, self.n, self.p, self.shift)
         return Coded(codes, self.step_sizes, self.bytes_of_zero, t)
 
     def of_norm(self, x: Tensor, norm: nn.GroupNorm, silu: bool) -> Coded:
-        """Bytes of a group norm's output, or of SiLU of it; `[B, C, H, W]`."""
+        """Return the bytes of a group norm's output, or of SiLU of it; `[B, C, H, W]`."""
         if norm.weight is None:
             y = norm(x)
             return self(F.silu(y) if silu else y)
@@ -155,7 +155,7 @@ class GpuDynamicCoder(ByteSource):
         self.shift = None if largest_code(quantizer) <= BYTE.max else shift_of(self.p)
 
     def forward(self, x: Tensor) -> Coded:
-        """Bytes of x on its own range."""
+        """Return the bytes of x on its own range."""
         x = dense(kernels.readable(x))
         axes = tuple(range(1 if self.per_sample else 0, x.dim()))
         low, high = (bound.float().reshape(-1) for bound in (x.amin(axes), x.amax(axes)))
@@ -164,7 +164,7 @@ class GpuDynamicCoder(ByteSource):
         return Coded(codes, s, None if self.shift is None else z + self.shift)
 
     def of_norm(self, x: Tensor, norm: nn.GroupNorm, silu: bool) -> Coded:
-        """As `GpuCoder.of_norm`: the range is known after the norm."""
+        """Return the same as `GpuCoder.of_norm`: the range is known after the norm."""
         y = norm(x)
         return self(F.silu(y) if silu else y)
 

@@ -154,7 +154,7 @@ def reason_here(layer: QuantLayer, quantizer: Quantizer, on_gpu: bool) -> str | 
     Args:
         layer: baked, without a `reason_against` it.
         quantizer: of its input.
-        on_gpu: with the kernels for GPUs?
+        on_gpu: whether to take the kernels for GPUs.
     """
     if on_gpu:
         return gpu.reason_against(layer)

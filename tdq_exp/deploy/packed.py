@@ -1,9 +1,11 @@
 """Packed networks: weights at their real bit width, step sizes as tables, nothing else.
 
-A packed file is a safetensors file of a baked network's tensors in which
+A packed file is a safetensors file of a baked network's tensors, in which
+
     codes of weights    are numbers of b bits, lowest bit first, one after another: two 4-bit codes
                         a byte
     zero points         are in the smallest integer type that holds them
+
 and everything else (step sizes, biases, norms) is as it was. The header says how to undo it.
 """
 
@@ -30,7 +32,7 @@ CHUNK = 1 << 20  # codes at a time; a multiple of 8, so that chunks end at whole
 
 
 def pack_codes(codes: Tensor, n: int, bits: int) -> Tensor:
-    """Integers n..n + 2^b - 1 as bytes, uint8 `[ceil(N b / 8)]`.
+    """Return integers n..n + 2^b - 1 as bytes, uint8 `[ceil(N b / 8)]`.
 
     Args:
         codes: any shape, integer.
@@ -48,7 +50,7 @@ def pack_codes(codes: Tensor, n: int, bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, shape: tuple[int, ...], n: int, bits: int) -> Tensor:
-    """The codes that `pack_codes` packed, int32.
+    """Return the codes that `pack_codes` packed, int32.
 
     Raises:
         ValueError: if there are not as many bytes as the shape needs.
@@ -68,7 +70,7 @@ def unpack_codes(packed: Tensor, shape: tuple[int, ...], n: int, bits: int) -> T
 
 
 def pack(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A baked network's state dict in packed form, and how to undo it, by key."""
+    """Return a baked network's state dict in packed form, and how to undo it, by key."""
     packed, how = {}, {}
     for key, value in state.items():
         if key.endswith(".weight_quantizer.codes"):
@@ -94,7 +96,7 @@ def pack(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def unpack(packed: Mapping[str, Tensor], how: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict that `pack` packed, bit for bit."""
+    """Return the state dict that `pack` packed, bit for bit."""
     state = dict(packed)
     for key, rule in how.items():
         value, dtype = packed[key], getattr(torch, rule["type"])
@@ -119,7 +121,7 @@ def save(
     fit: str,
     parts: Mapping[str, str] | None = None,
 ) -> int:
-    """Writes a packed file and returns its bytes, after reading it back and comparing every bit.
+    """Write a packed file and return its bytes, after reading it back and comparing every bit.
 
     Args:
         state: of a baked network.

@@ -160,7 +160,7 @@ class RecordedSteps:
 
 
 def _advance(ddim: Ddim, denoise: NoisePredictor, tensors: StepTensors) -> Tensor:
-    """x_t -> x_{t_prev} in place, at the step whose number is on the GPU."""
+    """Take x_t to x_{t_prev} in place, at the step whose number is on the GPU."""
     x, i, steps, table, z = tensors
     number = i.clamp(max=len(steps) - 1)  # the warm-up may count past the end
     t = steps.index_select(0, number).reshape(())

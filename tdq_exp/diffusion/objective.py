@@ -11,7 +11,7 @@ A network may predict x_0 or v in place of eps, by diffusers' names of `PREDICTI
 The loss is then that of its own target. Samplers ask for eps, which follows from x_t and each.
 
 Source: Salimans, Ho, *Progressive Distillation for Fast Sampling of Diffusion Models* (2022),
-    appendix D.
+appendix D.
 """
 
 from __future__ import annotations

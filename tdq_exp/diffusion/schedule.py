@@ -3,7 +3,7 @@
     q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I),   abar_t = prod_{i <= t} (1 - beta_i)
 
 Source: Ho, Jain, Abbeel, *Denoising Diffusion Probabilistic Models* (2020), eq. (4). Cosine betas:
-    Nichol, Dhariwal, *Improved Denoising Diffusion Probabilistic Models* (2021), eq. (17).
+Nichol, Dhariwal, *Improved Denoising Diffusion Probabilistic Models* (2021), eq. (17).
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ class CardCost:
 
     @property
     def seconds(self) -> float:
+        """Return the time of fit and sampling together."""
         return self.fit_seconds + self.sample_seconds
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tdq_exp.config.naming import FIT_RECORD
 from tdq_exp.diffusion.draws import Stream
 from tdq_exp.experiment import card
 from tdq_exp.experiment.build import Experiment
@@ -59,6 +60,7 @@ class Cost:
 
     @property
     def seconds(self) -> float:
+        """Return the time of fit and sampling together."""
         return self.fit_seconds + self.sample_seconds
 
 
@@ -183,7 +185,7 @@ def stages_done(job: Experiment) -> tuple[bool, bool]:
     Fingerprints are checked when it runs. A finished fit whose network is gone is made again where
     something new is wanted of it.
     """
-    fit = files.read_json(job.folder / "fit.json", needs=["done"])
+    fit = files.read_json(job.folder / FIT_RECORD, needs=["done"])
     rows = read_rows(job.folder / job.sample_name / "metrics.json")
 
     name = job.evaluation.label

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from tdq_exp.config.naming import FIT_RECORD
 from tdq_exp.data.images import Data
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.first_layer import first_range, noise_beyond
 from tdq_exp.experiment.network import (
-    RECORD,
     finished_net,
     network_is_here,
     read_fit,
@@ -63,7 +63,7 @@ def run_fit(job: Experiment, data: Data, processes: Processes, tracker: Tracker)
     processes.decide(job.trained.parts)  # another download, or complaint
 
     about = {"name": job.name, "config": job.recorded()}
-    record = StageFile(job.folder / "fit.json", fit_parts(job, data, weights), about)
+    record = StageFile(job.folder / FIT_RECORD, fit_parts(job, data, weights), about)
     context = RunContext(
         folder=job.folder,
         fingerprint=record.fingerprint,
@@ -163,7 +163,7 @@ def _confirm_network(
     repeatable = decide(lambda: any((folder / name).exists() for name in STATES))
     if not repeatable and decide(file.exists):
         raise ValueError(
-            f"{found.partition(';')[0]}; put it back, or remove it and {folder / 'fit.json'} to fit"
+            f"{found.partition(';')[0]}; put it back, or remove it and {folder / FIT_RECORD} to fit"
             " again"
         )
 
@@ -194,7 +194,7 @@ def _fit_again(
     def announce() -> None:
         _require_repeatable(job, context)
         console.print(
-            f"note: fitting again, to the network whose hash {job.folder / RECORD} states",
+            f"note: fitting again, to the network whose hash {job.folder / FIT_RECORD} states",
             markup=False,
         )
         scratch.mkdir(exist_ok=True)
@@ -215,7 +215,7 @@ def _require_repeatable(job: Experiment, context: RunContext) -> None:
     Raises:
         ValueError: naming what differs.
     """
-    path, file = job.folder / RECORD, job.fit.network_file(job.folder)
+    path, file = job.folder / FIT_RECORD, job.fit.network_file(job.folder)
     record = read_fit(job.folder)
     facts = record["facts"] if record is not None else {}
     own = "label=NAME, or another out=FOLDER, gives a network of its own"

@@ -10,6 +10,7 @@ import json
 
 import torch
 
+from tdq_exp.config.naming import FIT_RECORD
 from tdq_exp.experiment.build import QUANTIZERS, Experiment, shipped
 from tdq_exp.experiment.network import network_is_here
 from tdq_exp.models.compiled import blocks_to_compile
@@ -39,7 +40,7 @@ def require_inputs(job: Experiment, download: bool = True) -> None:
     # 2. The precision of a fit that is still to be made.
     precision = getattr(job.fit.options, "precision", None)
     if precision == "tf32" and launch.device(job.machine.launcher).type == "cpu":
-        fitted = files.read_json(job.folder / "fit.json") or {}
+        fitted = files.read_json(job.folder / FIT_RECORD) or {}
         if not (fitted.get("done") and network_is_here(job)):
             raise ValueError("fit.precision=tf32: only GPUs have it; take float32, or bfloat16")
 

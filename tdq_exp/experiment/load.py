@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tdq_exp.config.naming import FIT_RECORD
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment.inputs import require_network
 from tdq_exp.experiment.network import finished_net, packed_net, read_fit, require_file
@@ -17,7 +18,7 @@ from tdq_exp.experiment.own_checks import path_of
 
 
 def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
-    """The job and the network of a finished run, or of a packed file. See `tdq_exp.load`."""
+    """Return the job and the network of a finished run, or of a packed file. See `tdq_exp.load`."""
     folder = path_of(run, "run")
     if folder.suffix == ".safetensors":
         return _packed(folder)
@@ -37,10 +38,10 @@ def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
 
     for key in ("config", "parts", "facts"):
         if not isinstance(found.get(key), dict):
-            raise ValueError(f"{folder / 'fit.json'}: is no record of a fit (it has no {key})")
+            raise ValueError(f"{folder / FIT_RECORD}: is no record of a fit (it has no {key})")
 
     # Built again from the configuration that was recorded.
-    job = jobs.rebuild(found["config"], folder / "fit.json")
+    job = jobs.rebuild(found["config"], folder / FIT_RECORD)
     job = dataclasses.replace(job, folder=folder)
     if not job.fit.options.loads_only:
         require_file(job)

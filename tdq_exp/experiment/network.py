@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from tdq_exp.config.naming import FIT_RECORD, PACKED
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.models.weights.load import load_weights, state_hash
 from tdq_exp.quant.convert import bake
 from tdq_exp.runtime import files, tensor_files
 from tdq_exp.runtime.stage import read_record
-
-RECORD = "fit.json"
-PACKED = "packed.safetensors"
 
 
 def read_fit(folder: Path, must_be_sealed: bool = False) -> dict[str, Any] | None:
@@ -25,7 +23,7 @@ def read_fit(folder: Path, must_be_sealed: bool = False) -> dict[str, Any] | Non
     Raises:
         ValueError: if it is damaged.
     """
-    path = folder / RECORD
+    path = folder / FIT_RECORD
     found = read_record(path, ["config", "done"], must_be_sealed)
     if found is not None and found["done"] and "facts" not in found:
         raise files.damaged(path, "it has no facts")
@@ -107,8 +105,8 @@ def require_file(job: Experiment) -> None:
     if not network_is_here(job):
         file = job.fit.network_file(job.folder)
         raise FileNotFoundError(
-            f"{file}: is not here, and no {PACKED} either; remove {job.folder / RECORD} and run the"
-            " command again to fit anew"
+            f"{file}: is not here, and no {PACKED} either; remove {job.folder / FIT_RECORD}"
+            " and run the command again to fit anew"
         )
 
 
@@ -148,4 +146,6 @@ def require_recorded(folder: Path, file: Path, net: nn.Module) -> None:
     record = read_fit(folder)
     stated = record["facts"].get("network") if record is not None and record["done"] else None
     if stated is not None and state_hash(net.state_dict()) != stated:
-        raise ValueError(f"{file}: is not the network of {folder / RECORD}, which states {stated}")
+        raise ValueError(
+            f"{file}: is not the network of {folder / FIT_RECORD}, which states {stated}"
+        )

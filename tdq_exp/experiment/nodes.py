@@ -64,7 +64,7 @@ def _rule(values: Values, key: str) -> Any:
     """
     rule = make(values, key)
     named = rule.func if isinstance(rule, partial) else None
-    if not (isinstance(named, type) and issubclass(named, Quantizer)):
+    if not (isinstance(named, type) and issubclass(named, Quantizer)) or named is Quantizer:
         raise ValueError(f"{key}: must name a quantizer by its _target_, with _partial_: true")
     return rule
 

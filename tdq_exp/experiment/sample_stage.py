@@ -125,7 +125,7 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
     made: list[dict[str, Any]] = []
 
     def facts(seconds: float, name: str | None) -> Result:
-        """What the record says; of the engine, where another one was to be had."""
+        """Return what the record says; of the engine, where another one was to be had."""
         named = {} if name in (None, SIMULATED) else {"engine": name}
         return {"seconds": seconds, "made": made, **named}
 
@@ -133,7 +133,7 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
         found = record.begun()
         if found is None and (folder / "images").exists():
             raise ValueError(
-                f"{folder / 'images'}: images that no samples.json speaks of;"
+                f"{folder / 'images'}: there are images, but no samples.json that belongs to them;"
                 " remove them to sample again"
             )
         earlier = float(found.get("seconds", 0.0)) if found else 0.0
@@ -312,9 +312,8 @@ class Reconstructions:
             ) as advance,
             torch.no_grad(),
         ):
-            for some in (
-                index.split(self.BATCH) if len(index) else ()
-            ):  # an empty tensor splits into one empty part
+            # An empty tensor would split into one empty part.
+            for some in index.split(self.BATCH) if len(index) else ():
                 images = self.images.batch(some, torch.zeros(len(some), dtype=torch.bool))
                 streams = [generator(0, Stream.RECONSTRUCTION, int(i)) for i in some]
                 noise = [torch.randn(self.model.sample_shape, generator=g) for g in streams]

@@ -20,10 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tdq_exp.config.naming import FIT_RECORD
 from tdq_exp.data.arrays import ImageStore, open_array
 from tdq_exp.deploy.onnx import graph
 from tdq_exp.experiment.engines import ENGINE
-from tdq_exp.experiment.network import RECORD, read_fit, require_update
+from tdq_exp.experiment.network import read_fit, require_update
 from tdq_exp.experiment.row import measure_parts, read_rows
 from tdq_exp.runtime import environment, figures, files, tensor_files
 from tdq_exp.runtime.hashes import images_hash, tensor_hash
@@ -58,7 +59,7 @@ def faults_of(path: Path) -> list[str]:
         raise ValueError(f"{path}: is empty, nothing was checked")
 
     # 1. Runs; then whatever lies beside them, such as shipped networks.
-    runs = sorted(record.parent for record in path.rglob(RECORD))
+    runs = sorted(record.parent for record in path.rglob(FIT_RECORD))
     found = [fault for run in runs for fault in run_faults(run)]
 
     inside = set(runs)
@@ -66,9 +67,9 @@ def faults_of(path: Path) -> list[str]:
         if not inside.intersection(file.parents):
             found += _file_faults(file, must_be_sealed=False)
 
-    # 2. Rows that no fit speaks of.
+    # 2. Rows without the record of a fit.
     orphans = [f for f in path.rglob("metrics.json") if not inside.intersection(f.parents)]
-    found += [f"{file}: rows without a {RECORD}" for file in orphans]
+    found += [f"{file}: rows without a {FIT_RECORD}" for file in orphans]
     return found + commit_faults(path)
 
 
@@ -95,7 +96,7 @@ def _run_faults(run: Path, everything: bool) -> list[str]:
         found += _set_faults(folder, record, everything)
 
     # 2. Every other file by itself, and networks as this fit's.
-    special = {RECORD, "samples.json", "metrics.json"}
+    special = {FIT_RECORD, "samples.json", "metrics.json"}
     for file in _files(run):
         state = file.suffix == ".pt"
         if file.name not in special and (everything or not state):
@@ -110,7 +111,7 @@ def row_faults(file: Path) -> list[str]:
     """
     found: list[str] = []
     rows = _tried(found, lambda: read_rows(file, must_be_sealed=True)) or []
-    run = next((folder for folder in file.parents if (folder / RECORD).exists()), None)
+    run = next((folder for folder in file.parents if (folder / FIT_RECORD).exists()), None)
     fit = _tried(found, lambda: read_fit(run)) if run is not None else None
 
     for row in rows:
@@ -134,7 +135,7 @@ def commit_faults(path: Path) -> list[str]:
     for file in sorted(path.rglob("metrics.json")):
         for row in _tried(quiet, partial(read_rows, file)) or []:
             named.setdefault(str(row.get("environment", {}).get("commit")), file)
-    for file in sorted(path.rglob(RECORD)):
+    for file in sorted(path.rglob(FIT_RECORD)):
         fit = _tried(quiet, partial(read_fit, file.parent)) or {}
         facts = fit.get("facts", {})
         named.setdefault(str(facts.get("environment", {}).get("commit")), file)
@@ -342,7 +343,7 @@ def _tensor_faults(file: Path, fit: Mapping[str, Any] | None, must_be_sealed: bo
             _tried(found, lambda: require_update(file, content.metadata))
         stated = fit.get("facts", {}).get("network")
         if file.name in NETWORKS and stated not in (None, tensor_hash(content.tensors)):
-            found.append(f"{file}: is not the network that {RECORD} states")
+            found.append(f"{file}: is not the network that {FIT_RECORD} states")
     return found
 
 

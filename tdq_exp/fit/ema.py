@@ -18,10 +18,13 @@ PIECE = 1 << 24  # elements whose differences are held at once: 64 MB
 
 
 class Ema:
-    """Args:
-    net: the network to follow; copied as it is now. Its parameters and buffers may change, but stay
-        the same tensors.
-    decay: d. Early on it is min(d, (1 + updates) / (10 + updates)), so that the start is forgotten.
+    """A network whose parameters are a moving average of another network's.
+
+    Args:
+        net: the network to follow; copied as it is now. Its parameters and buffers may change, but
+            stay the same tensors.
+        decay: d. Early on it is min(d, (1 + updates) / (10 + updates)), so that the start is
+            forgotten.
     """
 
     def __init__(self, net: nn.Module, decay: float) -> None:

@@ -14,7 +14,7 @@ from tdq_exp.config.setting import setting
 
 NETWORK = "network"  # the part of a model that is fitted unless a pre-training names another
 
-# Beyond these a number is a slip of the keyboard.
+# A number beyond these is probably a typo.
 MOST_RATE = 1000.0
 MOST_UPDATES = 10**9
 MOST_SAMPLES = 10**7
@@ -67,6 +67,7 @@ class FitOptions:
 
     @property
     def reconstructs(self) -> bool:
+        """Whether blocks are reconstructed, one after another."""
         return False
 
     @property

@@ -11,15 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tdq_exp.data.images import Images
+from tdq_exp.data.images import CACHE_REMEDY, Images
 from tdq_exp.metrics.features import FeatureNetwork
 from tdq_exp.metrics.fidelity import NEIGHBOUR, distances, precision_recall
 from tdq_exp.metrics.half_sampling import deviation_of_frechet
 from tdq_exp.runtime import tensor_files
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console, track
-
-CACHE_REMEDY = "free space or set data.cache=FOLDER"
 
 
 class Pixels(Protocol):
@@ -119,11 +117,11 @@ class Features:
     cache: Path
 
     def of(self, pixels: Pixels, label: str) -> dict[str, torch.Tensor]:
-        """See `features_of`."""
+        """Return the features of images; see `features_of`."""
         return features_of(self.network, pixels, self.batch, self.processes, label)
 
     def of_known(self, content: str, pixels: Pixels, label: str) -> dict[str, torch.Tensor]:
-        """See `features_of_known`."""
+        """Return the features of a known set; see `features_of_known`."""
         return features_of_known(
             self.network, content, pixels, self.batch, self.processes, self.cache, label
         )

@@ -26,7 +26,7 @@ class AttentionProcessor(QuantAttention):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """See `forward`.
+        """Return the block's output; see `forward`.
 
         Raises:
             ValueError: for cross-attention or a mask, which a diffusion U-Net over pixels does not

@@ -23,7 +23,7 @@ class LatentDiffusionModel(DiffusionModel):
         autoencoder: the first stage.
         schedule: T and the betas.
         loss: `l1` as released, or `l2`.
-        flip: mirror training images?
+        flip: whether to mirror training images.
         attention_heads: of every attention of the U-Net; see `DiffusionModel`.
         prediction_type: what the U-Net answers; see `DiffusionModel`.
 

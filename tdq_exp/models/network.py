@@ -19,7 +19,7 @@ from torch import nn
 from tdq_exp.config.setting import require
 from tdq_exp.runtime.environment import memory_bytes
 
-# Beyond these a number is a slip of the keyboard, or a trap.
+# A number beyond these is probably a typo, or a trap.
 MOST_LEVELS = 16
 MOST_LAYERS = 64
 MOST = 1 << 16  # of every other whole number: channels, sides, groups, heads

@@ -126,7 +126,7 @@ class DiffusionModel(Trainable):
 
     @property
     def steps(self) -> int:
-        """T."""
+        """Return T, the number of time steps."""
         return self.schedule.steps
 
     def build(self, seed: int = 0) -> nn.Module:

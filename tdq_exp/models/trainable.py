@@ -35,7 +35,7 @@ class Trainable(ABC):
     @property
     @abstractmethod
     def steps(self) -> int:
-        """T."""
+        """Return T, the number of time steps."""
 
     @abstractmethod
     def build(self, seed: int = 0) -> nn.Module:

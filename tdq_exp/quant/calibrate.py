@@ -201,11 +201,11 @@ def _moments_start(mean: float, std: float, grid: Grid, bounded: bool) -> tuple[
 def least_error(values: Tensor, grid: Grid, low: float, high: float) -> tuple[float, int]:
     """Return the (s, z) that minimises `mean (x_hat - x)^2`, by search.
 
-    Symmetric: 100 fractions of max|x| / p, then 20 around the best. Affine with few codes: every
-        zero point.
-    Affine with many: the range [low, high], widened to hold 0, is shrunk one side at a time, twice
-        over 50
-    fractions, then finely; z = round(-low / s).
+    Symmetric: 100 fractions of max|x| / p, then 20 around the best.
+
+    Affine with few codes: every zero point is tried. Affine with many: the range [low, high],
+    widened to hold 0, is shrunk one side at a time, twice over 50 fractions, then finely;
+    z = round(-low / s).
 
     Args:
         values: a sample of the tensor, `[N]`.
@@ -237,7 +237,7 @@ def least_error(values: Tensor, grid: Grid, low: float, high: float) -> tuple[fl
     def search(side: str, fractions: Tensor) -> float:
         lows = low * (fractions if side == "low" else torch.full_like(fractions, a))
         highs = high * (fractions if side == "high" else torch.full_like(fractions, b))
-        steps, zeros = _affine(lows, highs, grid)
+        steps, zeros = ops.affine_range(lows, highs, grid.n, grid.p)
         return float(fractions[_errors(values, steps, zeros, grid).argmin()])
 
     # Either side in turn, the other one fixed; then both once more, finely.
@@ -250,15 +250,16 @@ def least_error(values: Tensor, grid: Grid, low: float, high: float) -> tuple[fl
     b = search("high", (b + fine).clamp(1e-3, 1.02))
     a = search("low", (a + fine).clamp(1e-3, 1.02))
 
-    steps, zeros = _affine(torch.tensor([low * a]), torch.tensor([high * b]), grid)
+    lows, highs = torch.tensor([low * a]), torch.tensor([high * b])
+    steps, zeros = ops.affine_range(lows, highs, grid.n, grid.p)
     return float(steps), int(zeros)
 
 
 def _every_zero_point(values: Tensor, grid: Grid, low: float, high: float) -> tuple[float, int]:
     """Return the (s, z) of least squared error on a grid with few codes.
 
-    The error has a valley for each zero point, so each is searched: 40 steps, then 20 around the
-        best.
+    The error has a valley for each zero point, so each is searched: 40 steps, then 20 around
+    the best.
     """
     zeros = torch.arange(grid.p + 1, dtype=torch.float32)
     # The largest step worth trying reaches both extremes.
@@ -274,11 +275,6 @@ def _every_zero_point(values: Tensor, grid: Grid, low: float, high: float) -> tu
     fine = (fraction + torch.linspace(-0.025, 0.025, 21)).clamp(min=1e-3)
     s, z, _ = best(fine, torch.tensor([z]), torch.tensor([s / fraction]))
     return s, int(z)
-
-
-def _affine(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    steps = ((high - low) / (grid.p - grid.n)).clamp(min=1e-10)
-    return steps, (-low / steps).round().clamp(grid.n, grid.p)
 
 
 def _errors(values: Tensor, steps: Tensor, zeros: Tensor, grid: Grid) -> Tensor:

@@ -2,8 +2,7 @@
 
 quantize(net, roles, recipe, steps)   leaves replaced in place, quantizers in training form
 layer_map(net, roles)                 a printable row for each leaf
-bake(net)                             a copy, or itself, with integer weights and tables of
-                                      step sizes: what is sampled and shipped
+bake(net)                             integer weights, step sizes as tables: what is shipped
 """
 
 from __future__ import annotations

@@ -46,18 +46,16 @@ class _RoundToGrid(torch.autograd.Function):
         (x,), (n, p), (g,) = ctx.saved_tensors, ctx.codes, gradients
         if kernels.fused_on_gpu(x):
             return kernels.kernels_for(x).round_backward(x, g, n, p), None, None
-        outwards = ((x < n) & (g > 0)) | (
-            (x > p) & (g < 0)
-        )  # a descent step would move further away
+        # Where a descent step would move further away from the grid.
+        outwards = ((x < n) & (g > 0)) | ((x > p) & (g < 0))
         return torch.where(outwards, 0.0, g), None, None
 
 
 def round_straight_through(x: Tensor, n: float = -torch.inf, p: float = torch.inf) -> Tensor:
     """Return round(x) clipped to n..p, with the gradient of x.
 
-    Beyond the ends only a gradient that leads back passes: without it, a parameter that one update
-        has
-    carried past an end would stay there for ever.
+    Beyond the ends only a gradient that leads back passes: without it, a parameter that one
+    update has carried past an end would stay there for ever.
     """
     return _RoundToGrid.apply(x, n, p)
 
@@ -237,7 +235,7 @@ def _fake_quantize(
     kind: str,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """x_hat, by the first of three ways that applies.
+    """Return x_hat, by the first of three ways that applies.
 
     1. No fused kernel is for such tensors, or kernels are off: single tensor operations.
     2. Somebody records operations or replaces memory: a torch operator that stands for the kernel.

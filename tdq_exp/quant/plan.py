@@ -7,8 +7,8 @@
 | release | float: first and last convolution, time embedding and projections, attention matrices |
 | release_shortcut8 | as release, and shortcuts at 8 bits |
 
-A shortcut is the 1x1 convolution beside a residual block. That of the last block reads what the first
-layer made of x_t, and what it cuts off stays in the image as a bright dot
+A shortcut is the 1x1 convolution beside a residual block. That of the last block reads what the
+first layer made of x_t, and what it cuts off stays in the image as a bright dot
 (`scripts/analysis/outliers.py`).
 """
 
@@ -35,7 +35,7 @@ class Plan:
     Args:
         edge_bits: bits of the first and last layer, weights and input; None: as all others.
         keep_float: kinds of role that are not quantized.
-        attention: quantize q, k, v and the softmax output inside attention?
+        attention: whether to quantize q, k, v and the softmax output inside attention.
         shortcut_bits: bits of the shortcuts, weights and input; None: as all others.
 
     Raises:

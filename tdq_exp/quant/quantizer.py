@@ -49,9 +49,8 @@ class Quantizer(nn.Module):
         super().__init__()
         self.grid, self.interval, self.zero_point = grid, interval, zero_point
         self.gradient_scale = gradient_scale
-        self.observer: Any = (
-            None  # while calibrating: receives what passes, and nothing is quantized
-        )
+        # While calibrating it receives what passes, and nothing is quantized.
+        self.observer: Any = None
         self.zero: Tensor
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
@@ -61,7 +60,7 @@ class Quantizer(nn.Module):
         """Return x_hat with the gradients of a method, while training.
 
         In the final phase the values must be those of the formula above: `check_rule` refuses
-            others.
+        others.
 
         Args:
             x: float32, any shape.
@@ -97,7 +96,7 @@ class Quantizer(nn.Module):
 
     @property
     def transforms_step(self) -> bool:
-        """Does this rule change the step size that its interval gives?"""
+        """Return whether this rule changes the step size that its interval gives."""
         return type(self).transform_step is not Quantizer.transform_step
 
     def start(self, s: float, z: int) -> None:

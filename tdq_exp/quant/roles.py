@@ -24,7 +24,7 @@ class Role:
     Args:
         kind: one of `KINDS`.
         block: the unit of block-wise reconstruction that it belongs to.
-        after_silu: is its input the output of a SiLU, and so bounded below by -0.2785?
+        after_silu: whether its input is the output of a SiLU, and so bounded below by -0.2785.
         reads: layers that name the same tensor here share one input quantizer.
     """
 

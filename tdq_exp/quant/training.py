@@ -2,12 +2,11 @@
 
     initialize(net)             any valid start value in every slot, before a state is loaded
     parameter_groups(net)       trainable parameters, by what they are
-    set_final_phase(net, ...)   rules that train in two phases: is this the last one?
+    set_final_phase(net, ...)   tells rules that train in two phases which one it is
     penalty(net)                what the rules add to the loss
 
-Each slot answers for itself: a module names the group of its own parameters (`parameter_group`), a
-    rule
-defines `penalty` and `set_final_phase`.
+Each slot answers for itself: a module names the group of its own parameters (`parameter_group`),
+a rule defines `penalty` and `set_final_phase`.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def initialize(net: nn.Module) -> None:
     """Give every interval and zero point a valid start value (s = 1, z = 0).
 
     For a network whose values are loaded afterwards: a new one holds numbers that no calibration
-        has set.
+    has set.
 
     Args:
         net: quantized, in training form; changed in place.

@@ -24,9 +24,12 @@ from tdq_exp.quant.time import TimeContext
 class ZeroPointSource(nn.Module):
     """A source of zero points."""
 
-    time_dependent = False  # does z depend on t, by itself or through s?
-    bounded_below = False  # does it stand for a smallest value of x that is fixed, like SiLU's?
-    description = ""  # for the layer map
+    # Whether z depends on t, by itself or through s.
+    time_dependent = False
+    # Whether it stands for a smallest value of x that is fixed, like SiLU's.
+    bounded_below = False
+    # For the layer map.
+    description = ""
 
     def start(self, s: float, z: int) -> None:
         """Set the start value that calibration found."""

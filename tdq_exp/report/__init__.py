@@ -8,7 +8,7 @@ costs      what runs cost, from the figures of a script
 progress   how far a cell is, told by the files of its run
 claims     the paper's claims: holds, does not hold, can't tell
 second     metrics beside the Frechet distance
-columns    cells -> the texts of a table
+columns    cells -> the texts of a table, with column_notes below it
 render     texts -> Markdown and LaTeX
 charts     distance over bits
 pages      a measurement of a script -> JSON and Markdown

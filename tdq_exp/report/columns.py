@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tdq_exp.experiment.places import environments, machine_of
 from tdq_exp.report.cells import Cell
+from tdq_exp.report.column_notes import column_notes, time_note
 from tdq_exp.report.costs import COST_HEADERS, Costs
 from tdq_exp.report.manifest import Line, Manifest
-from tdq_exp.report.protocol import SAMPLER, check_protocol, select
+from tdq_exp.report.protocol import check_protocol
 from tdq_exp.report.render import EITHER_SIDE, SHORT, STALE, TIE, TextTable
 from tdq_exp.report.second import SECOND, Shown, fixed
 from tdq_exp.report.spread import (
@@ -226,7 +226,7 @@ class FilledColumn:
         return next((cell.row.get(kind) for cell in used(self.reference) if cell.row), None)
 
     def real_numbers(self, kind: str) -> list[str]:
-        """As `numbers`, of real images."""
+        """Return the same as `numbers`, of real images."""
         metrics = self.real(kind)
         if metrics is None:
             absent = "missing" if kind == "held_out" else "-"
@@ -303,7 +303,7 @@ def _notes(
 ) -> list[str]:
     """Return the footer: the protocol of each column, and the state of the cells."""
     notes = [manifest.caption] if manifest.caption else []
-    notes += [column.prefix + note for column in columns for note in _column_notes(column)]
+    notes += [note for column in columns for note in column_notes(column.cells, column.prefix)]
 
     # How complete and how current the table is.
     cells = [cell for column in columns for cell in column.cells]
@@ -317,7 +317,7 @@ def _notes(
 
     if filled:
         notes.append("Gaps are to the float model's mean in our own column.")
-        notes.append(_time(filled))
+        notes.append(time_note(filled))
     if any(interval(column.of(line)) for column in columns for line in manifest.lines):
         notes.append(
             f"{EITHER_SIDE}: two standard deviations of the distance over halves of the images"
@@ -353,72 +353,3 @@ def _of_single_seeds(columns: Sequence[FilledColumn]) -> str:
         " A line with one training seed is taken to vary by as much of its mean as the column's"
         f" widest line with several: {', '.join(known)}."
     )
-
-
-def _time(cells: Sequence[Cell]) -> str:
-    """Return how long the rows took, each fit counted once."""
-    seconds = {"fit": 0.0, "sample": 0.0, "measure": 0.0}
-    fits = set()
-
-    for cell in cells:
-        row = cell.row or {}
-        fit = row.get("fingerprints", {}).get("fit")
-        for stage, value in (row.get("seconds") or {}).items():
-            if stage != "fit" or fit not in fits:
-                seconds[stage] += value
-        fits.add(fit)
-
-    hours = {stage: total / 3600 for stage, total in seconds.items()}
-    return (
-        f"Time of the rows above: {sum(hours.values()):.1f} hours; fits {hours['fit']:.1f},"
-        f" sampling {hours['sample']:.1f}, measuring {hours['measure']:.1f}."
-    )
-
-
-def _column_notes(column: FilledColumn) -> list[str]:
-    """Return how a column's rows were sampled and measured, from what, where."""
-    filled = [cell for cell in column.cells if cell.row]
-    if not filled:
-        return ["no rows yet."] if column.prefix else ["No rows yet."]
-
-    def listed(key: str, among: Sequence[Cell] = filled) -> str:
-        values = {select(cell.row, key) for cell in among if cell.row}
-        return ", ".join(sorted("unknown" if v is None else str(v) for v in values)) or "-"
-
-    quantized = [cell for cell in filled if cell.config["method"]["quantized"]]
-
-    sampler = listed("config.sampler.method._target_").rsplit(".", 1)[-1]
-    settings = ", ".join(f"{key} {listed(f'config.sampler.{key}')}" for key in SAMPLER)
-    autoencoder = listed("autoencoder")
-    autoencoder_text = "" if autoencoder == "unknown" else f", autoencoder {autoencoder}"
-
-    return [
-        f"Images per cell: {listed('images')}. Sampler: {sampler}, {settings}.",
-        f"Features: {listed('features.name')}, weights {listed('features.weights')}."
-        f" Reference: {listed('reference.images')} training images,"
-        f" content {listed('reference.content')}, {listed('reference.protocol')}.",
-        f"Float weights: {listed('weights')}{autoencoder_text}."
-        f" Checkpoint of the quantized lines: {listed('report', quantized)}."
-        f" Seeds of their training: {listed('seed', quantized)}.",
-        f"Plan of the quantized lines: {_options(column, 'plan') or 'all'}."
-        + (f" Calibration: {sets}." if (sets := _options(column, "calibration")) else ""),
-        _places(filled),
-    ]
-
-
-def _places(cells: Sequence[Cell]) -> str:
-    """Return the commits and machines of rows, of their fits and images too."""
-    places = [place for cell in cells if cell.row for place in environments(cell.row)]
-    commits = sorted({str(place["commit"]) for place in places})
-    machines = sorted({machine_of(place) for place in places})
-    return f"Commits: {', '.join(commits)}. Machines: {'; '.join(machines)}."
-
-
-def _options(column: FilledColumn, group: str) -> str:
-    """Return the options of a group that the quantized lines of a column choose."""
-    chosen = [
-        str(cell.config[group]["label"]) or "all"
-        for cell in column.cells
-        if cell.config["method"]["quantized"] and (group == "plan" or cell.config[group]["label"])
-    ]
-    return ", ".join(dict.fromkeys(chosen))

@@ -24,11 +24,11 @@ CAPTIONS = {
     " are told the same time step while x_t changes; with x_t held, the other way round.",
     "errors": "Squared error of the activation quantizers, relative to the power of what they"
     " quantize: truncation is that of values beyond the grid, rounding that of all others.",
-    "steps": "Each network, of training seed 0, sampled with fewer and fewer steps. The claim fewer-steps says which"
-    " differences are larger than the spread.",
-    "length": "Left: distance after trainings of different length, from one seed, with two deviations"
-    " of half-sampling to either side; each length has a schedule of its own. Right: loss of held-out"
-    " images during these trainings.",
+    "steps": "Each network, of training seed 0, sampled with fewer and fewer steps. The claim"
+    " fewer-steps says which differences are larger than the spread.",
+    "length": "Left: distance after trainings of different length, from one seed, with two"
+    " deviations of half-sampling to either side; each length has a schedule of its own. Right:"
+    " loss of held-out images during these trainings.",
     "ranges": "What an activation takes at every t, and what the grid of its quantizer covers,"
     " s (n - z) to s (p - z), which shows the zero point as well. The layers whose range changes"
     " most.",
@@ -196,10 +196,10 @@ def paired_lines(groups: Sequence[Group], scale: str) -> Iterator[str]:
     table = markdown_lines(HEADERS, summary(groups))
     yield from page_markdown.table_lines(table, "Rank correlations of the two distances")
 
-    told = [group for group in groups if group.by_l2 is not None]
-    if told:
+    with_rank = [group for group in groups if group.by_l2 is not None]
+    if with_rank:
         title = "Frechet distance of every row over its distance to the float model's images"
-        svg = charts.paired_svg(told, f"paired-{scale}")
+        svg = charts.paired_svg(with_rank, f"paired-{scale}")
         yield scroll_region(f"{title}, drawing", accessible(svg, title))
     yield (
         "<figcaption>Spearman's rank correlation. The paired distance is that of a run's first"

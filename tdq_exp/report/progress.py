@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tdq_exp.config.naming import FIT_RECORD
 from tdq_exp.data.arrays import open_array
 from tdq_exp.report.cells import Cell
 from tdq_exp.runtime import failures, files
@@ -70,7 +71,7 @@ def state_of(cell: Cell, now: float | None = None) -> CellState:
         return CellState(cell, STALE if changes else DONE, changes, True, 1.0)
 
     # How far it is.
-    fit = files.read_json(cell.folder / "fit.json")
+    fit = files.read_json(cell.folder / FIT_RECORD)
     fit_done = bool(fit and fit.get("done"))
     sampled = _sampled(cell.folder / cell.sample / "images" / "groups.npy")
     where = _where(fit is not None, fit_done, sampled, cell)

@@ -60,7 +60,9 @@ def spread(cells: Sequence[Cell]) -> float | None:
 
 
 def over_training_seeds(lines: Iterable[Sequence[Cell]]) -> float:
-    """Return the widest (max - min) / mean of lines with several training seeds; 0 if there are none.
+    """Return the widest (max - min) / mean of lines with several training seeds.
+
+    It is 0 if there are none.
 
     Args:
         lines: of a column, each with its cells; those of float models don't count.

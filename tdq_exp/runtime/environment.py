@@ -151,8 +151,8 @@ def out_of_memory_in_one_line(work: Callable[P, T]) -> Callable[P, T]:
         try:
             return work(*args, **kwargs)
         except (MemoryError, RuntimeError) as error:
-            told = str(error).lower()
-            if isinstance(error, RuntimeError) and not any(sign in told for sign in NO_MEMORY):
+            message = str(error).lower()
+            if isinstance(error, RuntimeError) and not any(sign in message for sign in NO_MEMORY):
                 raise
             raise OSError(
                 "out of memory: lower fit.batch_size, fit.validation_samples, sampler.batch or"

@@ -1,4 +1,4 @@
-"""Why a run failed, in a file of its folder, for whoever asks later: `failed.json`."""
+"""Why a run failed, as a file of its folder: `failed.json`."""
 
 from __future__ import annotations
 

@@ -17,14 +17,14 @@ import torch
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from tdq_exp.runtime import signals
+from tdq_exp.runtime import shared_error, signals
 from tdq_exp.runtime.command import CommandFailed
 from tdq_exp.runtime.options import LauncherOptions
 
 TURN = 5.0  # seconds that the main process has to print an error first
-LOST = 76  # exit code of a process that has lost another one: it is not the one to speak of
+LOST = 76  # exit code of a process that has lost another one, which is the cause
 
-# How gloo and NCCL speak of a process that is not there any more.
+# What gloo and NCCL say where a process is not there any more.
 _GONE = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -37,23 +37,23 @@ _GONE = (
 
 
 def gpus() -> int:
-    """Number of visible accelerators."""
+    """Return the number of visible accelerators."""
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
 def device(launcher: LauncherOptions) -> torch.device:
-    """Where one process of a run would compute."""
+    """Return where one process of a run would compute."""
     accelerator = torch.accelerator.current_accelerator() if gpus() and not launcher.cpu else None
     return accelerator or torch.device("cpu")
 
 
 def launched() -> bool:
-    """Is this process one of several that torch's launcher started?"""
+    """Return whether this process is one of several that torch's launcher started."""
     return torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
 
 
 def wanted(launcher: LauncherOptions) -> int:
-    """How many processes the configuration asks for."""
+    """Return how many processes the configuration asks for."""
     if launcher.nproc != "auto":
         return int(launcher.nproc)
     return 1 if launcher.cpu else max(gpus(), 1)
@@ -91,7 +91,7 @@ def _failure(failures: list[tuple[int, ProcessFailure]], count: int) -> CommandF
 
     A process that left with a code of its own has said why; one that was killed could not.
     """
-    told = [failure.exitcode for _, failure in failures if 0 < failure.exitcode != LOST]
+    own_codes = [failure.exitcode for _, failure in failures if 0 < failure.exitcode != LOST]
     killed = [(rank, f) for rank, f in failures if f.exitcode < 0 and -f.exitcode != signal.SIGTERM]
 
     if killed:
@@ -102,8 +102,8 @@ def _failure(failures: list[tuple[int, ProcessFailure]], count: int) -> CommandF
             " with it: to go on, run the same command again",
             128 - failure.exitcode,
         )
-    if told:
-        return CommandFailed("", told[0])
+    if own_codes:
+        return CommandFailed("", own_codes[0])
     return CommandFailed(
         f"a process of {count} was lost: to go on, run the same command again", LOST
     )
@@ -137,7 +137,7 @@ def watched() -> Iterator[None]:
     try:
         yield
     except signals.Stopped as stopped:
-        stopped.told = True  # type: ignore[attr-defined]
+        shared_error.share(stopped, printed=True)
         if stopped.kept and _first():
             print(stopped.kept, file=sys.stderr, flush=True)
         raise
@@ -147,11 +147,11 @@ def watched() -> Iterator[None]:
         raise
     except (ValueError, OSError, FloatingPointError) as error:
         # Where all have this error, the main one prints it, and the launcher ends the others.
-        if not hasattr(error, "told") and not _first():
+        if not shared_error.is_shared(error) and not _first():
             with suppress(signals.Stopped):
                 time.sleep(TURN)
                 raise
-            error.told = True  # type: ignore[union-attr]
+            shared_error.share(error, printed=True)
         raise
 
 

@@ -83,16 +83,16 @@ def waited_for(folder: Path, making: str) -> Iterator[None]:
         folder: what is locked.
         making: what its holder makes, for the line that says why this one waits.
     """
-    told = False
+    is_waiting = False
     with ExitStack() as stack:
         while True:
             try:
                 stack.enter_context(held(folder))
                 break
             except InUse as error:
-                if not told:
+                if not is_waiting:
                     console.print(f"waiting for {making}: {error}", markup=False)
-                told = True
+                is_waiting = True
                 time.sleep(POLL)
         yield
 

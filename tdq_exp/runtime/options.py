@@ -18,7 +18,7 @@ MOST_MICRO_BATCHES = 10**4
 
 @dataclass
 class LauncherOptions:
-    """The processes of a run, and how they make do with a card's memory."""
+    """The processes of a run, their threads, and how training saves memory."""
 
     nproc: str = setting("auto", help="a number, or auto: every visible GPU, 1 on a CPU")
     cpu: bool = setting(False, help="stay on the CPU although there is a GPU")

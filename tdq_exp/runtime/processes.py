@@ -22,6 +22,8 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
+from tdq_exp.runtime import shared_error
+
 T = TypeVar("T")
 
 # How long the others wait for what one process decides: decoding, downloads, distances.
@@ -137,7 +139,7 @@ class Processes:
         # The main process prints it for all.
         for first in self.gather_objects(met):
             if first is not None:
-                first.told = not self.main  # type: ignore[attr-defined]
+                shared_error.share(first, printed=not self.main)
                 raise first
 
     def decide(self, ask: Callable[[], T]) -> T:
@@ -159,7 +161,7 @@ class Processes:
             broadcast_object_list(answer)
         if isinstance(answer[1], Exception):
             # The main process prints it for all.
-            answer[1].told = not self.main  # type: ignore[attr-defined]
+            shared_error.share(answer[1], printed=not self.main)
             raise answer[1]
         return answer[0]  # type: ignore[return-value]
 

@@ -67,16 +67,16 @@ def track(label: str, total: int, start: int = 0, show: bool = True) -> Iterator
         return
 
     # In a log: a line now and then.
-    began = said = time.monotonic()
+    began = printed = time.monotonic()
     done = start
 
     def advance(remark: str) -> None:
-        nonlocal done, said
+        nonlocal done, printed
         done += 1
 
         now = time.monotonic()
-        if now - said >= SECONDS or done == total:
-            said = now
+        if now - printed >= SECONDS or done == total:
+            printed = now
             left = (now - began) / max(done - start, 1) * (total - done)
             console.print(
                 f"{label} {done}/{total}, {now - began:.0f} s, {left:.0f} s left, {remark}"

@@ -73,6 +73,7 @@ class StageFile:
 
     @property
     def fingerprint(self) -> str:
+        """Return the fingerprint of the stage's parts."""
         return fingerprint(self.parts)
 
     def begun(self) -> Result | None:

@@ -84,12 +84,12 @@ def write_tensors(
         OSError: naming the file, if it can't be written or the disk is full.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    said = {key: value for key, value in sorted(metadata.items()) if key != CHECKSUM}
-    said[CHECKSUM] = _checksum(plain, said)
+    about = {key: value for key, value in sorted(metadata.items()) if key != CHECKSUM}
+    about[CHECKSUM] = _checksum(plain, about)
 
     # 1. The header: where each tensor lies. Wider types come first, so that all are aligned.
     order = sorted(plain, key=lambda name: (-plain[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(said.items()))}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(about.items()))}
     start = 0
     for name in order:
         tensor = plain[name]
@@ -233,8 +233,8 @@ def check_state(path: Path) -> bool:
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """Return the checksum of a safetensors file: of its tensors, and of its metadata."""
-    said = {key: value for key, value in metadata.items() if key != CHECKSUM}
-    return f"sha256:{tensor_hash(tensors)}:{files.fingerprint(said)}"
+    about = {key: value for key, value in metadata.items() if key != CHECKSUM}
+    return f"sha256:{tensor_hash(tensors)}:{files.fingerprint(about)}"
 
 
 def _trailer(checksum: int, size: int) -> bytes:

@@ -47,6 +47,7 @@ def test_every_older_name_leads_to_something_that_there_is():
     [
         "subprocess.run", "builtins.open", "os.system", "tdq_exp.quant.rules.lsq.Lsq", "tdq_exp.fit.os.system",
         "tdq_exp.quant.convert", "tdq_exp.quant.__import__", "torch.load", "tdq_exp.run.main", "", 3, ["x"],
+        "tdq_exp.quant.PerStep",
     ],
 )  # fmt: skip
 def test_a_strangers_record_calls_nothing(target, tmp_path, monkeypatch):

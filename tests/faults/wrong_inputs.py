@@ -165,6 +165,7 @@ ARGUMENTS = [
     Wrong(("act.quantizer._partial_=false",), ("act.quantizer", "arguments")),
     Wrong(("act.quantizer._target_=../x",), ("act.quantizer._target_=../x", "dotted name")),
     Wrong(("act.quantizer._target_=tdq_exp.quant.Grid",), ("act.quantizer", "a quantizer")),
+    Wrong(("act.quantizer._target_=tdq_exp.quant.Quantizer",), ("act.quantizer", "a quantizer")),
     *_numbers("tdq.interval plan.plan eval.features data.source", ("null",), "_target_"),
     Wrong(("habits.habits=null",), ("habits.habits",)),
     Wrong(("tdq.interval=[]",), ("tdq.interval=[]", "Cannot merge")),

@@ -32,13 +32,18 @@ T = [0, 500, 999]
 SLOW = ("activations", "layers", "ranges")  # drawn once: all share one way to be written
 
 
-def record_of(kind: str) -> dict:
-    """Return numbers of a kind of figure, small and made up."""
+LSQ_LINES = {"LSQ W4A4": "lsq", "LSQ + TDQ W4A4": "lsq_tdq"}
+LINES = {"encoding": {"TDQ (4 layers) W4A4": "lsq_tdq", "TDQ (raw t) W4A4": "lsq_tdq_raw_t"}}
+
+
+def record_of(name: str) -> dict:
+    """Return numbers of a figure, small and made up."""
+    kind = figure_manifest.read_figure(name).kind
     column = {"model": "digits", "missing": ["NIPQ W4A4"]}
     about = {"images": 2, "steps": 3, "seed": 0, "commit": "abc", "machine": "a <machine>"}
     runs = {}
-    for label, name in (("LSQ W4A4", "lsq"), ("LSQ + TDQ W4A4", "lsq_tdq")):
-        run = {"run": f"digits_w4a4_{name}_release", "fit": "f" * 16}
+    for label, run_name in LINES.get(name, LSQ_LINES).items():
+        run = {"run": f"digits_w4a4_{run_name}_release", "fit": "f" * 16}
         if kind == "errors":
             run |= {"truncation": [0.1, 0.01, 0.2], "rounding": [0.01] * 3, "quantizers": 2}
         elif kind == "ranges":
@@ -76,7 +81,7 @@ def record_of(kind: str) -> dict:
         }
     else:
         column |= {"t": T, "runs": runs}
-    return {"figure": "x", "scale": "digits", "columns": {"ddim": column}, "about": about}
+    return {"figure": name, "scale": "digits", "columns": {"ddim": column}, "about": about}
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +101,7 @@ def results(tmp_path_factory):
     chart.subplots()
     figures.save_figure(chart, out / "figures" / "table1-digits.svg")
     for name in figure_manifest.names():
-        kind = figure_manifest.read_figure(name).kind
-        figure_numbers.write(
-            figure_numbers.numbers_file(name, "digits", out), {**record_of(kind), "figure": name}
-        )
+        figure_numbers.write(figure_numbers.numbers_file(name, "digits", out), record_of(name))
 
     sampling = {"images": 10, "steps": 50, "batch": 5}
     protocol = {"scale": "digits", "sampling": sampling, "ptq": {"steps": 20}}
@@ -198,8 +200,8 @@ def test_the_same_numbers_give_the_same_picture(name, results, tmp_path):
     figure = figure_manifest.read_figure(name)
     file = figure_numbers.numbers_file(name, "digits", results)
     record = json.loads(file.read_text())
-    assert record == {**record_of(figure.kind), "figure": name}  # in their own order, too
-    assert json.dumps(record) == json.dumps({**record_of(figure.kind), "figure": name})
+    assert record == record_of(name)
+    assert json.dumps(record) == json.dumps(record_of(name))  # in their own order, too
 
     picture = drawings.draw(figure, record, tmp_path / "a.png")
     assert np.asarray(Image.open(picture).convert("L")).std() > 5  # there is something on it
@@ -210,7 +212,7 @@ def test_the_same_numbers_give_the_same_picture(name, results, tmp_path):
 
 
 def test_numbers_of_other_runs_than_the_manifest_asks_for_are_refused(tmp_path, capsys):
-    record = {**record_of("errors"), "figure": "figure3"}
+    record = record_of("figure3")
     record["columns"]["ddim"]["runs"]["LSQ W4A4"]["run"] = "digits_w4a4_lsq"
     figure_numbers.write(figure_numbers.numbers_file("figure3", "digits", tmp_path), record)
 

@@ -60,7 +60,7 @@ class Graph(nn.Module):
         self.net, self.clock = net, clock
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """`[B, C, H, W]` and an int64 number."""
+        """Return eps_hat of `[B, C, H, W]` and an int64 number."""
         self.clock.t = t
         return self.net(x, t, return_dict=False)[0]
 
@@ -84,7 +84,9 @@ def first_sum(layer: QuantConv2d, x: Tensor, y: Tensor) -> Tensor:
 def output_ranges(
     seen: Mapping[str, list[tuple[int, float, float]]], steps: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Range of every convolution's first sum for each t, `[T]`, between and beyond what was seen.
+    """Return the range of every convolution's first sum for each t, `[T]`.
+
+    Between and beyond the time steps that were seen it is interpolated.
 
     Args:
         seen: (t, smallest, largest) of each, in any order.
@@ -115,7 +117,7 @@ def output_ranges(
 
 
 def graph_of(net: nn.Module, ranges: Mapping[str, tuple[Tensor, Tensor]], form: str) -> Graph:
-    """A copy of a baked network whose quantized layers are operators of ONNX.
+    """Return a copy of a baked network whose quantized layers are operators of ONNX.
 
     Args:
         net: baked, in eval mode, on the CPU.
@@ -195,7 +197,7 @@ def _layer(
 
 
 def write(graph: nn.Module, shape: tuple[int, ...], file: Path) -> int:
-    """Writes the graph, any batch size, and returns the bytes of the file.
+    """Write the graph, for any batch size, and return the bytes of the file.
 
     Args:
         graph: (x, t) -> prediction.
@@ -262,7 +264,7 @@ def is_whole(file: Path) -> bool | None:
 
 
 def operators(file: Path) -> dict[str, int]:
-    """How many operators of each kind a graph holds, subgraphs left out."""
+    """Return how many operators of each kind a graph holds, subgraphs left out."""
     import onnx
 
     found: dict[str, int] = {}
@@ -272,5 +274,5 @@ def operators(file: Path) -> dict[str, int]:
 
 
 def parity(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b|, root of mean squares."""
+    """Return |a - b| / |b|, root of mean squares."""
     return float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp(min=math.ulp(1.0)))

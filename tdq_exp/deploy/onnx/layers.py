@@ -22,7 +22,7 @@ OPSET = 20
 def op(
     kind: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, shape: Any, **attributes: Any
 ) -> Tensor:
-    """An operator of ONNX by name, as it will stand in the graph."""
+    """Return an operator of ONNX by name, as it will stand in the graph."""
     return torch.onnx.ops.symbolic(
         kind, inputs, attributes, dtype=dtype, shape=tuple(shape), version=OPSET
     )
@@ -34,7 +34,7 @@ class Clock:
     t: Tensor
 
     def gather(self, table: Tensor) -> Tensor:
-        """0-dim: the table's entry now, or its only one."""
+        """Return the table's entry now, or its only one, 0-dim."""
         return table[0] if len(table) == 1 else table.index_select(0, self.t.reshape(1))[0]
 
 
@@ -58,7 +58,7 @@ class Reader(nn.Module):
         self.register_buffer("z", (z + shift).to(zero_type))
 
     def now(self) -> tuple[Tensor, Tensor]:
-        """(s, z) at the graph's t, 0-dim."""
+        """Return (s, z) at the graph's t, 0-dim."""
         return self.clock.gather(self.s), self.clock.gather(self.z)
 
 
@@ -73,7 +73,7 @@ class Codes(Reader):
         self.register_buffer("high", torch.tensor(self.p, dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes of the shape of x, and two numbers."""
+        """Return codes of the shape of x, and two numbers."""
         s, z = self.now()
         codes = op("QuantizeLinear", (x, s, z), torch.uint8, x.shape)
         if (self.n, self.p) != (0, 255):
@@ -108,7 +108,7 @@ class Simulated(nn.Module):
         self.codes = Codes(quantizer, clock)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of the shape of x."""
+        """Return x_hat, of the shape of x."""
         codes, s, z = self.codes(x)
         return op("DequantizeLinear", (codes, s, z), torch.float32, x.shape)
 
@@ -127,7 +127,7 @@ class Portable(Reader):
         self.register_buffer("none", torch.zeros((), dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Integers held as floats, and a number."""
+        """Return integers held as floats, and a number."""
         s, z = self.now()
         # Rounded before z is added, as simulated quantization is: x / s + z has fewer bits left for
         # the fraction.
@@ -171,7 +171,7 @@ class PortableLayer(nn.Module):
         self.register_buffer("zero", zero.to(torch.int8 if signed else torch.uint8).clone())
 
     def forward(self, x: Any) -> Tensor:
-        """Float input, or what q, k and v share."""
+        """Return the layer's output for float input, or for what q, k and v share."""
         v, s = self.reader(x) if self.reader is not None else x
         shape, layer = self.codes.shape, self.layer
         w_hat = op(
@@ -229,7 +229,7 @@ class IntegerConv(nn.Module):
         self.register_buffer("y_zero", (-low / step).round().clamp(0, 255).to(torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, C, H, W]` -> `[B, C', H', W']`."""
+        """Return the output `[B, C', H', W']` for `[B, C, H, W]`."""
         codes, s, z = self.reader(x)
         y_s, y_z = self.clock.gather(self.y_step), self.clock.gather(self.y_zero)
 
@@ -297,7 +297,7 @@ class IntegerLinear(nn.Module):
         self.register_buffer("zero", zero)
 
     def forward(self, x: Any) -> Tensor:
-        """`[..., in]`, or its codes, -> `[..., out]`."""
+        """Return the output `[..., out]` for `[..., in]`, or for its codes."""
         codes, s, z = self.reader(x) if self.reader is not None else x
         shape = (*codes.shape[:-1], self.codes.shape[1])
         y = op("MatMulInteger", (codes, self.codes, z, self.zero), torch.int32, shape)

@@ -96,7 +96,7 @@ class Call:
     kwargs: dict[str, Any]
 
     def again(self, block: nn.Module, tensors: Sequence[Tensor]) -> Tensor:
-        """Calls the block with other tensors in the same places."""
+        """Call the block with other tensors in the same places."""
         args, kwargs = list(self.args), dict(self.kwargs)
         for place, tensor in zip(self.places, tensors, strict=True):
             if isinstance(place, int):
@@ -108,7 +108,7 @@ class Call:
 
 @torch.no_grad()
 def inputs_of(net: nn.Module, name: str, run: Callable[[], object]) -> Call:
-    """Runs the network up to a block and returns the call that it would get."""
+    """Run the network up to a block and return the call that it would get."""
     found: list[Call] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -124,7 +124,7 @@ def inputs_of(net: nn.Module, name: str, run: Callable[[], object]) -> Call:
 
 @torch.no_grad()
 def output_of(net: nn.Module, name: str, run: Callable[[], object]) -> Tensor:
-    """Runs the network up to the end of a block and returns the block's output."""
+    """Run the network up to the end of a block and return the block's output."""
     found: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -136,7 +136,7 @@ def output_of(net: nn.Module, name: str, run: Callable[[], object]) -> Tensor:
 
 
 def _run_to(hook: RemovableHandle, name: str, run: Callable[[], object]) -> None:
-    """Runs until the hook of a block ends it."""
+    """Run the network until the hook of a block ends it."""
     try:
         run()
     except _Reached:

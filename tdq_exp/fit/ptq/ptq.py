@@ -195,7 +195,7 @@ class Ptq(QuantizedFit[PtqOptions]):
         )
 
     def work(self, model: DiffusionModel, net: nn.Module, sampling_steps: int) -> Work:
-        """See `Fit.work`.
+        """Return what the fit would take.
 
         The set, unless it is cached; the calibration; and for each of the blocks half a pass of
         either network over the set, and its updates at a share of a whole training step. Without

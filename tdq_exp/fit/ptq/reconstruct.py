@@ -104,9 +104,8 @@ def balancing_weights(t: Tensor, losses: Tensor, at: Tensor, groups: int = 20) -
     means = sums / counts.clamp(min=1)
     means = torch.where(counts > 0, means, means[counts > 0].mean())
 
-    means = means.clamp(
-        min=max(1e-4 * float(means.max()), 1e-30)
-    )  # what is next to nothing gets no weight without bound
+    # What is next to nothing gets no weight without bound.
+    means = means.clamp(min=max(1e-4 * float(means.max()), 1e-30))
 
     weights = (1 / means)[torch.bucketize(at, edges)]
     return weights * (losses.mean() / (losses * (1 / means)[group]).mean())

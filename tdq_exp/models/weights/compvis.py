@@ -52,17 +52,17 @@ _UNET, _AVERAGE, _FIRST_STAGE, _LOSS = (
 
 
 def is_whole(names: Mapping[str, Any]) -> bool:
-    """Is it a file of everything?"""
+    """Return whether it is a file of everything."""
     return any(name.startswith(_UNET) for name in names)
 
 
 def is_autoencoder(names: Mapping[str, Any]) -> bool:
-    """Is it a file of the first stage alone?"""
+    """Return whether it is a file of the first stage alone."""
     return any(name.startswith("encoder.down.") for name in names)
 
 
 def part_of(path: Path, state: Mapping[str, Any], part: str, ema: bool) -> dict[str, Any]:
-    """The weights of one network in a file of everything, by their names in the original network.
+    """Return the weights of one network in a file of everything, by their original names.
 
     Args:
         path: of the file, for messages.
@@ -107,7 +107,7 @@ def without_loss(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _averages(path: Path, state: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The average of each raw weight, by the raw weight's name.
+    """Return the average of each raw weight, by the raw weight's name.
 
     A shadow's name can't be read back, for a dot may have stood anywhere; but each raw name gives
     the name of its shadow.

@@ -128,7 +128,10 @@ def require_same_architecture(net: torch.nn.Module, path: Path, overruled: Colle
 
 
 def _comparable(value: Any) -> Any:
-    """JSON has no tuples, and the first releases of diffusers had a prefix on the blocks' names."""
+    """Return a value of a config in the form that today's diffusers writes.
+
+    JSON has no tuples, and the first releases had a prefix on the blocks' names.
+    """
     if isinstance(value, (list, tuple)):
         return [_comparable(item) for item in value]
     return value.removeprefix("UNetRes") if isinstance(value, str) else value

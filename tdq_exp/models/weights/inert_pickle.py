@@ -63,18 +63,19 @@ class _Storage:
         self._flat: torch.Tensor | None = None
 
     def __setstate__(self, state: object) -> None:
-        """Takes no state from a file."""
+        """Take no state from a file."""
 
     @property
     def nbytes(self) -> int:
+        """Return the size of the storage, bytes."""
         return self.numel * self.dtype.itemsize
 
     def bind(self, read: Callable[[], bytes]) -> None:
-        """Says how to get the bytes; nothing is read yet."""
+        """Note how to get the bytes; nothing is read yet."""
         self._read = read
 
     def flat(self) -> torch.Tensor:
-        """The elements as a vector, shared by all tensors that view this storage."""
+        """Return the elements as a vector, shared by all tensors that view this storage."""
         if self._flat is None:
             content = bytearray(self._read()) if self._read is not None else bytearray()
             if len(content) != self.nbytes:
@@ -112,10 +113,10 @@ class StoredTensor:
         self._stride = stride
 
     def __setstate__(self, state: object) -> None:
-        """Takes no state from a file."""
+        """Take no state from a file."""
 
     def read(self) -> torch.Tensor:
-        """The tensor; offsets and strides that leave the storage are an error."""
+        """Return the tensor; offsets and strides that leave the storage are an error."""
         return self._storage.flat().as_strided(self._shape, self._stride, self._offset).contiguous()
 
 
@@ -126,7 +127,7 @@ class _Parameter:
         return data
 
     def __setstate__(self, state: object) -> None:
-        """Takes no state from a file."""
+        """Take no state from a file."""
 
 
 class _Dict(dict[Any, Any]):
@@ -135,7 +136,7 @@ class _Dict(dict[Any, Any]):
     __slots__ = ()
 
     def __setstate__(self, state: object) -> None:
-        """Takes no state from a file."""
+        """Take no state from a file."""
 
 
 class Placeholder:
@@ -158,19 +159,19 @@ class Placeholder:
         pass
 
     def append(self, item: object) -> None:
-        """Drops an item of what was a list."""
+        """Drop an item of what was a list."""
 
     def extend(self, items: object) -> None:
-        """Drops the items of what was a list."""
+        """Drop the items of what was a list."""
 
     def add(self, item: object) -> None:
-        """Drops a member of what was a set."""
+        """Drop a member of what was a set."""
 
     def update(self, items: object) -> None:
-        """Drops the members of what was a set."""
+        """Drop the members of what was a set."""
 
     def __setitem__(self, key: object, value: object) -> None:
-        """Drops an item of what was a dict."""
+        """Drop an item of what was a dict."""
 
 
 _STORAGE_DTYPES = {
@@ -211,7 +212,7 @@ class InertUnpickler(pickle.Unpickler):
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """What the file means by a name; nothing is imported to find out."""
+        """Return what the file means by a name; nothing is imported to find out."""
         if (module, name) in _KNOWN:
             return _KNOWN[module, name]
         return type("Placeholder", (Placeholder,), {"origin": f"{module}.{name}"})
@@ -252,7 +253,7 @@ def _require_byte_order(order: str) -> None:
 
 
 def _zip_tree(stream: IO[bytes]) -> Any:
-    """The object of a file in the zip format, its tensors unread."""
+    """Return the object of a file in the zip format, its tensors unread."""
     archive = zipfile.ZipFile(stream)
     roots = [
         name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")
@@ -288,7 +289,7 @@ def _zip_tree(stream: IO[bytes]) -> Any:
 
 
 def _legacy_tree(stream: IO[bytes]) -> Any:
-    """The object of a file in the legacy format, its tensors unread."""
+    """Return the object of a file in the legacy format, its tensors unread."""
     if InertUnpickler(stream).load() != _MAGIC_NUMBER:
         raise pickle.UnpicklingError("a pickle, but not PyTorch's")
     if InertUnpickler(stream).load() != _PROTOCOL_VERSION:
@@ -326,7 +327,7 @@ def _legacy_tree(stream: IO[bytes]) -> Any:
 
 @contextmanager
 def _one_line(path: Path) -> Iterator[None]:
-    """Turns whatever goes wrong inside into one `CheckpointError` line that names the file."""
+    """Turn whatever goes wrong inside into one `CheckpointError` line that names the file."""
     try:
         yield
     except CheckpointError:
@@ -344,7 +345,7 @@ def _one_line(path: Path) -> Iterator[None]:
 def read_tensors(
     path: str | Path, pick: Callable[[Any], Mapping[str, Any]]
 ) -> dict[str, torch.Tensor]:
-    """Reads some named tensors of a PyTorch file.
+    """Read some named tensors of a PyTorch file.
 
     Args:
         path: file written by `torch.save`, in the zip or the legacy format.

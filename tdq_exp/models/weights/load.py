@@ -79,7 +79,7 @@ _FILE_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 def load_weights(
     net: torch.nn.Module, source: str, *, ema: bool = True, overruled: Collection[str] = frozenset()
 ) -> str:
-    """Fills a network, all of it, and returns the hash of its weights.
+    """Fill a network, all of it, and return the hash of its weights.
 
     Args:
         net: the network to fill; for folders and the hub a diffusers model, whose config must agree
@@ -149,7 +149,7 @@ def load_autoencoder(net: torch.nn.Module, source: str, scale: float | None = No
 
 
 def _scale_of(kl: torch.nn.Module, path: Path) -> float | None:
-    """What a source of an autoencoder says about the scale of its latents, if it does."""
+    """Return what a source of an autoencoder says about the scale of its latents, if it does."""
     if path.suffix == ".safetensors":
         return None
     if not path.is_dir():
@@ -159,7 +159,7 @@ def _scale_of(kl: torch.nn.Module, path: Path) -> float | None:
 
 
 def _stored_scale(path: Path) -> float | None:
-    """The scale in a file of CompVis' latent diffusion, a tensor or a number, if there is one."""
+    """Return the scale in a file of CompVis' latent diffusion, a tensor or a number, or None."""
     numbers: list[float] = []
 
     def pick(tree: Any) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def _read_file(path: Path, ema: bool, part: str) -> dict[str, torch.Tensor]:
 
 
 def _state_of(path: Path, tree: Any, ema: bool, part: str) -> dict[str, Any]:
-    """The state dict in the object of a PyTorch file."""
+    """Return the state dict in the object of a PyTorch file."""
 
     # A training state: a list, with the averaged weights last.
     if isinstance(tree, list):
@@ -218,7 +218,7 @@ def _state_of(path: Path, tree: Any, ema: bool, part: str) -> dict[str, Any]:
 
 
 def _without_module(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Takes the `module.` of a data-parallel network off the names, and drops `NOT_WEIGHTS`."""
+    """Take the `module.` of a data-parallel network off the names, and drop `NOT_WEIGHTS`."""
     parallel = all(name.startswith("module.") for name in state)
     named = {
         name.removeprefix("module.") if parallel else name: value for name, value in state.items()
@@ -227,7 +227,7 @@ def _without_module(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _subfolder(net: torch.nn.Module) -> str:
-    """Where a pipeline's folder has such a network, next to others."""
+    """Return where a pipeline's folder has such a network, next to others."""
     return "vae" if type(net).__name__ == "AutoencoderKL" else "unet"
 
 
@@ -267,7 +267,7 @@ def _located(source: str, subfolder: str) -> Path:
 def _read_folder(
     net: torch.nn.Module, folder: Path, overruled: Collection[str], ema: bool
 ) -> dict[str, torch.Tensor]:
-    """The state dict of a diffusers folder, whose config agrees with the network's."""
+    """Return the state dict of a diffusers folder, whose config agrees with the network's."""
     place = place_of(folder, _subfolder(net), ema)
     require_same_architecture(net, place / "config.json", overruled)
     for name in _WEIGHT_FILES:

@@ -100,7 +100,10 @@ def diffusers_names(
 
 
 def _renaming(state: Mapping[str, torch.Tensor], net: nn.Module) -> Callable[[str], str]:
-    """From a name to diffusers' name, for whichever network the names of a state dict are of."""
+    """Return the function that turns a name into diffusers'.
+
+    The names of the state dict tell which network it is of.
+    """
     if any(name.startswith("temb.") for name in state):
         return partial(_from_original, levels=_levels(state, "up."))
     if any(name.startswith("encoder.down.") for name in state):
@@ -112,7 +115,7 @@ def _renaming(state: Mapping[str, torch.Tensor], net: nn.Module) -> Callable[[st
 
 
 def _levels(names: Iterable[str], prefix: str) -> int:
-    """Number of levels, counted by the names that begin with `<prefix><level>.`."""
+    """Return the number of levels, counted by the names that begin with `<prefix><level>.`."""
     pattern = re.compile(rf"{re.escape(prefix)}(\d+)\.")
     return 1 + max((int(match[1]) for name in names if (match := pattern.match(name))), default=-1)
 
@@ -126,7 +129,7 @@ def _from_autoencoder(name: str, levels: int) -> str:
 
 
 def _from_compvis(name: str, layers: int) -> str:
-    """The name in diffusers of a key of CompVis' U-Net with so many residual blocks a level.
+    """Return the name in diffusers of a key of CompVis' U-Net with so many residual blocks a level.
 
     Blocks are counted through: input_blocks.0 is the first convolution, then come the residual
     blocks of a level, with their attentions, and its downsampling; output_blocks are `layers + 1` a
@@ -182,7 +185,7 @@ def _divided(name: str, tensor: torch.Tensor, net: nn.Module) -> list[tuple[str,
 
 
 def _from_original(name: str, levels: int) -> str:
-    """The name in diffusers of a key of the original network with so many levels."""
+    """Return the name in diffusers of a key of the original network with so many levels."""
     for pattern, module in _ORIGINAL_MODULES.items():
         if match := re.match(rf"{pattern}\.", name):
             place = match.groupdict()
@@ -195,7 +198,7 @@ def _from_original(name: str, levels: int) -> str:
 
 
 def _rename_layer(name: str, layers: Mapping[str, Mapping[str, str]]) -> str:
-    """Renames `<...>.<kind>.<index>.<layer>.<parameter>` by the table of its kind."""
+    """Rename `<...>.<kind>.<index>.<layer>.<parameter>` by the table of its kind."""
     match = re.fullmatch(r"(.*\.(\w+)\.\d+)\.(\w+)\.(\w+)", name)
     if match is None:
         return name

@@ -33,10 +33,10 @@ def require_same_process(source: str, schedule: Schedule, prediction_type: str) 
     path = _config_beside(Path(source).expanduser())
     if path is None:
         return
-    said = config_of(path)
+    config = config_of(path)
 
     try:
-        _require_agreement(path, said, schedule, prediction_type)
+        _require_agreement(path, config, schedule, prediction_type)
     except CheckpointError:
         raise
     except (TypeError, ValueError, OverflowError) as error:  # a text in the place of a number
@@ -44,16 +44,16 @@ def require_same_process(source: str, schedule: Schedule, prediction_type: str) 
 
 
 def _require_agreement(
-    path: Path, said: dict[str, Any], schedule: Schedule, prediction_type: str
+    path: Path, config: dict[str, Any], schedule: Schedule, prediction_type: str
 ) -> None:
     """Compare what a config says with a description, key by key."""
-    if said.get("rescale_betas_zero_snr"):
+    if config.get("rescale_betas_zero_snr"):
         raise CheckpointError(
             f"{path}: rescale_betas_zero_snr is true; at the last step such an x_t is pure noise,"
             " and this project's schedules have none that ends so"
         )
 
-    for key, has, wants, written in _pairs(said, schedule, prediction_type):
+    for key, has, wants, written in _pairs(config, schedule, prediction_type):
         if has != wants:
             plus = "+" if written.endswith("prediction_type") else ""
             raise CheckpointError(
@@ -61,35 +61,35 @@ def _require_agreement(
                 f" {plus}{DEFINITION}.{written}={has} if these weights are meant"
             )
 
-    _require_same_betas(path, said, schedule)
+    _require_same_betas(path, config, schedule)
 
 
 def _pairs(
-    said: dict[str, Any], schedule: Schedule, prediction_type: str
+    config: dict[str, Any], schedule: Schedule, prediction_type: str
 ) -> list[tuple[str, Any, Any, str]]:
     """Return (their key, their value, ours, our key); absent keys have diffusers' defaults."""
-    predicts = said.get("prediction_type")
+    predicts = config.get("prediction_type")
     if predicts is None:  # before it had a name
-        predicts = "epsilon" if said.get("predict_epsilon", True) else "sample"
+        predicts = "epsilon" if config.get("predict_epsilon", True) else "sample"
 
     pairs = [
         ("prediction_type", predicts, prediction_type, "prediction_type"),
         (
             "num_train_timesteps",
-            said.get("num_train_timesteps", 1000),
+            config.get("num_train_timesteps", 1000),
             schedule.steps,
             "schedule.steps",
         ),
     ]
-    if said.get("trained_betas") is None:
-        shape = said.get("beta_schedule", "linear")
+    if config.get("trained_betas") is None:
+        shape = config.get("beta_schedule", "linear")
         pairs.append(("beta_schedule", shape, schedule.shape, "schedule.shape"))
     return pairs
 
 
-def _require_same_betas(path: Path, said: dict[str, Any], schedule: Schedule) -> None:
+def _require_same_betas(path: Path, config: dict[str, Any], schedule: Schedule) -> None:
     """Compare the numbers: the ends of the betas, or all of them where they are listed."""
-    listed = said.get("trained_betas")
+    listed = config.get("trained_betas")
     if listed is not None:
         ours = schedule.betas.tolist()
         if len(listed) != len(ours) or not all(map(_close, listed, ours)):
@@ -102,7 +102,7 @@ def _require_same_betas(path: Path, said: dict[str, Any], schedule: Schedule) ->
     if schedule.shape == "squaredcos_cap_v2":  # has no ends to choose
         return
     for key, default in (("beta_start", 1e-4), ("beta_end", 0.02)):
-        has, wants = float(said.get(key, default)), getattr(schedule, key)
+        has, wants = float(config.get(key, default)), getattr(schedule, key)
         if not _close(has, wants):
             raise CheckpointError(
                 f"{path}: {key} is {has:g}, and the model's is {wants:g}; set"

@@ -17,7 +17,7 @@ def state_hash(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """The `state_hash` of a safetensors file in diffusers' names, as this project writes them."""
+    """Return the `state_hash` of a safetensors file in diffusers' names, as written here."""
     return state_hash(tensor_files.read_tensors(path).tensors)
 
 

@@ -88,26 +88,26 @@ class Interval(nn.Module):
     `reading` as well.
     """
 
-    # Does s depend on t?
+    # Whether s depends on t.
     time_dependent = False
-    # Is s read from what is quantized, so that there is nothing to calibrate or bake?
+    # Whether s is read from what is quantized: then there is nothing to calibrate or to bake.
     dynamic = False
     # Of a dynamic one whose s and z are `ops.affine_range` of the input: by sample (True) or over
     # the batch (False). Integer layers read such an input; None leaves a layer simulated.
     range_per_sample: bool | None = None
-    # Does post-training quantization without reconstruction fit it over t (MinMax + TDQ)?
+    # Whether post-training quantization without reconstruction fits it over t (MinMax + TDQ).
     fitted_over_time = False
-    # Does it hold what a quantizer computed from another interval?
+    # Whether it holds what a quantizer computed from another interval.
     baked = False
 
     # The network's time step, of an interval that is baked.
     time: TimeContext | None = None
-    # Which row of the bank is this quantizer's?
+    # Which row of the bank is this quantizer's.
     row = 0
 
     @property
     def bank(self) -> Bank | None:
-        """The parameters that this interval shares with others; None if all are its own."""
+        """Return the parameters that this interval shares with others; None if all are its own."""
         return None
 
     def reading(self, bank: Bank, row: int) -> Interval:
@@ -157,9 +157,9 @@ class Interval(nn.Module):
 class Intervals:
     """What gives every activation quantizer of a network its interval."""
 
-    # Are the intervals dynamic? Such step sizes can't be reconstructed.
+    # Whether the intervals are dynamic: such step sizes can't be reconstructed.
     dynamic = False
-    # Is each step size one number, whatever t and the input?
+    # Whether each step size is one number, whatever t and the input.
     constant = False
 
     def make(

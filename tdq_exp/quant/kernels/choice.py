@@ -14,7 +14,7 @@ from tdq_exp.quant.kernels.switch import enabled, traced
 
 @lru_cache
 def _triton() -> ModuleType | str:
-    """The GPU's kernels, or why there are none. Imported when they are first asked for."""
+    """Return the GPU's kernels, or why there are none. Imported when they are first asked for."""
     try:
         from tdq_exp.quant.kernels import triton
     except ImportError as error:

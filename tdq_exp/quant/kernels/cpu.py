@@ -29,12 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tdq_exp.quant.kernels.plain import KINDS
 from tdq_exp.quant.kernels.switch import enabled, traced
 from tdq_exp.runtime import files
 
 SOURCE = Path(__file__).with_name("cpu.c")
 CHUNK = 4096  # of cpu.c
-KINDS = {"learned": 0, "clipped": 1, "noise": 2}
 # The arithmetic of IEEE 754 as it is written: no reciprocal, no contraction, no other order but
 # where a pragma says so.
 FLAGS = (
@@ -51,7 +51,7 @@ _Pointer, _Long, _Float, _Int = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, 
 
 @lru_cache
 def library() -> ctypes.CDLL | str:
-    """The compiled kernels, or why there are none."""
+    """Return the compiled kernels, or why there are none."""
     compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
     about = "\n".join([SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _cpu_flags()])
 
@@ -148,7 +148,7 @@ def _require_closed(folder: Path) -> None:
 
 
 def _cpu_flags() -> str:
-    """What -march=native depends on."""
+    """Return what -march=native depends on."""
     try:
         return next(
             line
@@ -178,13 +178,13 @@ def fit(x: Tensor, *per_row: Tensor | None) -> bool:
 
 
 def dense(x: Tensor) -> Tensor:
-    """x, or a copy, whose rows lie one after another; the layout within a row is free."""
+    """Return x, or a copy, whose rows lie one after another; the layout within a row is free."""
     channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return x if x.is_contiguous() or channels_last else x.contiguous()
 
 
 def like(x: Tensor, other: Tensor) -> Tensor:
-    """`other` in the layout of x."""
+    """Return `other` in the layout of x."""
     return other if other.stride() == x.stride() else torch.empty_like(x).copy_(other)
 
 
@@ -232,7 +232,10 @@ def backward(
     kind: str,
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(g_x, g_s times scale, g_z), of the shapes of x, s and z; g and noise in the layout of x."""
+    """Return (g_x, g_s times scale, g_z), of the shapes of x, s and z.
+
+    g and noise are in the layout of x.
+    """
     kernels = library()
     assert not isinstance(kernels, str)
     s, z = s.contiguous(), None if z is None else z.contiguous()
@@ -287,7 +290,7 @@ def norm_codes(
     Args:
         x: float32 `[B, C, H, W]`.
         norm: what is applied to it.
-        silu: and SiLU after that?
+        silu: whether SiLU comes after the norm.
         s, z, n, p, shift: see `codes`; s and z as numbers.
     """
     if not fit(x):
@@ -308,7 +311,10 @@ def norm_codes(
 
 
 def normalised(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
-    """A group norm's output, or SiLU of it, in channels-last layout; arguments as `norm_codes`."""
+    """Return a group norm's output, or SiLU of it, in channels-last layout.
+
+    Arguments as `norm_codes`.
+    """
     if not fit(x):
         y = norm(x)
         return (F.silu(y) if silu else y).contiguous(memory_format=torch.channels_last)
@@ -332,7 +338,7 @@ def _norm_arguments(
 
 
 def ranges(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(smallest, largest) value of each sample, `[B]`, widened to hold 0.
+    """Return the (smallest, largest) value of each sample, `[B]`, widened to hold 0.
 
     Args:
         x: float32 `[B, ...]`.

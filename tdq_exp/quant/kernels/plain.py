@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Kinds of gradients of s, by the numbers that the fused kernels know them by.
+KINDS = {"learned": 0, "clipped": 1, "noise": 2}
+
 
 def forward(
     x: Tensor, s: Tensor, z: Tensor | None, n: int, p: int, noise: Tensor | None = None
@@ -56,7 +59,7 @@ def gradient_of_zero_point(g: Tensor, g_x: Tensor, s: Tensor, z: Tensor) -> Tens
 
 
 def _sum_like(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
-    """sum(a b) over all axes along which s is constant; s is a scalar or `[B, 1, ...]`."""
+    """Return sum(a b) over all axes along which s is constant; s is a scalar or `[B, 1, ...]`."""
     if s.numel() == 1:
         return torch.dot(a.reshape(-1), b.reshape(-1)).reshape(s.shape)
     return (a * b).flatten(1).sum(1).reshape(s.shape)

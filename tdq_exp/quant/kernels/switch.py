@@ -13,7 +13,7 @@ _on = True
 
 @contextmanager
 def unfused() -> Iterator[None]:
-    """One tensor operation after another within the block, to compare."""
+    """Run one tensor operation after another within the block, to compare."""
     global _on
     before, _on = _on, False
     try:

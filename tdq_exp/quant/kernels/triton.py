@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-KINDS = {"learned": 0, "clipped": 1, "noise": 2}
+from tdq_exp.quant.kernels.plain import KINDS
+
 FORWARD_BLOCK = 1024  # numbers per program
 BACKWARD_BLOCK = 4096  # likewise: larger, so that there are fewer partial sums
 SUM_BLOCK = 1024  # partial sums that are read at once
@@ -36,13 +37,13 @@ SUM_BLOCK = 1024  # partial sums that are read at once
 
 @triton.jit
 def _round(v):
-    """v rounded half to even, for |v| < 2^22; a NaN stays one."""
+    """Return v rounded half to even, for |v| < 2^22; a NaN stays one."""
     return (v + 12582912.0) - 12582912.0
 
 
 @triton.jit
 def _clip(v, low, high):
-    """v clipped to low..high. Unlike minimum and maximum, this lets a NaN pass."""
+    """Return v clipped to low..high. Unlike minimum and maximum, this lets a NaN pass."""
     return tl.where(v < low, low, tl.where(v > high, high, v))
 
 
@@ -61,7 +62,7 @@ def _forward(
     S_STEP: tl.constexpr, Z_STEP: tl.constexpr, HAS_Z: tl.constexpr, NOISE: tl.constexpr,
     TABLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x_hat of one block of one row.
+    """Store x_hat of one block of one row.
 
     S_STEP and Z_STEP are 1 where each row has its own s or z, or, with TABLE, each time step.
     """
@@ -97,7 +98,7 @@ def _backward(
     S_STEP: tl.constexpr, Z_STEP: tl.constexpr, HAS_Z: tl.constexpr, KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """g_x = m g of one block of one row, and its share of the two sums: g e, and (1 - m) g.
+    """Store g_x = m g of one block of one row, and its share of the two sums: g e, and (1 - m) g.
 
     e is d x_hat / d s: outside of the range the bound that was hit, inside what KIND says.
     """
@@ -138,7 +139,7 @@ def _finish(
     rows, blocks, rowwise, scale,
     S_STEP: tl.constexpr, Z_STEP: tl.constexpr, HAS_Z: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The second stage: g_s = scale sum g e, g_z = -sum s (1 - m) g.
+    """Finish the sums, as the second stage: g_s = scale sum g e, g_z = -sum s (1 - m) g.
 
     Program i < rowwise sums the blocks of row i; the program after them sums all blocks, for what
     is one for all rows.
@@ -176,7 +177,7 @@ def _finish(
 
 @triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["x", "g", "g_x"])
 def _round_backward(x, g, g_x, size, n, p, BLOCK: tl.constexpr):
-    """The gradient of `ops.round_straight_through`, in place of eight small operations."""
+    """Store the gradient of `ops.round_straight_through`, in place of eight small operations."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     value = tl.load(x + at, mask, 0.0)
@@ -190,7 +191,7 @@ def _step(value: Tensor | None) -> int:
 
 
 def _rows(x: Tensor, s: Tensor, z: Tensor | None) -> tuple[int, int]:
-    """(rows, width); a tensor with one s and one z is a single row."""
+    """Return (rows, width); a tensor with one s and one z is a single row."""
     rows = len(x) if _step(s) or _step(z) else 1
     return rows, x.numel() // rows
 

@@ -36,7 +36,7 @@ FINISH_BLOCK = 256  # partial sums that are read at once
 
 @triton.jit
 def _byte(value, step, zero, n, p, shift, CENTRED: tl.constexpr):
-    """The stored byte of a number; that of the smallest code for a NaN."""
+    """Return the stored byte of a number; that of the smallest code for a NaN."""
     low = n - zero
     high = p - zero
     v = tl.math.div_rn(value, step)
@@ -54,7 +54,7 @@ def _codes(
     S_STEP: tl.constexpr, Z_STEP: tl.constexpr, TABLE: tl.constexpr, CENTRED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Bytes of one block of one row; S_STEP, Z_STEP and TABLE as in `triton._forward`."""
+    """Store the bytes of one block of one row; S_STEP, Z_STEP and TABLE as in `triton._forward`."""
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64)
     column = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -77,7 +77,7 @@ def _norm_sums(
     x, partial, pixels, chunks, channels,
     PIXELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(mean, sum of squared differences from it) of each channel in one chunk of a sample's pixels.
+    """Store (mean, sum of squared differences from it) of each channel in one chunk of pixels.
 
     x is `[B, pixels, channels]`, partial `[B, chunks, channels, 2]`.
     """
@@ -105,7 +105,7 @@ def _norm_finish(
     partial, moments, pixels, chunks, channels, groups, eps,
     PIXELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(mean, 1 / sqrt(var + eps)) of one group of one sample, from its chunks, in float64."""
+    """Store (mean, 1 / sqrt(var + eps)) of one group of one sample, from its chunks, in float64."""
     program = tl.program_id(0)
     sample = (program // groups).to(tl.int64)
     each = channels // groups
@@ -154,7 +154,7 @@ def _norm_codes(
     SILU: tl.constexpr, S_STEP: tl.constexpr, Z_STEP: tl.constexpr, TABLE: tl.constexpr,
     CENTRED: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Bytes of weight (x - mean) scale + bias, or of SiLU of it, for one tile of one sample."""
+    """Store the bytes of one tile of a sample: weight (x - mean) scale + bias, or SiLU of it."""
     program = tl.program_id(0)
     sample = (program // blocks).to(tl.int64)
     pixel = (program % blocks) * PIXELS + tl.arange(0, PIXELS)
@@ -198,7 +198,7 @@ def _product(
     HAS_Z: tl.constexpr, AFFINE: tl.constexpr, HAS_BIAS: tl.constexpr, SUMS: tl.constexpr,
     ROWS: tl.constexpr, OUTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the output, `[rows, outs]`: rows are output pixels of all samples.
+    """Store one tile of the output, `[rows, outs]`: rows are output pixels of all samples.
 
     codes is `[B, height, width, channels]`, weight `[outs, KERNEL_Y, KERNEL_X, channels]`. With
     SUMS, y is int32 and gets the sum in brackets itself.
@@ -301,7 +301,7 @@ def norm_codes(
     Args:
         x: float32 or bfloat16 `[B, C, H, W]`, channels-last.
         weight, bias, groups, eps: of the norm, `[C]`.
-        silu: and SiLU after that?
+        silu: whether SiLU comes after the norm.
         s, z, t, n, p, shift: see `codes`.
     """
     batch, channels, height, width = x.shape

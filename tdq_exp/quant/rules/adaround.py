@@ -7,8 +7,8 @@
 h starts at the fraction of w / s, so that w_hat = w; beta falls over the updates and drives h to 0
 or 1, along a cosine. BRECQ's published code lets it fall linearly: `fit.beta_schedule=linear`.
 
-Source: Nagel et al., *Up or Down? Adaptive Rounding for Post-Training Quantization*, arXiv
-    2004.10568, eq. (21)-(24).
+Source: Nagel et al., *Up or Down? Adaptive Rounding for Post-Training Quantization*,
+arXiv 2004.10568, eq. (21)-(24).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def beta_at(
         updates: how many there are.
         start, end: of beta.
         warmup: share of the updates before the term acts.
-        schedule: one of `BETA_SCHEDULES`.
+        schedule: `cosine` or `linear`.
     """
     first = warmup * updates
     if update < first:

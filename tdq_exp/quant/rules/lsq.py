@@ -4,9 +4,8 @@
 
 and all that reaches s is multiplied by 1 / sqrt(N p).
 
-Source: Esser et al., *Learned Step Size Quantization*, arXiv 1902.08153; with a learned offset as
-    LSQ+,
-arXiv 2004.09576.
+Source: Esser et al., *Learned Step Size Quantization*, arXiv 1902.08153; with a learned offset
+as LSQ+, arXiv 2004.09576.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Lsq(Quantizer):
         """Return `1 / sqrt(N p)`, or 1 if the gradient scale is off.
 
         N counts the elements that one s is for: of the whole weight, of one sample of an
-            activation.
+        activation.
         """
         if not self.gradient_scale:
             return 1.0

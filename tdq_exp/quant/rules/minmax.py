@@ -7,8 +7,7 @@ follow their own range, one for each output channel (`intervals.dynamic.ChannelR
 and BRECQ do by default.
 
 Source: Jacob et al., *Quantization and Training of Neural Networks for Efficient
-    Integer-Arithmetic-Only
-Inference*, arXiv 1712.05877, section 3.
+Integer-Arithmetic-Only Inference*, arXiv 1712.05877, section 3.
 """
 
 from __future__ import annotations

@@ -6,10 +6,9 @@ The noise has the width of a step, its bounds are s (n - z) and s (p - z), and t
 through both. u is uniform, or drawn from the histogram of the tensor's own rounding error, as the
 published code does.
 
-Source: Shin et al., *NIPQ: Noise Proxy-Based Integrated Pseudo-Quantization*, CVPR 2023. The length
-    of its
-phases on diffusion is not published: `fit.real_rounding` is the last share of the updates, 0.2 by
-    default.
+Source: Shin et al., *NIPQ: Noise Proxy-Based Integrated Pseudo-Quantization*, CVPR 2023. The
+length of its phases on diffusion is not published: `fit.real_rounding` is the last share of the
+updates, 0.2 by default.
 """
 
 from __future__ import annotations

@@ -6,9 +6,8 @@ For signed inputs both bounds follow from s, and the penalty is on half of the r
 n) / 2. It takes the mean over the batch where s depends on t.
 
 Source: Choi et al., *PACT*, arXiv 1805.06085. Its weights are DoReFa's (arXiv 1606.06160), which
-    rescale any
-weight to [-1, 1] and so need a normalisation behind them that a pre-trained diffusion U-Net does
-not have. Ours are symmetric with s = max|w| / p; the literal form is `DorefaWeights`.
+rescale any weight to [-1, 1] and so need a normalisation behind them that a pre-trained diffusion
+U-Net does not have. Ours are symmetric with s = max|w| / p; the literal form is `DorefaWeights`.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ class Pact(Quantizer):
     def penalty(self) -> Tensor | None:
         """Return `decay mean(alpha^2)` at the current time steps.
 
-        None without decay, or where s follows the input: nothing is clipped then, and alpha is not
-            learned.
+        None without decay, or where s follows the input: nothing is clipped then, and alpha is
+        not learned.
         """
         s = self.interval.step_size()
         if s is None or not self.decay:
