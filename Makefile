@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/python -m tdq_exp.run
 TABLES = table1 table2 table3 table4 table5 table6 table7 table8 table9
 FIGURES = figure2 figure3 figure8 figure9 grids layers length encoding
 
-.PHONY: help demo test lint $(TABLES) $(FIGURES) figures claims render status report paper verify faults bench bench-cost bench-integer bench-gpu house clean
+.PHONY: help demo test lint $(TABLES) $(FIGURES) figures claims render status report paper verify freeze-rows faults bench bench-cost bench-integer bench-gpu house clean
 
 help:
 	@echo "make demo                    set up, then digits W4A4 LSQ+TDQ from float model to picture (minutes, CPU)"
@@ -25,6 +25,7 @@ help:
 	@echo "                             (figure2 figure3 figure8 figure9 grids layers length encoding; figures: all of them)"
 	@echo "make report                  everything on one page, results/report.html (seconds)"
 	@echo "make verify                  checks the checksums of everything under results/ (seconds)"
+	@echo "make freeze-rows             lists new rows of results/runs with their commands, which tests compute again"
 	@echo "make faults                  damages, kills and misuses tiny runs; counts the outcomes (at most 15 minutes)"
 	@echo "make bench                   speed of training and denoising steps -> results/bench/"
 	@echo "make bench-integer           a denoising step on integers, simulated, in float and in ONNX Runtime (half an hour)"
@@ -75,6 +76,9 @@ report: $(VENV)/installed
 
 verify: $(VENV)/installed
 	$(VENV)/bin/python -m tdq_exp verify results
+
+freeze-rows: $(VENV)/installed
+	$(VENV)/bin/python tests/experiment/committed.py
 
 faults: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python scripts/faults.py

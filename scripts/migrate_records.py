@@ -119,7 +119,7 @@ def _new_fit(old: Record, path: Path) -> Record:
 def _set_fingerprint(config: Record, parts: Record) -> str:
     c, s = config["calibration"], config["sampler"]
     spec = CalibrationSpec(c["kind"], c["samples"], c["images"], c["mu"], c["sigma"], c["seed"])
-    trajectory = Ddim(s["steps"], s["spacing"], 0.0, s["clip"], s["offset"], s["final_alpha_one"])
+    trajectory = Ddim.without_noise(s)
 
     model = {"definition": parts["model"]["definition"]}
     if "autoencoder" in parts:

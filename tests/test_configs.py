@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -14,7 +15,11 @@ from omegaconf import OmegaConf
 import tdq_exp.config.compose as compose_module
 from tdq_exp.config import assets, experiments, naming, schema
 from tdq_exp.config.compose import compose
+from tdq_exp.diffusion import Ddim
+from tdq_exp.diffusion.options import ModelConventions, TrajectoryOptions
 from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment.options import SamplerOptions
+from tdq_exp.models import Ddpm, Pndm
 from tdq_exp.report import manifest as manifests
 
 ROOT = assets.configs().parent
@@ -84,6 +89,18 @@ def test_a_table_asks_for_every_cell_of_the_paper(name, names):
         # The set that MinMax's name stands for is chosen all the same: one line serves the table.
         implied = ["calibration=uniform"] if "minmax" in run else []
         assert sorted([*experiments.choices_of(run), *implied]) in asked
+
+
+def test_every_argument_of_a_sampler_is_a_key_of_its_group_and_declared_once():
+    shared = assets.read_yaml(assets.configs() / "sampler" / "shared" / "steps.yaml")
+    declared = [field.name for field in dataclasses.fields(TrajectoryOptions)]
+    assert shared["method"] == {name: f"${{sampler.{name}}}" for name in declared}
+    for field in dataclasses.fields(ModelConventions):
+        assert shared[field.name] == f"${{model.sampling.{field.name}}}"
+
+    for made in (Ddim, Ddpm, Pndm):
+        assert [field.name for field in dataclasses.fields(made)] == declared
+    assert set(declared) < {field.name for field in dataclasses.fields(SamplerOptions)}
 
 
 def test_the_papers_numbers_for_churches():

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from tdq_exp.commands import cli
 from tdq_exp.config.compose import compose
+from tdq_exp.config.schema import plain
 from tdq_exp.experiment import build as jobs
 from tdq_exp.metrics.fidelity import Statistics, frechet_distance
 from tdq_exp.metrics.measure import features_of
@@ -70,7 +71,7 @@ def compare(options: argparse.Namespace) -> None:
     sets = [images[:count] for images in sets]
 
     network, processes = (
-        jobs.features_of(compose([f"eval={options.features}"])),
+        jobs.features_of(plain(compose([f"eval={options.features}"]))),
         Processes(cpu=True),
     )
     layer = network.metric_layers["fid"]

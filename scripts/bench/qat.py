@@ -28,6 +28,7 @@ from tdq_exp.quant.intervals.static import StaticIntervals
 from tdq_exp.quant.intervals.temporal import GeneratorBank, Temporal, TemporalIntervals, encode_time
 from tdq_exp.quant.kernels import cpu as kernels
 from tdq_exp.quant.rules.lsq import Lsq
+from tdq_exp.quant.time import TimeContext
 from tdq_exp.report import pages
 
 AIMS = {
@@ -56,6 +57,7 @@ class TorchFused(Lsq):
 class OneByOne(Interval):
     """A generator of its own for one quantizer, evaluated when it is asked."""
 
+    time: TimeContext
     time_dependent = True
 
     def __init__(self, bank: GeneratorBank, row: int) -> None:

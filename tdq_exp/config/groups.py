@@ -8,18 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tdq_exp.config.setting import setting
+from tdq_exp.config.setting import FEWEST_BITS, MOST_BITS, setting
+from tdq_exp.diffusion.options import ModelConventions
 from tdq_exp.experiment.options import MOST_BATCH, MOST_IMAGES
 from tdq_exp.fit.options import MOST_SAMPLES, PtqNumbers, QatNumbers, TrainOptions
-
-
-@dataclass
-class Sampling:
-    """A model's own conventions of sampling."""
-
-    clip: bool = False
-    offset: int = 0
-    final_alpha_one: bool = True
 
 
 @dataclass
@@ -37,7 +29,9 @@ class ModelConfig:
     autoencoder: str | None = setting(
         None, fingerprint=False, help="weights of a latent model's first stage, as `weights`"
     )
-    sampling: Sampling = field(default_factory=Sampling, metadata={"fingerprint": False})
+    sampling: ModelConventions = field(
+        default_factory=ModelConventions, metadata={"fingerprint": False}
+    )
 
 
 @dataclass
@@ -96,8 +90,8 @@ class BitsConfig:
     """Numbers of bits of weights and of activations."""
 
     label: str = setting(fingerprint=False, is_name=True)
-    weight: int = setting(low=2, high=16)
-    act: int = setting(low=2, high=16)
+    weight: int = setting(low=FEWEST_BITS, high=MOST_BITS)
+    act: int = setting(low=FEWEST_BITS, high=MOST_BITS)
 
 
 @dataclass

@@ -34,7 +34,9 @@ MADE_BY_CODE = {
     f"tdq_exp.quant.{name}"
     for name in (
         "Dynamic",
+        "Bank",
         "Interval",
+        "Intervals",
         "LookupTable",
         "LowerBound",
         "PerStep",
@@ -148,7 +150,7 @@ def require_known(config: Any, where: str) -> None:
         ValueError: naming the target, or a value that would be computed when it is read.
     """
     # A record holds plain values. An interpolation could become a target after this check.
-    for text in _texts(config):
+    for text in texts(config):
         if "${" in text:
             raise ValueError(f"{where}: holds {text!r}, and a record has no interpolations")
 
@@ -180,16 +182,17 @@ def _require_face(target: Any, faces: Collection[str], where: str) -> None:
     )
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts(value: Any) -> Iterator[str]:
+    """Yield every text of plain nested values, keys among them."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, entry in value.items():
-            yield from _texts(key)
-            yield from _texts(entry)
+            yield from texts(key)
+            yield from texts(entry)
     elif isinstance(value, list | tuple):
         for entry in value:
-            yield from _texts(entry)
+            yield from texts(entry)
 
 
 def _targets(value: Any) -> Iterator[Any]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tdq_exp.config import setting as settings
@@ -27,6 +27,7 @@ from tdq_exp.config.groups import (
     TdqConfig,
     WeightConfig,
 )
+from tdq_exp.config.records import texts
 from tdq_exp.config.setting import SEED, setting
 from tdq_exp.experiment.options import EvalOptions, SamplerOptions
 from tdq_exp.fit.calibration_options import CalibrationSpec
@@ -161,8 +162,9 @@ def one_line(error: OmegaConfBaseException) -> ValueError:
 
 
 def _typed(cfg: DictConfig) -> Config:
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
+    # An interpolation of a missing value needs no look: what it names is among the values.
+    if MISSING in texts(OmegaConf.to_container(cfg)):
+        missing = sorted(OmegaConf.missing_keys(cfg))
         raise ValueError(f"{missing[0]} has no value: choose an option of its group, or set it")
 
     # Types that a merge may have replaced, and keys that none of them declares.
@@ -228,12 +230,6 @@ def _check_method(config: Config) -> None:
                 f"{name}.quantizer=null: method={method.label} quantizes; choose {name}=OPTION, or"
                 " method=fp"
             )
-
-    if fit.reconstructs and config.tdq.interval["_target_"].endswith("DynamicIntervals"):
-        raise ValueError(
-            f"tdq={config.tdq.label}: ranges that are read from the input can't be reconstructed;"
-            " use method=minmax"
-        )
 
     if fit.needs_calibration_set != config.calibration.wanted:
         raise ValueError(

@@ -24,6 +24,8 @@ _ALWAYS = object()  # of a key that every fingerprint holds, whatever its value
 
 SEED = 2**63 - 1  # the largest seed: torch's generators take 64 bits
 
+FEWEST_BITS, MOST_BITS = 2, 16  # of a grid
+
 # What a value must be, by type.
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -151,6 +153,12 @@ def require(key: str, value: Any, kind: type[Any], **about: Any) -> None:
     problem = problem or _problem(value, about)
     if problem is not None:
         raise ValueError(f"{key}={value}: {problem}")
+
+
+def about(options: type[Any], name: str) -> dict[str, Any]:
+    """Return what a dataclass declares of a field, its range among it, for `require`."""
+    (field,) = (field for field in dataclasses.fields(options) if field.name == name)
+    return dict(field.metadata)
 
 
 def is_of(value: Any, kind: type[Any]) -> bool:

@@ -13,12 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.quant import ops
-from tdq_exp.quant.intervals.base import LookupTable
-from tdq_exp.quant.intervals.dynamic import Dynamic
 from tdq_exp.quant.kernels import cpu as kernels
 from tdq_exp.quant.layers import CodedWeight
 from tdq_exp.quant.quantizer import Quantizer
-from tdq_exp.quant.zero_point import TableZeroPoint
 
 
 @dataclass(frozen=True)
@@ -63,14 +60,15 @@ class Tables(nn.Module):
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
-        interval, zero = quantizer.interval, quantizer.zero_point
-        assert isinstance(interval, LookupTable) and isinstance(zero, TableZeroPoint)
+        tables = quantizer.tables()
+        assert tables is not None and quantizer.interval.baked
+        s, z = tables
         self.n, self.p = quantizer.grid.n, quantizer.grid.p
-        self.time = interval.time
+        self.time = quantizer.interval.time
         self.step_sizes: Tensor
         self.zero_points: Tensor
-        self.register_buffer("step_sizes", interval.step_sizes.clone())
-        self.register_buffer("zero_points", zero.zero_points.clone())
+        self.register_buffer("step_sizes", s.clone())
+        self.register_buffer("zero_points", z.clone())
 
     def rows(self) -> tuple[int, int]:
         """Return the rows of s and of z at the current time step."""
@@ -137,7 +135,7 @@ class Coder(Tables, ByteSource):
 
 
 class DynamicCoder(ByteSource):
-    """A quantizer with a `Dynamic` interval that gives codes.
+    """A quantizer that gives codes on the range of its input (`Interval.range_per_sample`).
 
     Args:
         quantizer: its codes no wider than a byte.
@@ -145,12 +143,9 @@ class DynamicCoder(ByteSource):
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
-        assert isinstance(quantizer.interval, Dynamic)
-        self.n, self.p, self.per_sample = (
-            quantizer.grid.n,
-            quantizer.grid.p,
-            quantizer.interval.per_sample,
-        )
+        assert quantizer.interval.range_per_sample is not None
+        self.n, self.p = quantizer.grid.n, quantizer.grid.p
+        self.per_sample = quantizer.interval.range_per_sample
         self.shift = -self.n
 
     def forward(self, x: Tensor) -> Coded:
@@ -178,12 +173,17 @@ class DynamicCoder(ByteSource):
 
 def matrix_on_cpu(quantizer: Quantizer) -> nn.Module:
     """Return what simulates a quantizer on a CPU; see `Coder.matrix`."""
-    return quantizer if quantizer.interval.dynamic else Rounder(quantizer)
+    return Rounder(quantizer) if quantizer.tables() is not None else quantizer
 
 
 def coder_of(quantizer: Quantizer) -> Coder | DynamicCoder:
-    """Return the coder of a baked quantizer."""
-    return DynamicCoder(quantizer) if quantizer.interval.dynamic else Coder(quantizer)
+    """Return the coder of a baked quantizer for a CPU."""
+    return Coder(quantizer) if quantizer.tables() is not None else DynamicCoder(quantizer)
+
+
+def gives_codes(quantizer: Quantizer) -> bool:
+    """Return whether there is a coder of a baked quantizer: it has tables, or reads a range."""
+    return quantizer.tables() is not None or quantizer.interval.range_per_sample is not None
 
 
 def too_wide(quantizer: Quantizer) -> bool:

@@ -24,7 +24,6 @@ from tdq_exp.deploy.coders import (
     signed_codes,
 )
 from tdq_exp.quant import kernels, ops
-from tdq_exp.quant.intervals.dynamic import Dynamic
 from tdq_exp.quant.kernels import integer as kernel
 from tdq_exp.quant.layers import CodedWeight, QuantConv2d, QuantLayer
 from tdq_exp.quant.quantizer import Quantizer
@@ -141,7 +140,7 @@ class GpuCoder(Tables, ByteSource):
 
 
 class GpuDynamicCoder(ByteSource):
-    """A quantizer with a `Dynamic` interval that gives bytes.
+    """A quantizer that gives bytes on the range of its input (`Interval.range_per_sample`).
 
     Args:
         quantizer: its codes no wider than a byte.
@@ -149,9 +148,9 @@ class GpuDynamicCoder(ByteSource):
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
-        assert isinstance(quantizer.interval, Dynamic)
+        assert quantizer.interval.range_per_sample is not None
         self.n, self.p = quantizer.grid.n, quantizer.grid.p
-        self.per_sample = quantizer.interval.per_sample
+        self.per_sample = quantizer.interval.range_per_sample
         # z is one of the codes, so q - z is no further from 0 than their number.
         self.shift = None if largest_code(quantizer) <= BYTE.max else shift_of(self.p)
 
@@ -171,8 +170,8 @@ class GpuDynamicCoder(ByteSource):
 
 
 def gpu_coder_of(quantizer: Quantizer) -> ByteSource:
-    """Return the coder of a baked quantizer."""
-    return GpuDynamicCoder(quantizer) if quantizer.interval.dynamic else GpuCoder(quantizer)
+    """Return the coder of a baked quantizer for a GPU."""
+    return GpuCoder(quantizer) if quantizer.tables() is not None else GpuDynamicCoder(quantizer)
 
 
 def shift_of(p: int) -> int:

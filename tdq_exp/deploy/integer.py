@@ -32,6 +32,7 @@ from tdq_exp.deploy.coders import (
     Coded,
     coded_input,
     coder_of,
+    gives_codes,
     largest_code,
     signed_codes,
     too_wide,
@@ -132,6 +133,8 @@ def reason_against(layer: QuantLayer) -> str | None:
         return "its weights are wider than 8 bits"
     if quantizer is not None and too_wide(quantizer):
         return "its input is wider than 8 bits"
+    if quantizer is not None and not gives_codes(quantizer):
+        return "its step size is read from the input by a rule of its own"
     if isinstance(original, nn.Conv2d):
         if original.padding_mode != "zeros" or isinstance(original.padding, str):
             return "its padding is not of zeros"
@@ -179,7 +182,7 @@ def codable(net: nn.Module) -> dict[str, Quantizer]:
         if isinstance(module, QuantLayer) and reason_against(module) is None:
             if module.input_quantizer is not None:
                 found[name] = module.input_quantizer
-            elif name in shared and not too_wide(shared[name]):
+            elif name in shared and not too_wide(shared[name]) and gives_codes(shared[name]):
                 found[name] = shared[name]
 
     return _whole_attentions(net, found)

@@ -13,15 +13,16 @@ diffusers' `DDIMScheduler` always steps to t - T // S, which is right for `leadi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tdq_exp.config.setting import require
+from tdq_exp.config.setting import about, require
 from tdq_exp.diffusion.objective import NoisePredictor
+from tdq_exp.diffusion.options import TrajectoryOptions, trajectory_values
 from tdq_exp.diffusion.schedule import Schedule
 
 SPACINGS = ("leading", "uniform", "trailing", "linspace", "quad")
@@ -109,8 +110,8 @@ class Coefficients(NamedTuple):
     sigma: float
 
 
-@dataclass(frozen=True)
-class Ddim:
+@dataclass(unsafe_hash=True)
+class Ddim(TrajectoryOptions):
     """DDIM over any sequence of time steps.
 
     Args:
@@ -122,17 +123,17 @@ class Ddim:
         final_alpha_one: whether abar is 1 after the last step (DDIM), and not abar_0 (LDM).
     """
 
-    steps: int
-    spacing: str = "leading"
-    eta: float = 0.0
-    clip: bool = False
-    offset: int = 0
-    final_alpha_one: bool = True
+    steps: int = field()
 
     keeps_variance: ClassVar[bool] = False  # a predictor's own error lessens the noise, if known
 
     def __post_init__(self) -> None:
-        require("sampler.eta", self.eta, float, low=0, high=1)
+        require("sampler.eta", self.eta, float, **about(TrajectoryOptions, "eta"))
+
+    @classmethod
+    def without_noise(cls, values: Mapping[str, Any]) -> Ddim:
+        """Return the sampler of trajectories: eta is 0, all else is that of the group `sampler`."""
+        return cls(**trajectory_values(values) | {"eta": 0.0})
 
     def check(self, schedule: Schedule) -> None:
         """Refuse time steps that the schedule does not have.

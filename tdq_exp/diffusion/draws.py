@@ -2,7 +2,8 @@
 
 Every draw has a key, `(seed, stream, index, ...)`, and a generator of its own, so a run that is
 resumed, or shared by several processes, sees exactly the draws of one that ran alone without a
-break. `Stream` names what is drawn; no arithmetic is done on seeds.
+break. `Stream` names what is drawn; no arithmetic is done on seeds. `BareSeed` lists the draws that
+have no stream, and why.
 
 Images are computed in groups of `batch` consecutive indices. The last group is padded with indices
 past the end, whose results are dropped. Shards and resumes cut at group borders only, so every
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum, IntEnum
 
 import torch
 from torch import Tensor
@@ -72,6 +73,51 @@ def seed_global(seed: int, stream: Stream, *index: int) -> None:
     else:
         state = mix(seed, int(stream), *index)
     torch.manual_seed(state)
+
+
+class BareSeed(Enum):
+    """Draws whose seed is a bare number, and no key of a stream; each with the reason.
+
+    All of them are older than the names of streams. Whatever is drawn anew gets a `Stream`.
+    """
+
+    START_WEIGHTS = (
+        "start weights of a float network, by the run's seed: shipped nets were trained from them,"
+        " and whoever builds a network for its shapes draws them, too"
+    )
+    GENERATOR_START = (
+        "start weights of TDQ's networks f, by the run's seed: every committed fit with TDQ began"
+        " with them"
+    )
+    CALIBRATION_VALUES = (
+        "which values of a tensor are kept while calibrating, by the number of the batch: start"
+        " values of every committed fit follow from them; drawn in `quant.calibrate`, which knows"
+        " nothing of diffusion"
+    )
+    OVER_TIME_VALUES = (
+        "which values of a tensor the fit over time keeps, by the number of the batch: committed"
+        " rows of MinMax + TDQ were fitted to them"
+    )
+    HALF_SAMPLING = (
+        "halves of a set in `metrics.half_sampling`, by its own constant: the deviations that"
+        " committed rows state"
+    )
+    EXPORT_PARITY = (
+        "the input on which an exported graph is compared with the network, by 0: what `export`"
+        " prints stays the same from version to version; no result depends on it"
+    )
+
+
+def bare_generator(draw: BareSeed, seed: int) -> torch.Generator:
+    """Return the CPU generator of a draw that is listed as an exception."""
+    assert isinstance(draw, BareSeed)
+    return torch.Generator().manual_seed(seed)
+
+
+def seed_global_bare(draw: BareSeed, seed: int) -> None:
+    """Seed torch's global generators for a draw that is listed as an exception."""
+    assert isinstance(draw, BareSeed)
+    torch.manual_seed(seed)
 
 
 def mix(*key: int) -> int:

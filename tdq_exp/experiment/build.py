@@ -6,12 +6,13 @@ Building decides everything that can be wrong before anything is computed: unkno
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,6 +30,7 @@ from tdq_exp.fit.fit import Fit, Subject
 from tdq_exp.fit.options import FitOptions
 from tdq_exp.fit.registry import fit_class
 from tdq_exp.metrics.features import FeatureNetwork
+from tdq_exp.metrics.fetched import file_to_fetch
 from tdq_exp.metrics.fidelity import check_names
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.models.trainable import Trainable
@@ -137,7 +139,12 @@ class Experiment:
 
     def features(self) -> FeatureNetwork:
         """Return the feature network."""
-        return features_of(OmegaConf.create(self.config))
+        return features_of(self.config)
+
+    def features_to_fetch(self) -> Path | None:
+        """Return the file of weights that the feature network fetches if it is not there."""
+        node = self.config["eval"]["features"]
+        return file_to_fetch(get_object(node["_target_"]), node.get("weights"))
 
     def subject(self, data: Data, weights: str | None) -> Subject:
         """Return what the fit works on.
@@ -189,10 +196,12 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
     name, sample, folder = naming.fit_name(cfg), naming.sample_name(cfg), naming.run_folder(cfg)
 
     values = schema.plain(cfg)
-    resolved = OmegaConf.create(values)
 
-    # 2. The model, and what of it is fitted: refused here if there is no such part.
-    model = make_of(resolved, "model.definition", DiffusionModel)
+    # 2. The quantizers.
+    recipe = _recipe(config, values)
+
+    # 3. The model, and what of it is fitted: refused here if there is no such part.
+    model = make_of(values, "model.definition", DiffusionModel)
     _require_classes_only(model)
 
     fit = _fit(config)
@@ -209,8 +218,8 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
 
     weights = shipped(config.model.weights) if fit.options.needs_weights else None
 
-    # 3. The sampler: what it can't do is known before a fit of days.
-    sampler = make(resolved, "sampler.method")
+    # 4. The sampler: what it can't do is known before a fit of days.
+    sampler = make(values, "sampler.method")
     if not callable(getattr(sampler, "check", None)):
         raise ValueError(f"sampler.method={config.sampler.method}: is no sampler")
     if fit.options.gives_rows:
@@ -228,9 +237,9 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
             " sampler=ddim, or fit.correction=none"
         )
 
-    # 4. The rest.
+    # 5. The rest.
     cache = Path(config.data.cache).expanduser() if config.data.cache else default_cache()
-    images = source_of(resolved) if source else None
+    images = source_of(values) if source else None
 
     return Experiment(
         name=name,
@@ -242,13 +251,31 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
         weights=FloatWeights(weights, config.model.ema),
         data=DataChoice(images, cache, config.data.limit),
         fit=fit,
-        recipe=recipe_of(resolved) if config.method.quantized else None,
+        recipe=recipe,
         sampler=sampler,
         sampling=config.sampler,
         evaluation=config.eval,
         machine=Machine(config.launcher, config.tracker, config.smoke),
         notes=notes,
     )
+
+
+def _recipe(config: schema.Config, values: Mapping[str, Any]) -> Recipe | None:
+    """Return the quantizers that a config names; None for a float network.
+
+    Raises:
+        ValueError: if the fit can't have them.
+    """
+    if not config.method.quantized:
+        return None
+
+    recipe = recipe_of(values)
+    if config.fit.reconstructs and recipe.intervals.dynamic:
+        raise ValueError(
+            f"tdq={config.tdq.label}: ranges that are read from the input can't be reconstructed;"
+            " use method=minmax"
+        )
+    return recipe
 
 
 def _require_classes_only(model: DiffusionModel) -> None:
@@ -269,14 +296,9 @@ def _fit(config: schema.Config) -> Fit[FitOptions]:
     """Return the fit that a config names."""
     chosen, options = fit_class(config.fit), config.fit
     if options.needs_calibration_set:
-        trajectory = trajectory_of(config.sampler)
+        trajectory = Ddim.without_noise(vars(config.sampler))
         return chosen(options, config.calibration, trajectory)  # type: ignore[call-arg]
     return chosen(options)
-
-
-def trajectory_of(s: SamplerOptions) -> Ddim:
-    """Return the sampler of trajectories: DDIM without noise, at the same time steps."""
-    return Ddim(s.steps, s.spacing, 0.0, s.clip, s.offset, s.final_alpha_one)
 
 
 def shipped(weights: str | None) -> str | None:
@@ -288,12 +310,13 @@ def shipped(weights: str | None) -> str | None:
     )
 
 
-def features_of(cfg: DictConfig) -> FeatureNetwork:
-    """Return the feature network that a config names."""
-    cfg = cfg.copy()
-    if cfg.eval.features.get("weights") is not None:
-        cfg.eval.features.weights = shipped(cfg.eval.features.weights)
-    return make(cfg, "eval.features")
+def features_of(config: Mapping[str, Any]) -> FeatureNetwork:
+    """Return the feature network that a configuration names, as plain values."""
+    node = dict(config["eval"]["features"])
+    if node.get("weights") is not None:
+        node["weights"] = shipped(node["weights"])
+    features: FeatureNetwork = make({"eval": {"features": node}}, "eval.features")
+    return features
 
 
 def of_network(network: dict[str, Any], overrides: Sequence[str]) -> Experiment:

@@ -18,7 +18,6 @@ from tdq_exp.config import assets
 from tdq_exp.deploy.operations import products
 from tdq_exp.diffusion.draws import Stream
 from tdq_exp.experiment.build import Experiment
-from tdq_exp.quant import StaticIntervals
 
 SMALLEST = 0.1  # of the measured network: one that fills a card less is not told by its operations
 FLOAT, STATIC, TEMPORAL = "float", "LSQ", "LSQ+TDQ"  # forms of a network that were measured
@@ -128,7 +127,7 @@ def form_of(job: Experiment) -> str:
     """Return which of the measured forms is nearest to a run's network."""
     if job.recipe is None:
         return FLOAT
-    return STATIC if isinstance(job.recipe.intervals, StaticIntervals) else TEMPORAL
+    return STATIC if job.recipe.intervals.constant else TEMPORAL
 
 
 def _rate(rates: Mapping[str, Mapping[str, float]], precision: str, form: str) -> float:

@@ -23,7 +23,6 @@ from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.card import CardCost
 from tdq_exp.experiment.network import network_is_here
 from tdq_exp.experiment.row import read_rows
-from tdq_exp.metrics.features import inception_file
 from tdq_exp.quant.convert import Recipe, layer_map
 from tdq_exp.runtime import files, launch
 from tdq_exp.runtime.progress import console, print_table
@@ -240,9 +239,8 @@ def show(job: Experiment) -> Cost:
 
 def _features_to_fetch(job: Experiment) -> str:
     """Return a remark if the feature network's weights are on no disk here yet."""
-    node = job.config["eval"]["features"]
-    named = node.get("weights") is not None
-    if named or not str(node["_target_"]).endswith(".inception") or inception_file().is_file():
+    file = job.features_to_fetch()
+    if file is None or file.is_file():
         return ""
     return ": their weights are not here and are fetched first (or eval.features.weights=PATH)"
 

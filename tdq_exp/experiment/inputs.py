@@ -67,11 +67,7 @@ def require_features(job: Experiment, download: bool = True) -> None:
         job: the experiment.
         download: whether weights that are named by no file are fetched.
     """
-    node = job.config["eval"]["features"]
-    named = node.get("weights") is not None
-
-    # Without a file of its own, Inception is fetched to torch's cache.
-    if named or download or not str(node["_target_"]).endswith(".inception"):
+    if download or job.features_to_fetch() is None:
         job.features()
 
 

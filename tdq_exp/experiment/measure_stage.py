@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from tdq_exp.experiment.places import made_of, place_of
 from tdq_exp.experiment.row import Row, RowRecord, measure_parts
 from tdq_exp.experiment.sample_stage import (
     Reconstructions,
+    SampledSet,
     SampleStage,
     run_sampling,
     store_of,
 )
+from tdq_exp.metrics.features import FeatureNetwork
 from tdq_exp.metrics.measure import Features, measure
 from tdq_exp.runtime import environment, files
 from tdq_exp.runtime.hashes import images_hash
@@ -58,79 +61,125 @@ def run_measures(
         images = run_sampling(job, sampling, processes)
 
         began = time.monotonic()
+        measured = _measured(job, data, network, images, processes)
+        paired = processes.decide(partial(_paired, job, sampling, images, processes))
 
-        # Metrics of the set, and of as many real images.
-        options = job.evaluation
-        measured = measure(
-            Features(network, options.batch, processes, job.data.cache),
-            images.pixels,
-            data.train,
-            data.held_out,
-            options.metrics,
-            options.reference_images,
-            partial(Reconstructions, job.model, processes=processes) if job.model.codec else None,
-        )
-
-        # The same noise through the float network.
-        def compare() -> dict[str, Any] | None:
-            return paired_distance(job, sampling.net, images, processes.device)
-
-        paired = processes.decide(compare)
-
-        # What the row is of, how long it took, and where it was made.
-        fingerprints = {
-            "fit": fit.fingerprint,
-            "sample": sampling.record.fingerprint,
-            "measure": fingerprint,
-        }
-
-        seconds = {
-            "fit": fit.facts["seconds"],
-            "sample": round(images.seconds, 1),
-            "measure": round(time.monotonic() - began, 1),
-        }
-
-        # The images count: they may have been sampled, and the network fitted, somewhere else.
-        here = place_of(processes)
-        place = {**here, **(images.made or [here])[-1]}
-        sampled_on = [other["environment"] for other in images.made]
-        fitted_on = here["environment"]
-        if not job.fit.options.loads_only:
-            fitted_on = fit.facts.get("environment", fitted_on)
-
-        return Row(
-            name=job.name,
-            seed=job.seed,
-            sample=job.sample_name,
-            report=job.fit.options.report,
-            update=sampling.update,
-            fingerprints=fingerprints,
-            images=job.sampling.images,
-            image_set=images_hash(images.pixels),
-            weights=fit.facts["weights"],
-            which_weights=fit.facts.get("which_weights"),
-            model_parts=job.model.parts(),
-            validation_loss=fit.facts["validation_loss"],
-            seconds=seconds,
-            peak_memory_gb=environment.peak_memory_gb(),
-            processes=place["processes"],
-            device=place["device"],
-            threads=place["threads"],
-            kernels=place["kernels"],
-            engine=images.engine,
-            environment=here["environment"],
-            sampled_on=sampled_on if sampled_on != [here["environment"]] else None,
-            fitted_on=fitted_on if fitted_on != here["environment"] else None,
-            compiled=fit.facts.get("compiled"),
-            config=job.recorded(),
-            paired=paired,
-            **measured,
-        ).as_json()
+        seconds = round(time.monotonic() - began, 1)
+        found = Measured(fingerprint, measured, paired, seconds)
+        return row_of(job, fit, sampling, images, found, processes).as_json()
 
     row, new = stage(record, make, processes)
     if not new:
         _confirm_images(job, sampling, row, processes)
     return row, new
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a set.
+
+    Args:
+        fingerprint: of the measure stage.
+        metrics: the fields of a row that `measure` gives.
+        paired: distance to the float model's images from the same noise, or None.
+        seconds: that it took.
+    """
+
+    fingerprint: str
+    metrics: dict[str, Any]
+    paired: dict[str, Any] | None
+    seconds: float
+
+
+def _measured(
+    job: Experiment, data: Data, network: FeatureNetwork, images: SampledSet, processes: Processes
+) -> dict[str, Any]:
+    """Return the metrics of the set, and of as many real images."""
+    options = job.evaluation
+    return measure(
+        Features(network, options.batch, processes, job.data.cache),
+        images.pixels,
+        data.train,
+        data.held_out,
+        options.metrics,
+        options.reference_images,
+        partial(Reconstructions, job.model, processes=processes) if job.model.codec else None,
+    )
+
+
+def _paired(
+    job: Experiment, sampling: SampleStage, images: SampledSet, processes: Processes
+) -> dict[str, Any] | None:
+    """Return the distance to the float network's images from the same noise, or None."""
+    return paired_distance(job, sampling.net, images, processes.device)
+
+
+def row_of(
+    job: Experiment,
+    fit: FittedModel,
+    sampling: SampleStage,
+    images: SampledSet,
+    measured: Measured,
+    processes: Processes,
+) -> Row:
+    """Return the row of a measured set: what it is of, how long it took, and where it was made.
+
+    Args:
+        job: the experiment.
+        fit: whose row it is.
+        sampling: the stage of the set.
+        images: the set.
+        measured: what was measured of it.
+        processes: who shared the work.
+    """
+    fingerprints = {
+        "fit": fit.fingerprint,
+        "sample": sampling.record.fingerprint,
+        "measure": measured.fingerprint,
+    }
+
+    seconds = {
+        "fit": fit.facts["seconds"],
+        "sample": round(images.seconds, 1),
+        "measure": measured.seconds,
+    }
+
+    # The images count: they may have been sampled, and the network fitted, somewhere else.
+    here = place_of(processes)
+    place = {**here, **(images.made or [here])[-1]}
+    sampled_on = [other["environment"] for other in images.made]
+    fitted_on = here["environment"]
+    if not job.fit.options.loads_only:
+        fitted_on = fit.facts.get("environment", fitted_on)
+
+    return Row(
+        name=job.name,
+        seed=job.seed,
+        sample=job.sample_name,
+        report=job.fit.options.report,
+        update=sampling.update,
+        fingerprints=fingerprints,
+        images=job.sampling.images,
+        image_set=images_hash(images.pixels),
+        weights=fit.facts["weights"],
+        which_weights=fit.facts.get("which_weights"),
+        model_parts=job.model.parts(),
+        validation_loss=fit.facts["validation_loss"],
+        seconds=seconds,
+        peak_memory_gb=environment.peak_memory_gb(),
+        processes=place["processes"],
+        device=place["device"],
+        threads=place["threads"],
+        kernels=place["kernels"],
+        engine=images.engine,
+        environment=here["environment"],
+        sampled_on=sampled_on if sampled_on != [here["environment"]] else None,
+        fitted_on=fitted_on if fitted_on != here["environment"] else None,
+        compiled=fit.facts.get("compiled"),
+        config=job.recorded(),
+        paired=measured.paired,
+        **measured.metrics,
+    )
 
 
 def _confirm_images(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tdq_exp.config.setting import SEED, setting
+from tdq_exp.diffusion.options import TrajectoryOptions
 
 ENGINES = ("fake", "integer")
 MOST_IMAGES = 10**7
@@ -13,25 +14,16 @@ MOST_BATCH = 10**5
 
 
 @dataclass
-class SamplerOptions:
+class SamplerOptions(TrajectoryOptions):
     """Sampling of a set of images.
 
-    `method` names the sampler's class and holds the time steps; its own keys repeat those of the
-    group, so that a command line says `sampler.eta=1`. The fingerprint reads `method`.
+    `method` is the sampler as it is made: its class, and its arguments, which
+    `configs/sampler/shared/steps.yaml` takes from the group, so that a command line says
+    `sampler.eta=1`. The fingerprint reads `method`.
     """
 
     label: str = setting(fingerprint=False, is_name=True)
     method: Any = setting(help="_target_: the sampler's class")
-    steps: int = setting(low=1, fingerprint=False, help="S")
-    spacing: str = setting(
-        "leading", fingerprint=False, help="leading, uniform, trailing, linspace, quad"
-    )
-    eta: float = setting(
-        0.0, low=0, high=1, fingerprint=False, help="0 is deterministic, 1 has DDPM's variance"
-    )
-    clip: bool = setting(False, fingerprint=False, help="limit x0_hat to [-1, 1]")
-    offset: int = setting(0, fingerprint=False, help="added to every time step")
-    final_alpha_one: bool = setting(True, fingerprint=False, help="abar after the last step is 1")
     images: int = setting(low=1, most=MOST_IMAGES, help="how many images")
     batch: int = setting(low=1, most=MOST_BATCH, help="images that are computed together")
     seed: int = setting(0, low=0, high=SEED, help="of the images' starting noise")

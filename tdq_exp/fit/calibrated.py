@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.diffusion.draws import Draws, Stream, fixed_draws
+from tdq_exp.diffusion.draws import BareSeed, Draws, Stream, fixed_draws, seed_global_bare
 from tdq_exp.diffusion.objective import NetworkInput, Samples
 from tdq_exp.fit.ptq.stored_set import CalibrationSet
 from tdq_exp.models.pixel import DiffusionModel
@@ -95,7 +95,7 @@ def calibrated(
 
     # 1. Quantizers in place of the layers; TDQ's generators start from random weights.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(context.seed)
+        seed_global_bare(BareSeed.GENERATOR_START, context.seed)
         time = model.quantize(net, recipe)
     net.to(processes.device).eval()
 

@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from tdq_exp.quant.intervals.temporal import GeneratorBank
+from tdq_exp.quant.intervals.base import bank_of
 from tdq_exp.runtime.graphs import Recorded, free_memory
 
 
@@ -41,9 +41,9 @@ class TrainingGraph:
         parameters = [p for p in net.parameters() if p.requires_grad]
 
         # A graph of an earlier pass would tie the gradients of its leaves to another stream.
-        for module in net.modules():
-            if isinstance(module, GeneratorBank):
-                module.forget()
+        bank = bank_of(net)
+        if bank is not None:
+            bank.forget()
 
         # Gradients of an earlier recording lie in its memory.
         device = self.inputs[0].device

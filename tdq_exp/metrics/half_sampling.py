@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdq_exp.diffusion.draws import BareSeed, bare_generator
+
 DRAWS = 20
 SEED = 2020
 
@@ -45,7 +47,7 @@ def deviation_of_frechet(
     root = vectors * eigenvalues.clamp(min=0).sqrt() @ vectors.T
     total = float(covariance.trace())
 
-    stream = torch.Generator().manual_seed(seed)
+    stream = bare_generator(BareSeed.HALF_SAMPLING, seed)
     distances = []
     for _ in range(draws):
         half = generated[torch.randperm(len(generated), generator=stream)[: len(generated) // 2]]

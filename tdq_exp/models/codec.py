@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from tdq_exp.config.setting import require
 from tdq_exp.data.images import to_uint8
-from tdq_exp.diffusion.draws import Stream, generator
+from tdq_exp.diffusion.draws import BareSeed, Stream, generator, seed_global_bare
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.models.network import MOST, check_network, constructed, require_memory
 from tdq_exp.models.trainable import Trainable
@@ -147,7 +147,7 @@ class Autoencoder(Trainable):
         require_memory(self.network, AutoencoderKL, NETWORK)
 
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            seed_global_bare(BareSeed.START_WEIGHTS, seed)
             return constructed(lambda: ScaledAutoencoder(self.network), NETWORK)
 
     def training_loss(

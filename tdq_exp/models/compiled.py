@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from tdq_exp.quant.intervals.temporal import GeneratorBank
+from tdq_exp.quant.intervals.base import bank_of
 
 KEY = "launcher.compile=true"
 VARIANTS = 4  # of each block: while training and not, in each of two phases
@@ -62,13 +62,12 @@ class CompiledBlocks:
             block.compile(backend=backend, fullgraph=True, dynamic=False)
 
         # Step sizes belong to no block: all blocks are given those that are computed here.
-        bank = next((m for m in net.modules() if isinstance(m, GeneratorBank)), None)
-        self._bank = bank
+        bank = self._bank = bank_of(net)
         if bank is not None:
 
             def before(net: nn.Module, args: object) -> None:
                 if torch.is_grad_enabled() and net.training:
-                    bank.time.kept = (bank, bank.step_sizes())
+                    bank.prepare(compiled=True)
 
             net.register_forward_pre_hook(before)
 

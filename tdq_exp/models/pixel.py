@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tdq_exp.data.images import Images
 from tdq_exp.data.latents import encoded
-from tdq_exp.diffusion.draws import Stream, generator
+from tdq_exp.diffusion.draws import BareSeed, Stream, generator, seed_global_bare
 from tdq_exp.diffusion.objective import (
     LOSSES,
     PREDICTIONS,
@@ -135,7 +135,7 @@ class DiffusionModel(Trainable):
         require_memory(self.network, UNet2DModel, key)
 
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            seed_global_bare(BareSeed.START_WEIGHTS, seed)
             net = constructed(lambda: UNet2DModel(**self.network), key)
         if self.attention_heads is not None:
             set_heads(net, self.attention_heads)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tdq_exp.quant.intervals.temporal import GeneratorBank
+from tdq_exp.quant.intervals.base import bank_of
 
 
 def require_blocks(net: nn.Module) -> None:
@@ -50,11 +50,11 @@ def recompute_activations(net: nn.Module) -> None:
     network.enable_gradient_checkpointing(again)
 
     # Step sizes belong to no block: computed within the first, they would be missing there later.
-    bank = next((m for m in net.modules() if isinstance(m, GeneratorBank)), None)
+    bank = bank_of(net)
     if bank is not None:
 
         def before(net: nn.Module, args: object) -> None:
             if torch.is_grad_enabled() and net.training:
-                bank.row_in_training(0)
+                bank.prepare(compiled=False)
 
         net.register_forward_pre_hook(before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -12,13 +12,14 @@ from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from torch import Tensor
 
 from tdq_exp.diffusion.objective import NoisePredictor
+from tdq_exp.diffusion.options import TrajectoryOptions
 from tdq_exp.diffusion.schedule import Schedule
 
 OnStep = Callable[[int, Tensor], None]
 
 
-@dataclass(frozen=True)
-class _DiffusersSampler:
+@dataclass(unsafe_hash=True)
+class _DiffusersSampler(TrajectoryOptions):
     """A sampler of diffusers.
 
     Args:
@@ -33,12 +34,8 @@ class _DiffusersSampler:
         ValueError: naming the key.
     """
 
-    steps: int
-    spacing: str = "leading"
-    eta: float = 0.0
-    clip: bool = False
-    offset: int = 0
-    final_alpha_one: bool = True
+    steps: int = field()
+
     fewest: ClassVar[int] = 1
     keeps_variance: ClassVar[bool] = False  # whether it adds noise that no correction can lessen
 

@@ -14,7 +14,7 @@ The names below are the package's face: configurations and records use them, so 
 from tdq_exp.quant.calibrate import calibrating
 from tdq_exp.quant.convert import Recipe, bake, layer_map, quantize
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.intervals.base import Interval, LookupTable
+from tdq_exp.quant.intervals.base import Bank, Interval, Intervals, LookupTable
 from tdq_exp.quant.intervals.dynamic import Dynamic, DynamicIntervals
 from tdq_exp.quant.intervals.static import PerStep, PerStepIntervals, Static, StaticIntervals
 from tdq_exp.quant.intervals.temporal import Temporal, TemporalIntervals
@@ -31,11 +31,13 @@ from tdq_exp.quant.training import initialize, parameter_groups, penalty, set_fi
 from tdq_exp.quant.zero_point import LowerBound, ZeroPoint
 
 __all__ = [
+    "Bank",
     "DorefaWeights",
     "Dynamic",
     "DynamicIntervals",
     "Grid",
     "Interval",
+    "Intervals",
     "LookupTable",
     "LowerBound",
     "Lsq",

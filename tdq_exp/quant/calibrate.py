@@ -52,6 +52,7 @@ class Observer:
         flat = x.detach().float().reshape(-1)
         count = KEPT if self.fixed else max(KEPT // self.calibration.batches, 1)
         if flat.numel() > count:
+            # By the number of the batch alone (`diffusion.draws.BareSeed.CALIBRATION_VALUES`).
             pick = torch.randint(
                 flat.numel(), (count,), generator=torch.Generator().manual_seed(number)
             )

@@ -10,14 +10,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tdq_exp.quant import ops
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.intervals.base import Interval, LookupTable
+from tdq_exp.quant.intervals.base import Interval, Intervals, LookupTable
 from tdq_exp.quant.intervals.dynamic import ChannelRange, MaxAbs
 from tdq_exp.quant.intervals.static import Static, StaticIntervals
 from tdq_exp.quant.layers import (
@@ -51,7 +51,7 @@ class Recipe:
         weight: class (or partial) of the weights' rule.
         act: class (or partial) of the activations' rule.
         intervals: gives activations their intervals: `StaticIntervals`, `PerStepIntervals`,
-            `TemporalIntervals`, `DynamicIntervals`.
+            `TemporalIntervals`, `DynamicIntervals`, or another subclass of `Intervals`.
         weight_interval: `static`; `max_abs` for rules whose weights follow their maximum;
             `channel_range` for affine weights that follow the range of each output channel.
         zero_point: of activations: `static` (a learned integer), `lower_bound` (z(t) = round(-beta
@@ -65,7 +65,7 @@ class Recipe:
     act_bits: int
     weight: Callable[..., Quantizer]
     act: Callable[..., Quantizer]
-    intervals: Any = field(default_factory=StaticIntervals)
+    intervals: Intervals = field(default_factory=StaticIntervals)
     weight_interval: str = "static"
     zero_point: str = "by_role"
     plan: Plan = field(default_factory=Plan)

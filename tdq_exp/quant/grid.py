@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAX_BITS = 16
+from tdq_exp.config.setting import FEWEST_BITS, MOST_BITS
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,11 @@ class Grid:
         if (
             isinstance(self.bits, bool)
             or not isinstance(self.bits, int)
-            or not 2 <= self.bits <= MAX_BITS
+            or not FEWEST_BITS <= self.bits <= MOST_BITS
         ):
-            raise ValueError(f"bits={self.bits}: must be a whole number from 2 to {MAX_BITS}")
+            raise ValueError(
+                f"bits={self.bits}: must be a whole number from {FEWEST_BITS} to {MOST_BITS}"
+            )
         if self.symmetric and self.p < 1:
             raise ValueError(
                 f"bits={self.bits}: the release's symmetric grid has no level but 0 below 3 bits"

@@ -10,10 +10,11 @@ from torch import nn
 
 from tdq_exp.deploy import choose, coders, integer, products
 from tdq_exp.models.resnet_blocks import unet_chains
+from tdq_exp.quant import ops
 from tdq_exp.quant.convert import Recipe, bake
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.intervals.base import LookupTable
-from tdq_exp.quant.intervals.dynamic import DynamicIntervals
+from tdq_exp.quant.intervals.base import Intervals, LookupTable
+from tdq_exp.quant.intervals.dynamic import Dynamic, DynamicIntervals
 from tdq_exp.quant.intervals.static import StaticIntervals
 from tdq_exp.quant.intervals.temporal import TemporalIntervals
 from tdq_exp.quant.kernels import cpu as kernels
@@ -236,3 +237,29 @@ def test_another_device_or_cpu_says_why():
     assert "kernels for meta here" in str(integer.unavailable(torch.device("meta")))
     if not torch.cuda.is_available():
         assert "kernels for cuda here" in str(integer.unavailable(torch.device("cuda")))
+
+
+class OwnRange(Dynamic):
+    """A range of the input by a formula of its own: half of it."""
+
+    def __init__(self):
+        super().__init__(per_sample=True)
+        self.range_per_sample = None
+
+    def forward(self, x, grid):
+        return ops.affine_range(*(bound / 2 for bound in x.aminmax()), grid.n, grid.p)
+
+
+class OwnRanges(Intervals):
+    dynamic = True
+
+    def make(self, names, time, raw=False):
+        return [OwnRange() for _ in names], None
+
+
+def test_layers_whose_range_no_coder_knows_stay_simulated_and_say_so():
+    net = bake(make_net(Recipe(4, 4, Lsq, Lsq, OwnRanges()), calibrated=False))
+    assert integer.codable(net) == {} and integer.candidates(net) == {}
+    reasons = integer.left_out(net)
+    assert "its step size is read from the input by a rule of its own" in reasons.values()
+    assert reasons.keys() == {n for n, m in net.named_modules() if isinstance(m, QuantLayer)}

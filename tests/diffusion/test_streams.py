@@ -1,11 +1,14 @@
 """Named random streams: the numbers of recorded rows stay, and no two streams share any."""
 
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 
+import tdq_exp
 from tdq_exp.diffusion.draws import (
+    BareSeed,
     Stream,
     draw_batch,
     fixed_draws,
@@ -93,3 +96,15 @@ def test_images_of_an_export_are_not_those_of_any_sampling_seed():
     (ours,) = image_generators(0, range(1), Stream.EXPORT_RANGE)
     theirs = [image_generators(seed, range(1))[0] for seed in range(6)]
     assert ours.initial_seed() not in [g.initial_seed() for g in theirs]
+
+
+def test_every_draw_without_a_stream_is_listed_with_its_reason():
+    package = Path(tdq_exp.__file__).parent
+    texts = {p.relative_to(package).as_posix(): p.read_text() for p in package.rglob("*.py")}
+    seeding = {file for file, text in texts.items() if "manual_seed(" in text}
+    assert seeding == {"diffusion/draws.py", "quant/calibrate.py"}
+
+    users = "".join(text for file, text in texts.items() if file != "diffusion/draws.py")
+    for draw in BareSeed:
+        assert f"BareSeed.{draw.name}" in users
+        assert len(draw.value) > 40

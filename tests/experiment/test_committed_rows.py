@@ -1,85 +1,120 @@
 """Every committed row is found again: by its names, by its hashes, by the command that made it.
 
 `committed_rows.json` lists, for each row, the fingerprint that it had before classes were named by
-their package's face (null for a row that came later), and the one that it has now. A row may be
-added to it, never lost.
+their package's face (null for a row that came later), the one that it has now, and the command. A
+row may be added to it (`make freeze-rows`), never lost.
 """
 
 import json
 import os
+import shlex
 import shutil
 from functools import lru_cache
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from tdq_exp.commands.verify import table_faults
+from tdq_exp.config import records, schema
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
-from tdq_exp.experiment import fit_stage, pipeline, verify
+from tdq_exp.experiment import pipeline, verify
 from tdq_exp.experiment.load import load
 from tdq_exp.runtime import environment, tensor_files
 from tdq_exp.runtime.files import fingerprint, read_json, sealed, write_json
+from tests.experiment import committed
+from tests.experiment.committed import ROOT, RUNS, fit_parts_of, record_of
 
-ROOT = Path(__file__).resolve().parents[2]
-RUNS = ROOT / "results" / "runs"
-LISTED = json.loads(Path(__file__).with_name("committed_rows.json").read_text())
-
-# Made with numbers of their own, which no choice of a group says.
-BY_HAND = {"ddim_small_w8a8_ptq4dm_mid_t/seed0", "ddim_small_w8a8_ptq4dm_balanced/seed0"}
+LISTED = committed.listed()
+FREEZE = "to list new rows: make freeze-rows"
 
 
-def fit_of(run):
-    return read_json(RUNS / run / "fit.json")
+def commands_of(run):
+    """Yield (set, features, listed row, command) of every listed row of a run."""
+    for name, rows in LISTED[run]["samples"].items():
+        for features, row in rows.items():
+            yield name, features, row, shlex.split(row["command"])
 
 
-def parts_of(job, record):
-    """The parts of a job's fit, on the data and the weights that a record names."""
-    data = SimpleNamespace(parts=lambda: record["parts"].get("data"))
-    data.train = SimpleNamespace(content=(record["parts"].get("data") or {}).get("train"))
-    parts = fit_stage.fit_parts(job, data, record["parts"]["weights"])
-    return json.loads(json.dumps(parts))
+def shape_of(value):
+    """Return keys, types and classes of a recorded configuration: all but its numbers."""
+    if isinstance(value, dict):
+        entries = sorted(value.items())
+        return str([(key, v if key == "_target_" else shape_of(v)) for key, v in entries])
+    return type(value).__name__
 
 
-def choices(config):
-    """The options of groups that a recorded configuration was composed of."""
-    by_label = {"tdq": {"tdq": "temporal", "": "none"}, "plan": {"fattn": "float_attention"}}
-    overrides = [f"model={config['model']['label']}", f"method={config['method']['label']}"]
-    if not config["method"]["quantized"]:
-        return overrides
-    overrides += [f"bits={config['bits']['label']}"]
-    for group in ("tdq", "plan"):
-        label = config[group]["label"]
-        option = by_label[group].get(label, label)
-        overrides += [f"{group}={option}"] if option else []
-    correction = config["fit"].get("correction", "none")
-    return [*overrides, *([f"fit.correction={correction}"] if correction != "none" else [])]
+def _one_of_each_shape():
+    """Return runs that have, between them, every shape of every group of the configuration."""
+    chosen, seen = [], set()
+    for run in LISTED:
+        shapes = {(key, shape_of(value)) for key, value in record_of(run)["config"].items()}
+        if not shapes <= seen:
+            chosen.append(run)
+            seen |= shapes
+    return chosen
+
+
+SHAPES = _one_of_each_shape()  # rebuilt as a whole, which takes longer than all other tests
+HERE = [
+    run
+    for run in LISTED
+    if (RUNS / run / "packed.safetensors").exists()
+    or not record_of(run)["config"]["method"]["quantized"]
+]
+
+
+def test_every_committed_row_is_listed_and_no_other():
+    rows = {
+        (run, name, features)
+        for run in committed.runs_with_a_row()
+        for name, _, recorded in committed.sets_of(run)
+        for features in recorded
+    }
+    listed = {(run, name, features) for run in LISTED for name, features, *_ in commands_of(run)}
+    assert rows - listed == set(), FREEZE
+    assert listed - rows == set(), "a listed row is gone"
 
 
 @pytest.mark.parametrize("run", LISTED)
-def test_no_row_is_lost_and_each_has_its_listed_hashes(run):
-    fit = fit_of(run)
+def test_each_row_has_its_listed_hashes(run):
+    fit = record_of(run)
     assert fit["fingerprint"] == LISTED[run]["fit"][1] == fingerprint(fit["parts"])
 
-    for name, rows in LISTED[run]["samples"].items():
-        samples = read_json(RUNS / run / name / "samples.json")
+    found = {name: (samples, rows) for name, samples, rows in committed.sets_of(run)}
+    for name, features, listed, _ in commands_of(run):
+        samples, rows = found[name]
         assert samples["fingerprint"] == fingerprint(samples["parts"])
         assert samples["parts"]["fit"] == fit["fingerprint"]
 
-        recorded = {
-            row["features"]["name"]: row
-            for row in read_json(RUNS / run / name / "metrics.json")["rows"]
+        row = rows[features]
+        assert row["metrics"].get("fid") == listed["fid"]
+        assert row["fingerprints"] == {
+            "fit": fit["fingerprint"],
+            "sample": listed["sample"][1],
+            "measure": listed["measure"][1],
         }
-        for features, listed in rows.items():
-            row = recorded[features]
-            assert row["metrics"].get("fid") == listed["fid"]
-            assert row["fingerprints"] == {
-                "fit": fit["fingerprint"],
-                "sample": listed["sample"][1],
-                "measure": listed["measure"][1],
-            }
-            assert row["fingerprints"]["sample"] == samples["fingerprint"]
+        assert row["fingerprints"]["sample"] == samples["fingerprint"]
+
+
+@pytest.mark.parametrize("run", LISTED)
+def test_the_same_command_finds_every_row(run):
+    record, found = record_of(run), {name: rows for name, _, rows in committed.sets_of(run)}
+    for name, features, _, command in commands_of(run):
+        row = found[name][features]
+        made = committed.made_by(command, record, row)
+
+        assert made.parts == record["parts"]
+        assert (made.run, made.sample_name) == (run, name.partition("/")[0])
+        assert made.fingerprints == row["fingerprints"]
+
+
+@pytest.mark.parametrize("run", LISTED)
+def test_a_recorded_configuration_states_its_own_parts(run):
+    record = record_of(run)
+    config = records.upgrade(record["config"])
+    assert config["seed"] == record["parts"].get("seed", config["seed"])
+    for group in record["parts"].keys() & {"fit", "bits", "weight", "act", "tdq", "plan", "habits"}:
+        assert schema.parts_of(group, config[group]) == record["parts"][group]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,20 +131,12 @@ def _rebuilt_once():
         yield
 
 
-@pytest.mark.parametrize("run", LISTED)
+@pytest.mark.parametrize("run", SHAPES)
 def test_a_recorded_configuration_rebuilds_to_its_own_parts(run):
-    record = fit_of(run)
+    record = record_of(run)
     job = jobs.rebuild(record["config"], RUNS / run / "fit.json")
     assert job.name == record["name"]
-    assert parts_of(job, record) == record["parts"]
-
-
-@pytest.mark.parametrize("run", [run for run in LISTED if run not in BY_HAND])
-def test_the_same_command_finds_the_fit(run):
-    record = fit_of(run)
-    job = jobs.build(compose(choices(record["config"])), source=False)
-    assert f"{job.name}/seed{job.seed}" == run
-    assert parts_of(job, record) == record["parts"]
+    assert fit_parts_of(job, record) == record["parts"]
 
 
 @pytest.mark.parametrize("name", ["digits_fp", "digits_w4a4_lsq_tdq", "digits_w8a5_ptq4dm_tdq"])
@@ -118,7 +145,8 @@ def test_the_same_command_does_nothing(name, tmp_path, monkeypatch):
     shutil.copytree(RUNS / name, out / "runs" / name)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
-    overrides = choices(fit_of(f"{name}/seed0")["config"])
+    listed = LISTED[f"{name}/seed0"]["samples"]["ddim50_n1000"]["digits"]
+    overrides = shlex.split(listed["command"])
     job = jobs.build(compose([*overrides, f"out={out}", "tracker=none", "launcher=cpu"]))
     (row,) = pipeline.run(job)
 
@@ -131,16 +159,49 @@ def test_every_committed_file_verifies():
     assert verify.faults_of(ROOT / "results") == []
 
 
-@pytest.mark.parametrize("run", LISTED)
-def test_a_committed_run_loads_or_says_that_its_network_is_not_here(run):
-    folder = RUNS / run
-    packed = (folder / "packed.safetensors").exists()
-    if packed or not fit_of(run)["config"]["method"]["quantized"]:
-        job, net = load(folder)
-        assert f"{job.name}/seed{job.seed}" == run and not net.training
-    else:
-        with pytest.raises(FileNotFoundError, match=r"baked\.safetensors: is not here"):
-            load(folder)
+@pytest.mark.parametrize("run", HERE)
+def test_a_committed_run_loads(run):
+    job, net = load(RUNS / run)
+    assert f"{job.name}/seed{job.seed}" == run and not net.training
+
+
+@pytest.mark.parametrize("run", [run for run in SHAPES if run not in HERE])
+def test_a_committed_run_says_that_its_network_is_not_here(run):
+    with pytest.raises(FileNotFoundError, match=r"baked\.safetensors: is not here"):
+        load(RUNS / run)
+
+
+def test_freezing_adds_new_rows_and_refuses_changed_ones(tmp_path, monkeypatch):
+    run = "digits_w4a4_lsq_tdq/seed0"
+    committed.data_sets()  # of all runs: kept for the other tests
+    shutil.copytree(RUNS / run, tmp_path / "runs" / run)
+    monkeypatch.setattr(committed, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(committed, "LIST", tmp_path / "list.json")
+    monkeypatch.setattr(committed, "runs_with_a_row", lambda: (run,))
+
+    # An empty list becomes the committed one, but for what a new row has no record of.
+    (tmp_path / "list.json").write_text("{}")
+    added = committed.freeze()
+    assert len(added) == sum(1 for _ in commands_of(run))
+    (listed,) = committed.listed().values()
+    for name, features, row, _ in commands_of(run):
+        old = {"measure": [None, row["measure"][1]], "sample": [None, row["sample"][1]]}
+        assert listed["samples"][name][features] == row | old
+    before = (tmp_path / "list.json").read_bytes()
+    assert committed.freeze() == [] and (tmp_path / "list.json").read_bytes() == before
+
+    # A row with another number is another row.
+    file = tmp_path / "runs" / run / "ddim50_n1000" / "metrics.json"
+    (row,) = read_json(file)["rows"]
+    row["metrics"]["fid"] += 1
+    write_json(file, {"rows": [sealed(row)]})
+    with pytest.raises(ValueError, match=r"ddim50_n1000: .* a listed row never changes"):
+        committed.freeze()
+
+    file.unlink()
+    with pytest.raises(ValueError, match=r"ddim50_n1000: is listed, and its row of digits is gone"):
+        committed.freeze()
+    assert (tmp_path / "list.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

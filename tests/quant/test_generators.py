@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tdq_exp.quant.intervals.temporal import GeneratorBank, Temporal, TemporalIntervals, encode_time
+from tdq_exp.quant.intervals.temporal import (
+    GeneratorBank,
+    GeneratorOptions,
+    Temporal,
+    TemporalIntervals,
+    encode_time,
+)
 from tdq_exp.quant.time import TimeContext
 from tests.oracles import generator
 from tests.quant.builders import STEPS, make_net, make_recipe, randn, stir
@@ -17,7 +23,7 @@ NAMES = ["conv_in.input", "mid.0.q", "mid.0.k", "out"]
 def make_bank(layers=4, seed=0, names=NAMES, steps=STEPS, **options):
     torch.manual_seed(seed)
     options = {"encoding": 16, "width": 8} | options
-    bank = GeneratorBank(names, TimeContext(steps), layers=layers, **options)
+    bank = GeneratorBank(names, TimeContext(steps), GeneratorOptions(layers=layers, **options))
     for row in range(len(names)):
         bank.start(row, -2.0 + 0.3 * row)
     return bank
@@ -279,8 +285,8 @@ def test_he_initialisation_spreads_the_start_moderately(s0):
 def test_he_initialisation_is_of_the_last_layer_alone():
     torch.manual_seed(0)
     names = [str(number) for number in range(60)]
-    he = GeneratorBank(names, TimeContext(10), he=True)
-    default = GeneratorBank(names, TimeContext(10), he=False)
+    he = GeneratorBank(names, TimeContext(10), GeneratorOptions(128, he=True))
+    default = GeneratorBank(names, TimeContext(10), GeneratorOptions(128, he=False))
     assert [tuple(w.shape) for w in he.weights] == [
         (60, 64, 128),
         (60, 64, 64),
@@ -457,7 +463,7 @@ def test_a_subset_keeps_the_shape_of_its_generators():
     bank = make_bank(layers=3, width=5, encoding=6, dropout=0.3)
     part = bank.subset([2])
     assert [tuple(w.shape[1:]) for w in part.weights] == [tuple(w.shape[1:]) for w in bank.weights]
-    assert part.dropout == 0.3
+    assert part.options.dropout == 0.3
 
 
 def test_a_subset_can_be_trained():
@@ -477,7 +483,7 @@ def test_raw_time_is_read_without_an_encoding():
 
     # A copy of a part reads the same.
     part = bank.subset([0])
-    assert part.raw_time and torch.equal(part.table(), bank.table())
+    assert part.options.raw_time and torch.equal(part.table(), bank.table())
 
 
 @pytest.mark.parametrize("calibrated", [True, False])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tdq_exp.quant import ops
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.intervals.static import PerStep, Static
-from tdq_exp.quant.intervals.temporal import GeneratorBank, Temporal
+from tdq_exp.quant.intervals.temporal import GeneratorBank, GeneratorOptions, Temporal
 from tdq_exp.quant.kernels import cpu as kernels
 from tdq_exp.quant.kernels import unfused
 from tdq_exp.quant.release import ReleaseDetails
@@ -319,7 +319,7 @@ def test_gradients_of_generators_equal_those_of_one_by_one_generators(rule, grid
     time = TimeContext(1000)
     names, layers, codes = ["a", "b.c", "d"], 3, Grid(4, symmetric=False)
     torch.manual_seed(0)
-    bank = GeneratorBank(names, time, encoding=16, width=6, layers=layers)
+    bank = GeneratorBank(names, time, GeneratorOptions(encoding=16, width=6, layers=layers))
     zero = {"affine": ZeroPoint, "lower_bound": LowerBound}[grid]
     cls = type(make_quantizer(rule, 4, "affine", "static")[0])
     quantizers = [cls(codes, Temporal(bank, row), zero(codes)).train() for row in range(3)]

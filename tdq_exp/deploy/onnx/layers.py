@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from tdq_exp.deploy.integer import signed_codes
 from tdq_exp.deploy.products import never_saturates
-from tdq_exp.quant.intervals.base import LookupTable
 from tdq_exp.quant.layers import CodedWeight, QuantConv2d, QuantLayer
 from tdq_exp.quant.quantizer import Quantizer
-from tdq_exp.quant.zero_point import TableZeroPoint
 
 OPSET = 20
 
@@ -310,10 +308,11 @@ class IntegerLinear(nn.Module):
 
 
 def _tables(quantizer: Quantizer) -> tuple[Tensor, Tensor]:
-    interval, zero = quantizer.interval, quantizer.zero_point
-    if not isinstance(interval, LookupTable) or not isinstance(zero, TableZeroPoint):
+    tables = quantizer.tables() if quantizer.interval.baked else None
+    if tables is None:
         raise ValueError(
             "a step size that is read from the input has no table;"
             " export needs one (tdq=none or temporal)"
         )
-    return interval.step_sizes.float().clone(), zero.zero_points.float().clone()
+    s, z = tables
+    return s.float().clone(), z.float().clone()

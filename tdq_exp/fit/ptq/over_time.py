@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.diffusion.draws import Stream, generator, seed_global
+from tdq_exp.diffusion.draws import BareSeed, Stream, bare_generator, generator, seed_global
 from tdq_exp.fit.calibrated import forward_batch, set_batches
 from tdq_exp.fit.checkpoint import save_state
 from tdq_exp.fit.options import ReconstructOptions, cosine
@@ -27,7 +27,6 @@ from tdq_exp.fit.ptq.stored_set import CalibrationSet
 from tdq_exp.fit.qat import optimizer_groups
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.convert import activation_quantizers
-from tdq_exp.quant.intervals.temporal import Temporal
 from tdq_exp.quant.quantizer import Quantizer
 from tdq_exp.quant.time import TimeContext
 from tdq_exp.runtime.context import RunContext
@@ -51,7 +50,7 @@ class Values:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> None:
         rows = x.detach().float().flatten(1)
-        g = torch.Generator().manual_seed(self.batch)
+        g = bare_generator(BareSeed.OVER_TIME_VALUES, self.batch)
         pick = torch.randint(rows.shape[1], (VALUES,), generator=g)
         self.seen[self.batch] = rows[:, pick.to(rows.device)].cpu()
 
@@ -73,9 +72,9 @@ def observed(quantizers: Mapping[str, Quantizer]) -> Iterator[dict[str, Values]]
             quantizer.observer = None
 
 
-def learns_over_time(net: nn.Module) -> bool:
-    """Return whether a network has step sizes that are generated from t."""
-    return any(isinstance(q.interval, Temporal) for q in activation_quantizers(net).values())
+def fitted_over_time(net: nn.Module) -> bool:
+    """Return whether a network has step sizes that are functions of t to be fitted."""
+    return any(q.interval.fitted_over_time for q in activation_quantizers(net).values())
 
 
 def make_over_time(

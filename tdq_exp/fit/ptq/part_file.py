@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tdq_exp.fit.ptq.blocks import Block
-from tdq_exp.quant.intervals.temporal import Temporal
+from tdq_exp.fit.ptq.reconstruct import readers_of
 from tdq_exp.quant.layers import QuantLayer
 from tdq_exp.runtime import tensor_files
 from tdq_exp.runtime.context import RunContext
@@ -41,11 +41,11 @@ def state_of(net: nn.Module, block: Block, rounded: bool = False) -> dict[str, A
         for name, q in block.quantizers.items()
     }
 
-    # Generators: the rows of the bank that are trained with this block.
-    temporal = _temporal(block)
+    # The rows of the network's bank that are trained with this block.
+    bank, readers = readers_of(block.quantizers)
     generators = {}
-    if temporal:
-        part = temporal[0].bank.subset([interval.row for interval in temporal])
+    if bank is not None:
+        part = bank.subset([interval.row for interval in readers.values()])
         generators = {key: value.clone() for key, value in part.state_dict().items()}
 
     # Codes, where the rounding was learned, too.
@@ -64,20 +64,15 @@ def put_back(net: nn.Module, block: Block, state: dict[str, Any]) -> None:
     for name, q in block.quantizers.items():
         q.load_state_dict(state["quantizers"][name])
 
-    temporal = _temporal(block)
-    if temporal:
-        part = temporal[0].bank.subset([interval.row for interval in temporal])
+    bank, readers = readers_of(block.quantizers)
+    if bank is not None:
+        part = bank.subset([interval.row for interval in readers.values()])
         part.load_state_dict(state["generators"])
-        temporal[0].bank.take_back(part)
+        bank.take_back(part)
 
     for name, codes in state["codes"].items():
         coded: Any = net.get_submodule(name).weight_quantizer
         coded.load_state_dict({**coded.state_dict(), "codes": codes})
-
-
-def _temporal(block: Block) -> list[Temporal]:
-    intervals = [q.interval for q in block.quantizers.values()]
-    return [interval for interval in intervals if isinstance(interval, Temporal)]
 
 
 def read_part(file: Path, context: RunContext) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ from tdq_exp.fit.options import PtqOptions
 from tdq_exp.fit.ptq.block_by_block import BlockByBlock
 from tdq_exp.fit.ptq.calibration_set import make_set, require_steps
 from tdq_exp.fit.ptq.imported_set import ImportedSet, read_set
-from tdq_exp.fit.ptq.over_time import learns_over_time, make_over_time
+from tdq_exp.fit.ptq.over_time import fitted_over_time, make_over_time
 from tdq_exp.fit.ptq.part_file import quant_layers
 from tdq_exp.fit.ptq.stored_set import CalibrationSet, require_parts, require_set
 from tdq_exp.fit.quantized import QuantizedFit
@@ -40,7 +40,7 @@ from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.convert import activation_quantizers, code_weights
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.intervals.temporal import Temporal
+from tdq_exp.quant.intervals.base import bank_of
 from tdq_exp.runtime import files
 from tdq_exp.runtime.context import RunContext
 
@@ -257,7 +257,7 @@ def fit_to_set(
         for report in blocks.run():
             history.blocks.append(report)
             history.seconds += report["seconds"]
-    elif learns_over_time(net):
+    elif fitted_over_time(net):
         history.over_time = make_over_time(net, model, samples, options, context)
         history.seconds = history.over_time["seconds"]
 
@@ -265,11 +265,12 @@ def fit_to_set(
 
 
 def _freeze_all_but_quantizers(net: nn.Module) -> None:
-    """Let gradients reach activation quantizers and their generators, and nothing else."""
+    """Let gradients reach activation quantizers and what they share, and nothing else."""
     quantizers = activation_quantizers(net).values()
     learned = {id(p) for q in quantizers for p in q.parameters()}
-    banks = [q.interval.bank for q in quantizers if isinstance(q.interval, Temporal)]
-    learned |= {id(p) for bank in banks for p in bank.parameters()}
+    bank = bank_of(net)
+    if bank is not None:
+        learned |= {id(p) for p in bank.parameters()}
 
     for parameter in net.parameters():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in learned)

@@ -32,7 +32,7 @@ from tdq_exp.fit.ptq.capture import Spill
 from tdq_exp.fit.qat import Rates, optimizer_groups
 from tdq_exp.quant.convert import coded_weight
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.intervals.temporal import GeneratorBank, Temporal
+from tdq_exp.quant.intervals.base import Bank, Interval
 from tdq_exp.quant.layers import QuantLayer
 from tdq_exp.quant.quantizer import Quantizer
 from tdq_exp.quant.rules.adaround import AdaRound, beta_at
@@ -311,26 +311,23 @@ def _pass_through(x: Tensor) -> None:
 
 @contextmanager
 def trainable(quantizers: Mapping[str, Quantizer]) -> Iterator[nn.ModuleList]:
-    """Put some quantizers into training form, with trainable copies of their generators.
+    """Put some quantizers into training form, with trainable copies of what they share with others.
 
     The copies are taken back at the end.
 
     Yields:
         All that is to be trained, and nothing else of the network.
     """
-    temporal = {n: q.interval for n, q in quantizers.items() if isinstance(q.interval, Temporal)}
-    banks = {id(interval.bank): interval.bank for interval in temporal.values()}
+    # Of the network's bank, the rows that these quantizers read.
+    bank, readers = readers_of(quantizers)
+    parts: list[Bank] = []
+    if bank is not None:
+        rows = [interval.row for interval in readers.values()]
+        parts = [bank.subset(rows).train()]
+        for row, (name, interval) in enumerate(readers.items()):
+            quantizers[name].interval = interval.reading(parts[0], row)
 
-    # A generator is a row of its network's bank: of each bank, the rows that are trained.
-    parts: dict[int, GeneratorBank] = {}
-    for key, bank in banks.items():
-        rows = [interval.row for interval in temporal.values() if interval.bank is bank]
-        parts[key] = bank.subset(rows).train()
-        for name, interval in temporal.items():
-            if interval.bank is bank:
-                quantizers[name].interval = Temporal(parts[key], rows.index(interval.row))
-
-    learned = nn.ModuleList([*(q.train() for q in quantizers.values()), *parts.values()])
+    learned = nn.ModuleList([*(q.train() for q in quantizers.values()), *parts])
 
     try:
         yield learned
@@ -338,7 +335,14 @@ def trainable(quantizers: Mapping[str, Quantizer]) -> Iterator[nn.ModuleList]:
         for q in quantizers.values():
             q.eval()
 
-        for key, bank in banks.items():
-            bank.take_back(parts[key])
-        for name, interval in temporal.items():
+        if bank is not None:
+            bank.take_back(parts[0])
+        for name, interval in readers.items():
             quantizers[name].interval = interval
+
+
+def readers_of(quantizers: Mapping[str, Quantizer]) -> tuple[Bank | None, dict[str, Interval]]:
+    """Return the bank of some quantizers of one network, and the intervals that read it."""
+    readers = {name: q.interval for name, q in quantizers.items() if q.interval.bank is not None}
+    bank = next((interval.bank for interval in readers.values()), None)
+    return bank, readers

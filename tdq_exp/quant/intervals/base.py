@@ -11,13 +11,23 @@
 | `LookupTable`  | s_t                                 | none: any of the first three, baked |
 
 All have one contract: `interval(x, grid)` returns (s, z or None). The learned ones share one
-parametrisation, so that a comparison of two of them compares intervals: `Static` is `Temporal`
-with zero weights.
+parametrisation, so that a comparison of two of them compares intervals: `Static` is `Temporal` with
+zero weights.
+
+An interval of one's own is two classes, and nothing that trains, reconstructs, bakes or exports
+knows them by name:
+
+- a subclass of `Interval`, which says by class attributes and by `bank` what it needs;
+- a subclass of `Intervals`, which gives every quantizer one: `tdq.interval._target_` names it.
+
+Parameters of its own train in the group that `parameter_group` names. Parameters that all
+quantizers share lie in a subclass of `Bank`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -31,19 +41,78 @@ def inverse_softplus(s: float) -> float:
     return s + math.log(-math.expm1(-s))
 
 
+class Bank(nn.Module):
+    """Parameters that the intervals of several quantizers share: a row for each of them.
+
+    The network owns it, as `generators`, and saves it once. An interval holds it in a tuple: then
+    it is no part of the interval.
+    """
+
+    parameter_group = "generators"
+
+    def subset(self, rows: Sequence[int]) -> Bank:
+        """Return a trainable copy of some rows, in this order, for the fit of some quantizers.
+
+        Its state dict is what a finished block keeps on disk.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+    def take_back(self, part: Bank) -> None:
+        """Copy the rows of a `subset` back."""
+        raise NotImplementedError(type(self).__name__)
+
+    def prepare(self, compiled: bool) -> None:
+        """Compute, before a training pass, what its blocks are to read at the current time step.
+
+        For a bank that computes all rows at once: within the first block that reads one, they would
+        be missing in the others.
+
+        Args:
+            compiled: for blocks that torch compiles, or for those that recompute activations.
+        """
+
+    def forget(self) -> None:
+        """Drop what is kept of the last forward pass, with its graph."""
+
+
+def bank_of(net: nn.Module) -> Bank | None:
+    """Return the bank of a network, or None if its intervals share nothing."""
+    return next((module for module in net.modules() if isinstance(module, Bank)), None)
+
+
 class Interval(nn.Module):
     """A source of step sizes.
 
     A source that needs no input defines `start`, `step_size` and `table`. One that reads the input
-    defines `forward` alone and sets `dynamic`.
+    defines `forward` alone and sets `dynamic`. One that reads a bank defines `bank`, `row` and
+    `reading` as well.
     """
 
     # Whether s depends on t.
     time_dependent = False
     # Whether s is read from what is quantized: then there is nothing to calibrate or to bake.
     dynamic = False
+    # Of a dynamic one whose s and z are `ops.affine_range` of the input: by sample (True) or over
+    # the batch (False). Integer layers read such an input; None leaves a layer simulated.
+    range_per_sample: bool | None = None
+    # Whether post-training quantization without reconstruction fits it over t (MinMax + TDQ).
+    fitted_over_time = False
     # Whether it holds what a quantizer computed from another interval.
     baked = False
+
+    # The network's time step, of an interval that is baked.
+    time: TimeContext | None = None
+    # Which row of the bank is this quantizer's.
+    row = 0
+
+    @property
+    def bank(self) -> Bank | None:
+        """Return the parameters that this interval shares with others; None if all are its own."""
+        return None
+
+    def reading(self, bank: Bank, row: int) -> Interval:
+        """Return an interval like this one that reads a row of a part of its bank."""
+        raise NotImplementedError(type(self).__name__)
 
     def start(self, s: float) -> None:
         """Set the start value, for every time step alike. Nothing happens where s follows x."""
@@ -83,6 +152,27 @@ class Interval(nn.Module):
         A kernel can then read the entry itself, in place of a gather before it.
         """
         return None
+
+
+class Intervals:
+    """What gives every activation quantizer of a network its interval."""
+
+    # Whether the intervals are dynamic: such step sizes can't be reconstructed.
+    dynamic = False
+    # Whether each step size is one number, whatever t and the input.
+    constant = False
+
+    def make(
+        self, names: Sequence[str], time: TimeContext, raw: bool = False
+    ) -> tuple[Sequence[Interval], Bank | None]:
+        """Return one interval for each name, and the bank that they share, if any.
+
+        Args:
+            names: of the quantizers.
+            time: the network's time step.
+            raw: hold s itself in place of rho, where a step size is one parameter (see `Static`).
+        """
+        raise NotImplementedError(type(self).__name__)
 
 
 class LookupTable(Interval):

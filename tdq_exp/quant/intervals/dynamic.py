@@ -16,7 +16,7 @@ from torch import Tensor
 from tdq_exp.config.setting import require
 from tdq_exp.quant import ops
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.intervals.base import Interval
+from tdq_exp.quant.intervals.base import Interval, Intervals
 from tdq_exp.quant.time import TimeContext
 
 
@@ -32,12 +32,12 @@ class Dynamic(Interval):
 
     def __init__(self, per_sample: bool) -> None:
         super().__init__()
-        self.per_sample = per_sample
+        self.range_per_sample = per_sample
 
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
         """Return (s, z), `[B]` or 0-dim, without gradient."""
         x = x.detach().float()
-        low, high = x.flatten(1).aminmax(dim=1) if self.per_sample else x.aminmax()
+        low, high = x.flatten(1).aminmax(dim=1) if self.range_per_sample else x.aminmax()
         return ops.affine_range(low, high, grid.n, grid.p)
 
 
@@ -62,12 +62,14 @@ class ChannelRange(Interval):
         return ops.affine_range(low, high, grid.n, grid.p)
 
 
-class DynamicIntervals:
+class DynamicIntervals(Intervals):
     """Let every activation quantizer read its range from its input.
 
     Args:
         per_sample: see `Dynamic`.
     """
+
+    dynamic = True
 
     def __init__(self, per_sample: bool) -> None:
         require("tdq.interval.per_sample", per_sample, bool)

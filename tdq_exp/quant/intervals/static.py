@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdq_exp.config.setting import require
-from tdq_exp.quant.intervals.base import Interval, inverse_softplus
+from tdq_exp.quant.intervals.base import Interval, Intervals, inverse_softplus
 from tdq_exp.quant.ops import at
 from tdq_exp.quant.time import TimeContext
 
@@ -53,6 +53,7 @@ class PerStep(Interval):
         time: the network's time step.
     """
 
+    time: TimeContext
     time_dependent = True
     parameter_group = "step_sizes"
 
@@ -85,8 +86,10 @@ class PerStep(Interval):
         return F.softplus(self.rho)[self._group(t)]
 
 
-class StaticIntervals:
+class StaticIntervals(Intervals):
     """Give every activation quantizer one step size for all time steps."""
+
+    constant = True
 
     def make(
         self, names: Sequence[str], time: TimeContext, raw: bool = False
@@ -95,7 +98,7 @@ class StaticIntervals:
         return [Static(raw) for _ in names], None
 
 
-class PerStepIntervals:
+class PerStepIntervals(Intervals):
     """Give every activation quantizer G step sizes: the paper's Table 3.
 
     Args:

@@ -18,6 +18,7 @@ Source: So et al., *Temporal Dynamic Quantization for Diffusion Models*, NeurIPS
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,13 +26,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdq_exp.config.setting import require
-from tdq_exp.quant.intervals.base import Interval, inverse_softplus
+from tdq_exp.quant.intervals.base import Bank, Interval, Intervals, inverse_softplus
 from tdq_exp.quant.intervals.cache import Cache
 from tdq_exp.quant.intervals.encoding import encode_time, scaled_time
 from tdq_exp.quant.time import TimeContext
 
+MOST_WIDTH, MOST_LAYERS = 1 << 14, 64  # beyond these a number is a slip of the keyboard
 
-class GeneratorBank(nn.Module):
+
+@dataclass(frozen=True)
+class GeneratorOptions:
+    """The networks f: their shape, and how they start.
+
+    Args:
+        encoding: d, width of enc(t).
+        width: of the hidden layers of f.
+        layers: linear layers of f; the paper finds quality stable from 4 on.
+        dropout: before the last layer, while training (release: 0.2).
+        he: He initialisation of the last layer (the paper), or torch's default everywhere
+            (release). On all layers it would spread s(t) / s0 over 0.2..5.6.
+        raw_time: f reads t / T in place of enc(t).
+    """
+
+    encoding: int
+    width: int = 64
+    layers: int = 4
+    dropout: float = 0.0
+    he: bool = True
+    raw_time: bool = False
+
+    def __post_init__(self) -> None:
+        require("tdq.interval.encoding", self.encoding, int, low=2, most=MOST_WIDTH)
+        if self.encoding % 2:
+            raise ValueError(f"tdq.interval.encoding={self.encoding}: must be even")
+        require("tdq.interval.width", self.width, int, low=1, most=MOST_WIDTH)
+        require("tdq.interval.layers", self.layers, int, low=1, most=MOST_LAYERS)
+        require("tdq.interval.dropout", self.dropout, float, low=0, below=1)
+        require("tdq.interval.he", self.he, bool)
+
+
+class GeneratorBank(Bank):
     """The networks f of all quantizers, by quantizer name.
 
     Its state dict shows each network by itself, `<quantizer>.<layer>.weight` and `.bias`, and loads
@@ -40,44 +74,20 @@ class GeneratorBank(nn.Module):
     Args:
         names: of the quantizers; row i belongs to names[i].
         time: the network's time step.
-        encoding: d.
-        width: of the hidden layers.
-        layers: number of linear layers, at least 1.
-        dropout: before the last layer, while training.
-        he: He initialisation of the last layer; with it on all layers s(t) / s0 would spread over
-            0.2..5.6.
-        raw_time: f reads t / T in place of enc(t).
+        options: shape and start of the networks.
     """
 
-    parameter_group = "generators"
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        time: TimeContext,
-        encoding: int = 128,
-        width: int = 64,
-        layers: int = 4,
-        dropout: float = 0.0,
-        he: bool = True,
-        raw_time: bool = False,
-    ) -> None:
+    def __init__(self, names: Sequence[str], time: TimeContext, options: GeneratorOptions) -> None:
         super().__init__()
-        if encoding < 2 or encoding % 2 or layers < 1 or width < 1 or not 0 <= dropout < 1:
-            raise ValueError(
-                "tdq.interval: encoding must be even, layers and width positive, dropout in [0, 1)"
-            )
-
-        self.names, self.time = list(names), time
-        self.encoding, self.layers, self.dropout = encoding, layers, dropout
-        self.raw_time = raw_time
+        self.names, self.time, self.options = list(names), time, options
+        self.encoding, self.layers = options.encoding, options.layers
 
         codes = scaled_time(time.steps)
-        if not raw_time:
-            codes = encode_time(torch.arange(time.steps), encoding)
+        if not options.raw_time:
+            codes = encode_time(torch.arange(time.steps), options.encoding)
 
         # torch's default for nn.Linear, U(-1/sqrt(fan_in), 1/sqrt(fan_in)); He for the last layer.
-        sizes = [codes.shape[1], *[width] * (layers - 1), 1]
+        sizes = [codes.shape[1], *[options.width] * (options.layers - 1), 1]
         for layer, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
             bound = fan_in**-0.5
             weight = torch.empty(len(names), fan_out, fan_in).uniform_(-bound, bound)
@@ -85,7 +95,7 @@ class GeneratorBank(nn.Module):
             self.register_parameter(f"weight{layer}", nn.Parameter(weight))
             self.register_parameter(f"bias{layer}", nn.Parameter(bias))
 
-        if he:
+        if options.he:
             nn.init.normal_(self.weights[-1], std=(2 / sizes[-2]) ** 0.5)
 
         self.encodings: Tensor
@@ -133,7 +143,7 @@ class GeneratorBank(nn.Module):
             for layer in range(1, self.layers):
                 h = h.relu()
                 if layer == self.layers - 1:
-                    h = F.dropout(h, self.dropout, self.training)
+                    h = F.dropout(h, self.options.dropout, self.training)
                 h = torch.baddbmm(biases[layer][:, None], h, weights[layer].transpose(1, 2))
 
             return F.softplus(h.squeeze(-1))
@@ -191,6 +201,13 @@ class GeneratorBank(nn.Module):
         key = (self._versions(), tuple(_sum(p) for p in self.parameters()))
         return self._table_cache.get(key, compute)
 
+    def prepare(self, compiled: bool) -> None:
+        """Compute all step sizes at the current time step: they belong to no block."""
+        if compiled:
+            self.time.kept = (self, self.step_sizes())
+        else:
+            self.row_in_training(0)
+
     def forget(self) -> None:
         """Drop what is kept for the current time step, with the graph of the last forward."""
         for cache in (self._matrix_cache, self._rows_cache, self._eval_cache):
@@ -212,16 +229,8 @@ class GeneratorBank(nn.Module):
         `take_back` is the way back.
         """
         names = [self.names[row] for row in rows]
-        width = self.weights[0].shape[1]
-        part = GeneratorBank(
-            names,
-            self.time,
-            self.encoding,
-            width,
-            self.layers,
-            self.dropout,
-            raw_time=self.raw_time,
-        )
+        # He's start is drawn and overwritten: other draws would follow if it were left out.
+        part = GeneratorBank(names, self.time, replace(self.options, he=True))
         part.to(self.encodings.device)
 
         with torch.no_grad():
@@ -230,8 +239,9 @@ class GeneratorBank(nn.Module):
         return part
 
     @torch.no_grad()
-    def take_back(self, part: GeneratorBank) -> None:
+    def take_back(self, part: Bank) -> None:
         """Copy the networks of a `subset` back to the rows of the same names."""
+        assert isinstance(part, GeneratorBank)
         rows = [self.names.index(name) for name in part.names]
         for mine, theirs in zip(self.parameters(), part.parameters(), strict=True):
             mine[rows] = theirs
@@ -298,6 +308,7 @@ class Temporal(Interval):
     """
 
     time_dependent = True
+    fitted_over_time = True
 
     def __init__(self, bank: GeneratorBank, row: int, calibrated: bool = True) -> None:
         super().__init__()
@@ -309,6 +320,11 @@ class Temporal(Interval):
     def bank(self) -> GeneratorBank:
         """The bank that this interval reads."""
         return self._bank[0]
+
+    def reading(self, bank: Bank, row: int) -> Temporal:
+        """Return an interval that reads a row of a part of the bank."""
+        assert isinstance(bank, GeneratorBank)
+        return Temporal(bank, row)
 
     def start(self, s: float) -> None:
         """Let s(t) spread around s, unless the interval keeps its random start."""
@@ -326,58 +342,19 @@ class Temporal(Interval):
         return self.bank.table()[self.row]
 
 
-# A number beyond these is probably a typo.
-MOST_WIDTH, MOST_LAYERS = 1 << 14, 64
-
-
-class TemporalIntervals:
+@dataclass(frozen=True)
+class TemporalIntervals(GeneratorOptions, Intervals):
     """Give every activation quantizer a network f of its own: TDQ.
 
     Args:
-        encoding: d, width of enc(t).
-        width: of the hidden layers of f.
-        layers: linear layers of f; the paper finds quality stable from 4 on.
-        dropout: before the last layer, while training (release: 0.2).
-        he: He initialisation of the last layer (the paper), or torch's default everywhere
-            (release).
-        raw_time: f reads t / T in place of enc(t).
         calibrated: whether s(t) starts around what calibration found, or at random.
     """
 
-    def __init__(
-        self,
-        encoding: int,
-        width: int = 64,
-        layers: int = 4,
-        dropout: float = 0.0,
-        he: bool = True,
-        raw_time: bool = False,
-        calibrated: bool = True,
-    ) -> None:
-        require("tdq.interval.encoding", encoding, int, low=2, most=MOST_WIDTH)
-        if encoding % 2:
-            raise ValueError(f"tdq.interval.encoding={encoding}: must be even")
-        require("tdq.interval.width", width, int, low=1, most=MOST_WIDTH)
-        require("tdq.interval.layers", layers, int, low=1, most=MOST_LAYERS)
-        require("tdq.interval.dropout", dropout, float, low=0, below=1)
-        require("tdq.interval.he", he, bool)
-
-        self.encoding, self.width, self.layers = encoding, width, layers
-        self.dropout, self.he = dropout, he
-        self.raw_time, self.calibrated = raw_time, calibrated
+    calibrated: bool = True
 
     def make(
         self, names: Sequence[str], time: TimeContext, raw: bool = False
     ) -> tuple[list[Interval], GeneratorBank]:
         """Return one interval for each name, and the bank that they read."""
-        bank = GeneratorBank(
-            names,
-            time,
-            self.encoding,
-            self.width,
-            self.layers,
-            self.dropout,
-            self.he,
-            self.raw_time,
-        )
+        bank = GeneratorBank(names, time, self)
         return [Temporal(bank, row, self.calibrated) for row in range(len(names))], bank
