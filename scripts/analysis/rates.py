@@ -24,6 +24,7 @@ from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import pipeline
 from tdq_exp.experiment.fit_stage import run_fit
 from tdq_exp.report import pages
+from tdq_exp.report.cells import in_footer
 from tdq_exp.runtime import lock
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.tracking import Tracker
@@ -112,10 +113,11 @@ def _write(
         losses: method -> point -> validation loss.
         points: point -> rates by name.
     """
+    named = in_footer(options.overrides)  # not where data lie
     head = [
         "# Rates of step sizes and zero points",
         "",
-        f"Validation loss after {options.updates} updates, `{' '.join(options.overrides)}`. One rate at a"
+        f"Validation loss after {options.updates} updates, `{' '.join(named)}`. One rate at a"
         f" time divided or multiplied by {options.factor:g}; weights and TDQ's generators keep their rate."
         " Change: mean over the methods of the loss divided by the one with the protocol's rates, less 1.",
         "",
@@ -133,7 +135,7 @@ def _write(
         lines.append(f"| {' | '.join(cells)} |")
 
     measured = {"losses": losses, "points": points}
-    about = pages.about(overrides=options.overrides, updates=options.updates, factor=options.factor)
+    about = pages.about(overrides=named, updates=options.updates, factor=options.factor)
     pages.report(options.out / "rates", measured, about, [*head, *lines])
 
 
