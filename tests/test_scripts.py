@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import weakref
@@ -154,6 +155,35 @@ def test_the_numbers_of_the_results_page_are_those_of_its_rows():
         known |= {f"{value:.2f}" for shares in column["held"].values() for value in shares.values()}
 
     assert set(re.findall(r"\b\d+\.\d\d\b", page)) <= known
+
+
+def test_the_results_page_works_out_of_figures_what_their_numbers_give():
+    page = " ".join((RESULTS / "README.md").read_text().split())
+
+    def runs(figure, column="ddim"):
+        record = json.loads((RESULTS / "numbers" / f"{figure}.json").read_text())
+        return record["columns"][column]["runs"]
+
+    # The largest step size over t by the smallest: the median of the layers.
+    ratios = []
+    for run in runs("encoding-digits").values():
+        widths = [
+            [high - low for low, high in zip(q["grid_low"], q["grid_high"], strict=True)]
+            for q in run["quantizers"].values()
+        ]
+        ratios.append(statistics.median(max(over_t) / min(over_t) for over_t in widths))
+    encoded, raw = ratios
+    assert f"the largest {raw:.2f} times the smallest" in page
+    assert f"with the encoding {encoded:.2f} times" in page
+
+    # Truncation over all layers and t, and the error of x_0 that all quantizers make.
+    for column in ("ddim", "ldm"):
+        static, timed = runs("figure3-small", column).values()
+        shares = [100 * statistics.fmean(run["truncation"]) for run in (timed, static)]
+        assert re.search(rf"\({shares[0]:.2f} %, LSQ {shares[1]:.2f} %\)", page), shares
+        static, timed = runs("layers-small", column).values()
+        together = [f"{run['together']:.3f}" for run in (timed, static)]
+        assert " and ".join(together) in page
 
 
 def test_the_results_page_opens_with_the_verdicts_as_they_are_judged_now():

@@ -41,6 +41,11 @@ def inverse_softplus(s: float) -> float:
     return s + math.log(-math.expm1(-s))
 
 
+def _lacks(part: object, method: str) -> str:
+    """Return what is said of a user's own class that lacks a method which is needed."""
+    return f"{type(part).__name__}: define `{method}`; see {__name__}"
+
+
 class Bank(nn.Module):
     """Parameters that the intervals of several quantizers share: a row for each of them.
 
@@ -55,11 +60,11 @@ class Bank(nn.Module):
 
         Its state dict is what a finished block keeps on disk.
         """
-        raise NotImplementedError(type(self).__name__)
+        raise NotImplementedError(_lacks(self, "subset"))
 
     def take_back(self, part: Bank) -> None:
         """Copy the rows of a `subset` back."""
-        raise NotImplementedError(type(self).__name__)
+        raise NotImplementedError(_lacks(self, "take_back"))
 
     def prepare(self, compiled: bool) -> None:
         """Compute, before a training pass, what its blocks are to read at the current time step.
@@ -112,12 +117,12 @@ class Interval(nn.Module):
 
     def reading(self, bank: Bank, row: int) -> Interval:
         """Return an interval like this one that reads a row of a part of its bank."""
-        raise NotImplementedError(type(self).__name__)
+        raise NotImplementedError(_lacks(self, "reading"))
 
     def start(self, s: float) -> None:
         """Set the start value, for every time step alike. Nothing happens where s follows x."""
         if not self.dynamic:
-            raise NotImplementedError(type(self).__name__)
+            raise NotImplementedError(_lacks(self, "start"))
 
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
         """Return (s, z) for a tensor.
@@ -172,7 +177,7 @@ class Intervals:
             time: the network's time step.
             raw: hold s itself in place of rho, where a step size is one parameter (see `Static`).
         """
-        raise NotImplementedError(type(self).__name__)
+        raise NotImplementedError(_lacks(self, "make"))
 
 
 class LookupTable(Interval):
