@@ -47,7 +47,7 @@ from omegaconf import DictConfig
 from tdq_exp.commands import cli
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
-from tdq_exp.experiment import pipeline, verify
+from tdq_exp.experiment import pipeline, record_checks
 from tdq_exp.quant import calibrate
 from tdq_exp.runtime import environment, files, tensor_files
 from tdq_exp.runtime.hashes import images_hash, tensor_hash
@@ -399,8 +399,8 @@ def faults_of(job: jobs.Experiment, file: Path) -> list[str]:
     """Return what `verify` says of the run, or of the cache that holds a file."""
     with alarmed():
         if job.folder in file.parents:
-            return verify.run_faults(job.folder)
-        return verify.faults_of(job.data.cache)
+            return record_checks.run_faults(job.folder)
+        return record_checks.faults_of(job.data.cache)
 
 
 # The three parts

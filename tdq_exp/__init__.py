@@ -63,6 +63,6 @@ def load(run: str | Path) -> nn.Module:
         ValueError: if its weights are missing, damaged, or of another configuration.
     """
     # torch and diffusers are imported only when a network is wanted.
-    from tdq_exp.experiment.load import load as load_run
+    from tdq_exp.experiment.finished_run import load as load_run
 
     return load_run(run)[1]

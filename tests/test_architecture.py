@@ -93,7 +93,7 @@ READERS = {
         "runtime.lock",  # who holds a lock
         "runtime.stage",  # of what it has just dumped, as `report.cells`
         "report.cells",
-        "models.network",  # of a network's own config
+        "models.unet_arguments",  # of a network's own config
         "deploy.packed",  # of a header whose checksum is verified
         "models.weights.folder",  # the config of a diffusers folder
         "models.weights.process",  # and of its scheduler
@@ -398,6 +398,15 @@ def test_no_module_is_called_utils():
     bad = {"util", "utils", "common", "helper", "helpers", "misc"}
     none([name for name in MODULES if bad & set(name.split("."))])
     none([str(path) for path in PACKAGE.rglob("*") if path.is_dir() and path.name in bad])
+
+
+def test_no_two_modules_have_one_name():
+    # Options lie beside what they are for, and quantized layers have a form in torch and one in ONNX.
+    names = [
+        module.rpartition(".")[2] for module, path in MODULES.items() if path.stem != "__init__"
+    ]
+    twice = {name for name in names if names.count(name) > 1}
+    none(twice - {"options", "layers"})
 
 
 def test_no_file_is_longer_than_400_lines():

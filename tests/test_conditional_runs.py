@@ -31,7 +31,7 @@ from tdq_exp.fit.ptq import calibration_set
 from tdq_exp.fit.ptq.reconstruct import Reconstruction
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.pixel import DiffusionModel
-from tdq_exp.models.weights.load import save_weights
+from tdq_exp.models.weights.fill import save_weights
 from tdq_exp.quant.roles import Role
 
 CLASSES = 10

@@ -19,9 +19,9 @@ from tdq_exp.diffusion.draws import Stream, generator
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import cost as costs
 from tdq_exp.experiment import pipeline, sample_stage
-from tdq_exp.experiment.network import finished_net
+from tdq_exp.experiment.stored_network import finished_net
 from tdq_exp.fit.loop import Interrupted
-from tdq_exp.models.weights.load import save_weights
+from tdq_exp.models.weights.fill import save_weights
 from tdq_exp.runtime import files
 from tdq_exp.runtime.processes import Processes
 

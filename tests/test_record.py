@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tdq_exp.fit.quantized import layer_record
-from tdq_exp.models.weights.load import state_hash
+from tdq_exp.models.weights.fill import state_hash
 from tdq_exp.runtime import environment, files, stage
 from tdq_exp.runtime.hashes import tensor_hash
 

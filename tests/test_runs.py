@@ -22,7 +22,14 @@ from tdq_exp.config.compose import compose
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.diffusion.objective import noise_prediction_loss
 from tdq_exp.experiment import build as jobs
-from tdq_exp.experiment import cost, measure_stage, network, pipeline, sample_stage, verify
+from tdq_exp.experiment import (
+    cost,
+    measure_stage,
+    pipeline,
+    record_checks,
+    sample_stage,
+    stored_network,
+)
 from tdq_exp.fit import Qat
 from tdq_exp.fit.loop import Interrupted
 from tdq_exp.fit.qat import QatTraining
@@ -255,7 +262,7 @@ def test_what_is_damaged_in_a_finished_run_is_made_again_with_a_line(
     made = build(tmp_path, tiny_weights)
     before = {f: f.read_bytes() for f in made.folder.rglob("*") if f.is_file()}
     damage(made.folder / file)
-    assert verify.faults_of(made.folder) or damage is Path.unlink
+    assert record_checks.faults_of(made.folder) or damage is Path.unlink
     capsys.readouterr()
 
     pipeline.run(build(tmp_path, tiny_weights))
@@ -264,7 +271,7 @@ def test_what_is_damaged_in_a_finished_run_is_made_again_with_a_line(
     volatile = {"samples.json", "state.pt"}  # seconds
     assert before.keys() == after.keys()
     assert not [f for f in after if after[f] != before[f] and f.name not in volatile]
-    assert verify.faults_of(made.folder) == []
+    assert record_checks.faults_of(made.folder) == []
 
 
 @pytest.mark.parametrize(
@@ -289,7 +296,7 @@ def test_what_can_not_be_made_again_is_refused_in_one_line(
     with pytest.raises(ValueError, match=rf"{file}: damaged") as caught:
         pipeline.run(build(tmp_path, tiny_weights))
     assert "\n" not in str(caught.value)
-    assert any(file in fault for fault in verify.faults_of(made.folder))
+    assert any(file in fault for fault in record_checks.faults_of(made.folder))
 
 
 def test_a_network_that_is_gone_is_fitted_again_where_something_new_is_wanted(
@@ -309,13 +316,13 @@ def test_a_network_that_is_gone_is_fitted_again_where_something_new_is_wanted(
     pipeline.run(other)
     assert "fitting again" in capsys.readouterr().out
     assert (made.folder / "baked.safetensors").read_bytes() == before
-    assert verify.faults_of(made.folder) == []
+    assert record_checks.faults_of(made.folder) == []
 
     # Other bits than the recorded ones are refused, and leave nothing behind.
     (made.folder / "baked.safetensors").unlink()
     names = sorted(f for f in made.folder.rglob("*"))
     third = build(tmp_path, tiny_weights, "sampler.steps=4")
-    monkeypatch.setattr(network, "state_hash", lambda state: "0" * 16)
+    monkeypatch.setattr(stored_network, "state_hash", lambda state: "0" * 16)
     with pytest.raises(ValueError, match="is not the network of"):
         pipeline.run(third)
     left = {f for f in made.folder.rglob("*") if f not in names}
@@ -373,7 +380,7 @@ def test_a_damaged_network_without_states_is_refused_by_every_reader(
     files.write_json(made.folder / "fit.json", record | stated)
     with pytest.raises(ValueError, match=r"packed\.safetensors: belongs to another fit"):
         tdq_exp.load(made.folder)
-    assert len(verify.faults_of(made.folder)) >= 3  # the network, the set and the row
+    assert len(record_checks.faults_of(made.folder)) >= 3  # the network, the set and the row
 
 
 def test_images_of_another_set_are_refused(tmp_path, tiny_weights, finished):
@@ -384,7 +391,7 @@ def test_images_of_another_set_are_refused(tmp_path, tiny_weights, finished):
     store.put(0, store.read()[4:8])
     with pytest.raises(ValueError, match="not the images that were measured"):
         pipeline.run(build(tmp_path, tiny_weights))
-    assert "are not the images that were measured" in verify.faults_of(made.folder)[0]
+    assert "are not the images that were measured" in record_checks.faults_of(made.folder)[0]
 
 
 def test_caches_that_are_damaged_are_made_again(tmp_path, tiny_weights, capsys):
@@ -447,7 +454,7 @@ def test_a_path_is_not_part_of_a_fingerprint_but_its_content_is(tmp_path, tiny_w
     pipeline.run(build(tmp_path, copy))  # the same weights elsewhere: already done
     other = tmp_path / "other.safetensors"
     net = first.model.build(seed=9)
-    from tdq_exp.models.weights.load import save_weights
+    from tdq_exp.models.weights.fill import save_weights
 
     save_weights(net, other, {})
     with pytest.raises(ValueError, match="weights:"):

@@ -16,7 +16,7 @@ from tdq_exp.experiment import cost as costs
 from tdq_exp.report import cells as report_cells
 from tdq_exp.report import columns, protocol
 from tdq_exp.report import manifest as manifests
-from tdq_exp.report import render as rendering
+from tdq_exp.report import text_tables as rendering
 from tdq_exp.report.costs import read_costs
 from tdq_exp.runtime import command, files, launch
 

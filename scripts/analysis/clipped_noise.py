@@ -23,11 +23,11 @@ from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.draws import image_generators, starting_noise
 from tdq_exp.experiment import fit_stage
 from tdq_exp.experiment.build import Experiment
+from tdq_exp.experiment.finished_run import load
 from tdq_exp.experiment.first_layer import first_range
-from tdq_exp.experiment.load import load
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.report import pages
-from tdq_exp.report.render import markdown_lines
+from tdq_exp.report.text_tables import markdown_lines
 from tdq_exp.runtime.processes import Processes
 
 HEADERS = (

@@ -21,7 +21,7 @@ from tdq_exp.config.compose import compose
 from tdq_exp.config.schema import plain
 from tdq_exp.experiment import build as jobs
 from tdq_exp.metrics.fidelity import Statistics, frechet_distance
-from tdq_exp.metrics.measure import features_of
+from tdq_exp.metrics.image_sets import features_of
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import print_table
 

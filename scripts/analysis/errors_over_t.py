@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tdq_exp.commands import cli
 from tdq_exp.experiment import fit_stage
-from tdq_exp.experiment.load import load
+from tdq_exp.experiment.finished_run import load
 from tdq_exp.fit.ptq.calibration_set import make_set
 from tdq_exp.fit.ptq.ptq import Ptq
 from tdq_exp.fit.ptq.reconstruct import sample_losses

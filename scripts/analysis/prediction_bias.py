@@ -34,7 +34,7 @@ from tdq_exp.diffusion.ddim import Ddim
 from tdq_exp.diffusion.draws import image_generators, starting_noise
 from tdq_exp.experiment import fit_stage
 from tdq_exp.experiment.build import Experiment
-from tdq_exp.experiment.load import load
+from tdq_exp.experiment.finished_run import load
 from tdq_exp.fit.checkpoint import load_state
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.quant import bake, set_final_phase

@@ -27,7 +27,7 @@ from tdq_exp.quant.convert import bake
 from tdq_exp.report import cells as report_cells
 from tdq_exp.report import pages
 from tdq_exp.report.manifest import read_manifest
-from tdq_exp.report.render import markdown_lines
+from tdq_exp.report.text_tables import markdown_lines
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 UNREAD = ("model.weights=none", "model.autoencoder=none")  # nothing is loaded

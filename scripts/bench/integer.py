@@ -36,7 +36,7 @@ from tdq_exp.deploy import coders, fuse, integer, packed
 from tdq_exp.deploy.onnx import graph as onnx
 from tdq_exp.experiment import build as jobs
 from tdq_exp.models.pixel import DiffusionModel
-from tdq_exp.models.weights.load import save_weights
+from tdq_exp.models.weights.fill import save_weights
 from tdq_exp.quant.convert import Recipe, bake
 from tdq_exp.quant.intervals.dynamic import DynamicIntervals
 from tdq_exp.quant.intervals.static import StaticIntervals

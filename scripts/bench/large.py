@@ -28,7 +28,7 @@ from tdq_exp.experiment import build as jobs
 from tdq_exp.fit.quantized import skeleton
 from tdq_exp.quant.convert import bake
 from tdq_exp.report import pages
-from tdq_exp.report.render import markdown_lines
+from tdq_exp.report.text_tables import markdown_lines
 from tdq_exp.runtime import environment
 
 FORMS = {

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tdq_exp.commands import cli
-from tdq_exp.report import claims
+from tdq_exp.report import judged_claims
 from tdq_exp.report.manifest import read_manifest
 from tdq_exp.runtime import files
 from tdq_exp.runtime.progress import console, print_table
@@ -37,9 +37,9 @@ def show(scale: str, out: Path) -> Path:
     if scale not in scales:
         raise ValueError(f"--scale {scale}: choose one of {', '.join(scales)}")
 
-    judged = claims.judge(claims.read_claims(), scale, out)
+    judged = judged_claims.judge(judged_claims.read_claims(), scale, out)
     page = out / "tables" / f"claims-{scale}.md"
-    files.write_text(page, claims.markdown(judged, scale, out))
+    files.write_text(page, judged_claims.markdown(judged, scale, out))
 
     print_table(
         f"the paper's claims, scale {scale}",

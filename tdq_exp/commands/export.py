@@ -22,7 +22,7 @@ from tdq_exp.deploy.onnx import graph as onnx
 from tdq_exp.diffusion.draws import BareSeed, Stream, bare_generator
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import sample_stage
-from tdq_exp.experiment.load import load
+from tdq_exp.experiment.finished_run import load
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.quant.convert import activation_quantizers
 from tdq_exp.quant.layers import QuantConv2d

@@ -19,7 +19,7 @@ from tdq_exp.data.images import Data
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import fit_stage, pipeline
 from tdq_exp.experiment.build import Experiment
-from tdq_exp.experiment.load import load
+from tdq_exp.experiment.finished_run import load
 from tdq_exp.fit.quantized import BAKED
 from tdq_exp.report.cells import Cell
 from tdq_exp.report.figure_manifest import FigureManifest

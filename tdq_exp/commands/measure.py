@@ -26,7 +26,7 @@ from tdq_exp.experiment import pipeline
 from tdq_exp.experiment.row import read_rows
 from tdq_exp.metrics.fidelity import VALUES, Statistics, distances, frechet_distance
 from tdq_exp.metrics.half_sampling import deviation_of_frechet
-from tdq_exp.metrics.measure import Features
+from tdq_exp.metrics.image_sets import Features
 from tdq_exp.runtime import files
 from tdq_exp.runtime.precision import products
 from tdq_exp.runtime.processes import Processes

@@ -12,7 +12,7 @@ from pathlib import Path
 from tdq_exp.commands import cli
 from tdq_exp.config.naming import FIT_RECORD, PACKED
 from tdq_exp.deploy import packed
-from tdq_exp.experiment.load import load
+from tdq_exp.experiment.finished_run import load
 from tdq_exp.runtime import files
 from tdq_exp.runtime.progress import console
 

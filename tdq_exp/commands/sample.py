@@ -16,7 +16,7 @@ from tdq_exp.config.setting import SEED, require
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.experiment import sample_stage
 from tdq_exp.experiment.engines import ImageSet, engine
-from tdq_exp.experiment.load import load
+from tdq_exp.experiment.finished_run import load
 from tdq_exp.experiment.options import MOST_BATCH, MOST_IMAGES
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.runtime import figures, files

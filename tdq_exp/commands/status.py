@@ -15,8 +15,8 @@ from tdq_exp.commands import cli
 from tdq_exp.commands.table import names
 from tdq_exp.experiment.cost import duration
 from tdq_exp.report import cells as report_cells
+from tdq_exp.report.cell_states import DONE, STATES, CellState, seconds_left, state_of
 from tdq_exp.report.manifest import read_manifest
-from tdq_exp.report.progress import DONE, STATES, CellState, seconds_left, state_of
 from tdq_exp.runtime.progress import console, print_table
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from tdq_exp.commands import cli, table_runs
 from tdq_exp.config import assets
 from tdq_exp.report import cells as cells_module
-from tdq_exp.report import charts, columns, render
+from tdq_exp.report import charts, columns, text_tables
 from tdq_exp.report import manifest as manifests
 from tdq_exp.report.cells import Cell
 from tdq_exp.report.costs import read_costs
@@ -137,7 +137,7 @@ def make(options: argparse.Namespace) -> int:
     footer = cells_module.in_footer(options.overrides)
     costs = read_costs(out / manifest.measured if manifest.measured else None)
     table = columns.text_table(manifest, options.scale, cells, footer, costs)
-    tables = render.write(table, out / "tables" / f"{manifest.name}-{options.scale}")
+    tables = text_tables.write(table, out / "tables" / f"{manifest.name}-{options.scale}")
     figures = draw(manifest, options.scale, cells, out / "figures")
 
     print_table(table.title, [" ".join(header).strip() for header in table.headers], table.lines)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tdq_exp.commands import cli
 from tdq_exp.config import assets
-from tdq_exp.experiment import verify as checks
+from tdq_exp.experiment import record_checks as checks
 from tdq_exp.runtime.progress import console
 
 
@@ -61,7 +61,7 @@ def table_faults(name: str, out: Path) -> tuple[list[str], int]:
 
     All scales of the table count.
     """
-    from tdq_exp.report import cells, columns, manifest, render
+    from tdq_exp.report import cells, columns, manifest, text_tables
     from tdq_exp.report.costs import read_costs
 
     table = manifest.read_manifest(name)
@@ -82,7 +82,7 @@ def table_faults(name: str, out: Path) -> tuple[list[str], int]:
             rows = [cells.find(cell) for cell in asked]
             costs = read_costs(out / table.measured if table.measured else None)
             wanted = columns.text_table(table, scale, rows, [], costs)
-            if file.read_text() != render.markdown(wanted):
+            if file.read_text() != text_tables.markdown(wanted):
                 found.append(
                     f"{file}: is not what its rows give; render it again:"
                     f" python -m tdq_exp table {name} --scale {scale}"

@@ -30,7 +30,7 @@ from tdq_exp.deploy.integer import (
     runs_on_gpu,
 )
 from tdq_exp.quant.chains import Chains
-from tdq_exp.quant.kernels.integer import TILES
+from tdq_exp.quant.kernels.integer_operators import TILES
 from tdq_exp.quant.layers import QuantAttention, QuantLayer
 from tdq_exp.runtime import files
 from tdq_exp.runtime.progress import console, print_table

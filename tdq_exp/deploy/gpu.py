@@ -24,7 +24,7 @@ from tdq_exp.deploy.coders import (
     signed_codes,
 )
 from tdq_exp.quant import kernels, ops
-from tdq_exp.quant.kernels import integer as kernel
+from tdq_exp.quant.kernels import integer_operators as kernel
 from tdq_exp.quant.layers import CodedWeight, QuantConv2d, QuantLayer
 from tdq_exp.quant.quantizer import Quantizer
 

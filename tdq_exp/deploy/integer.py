@@ -41,7 +41,7 @@ from tdq_exp.deploy.fuse import fuse
 from tdq_exp.deploy.products import Product, Window, exact_here
 from tdq_exp.quant.chains import Chains
 from tdq_exp.quant.convert import replace_module
-from tdq_exp.quant.kernels import integer as gpu_kernels
+from tdq_exp.quant.kernels import integer_operators as gpu_kernels
 from tdq_exp.quant.layers import CodedWeight, QuantAttention, QuantConv2d, QuantLayer
 from tdq_exp.quant.quantizer import Quantizer
 

@@ -21,8 +21,8 @@ from tdq_exp.diffusion.draws import Stream
 from tdq_exp.experiment import card
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.card import CardCost
-from tdq_exp.experiment.network import network_is_here
 from tdq_exp.experiment.row import read_rows
+from tdq_exp.experiment.stored_network import network_is_here
 from tdq_exp.quant.convert import Recipe, layer_map
 from tdq_exp.runtime import files, launch
 from tdq_exp.runtime.progress import console, print_table

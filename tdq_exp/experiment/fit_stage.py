@@ -19,14 +19,14 @@ from tdq_exp.config.naming import FIT_RECORD
 from tdq_exp.data.images import Data
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.first_layer import first_range, noise_beyond
-from tdq_exp.experiment.network import (
+from tdq_exp.experiment.stored_network import (
     finished_net,
     network_is_here,
     read_fit,
     require_recorded,
 )
 from tdq_exp.fit import quantized
-from tdq_exp.models.weights.load import save_weights, state_hash
+from tdq_exp.models.weights.fill import save_weights, state_hash
 from tdq_exp.quant.convert import bake
 from tdq_exp.runtime import environment, figures, tensor_files
 from tdq_exp.runtime.context import RunContext

@@ -12,10 +12,10 @@ import torch
 
 from tdq_exp.config.naming import FIT_RECORD
 from tdq_exp.experiment.build import QUANTIZERS, Experiment, shipped
-from tdq_exp.experiment.network import network_is_here
+from tdq_exp.experiment.stored_network import network_is_here
 from tdq_exp.models.compiled import blocks_to_compile
 from tdq_exp.models.recompute import require_blocks
-from tdq_exp.models.weights.load import locate
+from tdq_exp.models.weights.fill import locate
 from tdq_exp.runtime import files, launch
 from tdq_exp.runtime.environment import memory_bytes
 

@@ -23,7 +23,7 @@ from tdq_exp.experiment.sample_stage import (
     store_of,
 )
 from tdq_exp.metrics.features import FeatureNetwork
-from tdq_exp.metrics.measure import Features, measure
+from tdq_exp.metrics.image_sets import Features, measure
 from tdq_exp.runtime import environment, files
 from tdq_exp.runtime.hashes import images_hash
 from tdq_exp.runtime.processes import Processes

@@ -10,15 +10,15 @@ from functools import partial
 from typing import Any
 
 from tdq_exp.data.images import Data, Images, load_images
+from tdq_exp.experiment import record_checks
 from tdq_exp.experiment import show as pictures
-from tdq_exp.experiment import verify
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.fit_stage import FittedModel, run_fit
 from tdq_exp.experiment.inputs import require_inputs
 from tdq_exp.experiment.measure_stage import run_measures
-from tdq_exp.experiment.network import finished_net
 from tdq_exp.experiment.row import write_row
 from tdq_exp.experiment.sample_stage import sample_stage_of
+from tdq_exp.experiment.stored_network import finished_net
 from tdq_exp.fit.loop import best_file
 from tdq_exp.runtime import failures, files, lock
 from tdq_exp.runtime.environment import out_of_memory_in_one_line
@@ -91,7 +91,7 @@ def _require_whole(job: Experiment) -> None:
     Raises:
         ValueError: naming the first one.
     """
-    faults = verify.run_faults(job.folder, everything=False)
+    faults = record_checks.run_faults(job.folder, everything=False)
     faults = [fault for fault in faults if "migrate_records.py" not in fault]
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""

@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 _MODULES = {
-    "Load": "tdq_exp.fit.load",
+    "Load": "tdq_exp.fit.no_fit",
     "Pretrain": "tdq_exp.fit.pretrain",
     "Ptq": "tdq_exp.fit.ptq.ptq",
     "Qat": "tdq_exp.fit.qat",

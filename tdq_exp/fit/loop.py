@@ -33,7 +33,7 @@ from tdq_exp.fit.weight_update import WeightUpdate
 from tdq_exp.models.compiled import CompiledBlocks
 from tdq_exp.models.recompute import recompute_activations
 from tdq_exp.models.trainable import Trainable
-from tdq_exp.models.weights.load import save_weights
+from tdq_exp.models.weights.fill import save_weights
 from tdq_exp.runtime import signals
 from tdq_exp.runtime.context import RunContext
 from tdq_exp.runtime.precision import autocast, products

@@ -19,7 +19,7 @@ from tdq_exp.fit.loop import History, Training, TrainingSets
 from tdq_exp.fit.options import PretrainOptions
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.models.trainable import Trainable
-from tdq_exp.models.weights.load import load_weights, save_weights
+from tdq_exp.models.weights.fill import load_weights, save_weights
 from tdq_exp.quant.convert import Recipe
 from tdq_exp.runtime import figures, files
 from tdq_exp.runtime.context import RunContext

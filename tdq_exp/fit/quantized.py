@@ -14,7 +14,7 @@ from tdq_exp.fit.calibrated import Batches, calibrated
 from tdq_exp.fit.fit import Fit, Subject
 from tdq_exp.fit.options import FitOptions
 from tdq_exp.models.pixel import DiffusionModel
-from tdq_exp.models.weights.load import load_weights
+from tdq_exp.models.weights.fill import load_weights
 from tdq_exp.quant import initialize
 from tdq_exp.quant.convert import Recipe, activation_quantizers, bake, layer_map
 from tdq_exp.runtime import files

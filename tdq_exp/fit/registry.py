@@ -22,7 +22,7 @@ OPTIONS: dict[str, type[FitOptions]] = {
 }
 
 CLASSES = {
-    LoadOptions: ("tdq_exp.fit.load", "Load"),
+    LoadOptions: ("tdq_exp.fit.no_fit", "Load"),
     PretrainOptions: ("tdq_exp.fit.pretrain", "Pretrain"),
     QatOptions: ("tdq_exp.fit.qat", "Qat"),
     PtqOptions: ("tdq_exp.fit.ptq.ptq", "Ptq"),

@@ -29,9 +29,9 @@ from tdq_exp.config.setting import require
 from tdq_exp.data.images import to_uint8
 from tdq_exp.diffusion.draws import BareSeed, Stream, generator, seed_global_bare
 from tdq_exp.diffusion.objective import Samples
-from tdq_exp.models.network import MOST, check_network, constructed, require_memory
 from tdq_exp.models.trainable import Trainable
-from tdq_exp.models.weights.load import load_autoencoder, state_hash
+from tdq_exp.models.unet_arguments import MOST, check_network, constructed, require_memory
+from tdq_exp.models.weights.fill import load_autoencoder, state_hash
 from tdq_exp.runtime import files
 
 NETWORK = "model.definition.autoencoder.network"

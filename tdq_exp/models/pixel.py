@@ -29,11 +29,11 @@ from tdq_exp.diffusion.objective import (
 )
 from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.models.attention import quantize_attention
-from tdq_exp.models.network import check_network, constructed, require_memory
 from tdq_exp.models.resnet_blocks import unet_chains
-from tdq_exp.models.roles import unet_roles
 from tdq_exp.models.trainable import Codec, Trainable
-from tdq_exp.models.weights.load import load_weights, locate
+from tdq_exp.models.unet_arguments import check_network, constructed, require_memory
+from tdq_exp.models.unet_roles import unet_roles
+from tdq_exp.models.weights.fill import load_weights, locate
 from tdq_exp.models.weights.process import require_same_process
 from tdq_exp.quant.chains import Chains
 from tdq_exp.quant.convert import Recipe, quantize
@@ -167,7 +167,7 @@ class DiffusionModel(Trainable):
             )
 
     def load(self, net: nn.Module, weights: str, ema: bool = True) -> str:
-        """Fill a network with weights and return their content hash. See `weights.load`.
+        """Fill a network with weights and return their content hash. See `load_weights`.
 
         Raises:
             CheckpointError: if they do not fit, or were trained for another schedule or target.

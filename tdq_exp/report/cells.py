@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 from tdq_exp.config import assets, naming, records, schema
 from tdq_exp.config.compose import compose, state_of_files
 from tdq_exp.config.schema import parts_of
+from tdq_exp.experiment.record_checks import row_faults
 from tdq_exp.experiment.row import read_rows
-from tdq_exp.experiment.verify import row_faults
 from tdq_exp.fit.registry import options_class
 from tdq_exp.report.manifest import Line, Manifest
 from tdq_exp.runtime import stage
@@ -346,7 +346,7 @@ def shipped_hash(weights: str | None) -> str | None:
     if weights is None or not weights.startswith("shipped:"):
         return None
 
-    from tdq_exp.models.weights.load import file_hash  # it imports torch
+    from tdq_exp.models.weights.fill import file_hash  # it imports torch
 
     return file_hash(assets.weights(weights))
 

@@ -10,7 +10,6 @@ from tdq_exp.report.column_notes import column_notes, time_note
 from tdq_exp.report.costs import COST_HEADERS, Costs
 from tdq_exp.report.manifest import Line, Manifest
 from tdq_exp.report.protocol import check_protocol
-from tdq_exp.report.render import EITHER_SIDE, SHORT, STALE, TIE, TextTable
 from tdq_exp.report.second import SECOND, Shown, fixed
 from tdq_exp.report.spread import (
     interval,
@@ -21,6 +20,7 @@ from tdq_exp.report.spread import (
     used,
     values,
 )
+from tdq_exp.report.text_tables import EITHER_SIDE, SHORT, STALE, TIE, TextTable
 
 
 def text_table(

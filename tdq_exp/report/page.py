@@ -13,7 +13,7 @@ from typing import Any
 
 from tdq_exp.report import page_figures, page_markdown, page_rows, paired_rank
 from tdq_exp.report.page_style import STYLE
-from tdq_exp.report.render import markdown_lines
+from tdq_exp.report.text_tables import markdown_lines
 
 SCALES = {
     "paper": "CIFAR-10 32x32 and LSUN-Churches 256x256",

@@ -12,7 +12,7 @@ from tdq_exp.report import charts, drawings, figure_manifest, figure_numbers, pa
 from tdq_exp.report.figure_manifest import FigureManifest
 from tdq_exp.report.page_markdown import scroll_region
 from tdq_exp.report.paired_rank import HEADERS, Group, summary
-from tdq_exp.report.render import markdown_lines
+from tdq_exp.report.text_tables import markdown_lines
 from tdq_exp.runtime import files
 
 WIDEST = 1180  # pixels that a chart may ask for: beyond, it would scroll on a desktop as well

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tdq_exp.report.render import markdown_lines
+from tdq_exp.report.text_tables import markdown_lines
 
 FEWEST = 5  # rows that a rank correlation is stated of
 DRAWS = 1000  # of the bootstrap

@@ -27,7 +27,7 @@ from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.intervals.base import LookupTable
 from tdq_exp.quant.intervals.dynamic import DynamicIntervals
 from tdq_exp.quant.intervals.temporal import TemporalIntervals
-from tdq_exp.quant.kernels import integer as kernel
+from tdq_exp.quant.kernels import integer_operators as kernel
 from tdq_exp.quant.layers import CodedWeight, QuantConv2d, QuantLayer
 from tdq_exp.quant.rules.lsq import Lsq
 from tdq_exp.quant.rules.minmax import MinMax, MinMaxWeights

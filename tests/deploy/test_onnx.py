@@ -13,8 +13,8 @@ from tdq_exp.deploy.onnx import graph as onnx
 from tdq_exp.deploy.onnx import layers as onnx_layers
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import pipeline
-from tdq_exp.experiment.load import load
-from tdq_exp.models.weights.load import save_weights
+from tdq_exp.experiment.finished_run import load
+from tdq_exp.models.weights.fill import save_weights
 from tdq_exp.quant.convert import Recipe, bake
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.intervals.base import LookupTable

@@ -12,7 +12,7 @@ from tdq_exp.config.compose import compose
 from tdq_exp.deploy import choose, packed
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import pipeline, sample_stage
-from tdq_exp.experiment.load import load
+from tdq_exp.experiment.finished_run import load
 
 
 def slow(codes: list[int], n: int, bits: int) -> list[int]:

@@ -17,8 +17,8 @@ from tdq_exp.commands.verify import table_faults
 from tdq_exp.config import records, schema
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
-from tdq_exp.experiment import pipeline, verify
-from tdq_exp.experiment.load import load
+from tdq_exp.experiment import pipeline, record_checks
+from tdq_exp.experiment.finished_run import load
 from tdq_exp.runtime import environment, tensor_files
 from tdq_exp.runtime.files import fingerprint, read_json, sealed, write_json
 from tests.experiment import committed
@@ -156,7 +156,7 @@ def test_the_same_command_does_nothing(name, tmp_path, monkeypatch):
 
 
 def test_every_committed_file_verifies():
-    assert verify.faults_of(ROOT / "results") == []
+    assert record_checks.faults_of(ROOT / "results") == []
 
 
 @pytest.mark.parametrize("run", HERE)
@@ -229,15 +229,16 @@ def test_a_changed_row_is_a_fault_and_is_in_no_table(path, value, fault, tmp_pat
     # A number is changed in the file; what would belong to another row is sealed again.
     rows = [row if last == "fid" else sealed(row)]
     write_json(file, {"rows": rows})
-    faults = verify.faults_of(tmp_path)
+    faults = record_checks.faults_of(tmp_path)
     if last == "commit" and environment.commit() is None:
         pytest.skip("outside of a checkout no commit is known")
     assert faults and any(fault in line for line in faults)
-    assert last == "commit" or verify.row_faults(file)
+    assert last == "commit" or record_checks.row_faults(file)
 
 
 def test_a_table_with_measured_costs_is_what_its_rows_give(monkeypatch):
-    monkeypatch.setattr(verify, "run_faults", lambda folder: [])  # every run has its own test
+    # Every run has its own test.
+    monkeypatch.setattr(record_checks, "run_faults", lambda folder: [])
     faults, runs = table_faults("table7", RUNS.parent)
     assert not faults and runs
 
@@ -254,7 +255,7 @@ def test_the_verb_verify_says_what_is_wrong_and_ends_with_a_code(tmp_path, insid
     assert found.returncode == 1 and f"{file}: damaged" in found.stdout
 
     tensor_files.write_state(run / "state.earlier.pt", {"fingerprint": "0" * 16})
-    assert any("is of the fit 0000000000000000" in fault for fault in verify.run_faults(run))
+    assert any("is of the fit 0000000000000000" in fault for fault in record_checks.run_faults(run))
 
     os.mkfifo(run / "state.pt")  # nothing reads it in a finished run, and whoever did would wait
     found = inside(str(run), verb="verify")

@@ -13,7 +13,7 @@ from tdq_exp.data.images import Data, Images
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import pipeline, show
 from tdq_exp.experiment.inputs import require_inputs
-from tdq_exp.metrics.measure import Features, measure
+from tdq_exp.metrics.image_sets import Features, measure
 from tdq_exp.runtime import environment
 
 PRETRAIN = ["model=ddim_small", "method=fp", "fit=pretrain", "launcher=cpu", "tracker=none"]
@@ -85,7 +85,7 @@ def test_fid_of_no_more_images_than_features_is_marked(count, few, tmp_path, mon
         decide=lambda work: work(), device="cpu", rank=0, world=1, main=False
     )
     monkeypatch.setattr(
-        "tdq_exp.metrics.measure.features_of", lambda n, pixels, *_: n.extract(pixels, 1, "cpu")
+        "tdq_exp.metrics.image_sets.features_of", lambda n, pixels, *_: n.extract(pixels, 1, "cpu")
     )
     features = Features(Width4(), 8, processes, tmp_path)
     pixels = np.zeros((count, 4, 4, 1), np.uint8)

@@ -14,11 +14,11 @@ from tdq_exp.commands import export, sample
 from tdq_exp.config.compose import compose
 from tdq_exp.deploy import packed
 from tdq_exp.experiment import build as jobs
-from tdq_exp.experiment import pipeline, verify
+from tdq_exp.experiment import pipeline, record_checks
 from tdq_exp.experiment.row import read_rows
 from tdq_exp.fit.checkpoint import whole_state
 from tdq_exp.fit.quantized import BAKED
-from tdq_exp.models.weights.load import save_weights
+from tdq_exp.models.weights.fill import save_weights
 from tdq_exp.quant.convert import bake
 from tdq_exp.quant.kernels import cpu
 from tdq_exp.runtime import files
@@ -192,7 +192,7 @@ def test_a_record_with_values_of_other_kinds_is_one_line(key, value, whole, tmp_
     record = files.read_json(run / "fit.json") | {key: value}
     files.write_json(run / "fit.json", record | {"fingerprint": files.fingerprint(record["parts"])})
 
-    (fault,) = verify.run_faults(run)
+    (fault,) = record_checks.run_faults(run)
     assert "fit.json" in fault and key in fault
     assert "fit.json" in refused(tdq_exp.load, run)
 
@@ -200,7 +200,7 @@ def test_a_record_with_values_of_other_kinds_is_one_line(key, value, whole, tmp_
 def test_nothing_is_called_whole_that_was_not_checked(tmp_path):
     for path in ("/dev/null", tmp_path / "images.npy"):
         Path(path).touch()
-        assert "no checksum" in refused(verify.faults_of, Path(path))
+        assert "no checksum" in refused(record_checks.faults_of, Path(path))
 
 
 # The folder of compiled kernels

@@ -12,7 +12,7 @@ from tdq_exp.config.compose import compose
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.deploy.onnx import graph
 from tdq_exp.experiment import build as jobs
-from tdq_exp.experiment import network, pipeline, verify
+from tdq_exp.experiment import pipeline, record_checks, stored_network
 from tdq_exp.runtime import figures, files, tensor_files
 from tdq_exp.runtime.tracking import Tracker
 
@@ -124,7 +124,7 @@ CASES = [
 
 
 def test_the_run_that_is_spoilt_below_is_whole(job):
-    assert verify.faults_of(job.folder) == []
+    assert record_checks.faults_of(job.folder) == []
     before = {f: f.read_bytes() for f in job.folder.rglob("*") if f.is_file()}
     pipeline.run(job)
     assert before == {f: f.read_bytes() for f in job.folder.rglob("*") if f.is_file()}
@@ -136,7 +136,7 @@ def test_the_run_that_is_spoilt_below_is_whole(job):
 def test_a_file_of_another_run_is_named(name, change, job, capsys):
     file = job.folder / name
     change(file)
-    faults = verify.faults_of(job.folder)
+    faults = record_checks.faults_of(job.folder)
     place = file.parent if file.parent.name == "images" else file
     assert [fault for fault in faults if str(place) in fault], faults
 
@@ -151,13 +151,13 @@ def test_a_file_of_another_run_is_named(name, change, job, capsys):
 
 def test_a_row_of_another_engine_than_its_set_is_named(job):
     stated("engine")(job.folder / SET / "samples.json")
-    (fault,) = verify.faults_of(job.folder)
+    (fault,) = record_checks.faults_of(job.folder)
     assert "metrics.json: a row is of the engine" in fault and f"its set of {OTHER}" in fault
 
 
 def test_a_set_in_the_folder_of_another_is_named(job):
     (job.folder / SET).rename(job.folder / "ddim9_n12")
-    (fault,) = verify.faults_of(job.folder)
+    (fault,) = record_checks.faults_of(job.folder)
     assert f"a row is of the set {SET}, in another one's folder" in fault
 
 
@@ -176,7 +176,7 @@ def test_images_that_were_begun_with_another_choice_of_layers_are_not_gone_on_wi
 
 def test_a_checkpoint_of_another_update_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds the network of update 2; put"):
-        network.require_update(tmp_path / "best-0000004.safetensors", {"update": "2"})
+        stored_network.require_update(tmp_path / "best-0000004.safetensors", {"update": "2"})
 
 
 def test_curves_of_another_run_are_not_gone_on_with(tmp_path, capsys):

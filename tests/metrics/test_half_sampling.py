@@ -5,7 +5,7 @@ import torch
 
 from tdq_exp.metrics.fidelity import Statistics, frechet_distance
 from tdq_exp.metrics.half_sampling import deviation_of_frechet
-from tdq_exp.metrics.measure import beside
+from tdq_exp.metrics.image_sets import beside
 
 
 def vectors(count, seed, shift=0.0):

@@ -12,7 +12,7 @@ from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.models.codec import Autoencoder, ScaledAutoencoder
 from tdq_exp.models.latent import LatentDiffusionModel
 from tdq_exp.models.pixel import DiffusionModel
-from tdq_exp.models.weights.load import CheckpointError, load_autoencoder, save_weights, state_hash
+from tdq_exp.models.weights.fill import CheckpointError, load_autoencoder, save_weights, state_hash
 
 NETWORK = {
     "sample_size": 8, "in_channels": 3, "out_channels": 3, "latent_channels": 2, "block_out_channels": (8, 16),

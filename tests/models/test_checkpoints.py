@@ -24,9 +24,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tdq_exp.models.weights import load as checkpoints
+from tdq_exp.models.weights import fill as checkpoints
+from tdq_exp.models.weights.fill import CheckpointError, load_weights, save_weights, state_hash
 from tdq_exp.models.weights.inert_pickle import Placeholder, StoredTensor, read_tensors
-from tdq_exp.models.weights.load import CheckpointError, load_weights, save_weights, state_hash
 from tdq_exp.runtime import tensor_files
 from tests.models.formula import formula, ramp
 

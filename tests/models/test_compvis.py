@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.models.codec import Autoencoder
 from tdq_exp.models.pixel import DiffusionModel
-from tdq_exp.models.weights.load import CheckpointError, load_autoencoder, load_weights, state_hash
+from tdq_exp.models.weights.fill import CheckpointError, load_autoencoder, load_weights, state_hash
 from tests.models.formula import formula, ramp
 from tests.models.test_heads import HEADS, REDUCED
 

@@ -17,9 +17,9 @@ from tdq_exp.diffusion.schedule import Schedule
 from tdq_exp.experiment.build import build
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.models.samplers import Ddpm
-from tdq_exp.models.weights import load
+from tdq_exp.models.weights import fill
+from tdq_exp.models.weights.fill import CheckpointError, load_weights, state_hash
 from tdq_exp.models.weights.folder import which_weights
-from tdq_exp.models.weights.load import CheckpointError, load_weights, state_hash
 from tdq_exp.models.weights.process import require_same_process
 from tests.quant.builders import load_model
 
@@ -135,10 +135,10 @@ def test_a_pipeline_of_the_hub_is_compared_as_a_folder_is(nets, tmp_path, monkey
         path = tmp_path / (subfolder or "") / name
         asked.append(path.name)
         if not path.exists():
-            raise load.EntryNotFoundError("no entry")
+            raise fill.EntryNotFoundError("no entry")
         return str(path)
 
-    monkeypatch.setattr(load, "hf_hub_download", download)
+    monkeypatch.setattr(fill, "hf_hub_download", download)
     model = load_model("tiny")
     with pytest.raises(CheckpointError, match="beta_schedule is squaredcos_cap_v2"):
         model.load(model.build(), "owner/name")

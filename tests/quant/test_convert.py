@@ -10,7 +10,7 @@ from torch import nn
 
 from tdq_exp.config.compose import compose
 from tdq_exp.models.attention import AttentionProcessor, quantize_attention
-from tdq_exp.models.roles import unet_roles
+from tdq_exp.models.unet_roles import unet_roles
 from tdq_exp.quant import calibrate
 from tdq_exp.quant.convert import Recipe, activation_quantizers, bake, layer_map, quantize
 from tdq_exp.quant.grid import Grid

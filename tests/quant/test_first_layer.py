@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tdq_exp.experiment.first_layer import first_range, noise_beyond
-from tdq_exp.models.roles import unet_roles
+from tdq_exp.models.unet_roles import unet_roles
 from tdq_exp.quant.convert import Recipe, bake
 from tdq_exp.quant.intervals.dynamic import DynamicIntervals
 from tdq_exp.quant.intervals.static import StaticIntervals

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tdq_exp.deploy import gpu
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.intervals.base import LookupTable
-from tdq_exp.quant.kernels import integer
+from tdq_exp.quant.kernels import integer_operators
 from tdq_exp.quant.layers import CodedWeight, QuantLinear
 from tdq_exp.quant.rules.lsq import Lsq
 from tdq_exp.quant.time import TimeContext
@@ -49,7 +49,7 @@ ZEROS = ("none", "table", "sample")
 
 def tile(device: str) -> tuple[int, ...]:
     """A small tile of the kernel where every program takes milliseconds, or one of those in use."""
-    return (16, 16, 32, 4, 1) if device == "cpu" else integer.TILES[3]
+    return (16, 16, 32, 4, 1) if device == "cpu" else integer_operators.TILES[3]
 
 
 def numbers(shape: tuple[int, ...], low: int, high: int, seed: int) -> Tensor:
@@ -111,7 +111,7 @@ class Case:
         from tdq_exp.quant.kernels import triton_integer
 
         codes = self.arguments[0]
-        y = integer.like_output(codes, len(self.arguments[1]), self.window, dtype)
+        y = integer_operators.like_output(codes, len(self.arguments[1]), self.window, dtype)
         return triton_integer.product(*self.arguments, self.window, y, tile)
 
 
@@ -140,7 +140,7 @@ def test_without_a_zero_point_of_the_weights_the_border_is_still_the_byte_of_zer
 
 @devices
 def test_the_largest_sum_fits(device):
-    shape, most = (1, integer.MOST_PRODUCTS), torch.int8
+    shape, most = (1, integer_operators.MOST_PRODUCTS), torch.int8
     codes = torch.full(shape, 127, dtype=most, device=device)
     weight = torch.full(shape, -128, dtype=most, device=device)
     one, zero = torch.ones(1, device=device), torch.tensor([-128.0], device=device)
@@ -150,9 +150,9 @@ def test_the_largest_sum_fits(device):
     from tdq_exp.quant.kernels import triton_integer
 
     y = torch.empty(1, 1, dtype=torch.int32, device=device)
-    wide = (16, 16, 1024, 4, 1) if device == "cpu" else integer.TILES[0]
+    wide = (16, 16, 1024, 4, 1) if device == "cpu" else integer_operators.TILES[0]
     triton_integer.product(codes, weight, one, zero, None, one, w_sum, rest, None, [], y, wide)
-    assert int(y) == -255 * 255 * integer.MOST_PRODUCTS
+    assert int(y) == -255 * 255 * integer_operators.MOST_PRODUCTS
 
 
 def tables(shift: int | None) -> tuple[Tensor, Tensor, int]:
@@ -182,7 +182,7 @@ def test_bytes_are_the_quantizers_codes(source, shift, device):
     arguments = [None if v is None else v.to(device) for v in (x, s, z, t)]
     found = triton_integer.codes(*arguments, 0, p, shift)
     assert found.dtype == torch.int8 and torch.equal(found.cpu().float(), stored)
-    assert torch.equal(integer.codes(x, s, z, t, 0, p, shift).float(), stored)
+    assert torch.equal(integer_operators.codes(x, s, z, t, 0, p, shift).float(), stored)
 
 
 @devices
@@ -246,7 +246,7 @@ def test_a_repeated_norm_gives_the_same_bytes(device):
 
 @devices
 def test_functions_and_operators_call_the_kernels(device, monkeypatch):
-    monkeypatch.setattr(integer, "by_triton", lambda x: True)
+    monkeypatch.setattr(integer_operators, "by_triton", lambda x: True)
     s, z, p = (v.to(device) if isinstance(v, Tensor) else v for v in tables(-128))
     t = torch.tensor(T, device=device)
     generator = torch.Generator().manual_seed(10)
@@ -254,16 +254,20 @@ def test_functions_and_operators_call_the_kernels(device, monkeypatch):
     norm = (torch.ones(4, device=device), torch.zeros(4, device=device), 2, 1e-6, True)
     case = Case("linear, one number", "table", True, device)
     calls = [
-        (integer.codes, integer.codes_operator, (x, s, z, t, 0, p, -128)),
-        (integer.norm_codes, integer.norm_codes_operator, (x, *norm, s, z, t, 0, p, -128)),
+        (integer_operators.codes, integer_operators.codes_operator, (x, s, z, t, 0, p, -128)),
         (
-            integer.product,
-            integer.product_operator,
+            integer_operators.norm_codes,
+            integer_operators.norm_codes_operator,
+            (x, *norm, s, z, t, 0, p, -128),
+        ),
+        (
+            integer_operators.product,
+            integer_operators.product_operator,
             (*case.arguments, case.window, torch.int32, list(tile(device))),
         ),
     ]
     found = [(call(*arguments), operator(*arguments)) for call, operator, arguments in calls]
-    monkeypatch.setattr(integer, "by_triton", lambda x: False)
+    monkeypatch.setattr(integer_operators, "by_triton", lambda x: False)
     for (direct, operated), (call, _, arguments) in zip(found, calls, strict=True):
         assert torch.equal(direct, operated) and torch.equal(direct, call(*arguments))
 
@@ -272,8 +276,8 @@ def test_functions_and_operators_call_the_kernels(device, monkeypatch):
 @pytest.mark.parametrize("shape", [(2, 3, 4, 6), (2, 3, 6), (4, 6)])
 def test_a_linear_layer_reads_its_input_in_the_order_of_its_axes(shape, device, monkeypatch):
     """An image's layout would give it channels of another axis."""
-    monkeypatch.setattr(integer, "by_triton", lambda x: True)
-    monkeypatch.setattr(integer, "default_tile", lambda rows, outs: tile(device))
+    monkeypatch.setattr(integer_operators, "by_triton", lambda x: True)
+    monkeypatch.setattr(integer_operators, "default_tile", lambda rows, outs: tile(device))
     time = TimeContext(STEPS)
     quantizer = Lsq(
         Grid(4, symmetric=False),
@@ -295,25 +299,25 @@ def test_a_linear_layer_reads_its_input_in_the_order_of_its_axes(shape, device, 
 def test_single_operations_on_a_cpu_give_the_same_integers(zero):
     for name in SHAPES:
         case = Case(name, zero, True, "cpu")
-        sums = integer.product(*case.arguments, case.window, torch.int32, [])
+        sums = integer_operators.product(*case.arguments, case.window, torch.int32, [])
         assert torch.equal(sums.long(), case.sums)
 
 
 def test_operators_know_shapes_types_and_layouts_without_memory():
     case = Case("3x3, stride 2, even", "table", True, "cpu")
-    real = integer.product(*case.arguments, case.window, torch.float32, [])
+    real = integer_operators.product(*case.arguments, case.window, torch.float32, [])
     s, z, p = tables(-128)
     x = images_last(torch.randn(2, 6, 5, 9))
     norm = (torch.ones(6), torch.zeros(6), 3, 1e-6, True)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [None if v is None else mode.from_tensor(v) for v in case.arguments]
-        fake = integer.product(*fakes, case.window, torch.float32, [])
+        fake = integer_operators.product(*fakes, case.window, torch.float32, [])
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
         fake_x = mode.from_tensor(x)
         for found in (
-            integer.codes(fake_x, s, z, None, 0, p, -128),
-            integer.norm_codes(fake_x, *norm, s, z, None, 0, p, -128),
+            integer_operators.codes(fake_x, s, z, None, 0, p, -128),
+            integer_operators.norm_codes(fake_x, *norm, s, z, None, 0, p, -128),
         ):
             assert (found.shape, found.dtype, found.stride()) == (x.shape, torch.int8, x.stride())
 
@@ -329,7 +333,7 @@ def test_the_compiler_makes_products_of_bytes_of_it(capability, product, tmp_pat
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = triton_integer._product
-    rows, outs, channels, warps, stages = integer.TILES[0]
+    rows, outs, channels, warps, stages = integer_operators.TILES[0]
     constants = {
         "KERNEL_Y": 3, "KERNEL_X": 3, "S_STEP": 1, "Z_STEP": 1, "TABLE": True, "HAS_Z": True,
         "AFFINE": True, "HAS_BIAS": True, "SUMS": False, "ROWS": rows, "OUTS": outs,
@@ -366,11 +370,11 @@ def test_many_pixels_and_channels_in_every_type():
     scale = torch.full((130,), 1e-4, device="cuda")
     images = images_last(codes.to(torch.int8)).cuda()
     rest = (images, rows, one, None, None, scale, rows.sum(1, dtype=torch.int32), None, None)
-    for one_tile in (*integer.TILES, ()):
-        found = integer.product(*rest, window, torch.int32, list(one_tile))
+    for one_tile in (*integer_operators.TILES, ()):
+        found = integer_operators.product(*rest, window, torch.int32, list(one_tile))
         assert torch.equal(found.double(), sums)
-        y = integer.product(*rest, window, torch.float32, list(one_tile))
-        half = integer.product(*rest, window, torch.bfloat16, list(one_tile))
+        y = integer_operators.product(*rest, window, torch.float32, list(one_tile))
+        half = integer_operators.product(*rest, window, torch.bfloat16, list(one_tile))
         torch.testing.assert_close(y.double(), sums * 1e-4, rtol=1e-6, atol=1e-6)
         assert torch.equal(half, y.bfloat16())
 
@@ -397,5 +401,7 @@ def test_every_tile_is_exact_with_zero_points(zero, channels):
         images_last(codes.to(torch.int8)), rows, one, z, t, scale,
         rows.sum(1, dtype=torch.int32), rest.int(), None, [3, 3, 1, 1, 1, 1, 1, 1], torch.int32,
     )  # fmt: skip
-    for one_tile in (*integer.TILES, ()):
-        assert torch.equal(integer.product(*arguments, list(one_tile)).double(), sums), one_tile
+    for one_tile in (*integer_operators.TILES, ()):
+        assert torch.equal(integer_operators.product(*arguments, list(one_tile)).double(), sums), (
+            one_tile
+        )

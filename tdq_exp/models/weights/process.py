@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tdq_exp.diffusion.schedule import Schedule
+from tdq_exp.models.weights.fill import SCHEDULER
 from tdq_exp.models.weights.folder import config_of
 from tdq_exp.models.weights.inert_pickle import CheckpointError
-from tdq_exp.models.weights.load import SCHEDULER
 
 DEFINITION = "model.definition"
 

@@ -28,8 +28,8 @@ from tdq_exp.config import assets
 from tdq_exp.report import cells as report_cells
 from tdq_exp.report.cells import Cell, Place
 from tdq_exp.report.manifest import line_of, read_manifest
-from tdq_exp.report.render import markdown_lines
 from tdq_exp.report.spread import difference, mean, over_training_seeds, used, values
+from tdq_exp.report.text_tables import markdown_lines
 
 HOLDS, FAILS, OPEN, MISSING = "holds", "does not hold", "can't tell", "missing"
 RULES = ("smaller", "no_larger", "less_gain")

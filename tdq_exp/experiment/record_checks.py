@@ -24,8 +24,8 @@ from tdq_exp.config.naming import FIT_RECORD
 from tdq_exp.data.arrays import ImageStore, open_array
 from tdq_exp.deploy.onnx import graph
 from tdq_exp.experiment.engines import ENGINE
-from tdq_exp.experiment.network import read_fit, require_update
 from tdq_exp.experiment.row import measure_parts, read_rows
+from tdq_exp.experiment.stored_network import read_fit, require_update
 from tdq_exp.runtime import environment, figures, files, tensor_files
 from tdq_exp.runtime.hashes import images_hash, tensor_hash
 from tdq_exp.runtime.stage import read_record

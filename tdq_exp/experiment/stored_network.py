@@ -11,7 +11,7 @@ from torch import nn
 
 from tdq_exp.config.naming import FIT_RECORD, PACKED
 from tdq_exp.experiment.build import Experiment
-from tdq_exp.models.weights.load import load_weights, state_hash
+from tdq_exp.models.weights.fill import load_weights, state_hash
 from tdq_exp.quant.convert import bake
 from tdq_exp.runtime import files, tensor_files
 from tdq_exp.runtime.stage import read_record

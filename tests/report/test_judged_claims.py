@@ -8,7 +8,7 @@ import pytest
 
 from tdq_exp.config import assets
 from tdq_exp.report import cells as report_cells
-from tdq_exp.report import claims
+from tdq_exp.report import judged_claims
 from tdq_exp.report.manifest import read_manifest
 from tdq_exp.runtime import files
 
@@ -21,7 +21,7 @@ def comparison(ours, theirs, float_model=(10.0, 11.0), column="ddim"):
         rows = [{"images": 100, "metrics": {"fid": fid}} for fid in distances]
         return [dataclasses.replace(base, row=row) for row in rows]
 
-    return claims.Comparison(
+    return judged_claims.Comparison(
         column, "w4a4", ("a", "b"), cells(ours), cells(theirs), cells(float_model)
     )
 
@@ -42,7 +42,7 @@ def comparison(ours, theirs, float_model=(10.0, 11.0), column="ddim"):
     ],
 )
 def test_a_rule_looks_beyond_the_spread(rule, ours, theirs, verdict):
-    assert claims._verdict(rule, comparison(ours, theirs)) == verdict
+    assert judged_claims._verdict(rule, comparison(ours, theirs)) == verdict
 
 
 def test_a_line_with_one_training_seed_varies_as_the_columns_others_do():
@@ -52,31 +52,34 @@ def test_a_line_with_one_training_seed_varies_as_the_columns_others_do():
         dataclasses.replace(cell, config={"method": {"quantized": True}}) for cell in alone.theirs
     ]
     told = dataclasses.replace(alone, theirs=trained, over_seeds=0.1)
-    assert claims._verdict("smaller", told) == "holds"
-    assert claims._verdict("smaller", dataclasses.replace(told, over_seeds=0.12)) == "can't tell"
+    assert judged_claims._verdict("smaller", told) == "holds"
+    assert (
+        judged_claims._verdict("smaller", dataclasses.replace(told, over_seeds=0.12))
+        == "can't tell"
+    )
 
     # A float model's seeds are those of its sampling.
     float_too = dataclasses.replace(alone, over_seeds=0.12)
-    assert claims._verdict("smaller", float_too) == "holds"
+    assert judged_claims._verdict("smaller", float_too) == "holds"
 
 
 def test_without_any_spread_nothing_is_told():
-    assert claims._verdict("smaller", comparison([1], [100], [10.0])) == "can't tell"
+    assert judged_claims._verdict("smaller", comparison([1], [100], [10.0])) == "can't tell"
 
 
 def test_gains_are_relative_and_so_are_their_spreads():
     first, second = comparison([10], [20]), comparison([90], [100], column="ldm")
     assert first.gain == (0.5, 0.05) and second.gain == (0.1, 0.01)
-    assert claims._less_gain(first, second) == "holds"
-    assert claims._less_gain(second, first) == "does not hold"
-    assert claims._less_gain(first, comparison([11], [20])) == "can't tell"
-    assert claims._less_gain(first, comparison([], [20])) == "missing"
+    assert judged_claims._less_gain(first, second) == "holds"
+    assert judged_claims._less_gain(second, first) == "does not hold"
+    assert judged_claims._less_gain(first, comparison([11], [20])) == "can't tell"
+    assert judged_claims._less_gain(first, comparison([], [20])) == "missing"
 
 
 def test_a_claim_fails_with_one_comparison_and_holds_with_all():
-    (claim, *_) = claims.read_claims()
+    (claim, *_) = judged_claims.read_claims()
     judged = [
-        claims.Judged(claim, [], verdicts).verdict
+        judged_claims.Judged(claim, [], verdicts).verdict
         for verdicts in (
             ["holds"] * 2,
             ["holds", "can't tell"],
@@ -98,7 +101,7 @@ def test_every_claim_asks_for_lines_of_the_tables():
         for line in manifest.lines
     }
     models = read_manifest("table1").columns
-    for claim in claims.read_claims():
+    for claim in judged_claims.read_claims():
         for column in claim.columns:
             for at in claim.at:
                 for line in (claim.ours, *claim.theirs):
@@ -110,10 +113,10 @@ def test_every_claim_asks_for_lines_of_the_tables():
 
 
 def test_a_gain_in_a_model_that_the_scale_lacks_is_not_told(tmp_path):
-    claim = next(claim for claim in claims.read_claims() if claim.rule == "less_gain")
-    (judged,) = claims.judge([claim], "digits", tmp_path)
+    claim = next(claim for claim in judged_claims.read_claims() if claim.rule == "less_gain")
+    (judged,) = judged_claims.judge([claim], "digits", tmp_path)
     assert judged.verdicts == [] and judged.verdict == "can't tell"
-    assert "| latents |" in claims.markdown([judged], "digits", tmp_path)
+    assert "| latents |" in judged_claims.markdown([judged], "digits", tmp_path)
 
 
 def test_an_unknown_rule_is_refused(tmp_path, monkeypatch):
@@ -121,12 +124,12 @@ def test_an_unknown_rule_is_refused(tmp_path, monkeypatch):
     (tmp_path / "claims.yaml").write_text(text)
     monkeypatch.setattr(assets, "configs", lambda: tmp_path)
     with pytest.raises(ValueError, match="no-loss: rule='nearly'"):
-        claims.read_claims()
+        judged_claims.read_claims()
 
 
 def test_the_page_says_what_holds_and_where_the_rows_lie(tmp_path):
-    claim = next(claim for claim in claims.read_claims() if claim.name == "s1000")
-    (judged,) = claims.judge([claim], "digits", tmp_path)
+    claim = next(claim for claim in judged_claims.read_claims() if claim.name == "s1000")
+    (judged,) = judged_claims.judge([claim], "digits", tmp_path)
     (one,) = judged.comparisons
     assert judged.verdict == "can't tell"
 
@@ -139,8 +142,8 @@ def test_the_page_says_what_holds_and_where_the_rows_lie(tmp_path):
             path = cell.folder / cell.sample / "metrics.json"
             files.write_json(path, {"rows": [files.sealed(row)]})
 
-    judged = claims.judge([claim], "digits", tmp_path)
-    page = claims.markdown(judged, "digits", tmp_path)
+    judged = judged_claims.judge([claim], "digits", tmp_path)
+    page = judged_claims.markdown(judged, "digits", tmp_path)
     assert "## s1000: holds" in page and "| TDQ 2.05 (2 seeds) | S1000 3.05 (2 seeds) |" in page
     assert "| -1.00 | 0.1 | holds |" in page
     assert "`runs/digits_w4a4_lsq_s1000_release/seed1/ddim50_n1000`" in page

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tdq_exp.report import cell_states
 from tdq_exp.report import cells as report_cells
-from tdq_exp.report import progress
 from tdq_exp.report.manifest import read_manifest
 from tdq_exp.runtime import files
 
@@ -47,7 +47,7 @@ def fit(done):
 
 
 def state(cell):
-    found = progress.state_of(report_cells.find(cell), NOW)
+    found = cell_states.state_of(report_cells.find(cell), NOW)
     return found.state, found.detail
 
 
@@ -113,14 +113,14 @@ def test_a_damaged_map_of_groups_is_one_line(cell):
 def test_the_time_left_follows_the_rows_of_the_same_kind(asked, cell, tmp_path):
     float_cell, lsq = asked
     other = dataclasses.replace(lsq, run="other", row=row(lsq))
-    done = progress.CellState(other, progress.DONE)
-    half = progress.CellState(cell, progress.HALF, fit_done=True, sampled=0.4)
-    whole = progress.CellState(cell, progress.MISSING)
+    done = cell_states.CellState(other, cell_states.DONE)
+    half = cell_states.CellState(cell, cell_states.HALF, fit_done=True, sampled=0.4)
+    whole = cell_states.CellState(cell, cell_states.MISSING)
 
-    assert progress.seconds_left([done, whole]) == {cell.key: 850.0}
-    assert progress.seconds_left([done, half]) == {cell.key: 0.6 * 500 + 250}
-    assert progress.seconds_left([whole]) == {cell.key: None}
+    assert cell_states.seconds_left([done, whole]) == {cell.key: 850.0}
+    assert cell_states.seconds_left([done, half]) == {cell.key: 0.6 * 500 + 250}
+    assert cell_states.seconds_left([whole]) == {cell.key: None}
 
     # A float model has no rows of its own kind here: those of the model stand in.
-    waiting = progress.CellState(float_cell, progress.MISSING)
-    assert progress.seconds_left([done, waiting])[float_cell.key] == 850.0
+    waiting = cell_states.CellState(float_cell, cell_states.MISSING)
+    assert cell_states.seconds_left([done, waiting])[float_cell.key] == 850.0

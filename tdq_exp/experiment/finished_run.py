@@ -13,8 +13,8 @@ from torch import nn
 from tdq_exp.config.naming import FIT_RECORD
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment.inputs import require_network
-from tdq_exp.experiment.network import finished_net, packed_net, read_fit, require_file
 from tdq_exp.experiment.own_checks import path_of
+from tdq_exp.experiment.stored_network import finished_net, packed_net, read_fit, require_file
 
 
 def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
