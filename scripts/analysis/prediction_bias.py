@@ -13,8 +13,13 @@ model's own trajectories, for each run:
     k        cov(e, eps) / var(eps) at the last step, and its mean over the others: how much too
              little noise is predicted (`fit.correction` divides by 1 + k)
 
-and, with each network following its own trajectory, the mean of each channel of its images less
-that of the float model's from the same noise, in levels of 255.
+and, with each network following its own trajectory, from the same noise x_T as the float model:
+
+    left     <x_0 - x_0_float, x_T> / <x_T, x_T>: noise that is still in the images
+    shift    mean of each channel of its images less the float model's, in levels of 255
+
+A k of a few thousandths at every step counts: unlike errors that change from step to step, all of
+it goes into `left`.
 """
 
 from __future__ import annotations
@@ -94,8 +99,8 @@ def measure(options: argparse.Namespace) -> None:
         "`scripts/analysis/prediction_bias.py` says what each column is.",
         "",
         "| run | rms of e | rms of b | rms of b's mean over t | b^2 / e^2 | k, last step | k, others |"
-        " mean of the images' channels less the float model's, levels |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        " noise left | mean of the images' channels less the float model's, levels |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     about = pages.about(images=options.images, steps=options.steps)
     pages.report(options.out / "prediction_bias", {"runs": results}, about, [*head, *lines])
@@ -123,7 +128,8 @@ def _line(name: str, found: dict[str, Any]) -> str:
     k = statistics.fmean(found["k"][:-1])
     return (
         f"| {name} | {found['rms']:.4f} | {found['bias']:.4f} | {found['steady']:.4f} |"
-        f" {100 * found['share']:.1f} % | {found['k'][-1]:.3f} | {k:.3f} | {shift} |"
+        f" {100 * found['share']:.1f} % | {found['k'][-1]:.3f} | {k:+.4f} |"
+        f" {found['left']:+.4f} | {shift} |"
     )
 
 
@@ -133,6 +139,7 @@ def _of_run(quantized: Denoiser, float_net: Denoiser, sampler: Ddim, images: int
     squares: list[Tensor] = []
     means: list[list[Tensor]] = []
     slopes: list[list[Tensor]] = []
+    left: list[Tensor] = []
     ends: dict[str, list[Tensor]] = {"quantized": [], "float": []}
 
     for start in range(0, images, BATCH):
@@ -156,14 +163,16 @@ def _of_run(quantized: Denoiser, float_net: Denoiser, sampler: Ddim, images: int
             slope.append((centred * error).mean() / centred.square().mean())
             return eps
 
-        ends["float"].append(model.decode(sampler.sample(compare, x, model.schedule, generators)))
+        x_0_float = sampler.sample(compare, x, model.schedule, generators)
+        ends["float"].append(model.decode(x_0_float))
         means.append(of_steps)
         slopes.append(slope)
 
         # 2. The quantized network's own way.
         generators = image_generators(0, range(start, min(start + BATCH, images)))
-        end = sampler.sample(quantized, x, model.schedule, generators)
-        ends["quantized"].append(model.decode(end))
+        x_0 = sampler.sample(quantized, x, model.schedule, generators)
+        ends["quantized"].append(model.decode(x_0))
+        left.append(((x_0 - x_0_float) * x).mean() / x.square().mean())
 
     b = torch.stack([torch.stack(of_steps) for of_steps in means]).mean(0)  # [steps, channels]
     rms, bias = torch.stack(squares).mean().sqrt(), b.square().mean().sqrt()
@@ -175,6 +184,7 @@ def _of_run(quantized: Denoiser, float_net: Denoiser, sampler: Ddim, images: int
         "bias": float(bias),
         "steady": float(b.mean(0).square().mean().sqrt()),
         "share": float((bias / rms).square()),
+        "left": float(torch.stack(left).mean()),
         "k": torch.tensor(slopes).mean(0).tolist(),
         "shift": [round(float(v), 2) for v in colours["quantized"] - colours["float"]],
         "over_t": [[round(float(v), 5) for v in step] for step in b],
