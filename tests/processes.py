@@ -19,16 +19,23 @@ CONTEXT = torch.multiprocessing.get_context("fork")
 def start(target: Any, *arguments: Any) -> BaseProcess:
     """Start a function of this file in a process.
 
-    Where gradients were computed beside a GPU, autograd refuses to go on in a copy of the process:
-    there the copy becomes a new one at once.
+    Where gradients were computed beside another device, be it a GPU or a fake one of a test before,
+    autograd refuses to go on in a copy of the process: there the copy becomes a new one at once.
     """
-    if torch.cuda.is_available():
-        target, arguments = _anew, (target.__name__, *arguments)
     sys.stdout.flush()
     sys.stderr.flush()
-    process = CONTEXT.Process(target=target, args=arguments)
+    process = CONTEXT.Process(target=_call, args=(target, *arguments))
     process.start()
     return process
+
+
+def _call(target: Any, *arguments: Any) -> None:
+    """Call a function here, or in a new Python if gradients can't be computed here."""
+    try:
+        torch.ones((), requires_grad=True).square().backward()
+    except RuntimeError:
+        _anew(target.__name__, *arguments)
+    target(*arguments)
 
 
 def _anew(name: str, *arguments: Any) -> None:
