@@ -10,6 +10,16 @@ from tdq_exp.runtime import signals
 from tdq_exp.runtime.progress import track
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_ignored():
+    """Signals as a terminal hands them over: under nohup or in the background some are ignored."""
+    handlers = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def send(number):
     os.kill(os.getpid(), number)
 
