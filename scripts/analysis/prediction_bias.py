@@ -82,7 +82,7 @@ def measure(options: argparse.Namespace) -> None:
 
         title = f"{job.name}/seed{job.seed}"
         networks = {title: net}
-        if options.last:
+        if options.last and job.config["fit"]["correction"] == "none":  # else it is the average's
             networks[f"{title}, last weights"] = _last_network(job)
 
         for name, network in networks.items():
