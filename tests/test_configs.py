@@ -62,6 +62,7 @@ BY_HAND = {
         for bits in ("w4a4", "w3a3")
         for tdq in ("", "_tdq")
     ),
+    *(f"ddim_small_w4a4_lsq{tdq}_release_shortcut8_no_ema" for tdq in ("", "_tdq")),
 }
 ROWS = sorted({path.name for path in (ROOT / "results" / "runs").iterdir()} - BY_HAND)
 
