@@ -87,8 +87,10 @@ class CodedAttention(AttentionProcessor):
     Arguments as `AttentionProcessor`, the coder in place of the first quantizer.
     """
 
-    def read(self, x: Tensor, norm: nn.GroupNorm) -> Any:
+    def read(self, x: Tensor, norm: nn.GroupNorm | None) -> Any:
         """Return codes, `[B, H W, C]`, of the block's input, `[B, C, H, W]`."""
+        if norm is None:
+            return super().read(x, None)
         coder: Any = self.input_quantizer
         coded = coder.of_norm(x, norm, False)
         codes = coded.codes.permute(0, 2, 3, 1).flatten(1, 2)

@@ -53,14 +53,16 @@ class AttentionProcessor(QuantAttention):
             y = y + hidden_states
         return y / attention.rescale_output_factor
 
-    def read(self, x: Tensor, norm: nn.GroupNorm) -> Any:
+    def read(self, x: Tensor, norm: nn.GroupNorm | None) -> Any:
         """Return what q, k and v read, `[B, H W, C]`.
 
         Args:
             x: the block's input, `[B, C, H, W]`.
-            norm: what is applied to it first.
+            norm: what is applied to it first; diffusers leaves it out of the middle block of a
+                network with scale and shift unless `attn_norm_num_groups` is set.
         """
-        return self.quantize_input(norm(x.flatten(2)).transpose(1, 2))
+        h = x.flatten(2)
+        return self.quantize_input((h if norm is None else norm(h)).transpose(1, 2))
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

@@ -141,6 +141,20 @@ def test_a_whole_network_follows_the_simulated_one(name):
     )  # a copy: the net is as it was
 
 
+def test_an_attention_without_a_norm_runs_on_codes_too():
+    """The middle one of a network with scale and shift, unless `attn_norm_num_groups` is set."""
+    options = {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": None}
+    source = load_model("tiny", **options).build().eval()
+    assert source.mid_block.attentions[0].group_norm is None
+    net = bake(make_net(RECIPES["lsq_edge8"](8), **options))
+    whole = integer.integerize(net, unet_chains(net))
+    x, t = inputs(3)[0], torch.tensor(300)
+    with torch.no_grad():
+        expected, simulated, found = (n(x, t).sample for n in (source, net, whole))
+    assert float((simulated - expected).norm() / expected.norm()) < 0.1
+    assert float((found - simulated).norm() / simulated.norm()) < 0.1
+
+
 @pytest.mark.parametrize("zero", [0, 3, 15])
 @pytest.mark.parametrize(
     "options", [{}, {"stride": 2, "padding": 1}, {"padding": 2, "dilation": 2}, {"groups": 3}]
