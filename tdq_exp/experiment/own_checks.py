@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.config.setting import require
-from tdq_exp.models.pixel import architecture_of
+from tdq_exp.models.pixel import DiffusionModel, architecture_of, heads_of
 
 CALIBRATED = "tdq_calibrated"  # attribute of a network whose step sizes have values
 
@@ -33,6 +33,27 @@ def require_texts(choices: Mapping[str, Any], overrides: Sequence[Any]) -> None:
         require("overrides", value, str)
         if value.lstrip("+~").startswith("model.definition.network"):
             raise ValueError(f"{value}: the network is the one that was given; leave this out")
+
+
+def require_heads(net: nn.Module, model: DiffusionModel) -> None:
+    """Refuse attention heads that a network's config does not say: a saved one would lose them.
+
+    Args:
+        net: a float network.
+        model: the description that a saved network is built of.
+
+    Raises:
+        ValueError: naming the first attention that differs, and what to do.
+    """
+    with torch.device("meta"):
+        built = heads_of(model.build())
+    for name, (heads, scale) in heads_of(net).items():
+        if built[name] != (heads, scale):
+            raise ValueError(
+                f"{name}: has {heads} heads and the scale {scale:.4g}, and a network built of this"
+                f" one's config has {built[name][0]} and {built[name][1]:.4g}; if every attention"
+                f" has {heads}, say overrides=['+model.definition.attention_heads={heads}']"
+            )
 
 
 def require_float32(net: nn.Module) -> None:
@@ -118,6 +139,8 @@ def require_source(net: nn.Module, float_net: nn.Module) -> None:
     for key, value in architecture_of(net).items():
         if theirs.get(key) != value:
             raise ValueError(f"float_net: its {key} is {theirs.get(key)}, the network's {value}")
+    if heads_of(float_net) != heads_of(net):
+        raise ValueError("float_net: its attentions have other heads than the network's")
     if next(float_net.parameters()).device != next(net.parameters()).device:
         raise ValueError("float_net: is on another device than the network")
 

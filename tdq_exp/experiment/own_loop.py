@@ -66,8 +66,8 @@ def quantize(
 
     Raises:
         TypeError: for a network of another class.
-        ValueError: for weights that are not finite float32, a name or a value that there is not;
-            one line.
+        ValueError: for weights that are not finite float32, a name or a value that there is not,
+            attention heads that the network's config does not say; one line.
     """
     # The configuration that a run of this network would have; a packed file holds it.
     choices = {"bits": bits, "method": method, "tdq": tdq, "plan": plan, "habits": habits}
@@ -76,6 +76,7 @@ def quantize(
     architecture = architecture_of(net)
     own_checks.require_float32(net)
     job = jobs.of_network(architecture, [*named, *overrides])
+    own_checks.require_heads(net, job.model)
 
     device = next(net.parameters()).device
     made: Any = copy.deepcopy(net)

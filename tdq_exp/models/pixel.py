@@ -305,6 +305,10 @@ def architecture_of(net: nn.Module) -> dict[str, Any]:
     """
     if not isinstance(net, UNet2DModel):
         raise TypeError(f"wanted a diffusers UNet2DModel, not {type(net).__name__}")
+    if type(net).forward is not UNet2DModel.forward:
+        raise TypeError(
+            f"wanted a diffusers UNet2DModel, not {type(net).__name__}, whose forward is another"
+        )
 
     known = inspect.signature(UNet2DModel.__init__).parameters
     values: Any = net.config
@@ -312,6 +316,15 @@ def architecture_of(net: nn.Module) -> dict[str, Any]:
         key: list(value) if isinstance(value, tuple) else value
         for key, value in values.items()
         if key in known
+    }
+
+
+def heads_of(net: nn.Module) -> dict[str, tuple[int, float]]:
+    """Return (number of heads, scale) of every attention of a network, by name."""
+    return {
+        name: (module.heads, module.scale)
+        for name, module in net.named_modules()
+        if isinstance(module, Attention)
     }
 
 

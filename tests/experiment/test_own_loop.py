@@ -14,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import tdq_exp
 from tdq_exp.fit import correction as corrections
+from tdq_exp.models.pixel import set_heads
 from tests.quant.builders import load_model
 
 README = Path(__file__).parents[2] / "README.md"
@@ -170,6 +171,7 @@ def test_a_class_conditional_network_is_calibrated_with_its_classes():
     ("call", "error", "words"),
     [
         (lambda: tdq_exp.quantize(torch.nn.Linear(2, 2)), TypeError, "UNet2DModel, not Linear"),
+        (lambda: tdq_exp.quantize(Doubled(**unet().config)), TypeError, "Doubled, whose forward"),
         (lambda: tdq_exp.quantize(unet(), bits="w5"), ValueError, "bits/w5"),
         (lambda: tdq_exp.quantize(unet(), method="fp"), ValueError, "needs quantizers"),
         (lambda: tdq_exp.save(unet(), "x.safetensors"), ValueError, "not made by tdq_exp.quantize"),
@@ -188,6 +190,39 @@ def calibrated():
     net = tdq_exp.quantize(unet(), tdq="none")
     tdq_exp.calibrate(net, [batch()])
     return net
+
+
+def with_heads(heads):
+    """A network whose attentions have other heads than its config says, as LDM's have."""
+    net = unet()
+    set_heads(net, heads)
+    return net
+
+
+def test_heads_that_no_config_says_are_refused_or_kept(tmp_path):
+    for overrides, source in (
+        ([], with_heads(2)),
+        (["+model.definition.attention_heads=2"], unet()),
+    ):
+        with pytest.raises(ValueError, match=r"has \d heads and the scale .*attention_heads=\d"):
+            tdq_exp.quantize(source, tdq="none", overrides=overrides)
+
+    given = {"tdq": "none", "overrides": ["+model.definition.attention_heads=2"]}
+    net = tdq_exp.quantize(with_heads(2), **given)
+    tdq_exp.calibrate(net, [batch()])
+    with pytest.raises(ValueError, match="its attentions have other heads"):
+        tdq_exp.correct(net, unet(), torch.zeros(2, 1, 8, 8))
+    tdq_exp.save(net, tmp_path / "net.safetensors")
+    with torch.no_grad():
+        found = tdq_exp.load(tmp_path / "net.safetensors")(*batch(5)).sample
+        assert torch.equal(found, net(*batch(5)).sample)
+
+
+class Doubled(UNet2DModel):
+    """A network of which a config says the class of, and not what it computes."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs) * 2
 
 
 def with_nan():
