@@ -200,9 +200,23 @@ def require_calibrated(net: nn.Module, *_: Any) -> None:
         )
 
 
-def now_calibrated(net: nn.Module, *_: Any) -> None:
-    """Note that a network's step sizes have values; also a hook of `load_state_dict`."""
+def now_calibrated(net: nn.Module) -> None:
+    """Note that a network's step sizes have values."""
     setattr(net, CALIBRATED, True)
+
+
+def calibrated_if_whole(net: nn.Module, keys: Any) -> None:
+    """Note the same after a state dict with nothing missing: a hook of `load_state_dict`.
+
+    With `strict=False` the float network's weights, say, are loaded without a complaint: its keys
+    are others, so nothing is.
+
+    Args:
+        net: of `quantize`.
+        keys: those that were missing or left over.
+    """
+    if not keys.missing_keys:
+        now_calibrated(net)
 
 
 @contextmanager

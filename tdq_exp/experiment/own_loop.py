@@ -83,7 +83,7 @@ def quantize(
     job.model.quantize(made, required(job.recipe))
     made.to(device)
     made.tdq_config = job.recorded()
-    made.register_load_state_dict_post_hook(own_checks.now_calibrated)
+    made.register_load_state_dict_post_hook(own_checks.calibrated_if_whole)
     made.register_forward_pre_hook(own_checks.require_calibrated)
     return made.eval()
 

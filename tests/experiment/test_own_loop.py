@@ -312,7 +312,10 @@ def test_step_sizes_without_values_are_not_baked_or_called(calibrated, tmp_path)
             call(net)
     assert not list(tmp_path.iterdir())
 
-    # A state dict has them, too.
+    # A state dict has them, too, but not the float network's.
+    net.load_state_dict(unet().state_dict(), strict=False)
+    with pytest.raises(ValueError, match="step sizes have no values yet"):
+        net(x, t)
     net.load_state_dict(calibrated.state_dict())
     assert tdq_exp.save(copy.deepcopy(net), tmp_path / "net.safetensors")
 
