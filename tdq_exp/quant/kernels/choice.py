@@ -43,7 +43,7 @@ def fused(x: Tensor, *per_row: Tensor | None) -> bool:
             continue
         if value.numel() != 1 and not value.numel() == len(value) == len(x):
             return False
-        if x.is_cuda and (value.dtype != torch.float32 or value.device != x.device):
+        if value.dtype != torch.float32 or value.device != x.device:
             return False
     return _available(x.is_cuda)
 

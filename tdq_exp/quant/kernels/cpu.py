@@ -173,8 +173,14 @@ def fit(x: Tensor, *per_row: Tensor | None) -> bool:
         or not x.numel()
     ):
         return False
-    rowwise = all(v is None or v.numel() == 1 or v.numel() == len(v) == len(x) for v in per_row)
-    return rowwise and not isinstance(library(), str)
+    for value in per_row:
+        if value is None:
+            continue
+        if value.numel() != 1 and not value.numel() == len(value) == len(x):
+            return False
+        if value.dtype != torch.float32 or value.device != x.device:
+            return False  # its memory would be read as something else
+    return not isinstance(library(), str)
 
 
 def dense(x: Tensor) -> Tensor:
