@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tdq_exp.quant.intervals.temporal import (
     GeneratorBank,
@@ -172,6 +173,17 @@ def test_inference_reads_the_table_to_the_bit():
         with bank.time.at(999):
             assert torch.equal(Temporal(bank, row).step_size(), bank.table()[row][999])
         assert torch.equal(Temporal(bank, row).table(), bank.table()[row])
+
+
+@pytest.mark.parametrize("t", [5, [5, 7]])
+def test_a_time_step_on_the_cpu_is_read_in_a_table_on_a_gpu(t, monkeypatch):
+    """As diffusers' pipelines give it; the table here has no memory."""
+    bank = make_bank().eval()
+    with FakeTensorMode():
+        table = torch.zeros(len(NAMES), STEPS, device="cuda")
+        monkeypatch.setattr(bank, "table", lambda: table)
+        bank.time.set(torch.tensor(t))
+        assert Temporal(bank, 1).step_size().device.type == "cuda"
 
 
 def test_table_is_kept_while_nothing_changes():

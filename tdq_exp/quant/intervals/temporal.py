@@ -29,6 +29,7 @@ from tdq_exp.config.setting import require
 from tdq_exp.quant.intervals.base import Bank, Interval, Intervals, inverse_softplus
 from tdq_exp.quant.intervals.cache import Cache
 from tdq_exp.quant.intervals.encoding import encode_time, scaled_time
+from tdq_exp.quant.ops import at
 from tdq_exp.quant.time import TimeContext
 
 MOST_WIDTH, MOST_LAYERS = 1 << 14, 64  # beyond these a number is a slip of the keyboard
@@ -183,8 +184,7 @@ class GeneratorBank(Bank):
         """Return one quantizer's s at the current time step, for eval: 0-dim, or `[B]`."""
         # The weights are looked at once for each time step, not for each quantizer.
         table = self._eval_cache.get((self.time.version, self._versions()), self.table)
-        t = self.time.t
-        return table[row].index_select(0, t.reshape(-1)).reshape(t.shape)
+        return at(table[row], self.time.t)  # which may lie elsewhere: samplers keep t on the CPU
 
     @torch.no_grad()
     def table(self) -> Tensor:
