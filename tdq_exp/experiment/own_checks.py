@@ -15,9 +15,18 @@ from tdq_exp.models.pixel import DiffusionModel, architecture_of, heads_of
 
 CALIBRATED = "tdq_calibrated"  # attribute of a network whose step sizes have values
 
+# Groups of the configuration that only a run reads, and what to do with a network of one's own.
+OF_A_RUN = {
+    "seed": "call torch.manual_seed before",
+    "fit": "rates are arguments of parameter_groups, and tdq_exp.correct corrects",
+    "calibration": "tdq_exp.calibrate takes the samples",
+    "launcher": "the training loop is yours",
+    "tracker": "the training loop is yours",
+}
+
 
 def require_texts(choices: Mapping[str, Any], overrides: Sequence[Any]) -> None:
-    """Refuse choices and overrides that are no texts, or that describe another network.
+    """Refuse choices and overrides that are no texts, do nothing, or describe another network.
 
     Raises:
         ValueError: naming the argument.
@@ -27,10 +36,14 @@ def require_texts(choices: Mapping[str, Any], overrides: Sequence[Any]) -> None:
 
     if isinstance(overrides, str | Mapping):
         raise ValueError(
-            f"overrides={overrides!r}: wanted a list of texts, such as ['fit.lr=1e-4']"
+            f"overrides={overrides!r}: wanted a list of texts, such as ['tdq.interval.width=32']"
         )
     for value in overrides:
         require("overrides", value, str)
+        key = value.lstrip("+~").partition("=")[0]
+        group = key.partition(".")[0]
+        if group in OF_A_RUN and (key == "seed" or "." in key):
+            raise ValueError(f"{value}: would do nothing here: {OF_A_RUN[group]}")
         if value.lstrip("+~").startswith("model.definition.network"):
             raise ValueError(f"{value}: the network is the one that was given; leave this out")
 

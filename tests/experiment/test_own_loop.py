@@ -254,6 +254,10 @@ def test_weights_that_nothing_can_come_of_are_refused(make, words):
         ({"overrides": {"fit.lr": 1}}, "wanted a list"),
         ({"overrides": [3]}, "overrides=3"),
         ({"overrides": ["model.definition.network.sample_size=16"]}, "leave this out"),
+        ({"overrides": ["seed=3"]}, "seed=3: would do nothing here: call torch.manual_seed"),
+        ({"overrides": ["fit.lr=0.5"]}, "arguments of parameter_groups"),
+        ({"overrides": ["fit.correction=rescale"]}, "tdq_exp.correct corrects"),
+        ({"overrides": ["calibration.samples=9"]}, "tdq_exp.calibrate takes the samples"),
     ],
 )
 def test_choices_that_are_none_are_refused(options, words):
