@@ -175,11 +175,25 @@ def test_inference_reads_the_table_to_the_bit():
         assert torch.equal(Temporal(bank, row).table(), bank.table()[row])
 
 
+@pytest.mark.parametrize("t", [5, [5, 7, 5]])
+def test_generators_learn_in_eval_mode_as_other_step_sizes_do(t):
+    """A network is trained in that mode where its dropout is not wanted."""
+    bank, found = make_bank(dropout=0.0), []
+    bank.time.set(torch.tensor(t))
+    for training in (True, False):
+        s = Temporal(bank.train(training), 1).step_size()
+        assert training or torch.equal(s, bank.table()[1][torch.tensor(t)])
+        found.append(torch.autograd.grad(s.square().sum(), list(bank.parameters())))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+        assert bool(mine[1].abs().sum() > 0)
+
+
 @pytest.mark.parametrize("t", [5, [5, 7]])
 def test_a_time_step_on_the_cpu_is_read_in_a_table_on_a_gpu(t, monkeypatch):
     """As diffusers' pipelines give it; the table here has no memory."""
     bank = make_bank().eval()
-    with FakeTensorMode():
+    with FakeTensorMode(), torch.no_grad():
         table = torch.zeros(len(NAMES), STEPS, device="cuda")
         monkeypatch.setattr(bank, "table", lambda: table)
         bank.time.set(torch.tensor(t))

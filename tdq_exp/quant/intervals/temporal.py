@@ -29,7 +29,7 @@ from tdq_exp.config.setting import require
 from tdq_exp.quant.intervals.base import Bank, Interval, Intervals, inverse_softplus
 from tdq_exp.quant.intervals.cache import Cache
 from tdq_exp.quant.intervals.encoding import encode_time, scaled_time
-from tdq_exp.quant.ops import at
+from tdq_exp.quant.ops import at, pass_straight_through
 from tdq_exp.quant.time import TimeContext
 
 MOST_WIDTH, MOST_LAYERS = 1 << 14, 64  # beyond these a number is a slip of the keyboard
@@ -216,7 +216,7 @@ class GeneratorBank(Bank):
 
     def _now(self) -> tuple[Any, ...]:
         """Return what the step sizes at the current time step depend on."""
-        return self.time.version, torch.is_grad_enabled(), self._versions()
+        return self.time.version, torch.is_grad_enabled(), self.training, self._versions()
 
     def _versions(self) -> tuple[Any, ...]:
         return tuple((p.data_ptr(), p.dtype, p._version) for p in self.parameters())
@@ -332,10 +332,16 @@ class Temporal(Interval):
             self.bank.start(self.row, inverse_softplus(s))
 
     def step_size(self) -> Tensor:
-        """Return s at the current time step, 0-dim or `[B]`."""
+        """Return s at the current time step, 0-dim or `[B]`.
+
+        In eval it is the table's, and who trains a network in that mode gets f's gradient, too.
+        """
         if self.bank.training:
             return self.bank.row_in_training(self.row)
-        return self.bank.row_now(self.row)
+        s = self.bank.row_now(self.row)
+        if torch.is_grad_enabled():
+            return pass_straight_through(self.bank.row_in_training(self.row), s)
+        return s
 
     def table(self) -> Tensor:
         """Return s for every time step, `[T]`."""
