@@ -45,6 +45,7 @@ def main() -> None:
 def _prepare(arguments: Sequence[str]) -> None:
     """Make the experiments known to Hydra, and refuse what can't be composed."""
     compose.register(arguments)
+    sweep.jobs_of(arguments)  # a sweep that can't be listed
 
     # --help, -m and their like are Hydra's own.
     if not any(argument.startswith("-") for argument in arguments):

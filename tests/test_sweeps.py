@@ -1,9 +1,12 @@
 """Sweeps: a job that fails does not keep the others from running, and what became of all is told."""
 
+import re
+import sys
 from types import SimpleNamespace
 
 import pytest
 
+from tdq_exp import run
 from tdq_exp.commands import cli, sweep
 from tdq_exp.config import compose
 from tdq_exp.runtime import launch
@@ -22,10 +25,26 @@ def test_the_last_value_of_a_sweep_turns_first():
     ]
 
 
-@pytest.mark.parametrize("override", ["bits=[w8a8", "fit.lr=interval(0,1)"])
-def test_a_sweep_that_makes_no_sense_is_one_line(override):
-    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+SENSELESS = ["bits=[w8a8", "fit.lr=interval(0,1)", "bits=glob(x*)", "label=/a=b.ckpt,c"]
+
+
+@pytest.mark.parametrize("override", SENSELESS)
+def test_a_sweep_that_makes_no_sense_is_one_line(override, monkeypatch, capsys):
+    with pytest.raises(ValueError, match=rf"^{re.escape(override)}: [^\n]+$"):
         compose.sweep([override])
+
+    # So it is on the command line.
+    monkeypatch.setattr(sys, "argv", ["run", "-m", override])
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.startswith(f"error: {override}") and told.count("\n") == 1
+
+
+def test_a_pattern_sweeps_over_the_options_that_match_it():
+    jobs = compose.sweep(["bits=glob([w8a*,w3*],exclude=[w8a8])"])
+    options = ("w3a3", "w8a3", "w8a4", "w8a5", "w8a6", "w8a7")
+    assert jobs == [[f"bits={option}"] for option in options]
 
 
 def test_launchers_of_hydras_are_left_to_hydra():

@@ -18,6 +18,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -203,13 +204,15 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
     """Return the overrides of every job of a sweep: `key=a,b` gives two, and the last turns first.
 
     Raises:
-        ValueError: for a mistake in the grammar, or a range without steps; one line.
+        ValueError: for a mistake in the grammar, a range without steps, or a pattern that no
+            option matches; one line.
     """
     choices: list[list[str]] = []
 
     for override in overrides:
         try:
-            parsed = OverridesParser.create().parse_override(override)
+            # One at a time, as a list: only then does an error say which override it is of.
+            (parsed,) = OverridesParser.create().parse_overrides([override])
         except HydraException as error:
             raise ValueError(_one_line(error)) from error
 
@@ -220,9 +223,20 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
             raise ValueError(f"{override}: an interval has no steps; list its values")
 
         key = parsed.get_key_element()
-        choices.append([f"{key}={value}" for value in parsed.sweep_string_iterator()])
+        if isinstance(pattern := parsed.value(), Glob):
+            options = pattern.filter(_options_of(parsed.key_or_group))
+            if not options:
+                raise ValueError(f"{override}: matches no option; list the values")
+        else:
+            options = list(parsed.sweep_string_iterator())
+        choices.append([f"{key}={option}" for option in options])
 
     return [list(job) for job in product(*choices)]
+
+
+def _options_of(group: str) -> list[str]:
+    """Return the names of the options of a group, none if there is no such group."""
+    return sorted(path.stem for path in (assets.configs() / group).glob("*.yaml"))
 
 
 def _one_line(error: BaseException) -> str:
