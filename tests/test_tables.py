@@ -747,6 +747,8 @@ def test_interruption_says_how_to_go_on(tmp_path, commands, free_plan, single, m
         ("+experiment=digits_fp", "names"),
         ("nokey=1", "nokey"),
         ("bits=w8a8", "chooses bits for LSQ 4/4"),
+        ("bits.act=5", "chooses bits for its lines"),
+        ("calibration.path=x.pt", "names its calibration sets"),
     ],
 )
 def test_overrides_that_do_not_fit_are_one_line(tmp_path, commands, capsys, override, hint):
@@ -755,6 +757,52 @@ def test_overrides_that_do_not_fit_are_one_line(tmp_path, commands, capsys, over
     )
     said = capsys.readouterr().err
     assert hint in said and said.count("\n") == 1
+
+
+def test_a_value_in_which_lines_differ_is_not_overridden(short_manifest, tmp_path):
+    """Else one run would stand under the labels of several lines."""
+    plain, rescaled = (
+        dataclasses.replace(short_manifest.lines[0], label=label, overrides=overrides)
+        for label, overrides in (
+            ("LSQ", ("sampler.steps=${protocol.ptq.steps}",)),
+            ("LSQ (rescaled)", ("fit.correction=rescale",)),
+        )
+    )
+    table = dataclasses.replace(short_manifest, lines=(plain, rescaled))
+    with pytest.raises(ValueError, match=r"chooses fit.correction for LSQ \(rescaled\) 4/4"):
+        report_cells.cells_of(table, "digits", tmp_path, ["fit.correction=none"])
+
+    # Both sample with as many steps, whoever says so.
+    cells = report_cells.cells_of(table, "digits", tmp_path, ["sampler.steps=20"])
+    assert {cell.config["sampler"]["steps"] for cell in cells} == {20}
+
+
+@pytest.mark.parametrize(
+    "override, tables, hint",
+    [
+        ("--column=ldm", ["table1", "table3"], ""),
+        ("--column=nosuch", [], "--column nosuch"),
+        ("bits=w8a8", [], "chooses bits"),
+    ],
+)
+def test_all_tables_are_those_that_can_be_made(
+    short_manifest, tmp_path, monkeypatch, capsys, override, tables, hint
+):
+    """What one of them refuses is refused before the first is made."""
+    ddim = {"ddim": short_manifest.columns["ddim"]}
+    bare = dataclasses.replace(short_manifest, lines=())
+    found = {
+        "table1": bare,
+        "table2": dataclasses.replace(bare, columns=ddim),
+        "table3": short_manifest,
+    }
+    monkeypatch.setattr(manifests, "read_manifest", found.__getitem__)
+    monkeypatch.setattr(table_command, "names", lambda: list(found))
+    made = []
+    monkeypatch.setattr(table_command, "make", lambda options: made.append(options.table) or 0)
+    code = table_command.main(["all", override, "--scale", "small", "--out", str(tmp_path)])
+    assert (made, code) == (tables, 0 if tables else 2)
+    assert hint in capsys.readouterr().err
 
 
 def test_overrides_show_in_the_footer_unless_they_are_paths(short_manifest, tmp_path):

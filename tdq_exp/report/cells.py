@@ -18,6 +18,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from omegaconf import OmegaConf
+
 from tdq_exp.config import assets, naming, records, schema
 from tdq_exp.config.compose import compose, state_of_files
 from tdq_exp.config.schema import parts_of
@@ -37,7 +39,9 @@ SET_BY_TABLE = {
     "seed": "the table names its training seeds",
     "sampler.seed": "the table names its sampler seeds",
     "plan_only": "--run prints the plan before it starts",
+    "calibration.path": "the table names its calibration sets; python -m tdq_exp.run takes another",
 }
+BITS = "bits"  # group that every quantized line names, and prints
 
 # Overrides that say where and how fast: groups, and last parts of a key.
 MACHINE_GROUPS = {"launcher", "tracker", "hydra"}
@@ -150,6 +154,9 @@ def cells_of(
     for override in overrides:
         if _key(override) in SET_BY_TABLE:
             raise ValueError(f"{override}: {SET_BY_TABLE[_key(override)]}")
+        if _key(override).startswith(f"{BITS}."):
+            raise ValueError(f"{override}: the table chooses {BITS} for its lines")
+    _require_undivided(manifest, scale, columns if column is None else [column], overrides)
 
     cells: list[Cell] = []
     for name in columns:
@@ -163,6 +170,34 @@ def cells_of(
             cells += cells_of_line(Place(name, line, scale), choices, seeds, out, extra)
 
     return cells
+
+
+def _require_undivided(
+    manifest: Manifest, scale: str, columns: Sequence[str], overrides: Sequence[str]
+) -> None:
+    """Refuse an override of a value in which lines differ by what they set themselves.
+
+    Under one value for all of them they would be one run under several labels.
+
+    Raises:
+        ValueError: naming the override and a line that sets it.
+    """
+    lines = (manifest.float_model, *manifest.lines)
+
+    for override in overrides:
+        key = _key(override)
+        setting = [line for line in lines if key in map(_key, line.overrides)]
+        for column in columns if setting else ():
+            commands = (
+                (
+                    *(f"{g}={o}" for g, o in manifest.choices(scale, column, line).items()),
+                    *line.overrides,
+                )
+                for line in lines
+            )
+            values = [OmegaConf.select(compose(command), key) for command in commands]
+            if any(value != values[0] for value in values):
+                raise ValueError(f"{override}: the table chooses {key} for {setting[0]}")
 
 
 def cells_of_line(

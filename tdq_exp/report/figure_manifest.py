@@ -125,7 +125,15 @@ def cells_of_figure(
         scale: of the table.
         out: folder of results.
         overrides: of every cell's command.
+
+    Raises:
+        ValueError: for an override of the sampling steps that the figure goes over; and as
+            `cells_of`.
     """
+    for override in overrides if figure.sampling_steps else ():
+        if override.startswith("sampler.steps="):
+            raise ValueError(f"{override}: {figure.name} names its numbers of sampling steps")
+
     table = figure.lines_of()
     longer = [
         dataclasses.replace(line, overrides=(*line.overrides, f"fit.updates={n}", f"label=u{n}"))

@@ -164,6 +164,9 @@ def test_figure_8_asks_for_every_number_of_steps(tmp_path):
     cells = figure_manifest.cells_of_figure(short, "digits", tmp_path)
     assert [cell.config["sampler"]["steps"] for cell in cells] == [50, 50, 10, 10]
 
+    with pytest.raises(ValueError, match="sampler.steps=30: figure8 names"):
+        figure_manifest.cells_of_figure(short, "digits", tmp_path, ["sampler.steps=30"])
+
     record = figure_numbers.distances(short, "digits", cells)
     assert list(record["columns"]["ddim"]["lines"]) == ["float", "LSQ W4A4"]
     assert len(record["columns"]["ddim"]["missing"]) == 4
