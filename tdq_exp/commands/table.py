@@ -90,13 +90,27 @@ def share(text: str) -> tuple[int, int]:
 
 
 def make_all(options: argparse.Namespace) -> int:
-    """Make every table of a scale, in order; see `make`.
+    """Make every table of a scale that has the column, in order; see `make`.
 
     Returns:
         The exit code: 1 if a cell failed.
+
+    Raises:
+        ValueError: before the first one is made, if one of them refuses its options.
     """
-    codes = [make(argparse.Namespace(**{**vars(options), "table": name})) for name in names()]
-    return max(codes)
+    manifest_of = {name: manifests.read_manifest(name) for name in names()}
+    columns_of = {name: manifest.at(options.scale) for name, manifest in manifest_of.items()}
+    having = [name for name in manifest_of if options.column in (None, *columns_of[name])]
+
+    # A column that no table has is refused as by the first one.
+    chosen = having or list(manifest_of)[:1]
+    for name in chosen:
+        out = options.out.expanduser()
+        cells_module.cells_of(
+            manifest_of[name], options.scale, out, options.overrides, options.column
+        )
+
+    return max(make(argparse.Namespace(**{**vars(options), "table": name})) for name in chosen)
 
 
 def names() -> list[str]:
