@@ -28,6 +28,7 @@ from tdq_exp.config import assets
 from tdq_exp.report import cells as report_cells
 from tdq_exp.report.cells import Cell, Place
 from tdq_exp.report.manifest import line_of, read_manifest
+from tdq_exp.report.protocol import check_protocol
 from tdq_exp.report.spread import difference, mean, over_training_seeds, used, values
 from tdq_exp.report.text_tables import markdown_lines
 
@@ -138,6 +139,9 @@ def judge(claims: Iterable[Claim], scale: str, out: Path) -> list[Judged]:
         claims: of the paper.
         scale: paper, small or digits; comparisons of columns that it lacks are left out.
         out: folder of results.
+
+    Raises:
+        ValueError: if the rows of a comparison are of two protocols, as in a table's column.
     """
     of_claims = [
         (
@@ -151,6 +155,12 @@ def judge(claims: Iterable[Claim], scale: str, out: Path) -> list[Judged]:
         )
         for claim in claims
     ]
+    for claim, comparisons in of_claims:
+        for one in comparisons:
+            try:
+                check_protocol([*one.ours, *one.theirs, *one.float_model])
+            except ValueError as error:
+                raise ValueError(f"claim {claim.name}: {error}") from error
 
     # What other seeds change is known of few lines, and taken over for all of a column.
     everywhere = [comparison for _, comparisons in of_claims for comparison in comparisons]

@@ -147,3 +147,10 @@ def test_the_page_says_what_holds_and_where_the_rows_lie(tmp_path):
     assert "## s1000: holds" in page and "| TDQ 2.05 (2 seeds) | S1000 3.05 (2 seeds) |" in page
     assert "| -1.00 | 0.1 | holds |" in page
     assert "`runs/digits_w4a4_lsq_s1000_release/seed1/ddim50_n1000`" in page
+
+    # Distances to other images, or of other features, are no comparison.
+    path = one.ours[0].folder / one.ours[0].sample / "metrics.json"
+    row = files.read_json(path)["rows"][0]
+    files.write_json(path, {"rows": [files.sealed({**row, "reference": {"content": "other"}})]})
+    with pytest.raises(ValueError, match="claim s1000: rows of two protocols.*reference.content"):
+        judged_claims.judge([claim], "digits", tmp_path)
