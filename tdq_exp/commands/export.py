@@ -65,7 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     return cli.exit_code(
-        export, options.run.expanduser(), options.out, options.form, options.images
+        export,
+        options.run.expanduser(),
+        options.out.expanduser(),
+        options.form,
+        options.images,
     )
 
 

@@ -38,7 +38,7 @@ def pack(run: Path, out: Path | None = None) -> Path:
         ValueError: for a run that is not quantized, or a file that exists.
         FileNotFoundError: if there is no finished run.
     """
-    out = out or run / PACKED
+    out = (out or run / PACKED).expanduser()
     if out.exists():
         raise ValueError(f"--out={out}: exists; remove it or name another file")
 

@@ -75,6 +75,7 @@ def draw(options: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: for options out of range, or a folder that is in use.
     """
+    options.out = options.out.expanduser()
     _require_ranges(options)
 
     # 1. What can be refused before anything is loaded.
@@ -155,4 +156,4 @@ def _require_ranges(options: argparse.Namespace) -> None:
             require(f"--{name}", value, int, low=1, most=most)
     if options.seed is not None:
         require("--seed", options.seed, int, low=0, high=SEED)
-    files.require_folder(options.out.expanduser(), "--out")
+    files.require_folder(options.out, "--out")

@@ -35,12 +35,19 @@ WRONG = [
     ("measure two.npy --model tiny --images 1", "two.npy: a distance needs at least 2 images"),
     ("measure two.npy --model tiny --json text/x.json", "--json=text: text is no folder"),
     ("measure two.npy --model tiny --json empty", "--json=empty: is a folder; name a file"),
+    ("sample empty --out=~/full", "full: is not empty"),
+    ("export empty --out=~/full/there.onnx", "there.onnx: exists"),
+    ("pack empty --out=~/full/there.safetensors", "there.safetensors: exists"),
 ]
 
 
 @pytest.fixture
-def place(tmp_path):
-    """A folder with a pipe, a text file, an empty folder and two sets of images."""
+def place(tmp_path, monkeypatch):
+    """A home folder with a pipe, a text file, an empty and a full folder, two sets of images."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "full").mkdir()
+    for name in ("there.onnx", "there.safetensors"):
+        (tmp_path / "full" / name).touch()
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "text").write_text("no tensors")
     (tmp_path / "empty").mkdir()
