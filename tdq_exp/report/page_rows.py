@@ -63,12 +63,12 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _texts(row: Mapping[str, Any]) -> list[str]:
     """Return the cells of a row's line beside its name, as HTML."""
     prints, seconds = row["fingerprints"], row["seconds"]
-    paired = row.get("paired")
+    paired, distance = row.get("paired"), row["metrics"].get("fid")
     return [
         escape(row["sample"]),
         escape(str(row["images"])),
         escape(f"{row['seed']}, {row['config']['sampler']['seed']}"),
-        f"{row['metrics']['fid']:.2f}",
+        "-" if distance is None else f"{distance:.2f}",
         f"{paired['relative_l2']:.4f}" if paired else "-",
         ", ".join(
             f"<code>{escape(str(prints[part]))}</code>" for part in ("fit", "sample", "measure")

@@ -24,6 +24,7 @@ from tdq_exp.report import (
     figure_numbers,
     page_figures,
     page_markdown,
+    page_rows,
     paired_rank,
 )
 from tdq_exp.runtime import figures
@@ -196,6 +197,12 @@ def test_the_figure_over_updates_asks_for_longer_fits_beside_the_protocols(tmp_p
     assert column["missing"] == ["float, 0 updates", "LSQ W4A4, 300 updates"]
     point = column["lines"]["LSQ W4A4"]["600"]
     assert point["half_width"] == 0.5 and point["validation"] == [[600, 0.5]]
+
+
+def test_a_row_of_other_metrics_has_no_distance_on_the_page(results):
+    (row,) = page_rows.read_rows(results)
+    text = "".join(page_rows.lines([{**row, "metrics": {"isc_mean": 2.0}}]))
+    assert "<td class=number>0, 1</td><td class=number>-</td>" in text
 
 
 @pytest.mark.parametrize("name", figure_manifest.names())
