@@ -95,7 +95,7 @@ def print_row(job: Experiment, rows: list[dict[str, Any]]) -> None:
     features = row["features"]
     names = {key: value.label for key, value in VALUES.items() if key in row["metrics"]}
     lines = [
-        [r["name"], _count(r), *(r["metrics"][key] for key in names)]
+        [r["name"], _count(r), *(r["metrics"].get(key) for key in names)]
         for r in [row, *_float_rows(job, row)]
     ]
 
@@ -127,10 +127,11 @@ def _count(row: dict[str, Any]) -> str:
 
 
 def _float_rows(job: Experiment, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the float model's rows of the same sampler and features, if there are any."""
+    """Return the float model's rows that compare: of the same sampler, features and reference."""
     name = f"{job.config['model']['label']}_fp"
     folder = job.folder.parents[1] / name / f"seed{job.seed}" / job.sample_name
 
     rows = read_rows(folder / "metrics.json")
-    same = [r for r in rows if r["features"] == row["features"] and r["images"] == row["images"]]
+    alike = ("features", "images", "reference")
+    same = [r for r in rows if all(r.get(key) == row.get(key) for key in alike)]
     return [r for r in same if r["name"] != row["name"]]

@@ -13,6 +13,7 @@ from tdq_exp.data.images import Data, Images
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import pipeline, show
 from tdq_exp.experiment.inputs import require_inputs
+from tdq_exp.experiment.row import write_row
 from tdq_exp.metrics.image_sets import Features, measure
 from tdq_exp.runtime import environment
 
@@ -102,6 +103,24 @@ def test_the_summary_warns_of_few_images(capsys, tmp_path, monkeypatch):
     printed = capsys.readouterr().out
     assert "6 (few)" in printed
     assert "warning: (few) the Frechet distance of 6 images by 1280 features" in printed
+
+
+@pytest.mark.parametrize("reference, shown", [("a", True), ("b", False)])
+def test_the_float_models_row_stands_beside_one_of_the_same_reference(
+    reference, shown, capsys, tmp_path
+):
+    """It may have been measured by other metrics."""
+    features = {"name": "four", "weights": "abc"}
+    row = {"name": "run", "images": 6, "features": features, "reference": {"content": "a"}}
+    row |= {"config": {}, "metrics": {"fid": 3.0, "precision": 0.5}}
+    place = tmp_path / "digits_fp" / "seed0" / "s" / "metrics.json"
+    metrics = {"fid": 2.0, "kid_mean": 0.1}
+    beside = {"name": "digits_fp", "reference": {"content": reference}, "metrics": metrics}
+    write_row(place, {**row, **beside})
+    job = SimpleNamespace(folder=tmp_path / "run" / "seed0", sample_name="s", seed=0)
+    job.config = {"model": {"label": "digits"}}
+    show.print_row(job, [row])
+    assert ("digits_fp" in capsys.readouterr().out) == shown
 
 
 @pytest.mark.parametrize("model", ["digits", "ddim_small", "ldm_small"])
