@@ -24,8 +24,8 @@ from tdq_exp.data.given import GivenImages, GivenStatistics
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import pipeline
 from tdq_exp.experiment.row import read_rows
+from tdq_exp.metrics import half_sampling
 from tdq_exp.metrics.fidelity import VALUES, Statistics, distances, frechet_distance
-from tdq_exp.metrics.half_sampling import deviation_of_frechet
 from tdq_exp.metrics.image_sets import Features
 from tdq_exp.runtime import files
 from tdq_exp.runtime.precision import products
@@ -75,7 +75,8 @@ def show(options: argparse.Namespace) -> None:
         raise ValueError(f"--images={options.images}: must be at least 1")
 
     if options.json is not None:
-        files.require_folder(options.json.expanduser().parent, "--json")
+        options.json = options.json.expanduser()
+        files.require_folder(options.json.parent, "--json")
         if options.json.is_dir():
             raise ValueError(f"--json={options.json}: is a folder; name a file")
 
@@ -165,12 +166,11 @@ def _measure(
 
         count = min(images or one.count, one.count)
         found = _features(one, count, features)
-        deviation = deviation_of_frechet(found[layers["fid"]], reference[layers["fid"]])
-        return {
-            "images": count,
-            **distances(found, reference, layers, metrics),
-            DEVIATION: deviation["fid"],
-        }
+        numbers = {"images": count, **distances(found, reference, layers, metrics)}
+        if count >= half_sampling.FEWEST:
+            vectors = found[layers["fid"]], reference[layers["fid"]]
+            numbers[DEVIATION] = half_sampling.deviation_of_frechet(*vectors)["fid"]
+        return numbers
     except ValueError as error:
         if str(error).startswith(str(one.path)):  # a picture of a folder is named already
             raise

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tdq_exp.diffusion.draws import BareSeed, bare_generator
 
+FEWEST = 4  # images: a half of fewer has no covariance
 DRAWS = 20
 SEED = 2020
 
@@ -31,7 +32,7 @@ def deviation_of_frechet(
     eigenvalues of R Sigma_g R, which is symmetric: R is computed once for all halves.
 
     Args:
-        generated: `[N, D]`, N >= 4.
+        generated: `[N, D]`, N >= `FEWEST`.
         reference: `[M, D]`, M >= 2.
         draws: number of halves.
         seed: of the draws.

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from tdq_exp.data.images import CACHE_REMEDY, Images
+from tdq_exp.metrics import half_sampling
 from tdq_exp.metrics.features import FeatureNetwork
 from tdq_exp.metrics.fidelity import NEIGHBOUR, distances, precision_recall
-from tdq_exp.metrics.half_sampling import deviation_of_frechet
 from tdq_exp.runtime import tensor_files
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console, track
@@ -226,8 +226,8 @@ def beside(
             return None
         return ours, theirs
 
-    if "fid" in metrics and (vectors := pair("fid", 4)):
-        stated["half_sampling"] = deviation_of_frechet(*vectors)
+    if "fid" in metrics and (vectors := pair("fid", half_sampling.FEWEST)):
+        stated["half_sampling"] = half_sampling.deviation_of_frechet(*vectors)
 
     if "prc" not in metrics and (vectors := pair("prc", NEIGHBOUR + 1)):
         stated["precision_recall"] = precision_recall(*vectors)

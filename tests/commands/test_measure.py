@@ -89,7 +89,10 @@ def test_sets_are_measured_beside_the_rows(inside, pixels, folder, tmp_path, mon
     run = ROOT / "results" / "runs" / "digits_w4a4_lsq"
     shutil.copytree(run, tmp_path / "results" / "runs" / run.name)
     np.save(tmp_path / "a.npy", pixels)
-    command = [str(folder), "a.npy", "--model", "digits", "--json", "a.json", "--cpu"]
+    np.save(tmp_path / "few.npy", pixels[:3])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command = [str(folder), "a.npy", "few.npy", "--model", "digits", "--json=~/a.json", "--cpu"]
+    command += ["eval.metrics=[fid]"]
 
     rounded, extract = [], FeatureNetwork.extract
 
@@ -108,6 +111,7 @@ def test_sets_are_measured_beside_the_rows(inside, pixels, folder, tmp_path, mon
     measured = json.loads((tmp_path / "a.json").read_text())
     by_folder, by_array = measured["sets"][str(folder)], measured["sets"]["a.npy"]
     assert by_folder == by_array and by_array["images"] == 24 and by_array["deviation"] > 0
+    assert set(measured["sets"]["few.npy"]) == {"images", "fid"}, "halves of 3 have no covariance"
 
     # Statistics of the same features are at the same distance.
     from tdq_exp.config.compose import compose
