@@ -21,7 +21,7 @@ from tdq_exp.experiment import fit_stage, pipeline
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.finished_run import load
 from tdq_exp.fit.quantized import BAKED
-from tdq_exp.report.cells import Cell
+from tdq_exp.report.cells import Cell, fit_changes
 from tdq_exp.report.figure_manifest import FigureManifest
 from tdq_exp.report.figure_numbers import line_label
 from tdq_exp.runtime import environment, files
@@ -110,33 +110,47 @@ def _column(
 
 
 def _network(cell: Cell, options: argparse.Namespace, processes: Processes) -> Network | None:
-    """Return the network of a cell: where it lies, or trained; None if there is none."""
-    label = line_label(cell)
+    """Return the network of a cell: where it lies, or trained; None if there is none.
+
+    One of another fit than the cell asks for is passed over, with a line.
+    """
     elsewhere = options.nets / "runs" / cell.run / cell.folder.name
 
     for folder in (cell.folder, elsewhere):
         for path in (folder / BAKED, folder / PACKED):
-            if path.exists():
-                job, net = load(path if path.name == PACKED else folder)
-                return Network(label, cell.run, job, net.eval(), _fit_fingerprint(folder, cell))
+            if not path.exists():
+                continue
+            job, net = load(path if path.name == PACKED else folder)
+            if changes := fit_changes(cell, job.config):
+                console.print(f"stale {path}: {'; '.join(changes)}", markup=False)
+                continue
+            return _network_of(cell, job, net, folder)
 
     if not options.run:
         return None
 
     console.print(f"{cell.run}: no network in {cell.folder}; training one", markup=False)
     try:
-        job = _trained(cell, elsewhere, options, processes)
+        _train(cell, elsewhere, options, processes)
     except (ValueError, OSError) as error:
         console.print(f"{cell.run}: {error}", markup=False)
         return None
 
-    _, net = load(elsewhere)
-    return Network(label, cell.run, job, net.eval(), _fit_fingerprint(elsewhere, cell))
+    return _network_of(cell, *load(elsewhere), elsewhere)
 
 
-def _trained(
-    cell: Cell, folder: Path, options: argparse.Namespace, processes: Processes
-) -> Experiment:
+def _network_of(cell: Cell, job: Experiment, net: nn.Module, folder: Path) -> Network:
+    """Return a network that was found, sampled as its cell says: its fit knows of no sampler.
+
+    The record of a fit holds the sampler of the command that happened to be the first.
+    """
+    asked = jobs.build(compose(cell.overrides), source=False)
+    job = dataclasses.replace(job, sampler=asked.sampler, sampling=asked.sampling)
+    fit = _fit_fingerprint(folder, cell)
+    return Network(line_label(cell), cell.run, job, net.eval(), fit)
+
+
+def _train(cell: Cell, folder: Path, options: argparse.Namespace, processes: Processes) -> None:
     """Fit the network of a cell into a folder of networks; nothing is sampled or measured.
 
     Raises:
@@ -153,7 +167,6 @@ def _trained(
 
     tracker = Tracker("none", "", job.name, job.folder, job.config)
     fit_stage.run_fit(job, data, processes, tracker)
-    return job
 
 
 def _fit_fingerprint(folder: Path, cell: Cell) -> str:

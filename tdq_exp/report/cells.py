@@ -369,6 +369,14 @@ def _compared(config: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(parts))
 
 
+def fit_changes(cell: Cell, config: dict[str, Any]) -> list[str]:
+    """Return in what the fit that a cell asks for differs from one of a recorded configuration."""
+    then, now = _compared(config), _compared(cell.config)
+    for group in ("sampler", "eval"):
+        del then[group], now[group]
+    return stage.differences(then, now)
+
+
 def _shipped_nets(cfg: Any) -> dict[str, str]:
     """Return the hashes of the float nets that a command takes, of those that are shipped."""
     hashes = {key: shipped_hash(cfg.model[key]) for key in ("weights", "autoencoder")}

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,10 @@ from scipy import stats
 
 from tdq_exp.analysis import samples
 from tdq_exp.commands import figure as figure_command
+from tdq_exp.commands import figure_data
 from tdq_exp.commands import report as report_command
+from tdq_exp.config.compose import compose
+from tdq_exp.experiment import build as jobs
 from tdq_exp.report import (
     drawings,
     figure_manifest,
@@ -27,7 +31,7 @@ from tdq_exp.report import (
     page_rows,
     paired_rank,
 )
-from tdq_exp.runtime import figures
+from tdq_exp.runtime import figures, files
 
 T = [0, 500, 999]
 SLOW = ("activations", "layers", "ranges")  # drawn once: all share one way to be written
@@ -197,6 +201,29 @@ def test_the_figure_over_updates_asks_for_longer_fits_beside_the_protocols(tmp_p
     assert column["missing"] == ["float, 0 updates", "LSQ W4A4, 300 updates"]
     point = column["lines"]["LSQ W4A4"]["600"]
     assert point["half_width"] == 0.5 and point["validation"] == [[600, 0.5]]
+
+
+@pytest.mark.parametrize(
+    "first, found", [("sampler.steps=3", True), ("fit.updates=2", False), ("tdq=temporal", False)]
+)
+def test_a_figure_takes_the_fit_and_the_sampler_that_its_line_asks_for(
+    first, found, tmp_path, monkeypatch, capsys
+):
+    """A fit's record holds the sampler of the first command, whatever it was."""
+    grids = dataclasses.replace(figure_manifest.read_figure("grids"), methods=("LSQ",))
+    _, cell = figure_manifest.cells_of_figure(grids, "digits", tmp_path)
+    choices = [option for option in cell.overrides if not option.startswith(first.split("=")[0])]
+    recorded = jobs.build(compose([*choices, first]), source=False)
+    monkeypatch.setattr(figure_data, "load", lambda folder: (recorded, torch.nn.Identity()))
+    files.write_json(cell.folder / "fit.json", {"fingerprint": "f"})
+    (cell.folder / "baked.safetensors").touch()
+
+    options = SimpleNamespace(nets=tmp_path / "nets", run=False)
+    network = figure_data._network(cell, options, None)
+    assert (network is not None) == found
+    assert ("stale" in capsys.readouterr().out) != found
+    if network is not None:
+        assert network.job.sampling.steps == network.job.sampler.steps == 50
 
 
 def test_a_row_of_other_metrics_has_no_distance_on_the_page(results):
