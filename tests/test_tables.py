@@ -690,6 +690,19 @@ def test_run_starts_what_is_missing_and_goes_on_after_a_failure(
     ).exists()
 
 
+def test_a_plan_counts_the_fit_of_several_sets_once(
+    short_manifest, tmp_path, monkeypatch, capsys
+):
+    net = "model.weights=net.safetensors"
+    sets = [[net, f"sampler.steps={steps}"] for steps in (50, 20)]
+    cells = [report_cells.cells_of(short_manifest, "digits", tmp_path, own)[3] for own in sets]
+    cost = costs.Cost(7200.0, 3600.0, 10**9, 1000, fit_disk_bytes=10**8)
+    monkeypatch.setattr(costs, "estimate", lambda job: cost)
+    table_runs.show_plan(cells)
+    said = capsys.readouterr().out
+    assert "4.0 h" in said and "1.90 GB" in said, said
+
+
 def test_without_run_nothing_is_started(tmp_path, commands):
     assert table_command.main(["table1", "--scale", "digits", "--out", str(tmp_path)]) == 0
     assert not commands and (tmp_path / "tables" / "table1-digits.md").exists()

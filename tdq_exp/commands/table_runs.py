@@ -144,13 +144,17 @@ def show_plan(cells: Sequence[Cell]) -> bool:
     jobs_of_cells = [_job(cell) for cell in cells]
 
     # Cells of one shape cost the same; a forward pass is measured once for each network.
+    # A fit of which several sets are sampled is made by the first of them.
     known: dict[str, costs.Cost] = {}
+    fits = set()
     per_cell = []
     for job in jobs_of_cells:
         shape = _shape(job)
         if shape not in known:
             known[shape] = costs.estimate(job)
-        per_cell.append(known[shape])
+        cost = known[shape]
+        per_cell.append(cost.without_fit() if job.folder in fits else cost)
+        fits.add(job.folder)
 
     images = [cell.config["sampler"]["images"] for cell in cells]
     lines: list[list[Any]] = [

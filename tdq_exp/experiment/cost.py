@@ -6,6 +6,7 @@ says how many forward passes it takes, and sampling takes one per image and step
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -48,6 +49,7 @@ class Cost:
             a second time.
         fit_text: what the fit does, for a reader; empty if nothing.
         card: the same on a GPU that was measured, where this machine has none.
+        fit_disk_bytes: of `disk_bytes`, what the fit writes.
     """
 
     fit_seconds: float
@@ -57,11 +59,22 @@ class Cost:
     encode_seconds: float = 0.0
     fit_text: str = ""
     card: CardCost | None = None
+    fit_disk_bytes: int = 0
 
     @property
     def seconds(self) -> float:
         """Return the time of fit and sampling together."""
         return self.fit_seconds + self.sample_seconds
+
+    def without_fit(self) -> Cost:
+        """Return the cost of another set of images of the same fit."""
+        return dataclasses.replace(
+            self,
+            fit_seconds=0.0,
+            disk_bytes=self.disk_bytes - self.fit_disk_bytes,
+            fit_disk_bytes=0,
+            card=self.card and dataclasses.replace(self.card, fit_seconds=0.0),
+        )
 
 
 @torch.no_grad()
@@ -83,13 +96,15 @@ def estimate(job: Experiment) -> Cost:
     # 2. The fit.
     fit_done, sample_done = stages_done(job)
     work = job.fit.work(job.model, net, job.sampling.steps)
-    passes, disk = (0.0, 0) if work is None or fit_done else (work.forward_passes, work.disk_bytes)
+    passes, fit_disk = (
+        (0.0, 0) if work is None or fit_done else (work.forward_passes, work.disk_bytes)
+    )
 
     # 3. The images, of every checkpoint that is a candidate.
     images = 0 if sample_done or not options.gives_rows else job.sampling.images
     images *= options.checkpoints if options.chooses_checkpoint else 1
     sampling = images * (job.sampling.steps * per_image + decode)
-    disk += images * job.model.image_size**2 * job.model.channels
+    disk = fit_disk + images * job.model.image_size**2 * job.model.channels
 
     # A quantizer that sees only trajectories, or a net that is loaded, needs no training images.
     encodes = job.fit.encodes_training_images and not fit_done
@@ -101,6 +116,7 @@ def estimate(job: Experiment) -> Cost:
         encode_seconds=encode if encodes else 0.0,
         fit_text=work.text if work else "",
         card=card.estimate(job, passes, images) if device.type == "cpu" else None,
+        fit_disk_bytes=fit_disk,
     )
 
 

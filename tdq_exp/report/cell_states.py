@@ -137,6 +137,8 @@ def _age(path: Path, now: float) -> float | None:
 def seconds_left(states: Sequence[CellState]) -> dict[str, float | None]:
     """Return cell -> the seconds that it still takes, from the measured seconds of other rows.
 
+    A fit of which several sets are sampled is counted for the first of them.
+
     Rows of the same model and the same kind of fit are asked first, then rows of the model. None
     where there is nothing to go by.
 
@@ -145,13 +147,16 @@ def seconds_left(states: Sequence[CellState]) -> dict[str, float | None]:
     """
     rows = [(state.cell, state.cell.row) for state in states if state.cell.row]
     left: dict[str, float | None] = {}
+    fits = set()
 
     for state in states:
         if state.finished:
             continue
         alike = [row for cell, row in rows if _kind(cell) == _kind(state.cell)]
         of_model = [row for cell, row in rows if _kind(cell)[0] == _kind(state.cell)[0]]
-        left[state.cell.key] = _rest(state, alike or of_model)
+        fit_done = state.fit_done or state.cell.folder in fits
+        left[state.cell.key] = _rest(state, alike or of_model, fit_done)
+        fits.add(state.cell.folder)
 
     return left
 
@@ -162,7 +167,7 @@ def _kind(cell: Cell) -> tuple[Any, ...]:
     return (config["model"]["label"], fit["kind"], fit.get("updates"), fit.get("reconstruct"))
 
 
-def _rest(state: CellState, rows: Sequence[dict[str, Any]]) -> float | None:
+def _rest(state: CellState, rows: Sequence[dict[str, Any]], fit_done: bool) -> float | None:
     """Return the seconds of what is left of a cell, at the median of some rows."""
     if not rows:
         return None
@@ -171,5 +176,5 @@ def _rest(state: CellState, rows: Sequence[dict[str, Any]]) -> float | None:
         return median(row["seconds"][stage] / row["images"] ** (stage != "fit") for row in rows)
 
     images = state.cell.config["sampler"]["images"]
-    fit = 0.0 if state.fit_done else typical("fit")
+    fit = 0.0 if fit_done else typical("fit")
     return fit + images * ((1 - state.sampled) * typical("sample") + typical("measure"))

@@ -121,6 +121,11 @@ def test_the_time_left_follows_the_rows_of_the_same_kind(asked, cell, tmp_path):
     assert cell_states.seconds_left([done, half]) == {cell.key: 0.6 * 500 + 250}
     assert cell_states.seconds_left([whole]) == {cell.key: None}
 
+    # Of two sets of one fit, the second waits for the first.
+    second = cell_states.CellState(dataclasses.replace(cell, sample="s"), cell_states.MISSING)
+    left = cell_states.seconds_left([done, whole, second])
+    assert list(left.values()) == [850.0, 750.0]
+
     # A float model has no rows of its own kind here: those of the model stand in.
     waiting = cell_states.CellState(float_cell, cell_states.MISSING)
     assert cell_states.seconds_left([done, waiting])[float_cell.key] == 850.0
