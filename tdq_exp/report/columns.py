@@ -12,6 +12,7 @@ from tdq_exp.report.manifest import Line, Manifest
 from tdq_exp.report.protocol import check_protocol
 from tdq_exp.report.second import SECOND, Shown, fixed
 from tdq_exp.report.spread import (
+    any_short,
     interval,
     is_tie,
     mean,
@@ -215,9 +216,9 @@ class FilledColumn:
     def _gap(self, cells: Sequence[Cell]) -> str:
         """Return the distance beyond the float model's mean; `-` for it and for short rows."""
         ours, theirs = values(cells, "fid"), values(self.reference, "fid")
-        any_short = any(cell.short for cell in (*used(cells), *used(self.reference)))
+        short = any_short(cells) or any_short(self.reference)
 
-        if cells == self.reference or not ours or not theirs or any_short:
+        if cells == self.reference or not ours or not theirs or short:
             return "-"
         return f"{mean(ours) - mean(theirs):+.2f}"
 

@@ -62,17 +62,23 @@ def spread(cells: Sequence[Cell]) -> float | None:
 def over_training_seeds(lines: Iterable[Sequence[Cell]]) -> float:
     """Return the widest (max - min) / mean of lines with several training seeds.
 
-    It is 0 if there are none.
+    It is 0 if there are none. Short rows tell nothing: fewer images vary more.
 
     Args:
         lines: of a column, each with its cells; those of float models don't count.
     """
     widest = 0.0
     for cells in lines:
-        distances = values(cells, "fid") if is_trained(cells) else []
+        counts = is_trained(cells) and not any_short(cells)
+        distances = values(cells, "fid") if counts else []
         if len(distances) > 1:
             widest = max(widest, (max(distances) - min(distances)) / mean(distances))
     return widest
+
+
+def any_short(cells: Sequence[Cell]) -> bool:
+    """Return whether a line's numbers come from short rows."""
+    return any(cell.short for cell in used(cells))
 
 
 def is_trained(cells: Sequence[Cell]) -> bool:
@@ -90,7 +96,7 @@ def difference(
 
     Args:
         ours, theirs: cells of both lines.
-        float_model: cells of the column's float model.
+        float_model: cells of the column's float model; short ones tell no spread.
         over_seeds: see `over_training_seeds`; of the column.
 
     Returns:
@@ -98,10 +104,10 @@ def difference(
         no spread is known.
     """
     a, b = values(ours, "fid"), values(theirs, "fid")
-    any_short = any(cell.short for cell in (*used(ours), *used(theirs)))
-    widths = [w for w in map(spread, (ours, theirs, float_model)) if w is not None]
+    lines = [ours, theirs] if any_short(float_model) else [ours, theirs, float_model]
+    widths = [w for w in map(spread, lines) if w is not None]
 
-    if not a or not b or any_short or not widths:
+    if not a or not b or any_short(ours) or any_short(theirs) or not widths:
         return None
 
     single = [line for line in (ours, theirs) if is_trained(line) and len(used(line)) == 1]

@@ -8,7 +8,7 @@ import pytest
 
 from tdq_exp.config import assets
 from tdq_exp.report import cells as report_cells
-from tdq_exp.report import judged_claims
+from tdq_exp.report import judged_claims, spread
 from tdq_exp.report.manifest import read_manifest
 from tdq_exp.runtime import files
 
@@ -61,6 +61,24 @@ def test_a_line_with_one_training_seed_varies_as_the_columns_others_do():
     # A float model's seeds are those of its sampling.
     float_too = dataclasses.replace(alone, over_seeds=0.12)
     assert judged_claims._verdict("smaller", float_too) == "holds"
+
+
+def test_short_rows_tell_no_spread():
+    """Fewer images vary more: 12 and 13.5 differ, whatever short rows of other lines say."""
+    told = comparison([12], [13.5], [10.0, 10.1])
+    short = [
+        dataclasses.replace(cell, row={"images": 10, "metrics": {"fid": fid}})
+        for cell, fid in zip(told.float_model, (30.0, 60.0), strict=True)
+    ]
+    halves = [
+        dataclasses.replace(cell, row={**cell.row, "half_sampling": {"fid": 0.1}})
+        for cell in told.ours
+    ]
+    other = dataclasses.replace(told, ours=halves, float_model=short)
+    assert other.difference == pytest.approx((-1.5, 0.4))
+
+    trained = [dataclasses.replace(c, config={"method": {"quantized": True}}) for c in short]
+    assert spread.over_training_seeds([trained]) == 0.0
 
 
 def test_without_any_spread_nothing_is_told():
