@@ -25,6 +25,10 @@ HEADERS = (
 )
 
 
+DDIM = "ddim"
+USUAL = {"eta": 0.0, "spacing": "leading", "truncate": False}  # of every sampler
+
+
 def read_rows(out: Path) -> list[dict[str, Any]]:
     """Return all rows of a folder of results."""
     rows = []
@@ -86,15 +90,23 @@ def command_of(row: Mapping[str, Any]) -> str:
     if config["label"]:
         return "the configuration in its metrics.json: it has a name of its own"
 
-    sampler, usual = config["sampler"], config["protocol"]["sampling"]
+    fit = config["fit"]
+    numbers = config["protocol"].get(fit["kind"], {})
+    if any(fit.get(key, usual) != usual for key, usual in numbers.items()):
+        return "the configuration in its metrics.json: its fit has other numbers than its protocol"
+
+    sampler = config["sampler"]
+    usual = {**USUAL, **config["protocol"]["sampling"], **config["model"].get("sampling", {})}
 
     parts = [f"python -m tdq_exp.run +experiment={row['name']}"]
     parts += [f"seed={row['seed']}"] if row["seed"] else []
     parts += [f"sampler.seed={sampler['seed']}"] if sampler["seed"] else []
     parts += [
         f"sampler.{key}={sampler[key]}"
-        for key in ("images", "steps", "batch")
-        if sampler[key] != usual[key]
+        for key in usual
+        if sampler.get(key, usual[key]) != usual[key]
     ]
+    method = sampler.get("method", {}).get("_target_", DDIM).rpartition(".")[2].lower()
+    parts[1:1] = [f"sampler={method}"] if method != DDIM else []
     parts += [f"sampler.engine={sampler['engine']}"] if sampler["engine"] != "fake" else []
     return " ".join(parts)

@@ -226,6 +226,25 @@ def test_a_figure_takes_the_fit_and_the_sampler_that_its_line_asks_for(
         assert network.job.sampling.steps == network.job.sampler.steps == 50
 
 
+@pytest.mark.parametrize(
+    "group, changed, said",
+    [
+        ("sampler", {"eta": 1.0, "spacing": "quad"}, "sampler.eta=1.0 sampler.spacing=quad"),
+        (
+            "sampler",
+            {"method": {"_target_": "tdq_exp.models.Ddpm"}},
+            "digits_w4a4_lsq sampler=ddpm",
+        ),
+        ("fit", {"kind": "ptq", "steps": 21}, "other numbers than its protocol"),
+    ],
+)
+def test_the_command_of_a_row_says_all_that_is_unusual(group, changed, said, results):
+    (row,) = page_rows.read_rows(results)
+    config = {**row["config"], group: {**row["config"][group], **changed}}
+    assert said in page_rows.command_of({**row, "config": config})
+    assert said not in page_rows.command_of(row)
+
+
 def test_a_row_of_other_metrics_has_no_distance_on_the_page(results):
     (row,) = page_rows.read_rows(results)
     text = "".join(page_rows.lines([{**row, "metrics": {"isc_mean": 2.0}}]))
