@@ -470,6 +470,12 @@ def test_best_of_5_samples_every_kept_checkpoint_and_says_so(tmp_path, tiny_weig
     assert len(distances) == 2  # two validations were made
     assert row["metrics"]["fid"] == min(distances)
 
+    files = (made.folder / made.sample_name).glob("update*/metrics.json")
+    seconds = [json.loads(file.read_text())["rows"][0]["seconds"] for file in files]
+    for stage in ("sample", "measure"):
+        assert row["seconds"][stage] == pytest.approx(sum(s[stage] for s in seconds))
+    assert row["seconds"]["fit"] == seconds[0]["fit"] == seconds[1]["fit"]
+
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     tmp_path, tiny_weights, monkeypatch

@@ -690,9 +690,7 @@ def test_run_starts_what_is_missing_and_goes_on_after_a_failure(
     ).exists()
 
 
-def test_a_plan_counts_the_fit_of_several_sets_once(
-    short_manifest, tmp_path, monkeypatch, capsys
-):
+def test_a_plan_counts_the_fit_of_several_sets_once(short_manifest, tmp_path, monkeypatch, capsys):
     net = "model.weights=net.safetensors"
     sets = [[net, f"sampler.steps={steps}"] for steps in (50, 20)]
     cells = [report_cells.cells_of(short_manifest, "digits", tmp_path, own)[3] for own in sets]

@@ -204,6 +204,11 @@ def best_of_checkpoints(
         any_new = any_new or new
 
     best = dict(min(candidates, key=lambda row: row["metrics"]["fid"]))
+    # All of them were sampled and measured for this row; the fit is one.
+    best["seconds"] = best["seconds"] | {
+        stage: round(sum(row["seconds"][stage] for row in candidates), 1)
+        for stage in ("sample", "measure")
+    }
     best["candidates"] = [{"update": r["update"], "metrics": r["metrics"]} for r in candidates]
     best = files.sealed(best)
     processes.decide(lambda: write_row(folder / "metrics.json", best))

@@ -70,7 +70,7 @@ class Row:
         model_parts: content hashes of other parts of the model, such as `autoencoder`; they are
             keys of their own in JSON.
         validation_loss: of the fit; None where nothing was fitted.
-        seconds: of `fit`, `sample` and `measure`, interrupted runs included.
+        seconds: of `fit`, `sample` and `measure`, interrupted runs and all candidates included.
         peak_memory_gb: largest resident size of the main process, GB.
         processes: how many shared the sampling.
         device: type of the device that sampled, such as `cpu`.
