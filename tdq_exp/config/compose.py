@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -68,6 +69,15 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     except (HydraException, OmegaConfBaseException, ValueError):
         # Hydra says what is wrong, of the whole line.
         return copy.deepcopy(_composed(tuple(overrides), files))
+
+
+def value_of(overrides: Sequence[str], key: str) -> Any:
+    """Return the value of a key that a command line would give; None if there is no such key.
+
+    Raises:
+        ValueError: as `compose`.
+    """
+    return OmegaConf.select(compose(overrides), key)
 
 
 @lru_cache(KEPT)

@@ -18,10 +18,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
-
 from tdq_exp.config import assets, naming, records, schema
-from tdq_exp.config.compose import compose, state_of_files
+from tdq_exp.config.compose import compose, state_of_files, value_of
 from tdq_exp.config.schema import parts_of
 from tdq_exp.experiment.record_checks import row_faults
 from tdq_exp.experiment.row import read_rows
@@ -41,7 +39,6 @@ SET_BY_TABLE = {
     "plan_only": "--run prints the plan before it starts",
     "calibration.path": "the table names its calibration sets; python -m tdq_exp.run takes another",
 }
-BITS = "bits"  # group that every quantized line names, and prints
 
 # Overrides that say where and how fast: groups, and last parts of a key.
 MACHINE_GROUPS = {"launcher", "tracker", "hydra"}
@@ -154,8 +151,8 @@ def cells_of(
     for override in overrides:
         if _key(override) in SET_BY_TABLE:
             raise ValueError(f"{override}: {SET_BY_TABLE[_key(override)]}")
-        if _key(override).startswith(f"{BITS}."):
-            raise ValueError(f"{override}: the table chooses {BITS} for its lines")
+        if _key(override).startswith("bits."):
+            raise ValueError(f"{override}: the table chooses bits for its lines")
     _require_undivided(manifest, scale, columns if column is None else [column], overrides)
 
     cells: list[Cell] = []
@@ -175,15 +172,12 @@ def cells_of(
 def _require_undivided(
     manifest: Manifest, scale: str, columns: Sequence[str], overrides: Sequence[str]
 ) -> None:
-    """Refuse an override of a value in which lines differ by what they set themselves.
-
-    Under one value for all of them they would be one run under several labels.
+    """Refuse an override that would make one run of lines that differ in its value.
 
     Raises:
         ValueError: naming the override and a line that sets it.
     """
     lines = (manifest.float_model, *manifest.lines)
-
     for override in overrides:
         key = _key(override)
         setting = [line for line in lines if key in map(_key, line.overrides)]
@@ -195,7 +189,7 @@ def _require_undivided(
                 )
                 for line in lines
             )
-            values = [OmegaConf.select(compose(command), key) for command in commands]
+            values = [value_of(command, key) for command in commands]
             if any(value != values[0] for value in values):
                 raise ValueError(f"{override}: the table chooses {key} for {setting[0]}")
 
