@@ -134,6 +134,16 @@ def require_batch(net: nn.Module, batch: Any) -> None:
         raise ValueError(f"calibrate: classes are {list(labels[0].shape)}, wanted [{len(x_t)}]")
 
 
+def require_uncorrected(net: nn.Module) -> None:
+    """Refuse to change a network whose correction was measured on what it is now.
+
+    Raises:
+        ValueError: what to do.
+    """
+    if "correction" in dict(net.named_children()):
+        raise ValueError("the network is corrected already; calibrate and train it before that")
+
+
 def require_source(net: nn.Module, float_net: nn.Module) -> None:
     """Refuse a network that another one was not made of, by its class, weights and arguments.
 

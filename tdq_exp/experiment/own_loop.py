@@ -43,7 +43,7 @@ def quantize(
     net: nn.Module,
     bits: str = "w4a4",
     method: str = "lsq",
-    tdq: str = "temporal",
+    tdq: str | None = None,
     plan: str = "all",
     habits: str = "text",
     overrides: Sequence[str] = (),
@@ -59,6 +59,8 @@ def quantize(
         bits: of weights and activations, such as `w4a4`.
         method: `lsq`, `pact`, `nipq`, or for calibration alone `minmax`, `ptq4dm`.
         tdq: where activations' step sizes come from: `temporal` (TDQ), `none` (static), `s10`, ...
+            None is TDQ for a method that is trained, and static for calibration alone, which
+            starts step sizes over t but fits none of them (`python -m tdq_exp.run` does).
         plan: which layers: `all`, `edge8`, `float_attention`, `release`.
         habits: `text` or `release`.
         overrides: anything else, as on the command line: `tdq.interval.width=32`. The schedule
@@ -70,11 +72,16 @@ def quantize(
             attention heads that the network's config does not say; one line.
     """
     # The configuration that a run of this network would have; a packed file holds it.
-    choices = {"bits": bits, "method": method, "tdq": tdq, "plan": plan, "habits": habits}
+    choices = {"bits": bits, "method": method, "plan": plan, "habits": habits}
+    choices |= {} if tdq is None else {"tdq": tdq}
     own_checks.require_texts(choices, overrides)
-    named = [f"{group}={option}" for group, option in choices.items()]
     architecture = architecture_of(net)
     own_checks.require_float32(net)
+    if tdq is None:
+        of_method = jobs.of_network(architecture, [f"method={method}"])
+        choices["tdq"] = "temporal" if of_method.fit.options.trains_on_images else "none"
+
+    named = [f"{group}={option}" for group, option in choices.items()]
     job = jobs.of_network(architecture, [*named, *overrides])
     own_checks.require_heads(net, job.model)
 
@@ -101,6 +108,7 @@ def calibrate(net: nn.Module, batches: Iterable[Batch]) -> None:
         ValueError: if there is no batch, or one that can't be shown; the network is as it was then.
     """
     _trainable_config(net)
+    own_checks.require_uncorrected(net)
     if not isinstance(batches, Iterable):
         raise ValueError(f"calibrate: wanted batches of (x_t, t), not {type(batches).__name__}")
     shown = list(batches)
@@ -142,6 +150,7 @@ def parameter_groups(
         ValueError: for a rate out of range, or a network that is not trainable.
     """
     _trainable_config(net)
+    own_checks.require_uncorrected(net)
     own_checks.require_rates(
         lr=lr,
         lr_step_size=lr_step_size,
@@ -199,8 +208,7 @@ def correct(
     own_checks.require_images(net, images, classes)
     if rule not in corrections.LEAST:
         raise ValueError(f"rule={rule!r}: choose one of {', '.join(corrections.LEAST)}")
-    if "correction" in dict(net.named_children()):
-        raise ValueError("the network is corrected already")
+    own_checks.require_uncorrected(net)
 
     # The configuration with the correction, refused as a command line would be.
     changed = {**config, "fit": {**config["fit"], "correction": rule}}

@@ -15,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 import tdq_exp
 from tdq_exp.fit import correction as corrections
 from tdq_exp.models.pixel import set_heads
+from tdq_exp.quant.convert import activation_quantizers
 from tests.quant.builders import load_model
 
 README = Path(__file__).parents[2] / "README.md"
@@ -71,6 +72,13 @@ def test_other_methods_give_networks_that_are_saved_and_come_back(method, tmp_pa
     loaded = tdq_exp.load(tmp_path / "net.safetensors")
     with torch.no_grad():
         assert torch.equal(loaded(*batch(5)).sample, net(*batch(5)).sample)
+
+
+@pytest.mark.parametrize(("method", "over_time"), [("lsq", True), ("minmax", False)])
+def test_a_method_that_is_not_trained_has_static_step_sizes_unless_asked(method, over_time):
+    net = tdq_exp.quantize(unet(), method=method)
+    found = {q.interval.time_dependent for q in activation_quantizers(net).values()}
+    assert found == {over_time} and net.tdq_config["tdq"]["label"] == ("tdq" if over_time else "")
 
 
 def test_a_corrected_network_is_saved_and_comes_back(tmp_path, monkeypatch):
@@ -144,6 +152,12 @@ def test_a_network_is_corrected_once_and_before_it_is_baked(monkeypatch):
     tdq_exp.correct(net, source, images)
     with pytest.raises(ValueError, match="corrected already"):
         tdq_exp.correct(net, source, images)
+    for change in (
+        lambda: tdq_exp.calibrate(net, [batch()]),
+        lambda: tdq_exp.parameter_groups(net, lr=1e-4),
+    ):
+        with pytest.raises(ValueError, match="corrected already; calibrate and train it before"):
+            change()
 
 
 def test_every_parameter_is_in_one_group_and_the_rates_are_as_asked():

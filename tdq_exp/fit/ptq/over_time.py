@@ -1,4 +1,4 @@
-"""MinMax + TDQ: generators fitted to each tensor's own quantization error over t.
+"""MinMax with TDQ, or a step size for each group of t: fitted to each tensor's error over t.
 
     L = sum over quantizers of  mean (x_hat(t) - x)^2 / mean x^2
 

@@ -3,7 +3,7 @@
 | method          | start of the activations | then                                        |
 |-----------------|--------------------------|---------------------------------------------|
 | MinMax          | minimum and maximum      | nothing                                     |
-| MinMax + TDQ    | least squared error      | a generator for each tensor (`over_time`)   |
+| MinMax + TDQ    | least squared error      | a fit over t for each tensor (`over_time`)  |
 | PTQ4DM (+ TDQ)  | least squared error      | block reconstruction (`block_by_block`)     |
 
 Weights are affine by output channel, rounded to nearest, or with AdaRound.

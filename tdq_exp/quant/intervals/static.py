@@ -55,6 +55,7 @@ class PerStep(Interval):
 
     time: TimeContext
     time_dependent = True
+    fitted_over_time = True
     parameter_group = "step_sizes"
 
     def __init__(self, groups: int, time: TimeContext) -> None:
