@@ -90,13 +90,17 @@ def command_of(row: Mapping[str, Any]) -> str:
     if config["label"]:
         return "the configuration in its metrics.json: it has a name of its own"
 
-    fit = config["fit"]
-    numbers = config["protocol"].get(fit["kind"], {})
+    fit = config.get("fit", {})
+    numbers = config["protocol"].get(fit.get("kind"), {})
     if any(fit.get(key, usual) != usual for key, usual in numbers.items()):
         return "the configuration in its metrics.json: its fit has other numbers than its protocol"
 
     sampler = config["sampler"]
-    usual = {**USUAL, **config["protocol"]["sampling"], **config["model"].get("sampling", {})}
+    usual = {
+        **USUAL,
+        **config["protocol"]["sampling"],
+        **config.get("model", {}).get("sampling", {}),
+    }
 
     parts = [f"python -m tdq_exp.run +experiment={row['name']}"]
     parts += [f"seed={row['seed']}"] if row["seed"] else []
