@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from tdq_exp.experiment.options import SamplerOptions
 from tdq_exp.experiment.places import environments, machine_of
 from tdq_exp.runtime import files
 
@@ -26,7 +28,10 @@ HEADERS = (
 
 
 DDIM = "ddim"
-USUAL = {"eta": 0.0, "spacing": "leading", "truncate": False}  # of every sampler
+# What a command names where it differs from the default; conventions are the model's.
+NAMED = ("eta", "spacing", "truncate")
+OPTIONS = {field.name: field for field in dataclasses.fields(SamplerOptions)}
+DEFAULTS = {name: OPTIONS[name].default for name in NAMED}
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
@@ -97,7 +102,7 @@ def command_of(row: Mapping[str, Any]) -> str:
 
     sampler = config["sampler"]
     usual = {
-        **USUAL,
+        **DEFAULTS,
         **config["protocol"]["sampling"],
         **config.get("model", {}).get("sampling", {}),
     }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdq_exp.quant.kernels import cpu
-from tdq_exp.quant.kernels.switch import enabled, traced
+from tdq_exp.quant.kernels.switch import by_rows, enabled, traced
 
 
 @lru_cache
@@ -38,14 +38,7 @@ def fused(x: Tensor, *per_row: Tensor | None) -> bool:
         return False
     if x.dtype != torch.float32 and not (x.is_cuda and x.dtype == torch.bfloat16):
         return False
-    for value in per_row:
-        if value is None:
-            continue
-        if value.numel() != 1 and not value.numel() == len(value) == len(x):
-            return False
-        if value.dtype != torch.float32 or value.device != x.device:
-            return False
-    return _available(x.is_cuda)
+    return by_rows(x, *per_row) and _available(x.is_cuda)
 
 
 def fused_on_gpu(x: Tensor) -> bool:

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdq_exp.quant.kernels.plain import KINDS
-from tdq_exp.quant.kernels.switch import enabled, traced
+from tdq_exp.quant.kernels.switch import by_rows, enabled, traced
 from tdq_exp.runtime import files
 
 SOURCE = Path(__file__).with_name("cpu.c")
@@ -173,14 +173,7 @@ def fit(x: Tensor, *per_row: Tensor | None) -> bool:
         or not x.numel()
     ):
         return False
-    for value in per_row:
-        if value is None:
-            continue
-        if value.numel() != 1 and not value.numel() == len(value) == len(x):
-            return False
-        if value.dtype != torch.float32 or value.device != x.device:
-            return False  # its memory would be read as something else
-    return not isinstance(library(), str)
+    return by_rows(x, *per_row) and not isinstance(library(), str)
 
 
 def dense(x: Tensor) -> Tensor:

@@ -27,6 +27,21 @@ def enabled() -> bool:
     return _on
 
 
+def by_rows(x: Tensor, *per_row: Tensor | None) -> bool:
+    """Return whether s, z and the like can be read by a kernel beside x.
+
+    They are float32 on its device (their memory would be read as something else), and one for all
+    rows or one for each.
+    """
+    return all(
+        v.dtype == torch.float32
+        and v.device == x.device
+        and (v.numel() == 1 or v.numel() == len(v) == len(x))
+        for v in per_row
+        if v is not None
+    )
+
+
 def traced(x: Tensor) -> bool:
     """Return whether somebody records or replaces the operations on x.
 
