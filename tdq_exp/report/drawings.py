@@ -32,7 +32,7 @@ from tdq_exp.report.axes import (
 from tdq_exp.report.figure_manifest import FigureManifest
 from tdq_exp.runtime.figures import TIME_LABEL, save_figure, svg_text
 
-COLOURFUL = ("grids", "layers")  # kinds of figures that need more than 256 colours
+COLOURFUL = ("grids",)  # kinds of figures that show images, whose colours are all kept
 PAPER = {"deviation > 0.5": 0.621, "deviation > 0.7": 0.388}  # So et al., section 3
 
 

@@ -219,7 +219,8 @@ def save_figure(figure: Figure, path: Path, images: bool = False) -> None:
     figure.savefig(buffer, format="png", metadata={"Software": None})
     picture = Image.open(buffer).convert("RGB")
     if not images:
-        picture = picture.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        # Of a scale of colours those that few pixels have are kept, too: median cut would drop them.
+        picture = picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     with files.replacing(path) as part:
         picture.save(part, format="PNG", optimize=True)
 
