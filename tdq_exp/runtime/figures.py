@@ -219,7 +219,7 @@ def save_figure(figure: Figure, path: Path, images: bool = False) -> None:
     figure.savefig(buffer, format="png", metadata={"Software": None})
     picture = Image.open(buffer).convert("RGB")
     if not images:
-        # Of a scale of colours those that few pixels have are kept, too: median cut would drop them.
+        # Median cut would drop the colours of few pixels, such as the ends of a scale.
         picture = picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     with files.replacing(path) as part:
         picture.save(part, format="PNG", optimize=True)
