@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tdq_exp.quant import ops
 from tdq_exp.quant.grid import Grid
-from tdq_exp.quant.intervals.base import Interval, Intervals, LookupTable
+from tdq_exp.quant.intervals.base import Bank, Interval, Intervals, LookupTable
 from tdq_exp.quant.intervals.dynamic import ChannelRange, MaxAbs
 from tdq_exp.quant.intervals.static import Static, StaticIntervals
 from tdq_exp.quant.layers import (
@@ -158,14 +158,27 @@ def quantize(
                 raise ValueError(f"{block}: hand `quantize` the model's `attention` wrapper")
             attention(net.get_submodule(block), inside)
 
+    time.follow(net)
     if bank is not None:
         net.generators = bank
+        net.register_forward_pre_hook(_draw_first)
 
-    time.follow(net)
     net.time = time  # type: ignore[assignment]
 
     _check_rules(net)
     return time
+
+
+def _draw_first(net: nn.Module, args: object) -> None:
+    """Let a bank that draws random numbers do so before all blocks: a hook of the forward pass.
+
+    A block that is computed again draws what it drew before, and the bank's would be among it.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    bank = net._modules.get("generators")  # a baked network has none
+    if isinstance(bank, Bank) and bank.draws:
+        bank.prepare(compiled=False)
 
 
 def _check_rules(net: nn.Module) -> None:

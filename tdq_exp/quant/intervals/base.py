@@ -55,6 +55,11 @@ class Bank(nn.Module):
 
     parameter_group = "generators"
 
+    @property
+    def draws(self) -> bool:
+        """Return whether it draws random numbers; if so, it is prepared at the start of a pass."""
+        return False
+
     def subset(self, rows: Sequence[int]) -> Bank:
         """Return a trainable copy of some rows, in this order, for the fit of some quantizers.
 

@@ -19,9 +19,10 @@ class Cache(Generic[T]):
 
     def get(self, key: Any, compute: Callable[[], T]) -> T:
         """Return the value of a key, computed if the last call had another key."""
-        if self._held is None or self._held[0] != key:
-            self._held = (key, compute())
-        return self._held[1]
+        held = self._held  # read once: another thread may replace it meanwhile
+        if held is None or held[0] != key:
+            held = self._held = (key, compute())
+        return held[1]
 
     def clear(self) -> None:
         """Drop the value."""

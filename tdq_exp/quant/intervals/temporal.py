@@ -18,6 +18,7 @@ Source: So et al., *Temporal Dynamic Quantization for Diffusion Models*, NeurIPS
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from tdq_exp.config.setting import require
 from tdq_exp.quant.intervals.base import Bank, Interval, Intervals, inverse_softplus
 from tdq_exp.quant.intervals.cache import Cache
 from tdq_exp.quant.intervals.encoding import encode_time, scaled_time
+from tdq_exp.quant.intervals.recomputation import of_no_block, same_draws
 from tdq_exp.quant.ops import at, pass_straight_through
 from tdq_exp.quant.time import TimeContext
 
@@ -177,13 +179,16 @@ class GeneratorBank(Bank):
 
     def _matrix_now(self) -> Tensor:
         t = self.time.t
-        matrix = self.generate(self.encodings[t.reshape(-1)])
+        drawn = self.draws and not torch.compiler.is_compiling()
+        same = same_draws(self, self.time, self.encodings.device) if drawn else nullcontext()
+        with of_no_block(), same:
+            matrix = self.generate(self.encodings[t.reshape(-1)])
         return matrix if t.dim() else matrix[:, 0]
 
     def row_now(self, row: int) -> Tensor:
         """Return one quantizer's s at the current time step, for eval: 0-dim, or `[B]`."""
         # The weights are looked at once for each time step, not for each quantizer.
-        table = self._eval_cache.get((self.time.version, self._versions()), self.table)
+        table = self._eval_cache.get((self.time.key, self._versions()), self.table)
         return at(table[row], self.time.t)  # which may lie elsewhere: samplers keep t on the CPU
 
     @torch.no_grad()
@@ -201,6 +206,11 @@ class GeneratorBank(Bank):
         key = (self._versions(), tuple(_sum(p) for p in self.parameters()))
         return self._table_cache.get(key, compute)
 
+    @property
+    def draws(self) -> bool:
+        """Return whether it draws random numbers: dropout, while training."""
+        return self.training and self.options.dropout > 0
+
     def prepare(self, compiled: bool) -> None:
         """Compute all step sizes at the current time step: they belong to no block."""
         if compiled:
@@ -216,7 +226,7 @@ class GeneratorBank(Bank):
 
     def _now(self) -> tuple[Any, ...]:
         """Return what the step sizes at the current time step depend on."""
-        return self.time.version, torch.is_grad_enabled(), self.training, self._versions()
+        return self.time.key, torch.is_grad_enabled(), self.training, self._versions()
 
     def _versions(self) -> tuple[Any, ...]:
         return tuple((p.data_ptr(), p.dtype, p._version) for p in self.parameters())

@@ -1,0 +1,75 @@
+"""What all blocks share is the same for each, also where torch computes a block again.
+
+`torch.utils.checkpoint` drops what lies within a block and computes it once more in the backward
+pass. Step sizes of a bank are computed once for the whole network, in whichever block comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdq_exp.quant.time import TimeContext
+
+
+def of_no_block() -> AbstractContextManager[Any]:
+    """Keep what the gradient needs, within a block whose own is dropped.
+
+    In the other blocks the step sizes are there already, so a block that had to compute them would
+    not find the same when it is computed again.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return nullcontext()
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@contextmanager
+def same_draws(owner: object, time: TimeContext, device: torch.device) -> Iterator[None]:
+    """Draw the same random numbers in each evaluation of one forward pass.
+
+    Args:
+        owner: who draws.
+        time: says which pass it is; it keeps the state of the generator.
+        device: of what is drawn.
+    """
+    if _capturing(device):
+        yield
+        return
+
+    moment, generator = time.moment, _default_generator(device)
+    now = generator.get_state()
+    if moment.drawn is None or moment.drawn[0] is not owner:
+        moment.drawn = (owner, now)
+        yield
+        return
+
+    generator.set_state(moment.drawn[1])
+    try:
+        yield
+    finally:
+        generator.set_state(now)
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    if device.type == "cpu":
+        return torch.default_generator
+    module = torch.get_device_module(device)
+    index = module.current_device() if device.index is None else device.index
+    generator: torch.Generator = module.default_generators[index]
+    return generator
+
+
+def _capturing(device: torch.device) -> bool:
+    """Return whether a graph of kernels is being recorded: its draws are replayed by others."""
+    ask = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    return ask is not None and bool(ask())
