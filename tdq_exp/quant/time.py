@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tdq_exp.quant import kernels
+
 IN_FLOAT32 = (
     "a quantized network computes in float32; for speed use autocast,"
     " `with torch.autocast(device, torch.bfloat16): net(x_t, t)`"
@@ -241,9 +243,11 @@ class TimeContext:
                     f" {tuple(t.shape)}"
                 )
 
-            # A tensor's values are looked at only where they have to be: it may be on a GPU.
+            # A tensor's values are looked at where they have to be, or cost no waiting for a GPU.
             if t.is_floating_point():
                 t = self._whole(t)
+            elif t.device.type == "cpu" and not kernels.traced(t):
+                self._require_range(t)
         self._t, self.kept = t, None
         self.version += 1
         if torch.compiler.is_compiling():
@@ -279,11 +283,14 @@ class TimeContext:
                 f" {self.steps} time steps only; sample with DDIM, DDPM, PNDM or DPM-Solver++, or"
                 " with timestep_spacing='leading'"
             )
-        if bool(((whole < 0) | (whole >= self.steps)).any()):
-            raise ValueError(
-                f"t must be from 0 to {self.steps - 1}, not {whole.flatten().tolist()[:3]}"
-            )
+        self._require_range(whole)
         return whole
+
+    def _require_range(self, t: Tensor) -> None:
+        if bool(((t < 0) | (t >= self.steps)).any()):
+            raise ValueError(
+                f"t must be from 0 to {self.steps - 1}, not {t.flatten().tolist()[:3]}"
+            )
 
     @contextmanager
     def at(self, t: Tensor | int) -> Iterator[None]:

@@ -122,6 +122,8 @@ def test_at_around_a_whole_forward_is_undone_too():
         (torch.zeros(2, 2, dtype=torch.long), "integer"),
         (torch.tensor(True), "integer"),
         (torch.tensor(float(STEPS)), f"t must be from 0 to {STEPS - 1}"),
+        (torch.tensor([3, -1]), f"t must be from 0 to {STEPS - 1}"),
+        (torch.tensor(STEPS), f"t must be from 0 to {STEPS - 1}"),
         (-1, f"t must be from 0 to {STEPS - 1}, not -1"),
         (STEPS, "t must be from 0"),
     ],
