@@ -226,6 +226,27 @@ def test_past_moments_are_few():
     assert not copy.deepcopy(time)._passes
 
 
+# --- torch's own ways of calling a network
+
+
+def test_a_network_is_called_with_parameters_in_place_of_its_own(net):
+    moved, before = copy.deepcopy(net), called(net, randn(2, 1, 8, 8), TIMES[0])
+    stir(moved, 0.01)
+    given = {name: p.detach() for name, p in moved.named_parameters()}
+
+    x = randn(2, 1, 8, 8)
+    y = torch.func.functional_call(net, given, (x, TIMES[0]), {"return_dict": False})[0]
+    assert torch.equal(y, called(moved, x, TIMES[0]))
+    assert torch.equal(called(net, x, TIMES[0]), before)
+
+
+def test_replicas_of_one_process_are_refused(net):
+    """What `DataParallel` does with each module."""
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        [module._replicate_for_data_parallel() for module in net.modules()]
+    assert all(module._replicate_for_data_parallel() for module in bake(net).modules())
+
+
 # --- Threads
 
 

@@ -113,12 +113,12 @@ class GeneratorBank(Bank):
     @property
     def weights(self) -> list[nn.Parameter]:
         """Stacked weights of every layer, `[Q, out, in]`."""
-        return [self.get_parameter(f"weight{layer}") for layer in range(self.layers)]
+        return [getattr(self, f"weight{layer}") for layer in range(self.layers)]
 
     @property
     def biases(self) -> list[nn.Parameter]:
         """Stacked biases of every layer, `[Q, out]`."""
-        return [self.get_parameter(f"bias{layer}") for layer in range(self.layers)]
+        return [getattr(self, f"bias{layer}") for layer in range(self.layers)]
 
     def start(self, row: int, rho: float) -> None:
         """Set the last bias of one network, so that its output spreads around softplus(rho)."""
@@ -182,7 +182,9 @@ class GeneratorBank(Bank):
         drawn = self.draws and not torch.compiler.is_compiling()
         same = same_draws(self, self.time, self.encodings.device) if drawn else nullcontext()
         with of_no_block(), same:
-            matrix = self.generate(self.encodings[t.reshape(-1)])
+            # Not by plain indexing, which takes -1 for the last time step.
+            rows = t.reshape(-1).to(self.encodings.device, torch.long)
+            matrix = self.generate(self.encodings.index_select(0, rows))
         return matrix if t.dim() else matrix[:, 0]
 
     def row_now(self, row: int) -> Tensor:
@@ -230,6 +232,12 @@ class GeneratorBank(Bank):
 
     def _versions(self) -> tuple[Any, ...]:
         return tuple((p.data_ptr(), p.dtype, p._version) for p in self.parameters())
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise RuntimeError(
+            "DataParallel would leave TDQ's generators on one device: train with"
+            " DistributedDataParallel, a process for each device"
+        )
 
     # --- Parts
 
