@@ -75,6 +75,8 @@ def quantize(
     choices = {"bits": bits, "method": method, "plan": plan, "habits": habits}
     choices |= {} if tdq is None else {"tdq": tdq}
     own_checks.require_texts(choices, overrides)
+    if hasattr(net, "tdq_config"):
+        raise ValueError("the network is quantized already: give the float one")
     architecture = architecture_of(net)
     own_checks.require_float32(net)
     if tdq is None:
@@ -297,5 +299,7 @@ def _trainable_config(net: nn.Module) -> dict[str, Any]:
 def _config(net: nn.Module) -> dict[str, Any]:
     config = getattr(net, "tdq_config", None)
     if config is None:
+        if hasattr(getattr(net, "module", None), "tdq_config"):
+            raise ValueError(f"the network is wrapped in {type(net).__name__}: give its .module")
         raise ValueError("the network was not made by tdq_exp.quantize")
     return config

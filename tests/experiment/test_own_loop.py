@@ -338,6 +338,15 @@ def test_step_sizes_without_values_are_not_baked_or_called(calibrated, tmp_path)
     assert tdq_exp.save(copy.deepcopy(net), tmp_path / "net.safetensors")
 
 
+def test_wrapped_and_quantized_networks_are_refused(calibrated):
+    average = torch.optim.swa_utils.AveragedModel(calibrated)
+    with pytest.raises(ValueError, match=r"wrapped in AveragedModel: give its \.module"):
+        tdq_exp.bake(average)
+    assert tdq_exp.bake(average.module)
+    with pytest.raises(ValueError, match="quantized already"):
+        tdq_exp.quantize(calibrated)
+
+
 def test_what_has_nothing_to_train_is_refused(calibrated):
     baked = tdq_exp.bake(calibrated)
     for call in (
