@@ -170,6 +170,40 @@ class Quantizer(nn.Module):
             s = self.transform_step(s)
         return s, self.zero.reshape(1) if self.zero_point is None else self.zero_point.table(s)
 
+    # --- State dict: its metadata hold the codes, for step sizes are of one grid
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:
+            metadata.setdefault(prefix[:-1], {})["codes"] = [self.grid.n, self.grid.p]
+
+    def _load_from_state_dict(  # torch's hook, and its arguments
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        mine, theirs = [self.grid.n, self.grid.p], local_metadata.get("codes")
+        if theirs is not None and theirs != mine:
+            error_msgs.append(
+                f"{prefix[:-1]}: its state is of codes {theirs[0]}..{theirs[1]}, not"
+                f" {mine[0]}..{mine[1]}: quantize with the same bits, plan and habits"
+            )
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
     def extra_repr(self) -> str:
         """Return the codes, for printing."""
         return f"codes {self.grid.n}..{self.grid.p}"

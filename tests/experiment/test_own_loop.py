@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import re
 from pathlib import Path
@@ -345,6 +346,19 @@ def test_wrapped_and_quantized_networks_are_refused(calibrated):
     assert tdq_exp.bake(average.module)
     with pytest.raises(ValueError, match="quantized already"):
         tdq_exp.quantize(calibrated)
+
+
+def test_a_state_dict_of_other_bits_is_refused(calibrated):
+    file = io.BytesIO()
+    torch.save(calibrated.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file)
+    net = tdq_exp.quantize(unet(), tdq="none")
+    assert net.load_state_dict(state).missing_keys == []
+
+    wider = tdq_exp.quantize(unet(), bits="w4a8", tdq="none")
+    with pytest.raises(RuntimeError, match=r"conv_in\.input_quantizer: .* 0\.\.15, not 0\.\.255"):
+        wider.load_state_dict(state)
 
 
 def test_what_has_nothing_to_train_is_refused(calibrated):
