@@ -91,8 +91,8 @@ READERS = {
     "json.loads": {
         "runtime.files",
         "runtime.lock",  # who holds a lock
-        "runtime.stage",  # of what it has just dumped, as `report.cells`
-        "report.cells",
+        "runtime.stage",  # of what it has just dumped, as `report.compared`
+        "report.compared",
         "models.unet_arguments",  # of a network's own config
         "deploy.packed",  # of a header whose checksum is verified
         "models.weights.folder",  # the config of a diffusers folder

@@ -8,9 +8,7 @@ asks for.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,12 +16,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tdq_exp.config import assets, naming, records, schema
+from tdq_exp.config import assets, naming, schema
 from tdq_exp.config.compose import compose, state_of_files, value_of
-from tdq_exp.config.schema import parts_of
 from tdq_exp.experiment.record_checks import row_faults
 from tdq_exp.experiment.row import read_rows
-from tdq_exp.fit.registry import options_class
+from tdq_exp.report.compared import compared, compared_of_fit
 from tdq_exp.report.manifest import Line, Manifest
 from tdq_exp.runtime import stage
 
@@ -117,7 +114,7 @@ class Cell:
             for name, fingerprint in self.nets.items()
             if row.get(name) != fingerprint
         ]
-        return nets + stage.differences(_compared(row["config"]), _compared(self.config))
+        return nets + stage.differences(compared(row["config"]), compared(self.config))
 
 
 def cells_of(
@@ -300,7 +297,7 @@ def find(cell: Cell) -> Cell:
     if exact:
         return dataclasses.replace(cell, row=exact[0])
 
-    sampler = _compared(cell.config)["sampler"]
+    sampler = compared(cell.config)["sampler"]
 
     # Else the longest set of the same run that was sampled the same way.
     shorter = [
@@ -308,7 +305,7 @@ def find(cell: Cell) -> Cell:
         for path in sorted(cell.folder.glob("*/metrics.json"))
         for row in _rows(cell, path)
         if row["images"] < cell.config["sampler"]["images"]
-        and _compared(row["config"])["sampler"] == sampler
+        and compared(row["config"])["sampler"] == sampler
         and row["report"] == cell.config["fit"]["report"]
     ]
 
@@ -342,33 +339,9 @@ def _images(row: Mapping[str, Any]) -> int:
     return row["images"]
 
 
-def _compared(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what makes a row stale when it changes.
-
-    That is everything that its fingerprints read, but the number of images, in today's names.
-    """
-    config = records.upgrade(config)
-    groups = ["model", "sampler"]
-    if config["method"]["quantized"]:
-        groups += ["bits", "weight", "act", "tdq", "plan", "habits", "fit"]
-        fit = options_class(config["fit"]["kind"])
-        groups += ["calibration"] if fit.needs_calibration_set else []
-    # An older row may lack a key that there is now: None, and so a change.
-    parts = {group: parts_of(group, defaultdict(lambda: None, config[group])) for group in groups}
-    del parts["sampler"]["images"]
-    parts["eval"] = {
-        key: config["eval"].get(key) for key in ("metrics", "batch", "reference_images")
-    }
-    parts["eval"]["features"] = config["eval"]["features"]["_target_"]  # their weights are a path
-    return json.loads(json.dumps(parts))
-
-
 def fit_changes(cell: Cell, config: dict[str, Any]) -> list[str]:
     """Return in what the fit that a cell asks for differs from one of a recorded configuration."""
-    then, now = _compared(config), _compared(cell.config)
-    for group in ("sampler", "eval"):
-        del then[group], now[group]
-    return stage.differences(then, now)
+    return stage.differences(compared_of_fit(config), compared_of_fit(cell.config))
 
 
 def _shipped_nets(cfg: Any) -> dict[str, str]:
