@@ -59,17 +59,26 @@ claims status: $(VENV)/installed
 render: $(VENV)/installed
 	$(VENV)/bin/python -m tdq_exp render --scale $(SCALE)
 
-# One table after the other, then the figures, then what they say, on one page.
+# One table after the other, then the figures, then what they say, on one page. What fails keeps
+# nothing from being done after it, unless a signal ended it; the exit code is that of the last.
 paper: $(VENV)/installed
-	$(VENV)/bin/python -m tdq_exp table all --scale $(SCALE) --run $(TABLE_ARGS)
-	$(foreach figure,$(FIGURES),$(MAKE) $(figure) SCALE=$(SCALE) &&) true
-	$(VENV)/bin/python -m tdq_exp claims --scale $(SCALE)
-	$(VENV)/bin/python -m tdq_exp report
+	@code=0; \
+	go() { \
+		echo "$(VENV)/bin/python -m tdq_exp $$*"; \
+		$(VENV)/bin/python -m tdq_exp "$$@" || code=$$?; \
+		if [ $$code -gt 128 ]; then exit $$code; fi; \
+	}; \
+	go table all --scale $(SCALE) --run $(TABLE_ARGS); \
+	go figure all --scale $(SCALE) --run $(FIGURE_ARGS); \
+	go claims --scale $(SCALE); \
+	go report; \
+	exit $$code
 
 $(FIGURES): $(VENV)/installed
 	$(VENV)/bin/python -m tdq_exp figure $@ --scale $(SCALE) --run $(FIGURE_ARGS)
 
-figures: $(FIGURES)
+figures: $(VENV)/installed
+	$(VENV)/bin/python -m tdq_exp figure all --scale $(SCALE) --run $(FIGURE_ARGS)
 
 report: $(VENV)/installed
 	$(VENV)/bin/python -m tdq_exp report

@@ -3,11 +3,15 @@
 import copy
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tdq_exp.commands import claims as claims_command
+from tdq_exp.commands import figure as figure_command
+from tdq_exp.commands import render as render_command
 from tdq_exp.commands import table as table_command
 from tdq_exp.commands import table_runs
 from tdq_exp.config import assets
@@ -20,6 +24,7 @@ from tdq_exp.report import text_tables as rendering
 from tdq_exp.report.costs import read_costs
 from tdq_exp.runtime import command, files, launch
 
+ROOT = Path(__file__).parent.parent
 BITS = ("8/8", "4/8", "8/4", "4/4", "3/3")
 METHODS = ("PACT", "LSQ", "NIPQ", "LSQ + TDQ")
 PUBLISHED = {  # (CIFAR-10, Churches)
@@ -814,6 +819,90 @@ def test_all_tables_are_those_that_can_be_made(
     code = table_command.main(["all", override, "--scale", "small", "--out", str(tmp_path)])
     assert (made, code) == (tables, 0 if tables else 2)
     assert hint in capsys.readouterr().err
+
+
+@pytest.fixture
+def three_tables(short_manifest, tmp_path, monkeypatch):
+    """Three tables over a folder of results, the second of which is refused."""
+    bare = dataclasses.replace(short_manifest, lines=())
+    found = {f"table{n}": dataclasses.replace(bare, name=f"table{n}") for n in (1, 2, 3)}
+    monkeypatch.setattr(manifests, "read_manifest", found.__getitem__)
+    monkeypatch.setattr(table_command, "names", lambda: list(found))
+    text_table = columns.text_table
+
+    def refusing(manifest, *rest):
+        if manifest.name == "table2":
+            raise ValueError("rows of two protocols in one column: images is 1 in a\nand 2 in b")
+        return text_table(manifest, *rest)
+
+    monkeypatch.setattr(columns, "text_table", refusing)
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "table2-digits.md").write_text("as it was")
+    return tmp_path
+
+
+def refused(out, err: str) -> None:
+    """The other two are there, the second is as it was, and one line says why."""
+    tables = {path.name: path.read_text() for path in (out / "tables").glob("table*")}
+    assert {name.partition("-")[0] for name in tables} == {"table1", "table2", "table3"}
+    assert tables.pop("table2-digits.md") == "as it was"
+    assert len(tables) == 4 and all(
+        "LSUN" in t or "FID" in t or "distance" in t for t in tables.values()
+    )
+    assert err == (
+        "error: table2: rows of two protocols in one column: images is 1 in a and 2 in b\n"
+    )
+
+
+def test_a_table_that_is_refused_keeps_no_other_from_being_made(three_tables, capsys):
+    assert table_command.main(["all", "--scale", "digits", "--out", str(three_tables)]) == 2
+    refused(three_tables, capsys.readouterr().err)
+
+
+def test_everything_that_can_be_drawn_is_drawn_and_each_refusal_is_named(
+    three_tables, monkeypatch, capsys
+):
+    drawn = []
+    monkeypatch.setattr(figure_command.figure_manifest, "names", lambda: [])
+    monkeypatch.setattr(claims_command, "show", lambda *told: drawn.append(told))
+    assert render_command.main(["--scale", "digits", "--out", str(three_tables)]) == 2
+    refused(three_tables, capsys.readouterr().err)
+    assert drawn == [("digits", three_tables)]
+
+    def damaged(*told):
+        raise ValueError("claim s1000: rows of two protocols")
+
+    monkeypatch.setattr(claims_command, "show", damaged)
+    monkeypatch.setattr(table_command, "names", lambda: ["table1"])
+    assert render_command.main(["--scale", "digits", "--out", str(three_tables)]) == 2
+    assert capsys.readouterr().err == "error: claims: claim s1000: rows of two protocols\n"
+
+    monkeypatch.setattr(claims_command, "show", lambda *told: None)
+    assert render_command.main(["--scale", "digits", "--out", str(three_tables)]) == 0
+    assert render_command.main(["--scale", "digits", "--out", str(three_tables / "no")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("codes, ended", [((2, 0, 0, 0), 2), ((0, 143), 143), ((1, 2, 0, 0), 2)])
+def test_make_paper_does_all_that_it_can_unless_a_signal_ends_it(codes, ended, tmp_path):
+    """Its commands, by a stand-in for Python that notes them and leaves with these codes."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    (tmp_path / "installed").touch()
+    (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
+    python.write_text(
+        f"""#!/bin/sh
+echo "$3" >> {tmp_path}/called
+exit $(sed -n "$(wc -l < {tmp_path}/called)p" {tmp_path}/codes)
+"""
+    )
+    python.chmod(0o755)
+
+    command = ["make", "-s", "-o", f"{tmp_path}/installed", "paper", f"VENV={tmp_path}"]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    called = (tmp_path / "called").read_text().split()
+    assert called == ["table", "figure", "claims", "report"][: len(codes)]
+    assert made.returncode == 2 and f"Error {ended}" in made.stderr  # make's own code is 2
 
 
 def test_overrides_show_in_the_footer_unless_they_are_paths(short_manifest, tmp_path):

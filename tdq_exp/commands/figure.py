@@ -25,6 +25,7 @@ from tdq_exp.report.figure_manifest import FigureManifest
 from tdq_exp.report.manifest import read_manifest
 from tdq_exp.runtime import files
 from tdq_exp.runtime.progress import console
+from tdq_exp.runtime.refusals import Refusals
 
 ALL = "all"
 
@@ -33,10 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 1 if a cell failed, 2 for a user's mistake.
+        The exit code: 1 if a cell failed, 2 for a user's mistake or a figure that was refused.
     """
-    options = _parser().parse_intermixed_args(arguments)
-    return cli.exit_code(make, options)
+    return cli.exit_code(make, parse(arguments))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of a command line."""
+    return _parser().parse_intermixed_args(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,11 +83,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make(options: argparse.Namespace) -> int:
+def make(options: argparse.Namespace, refusals: Refusals | None = None) -> int:
     """Measure what is asked for, then draw.
 
+    Of all figures, one that is refused keeps no other from being drawn.
+
+    Args:
+        options: of the command.
+        refusals: where such figures are noted, for a caller that shows them; else they are shown.
+
     Returns:
-        The exit code: 1 if a cell failed.
+        The exit code: 1 if a cell failed, 2 if one of all figures was refused.
+
+    Raises:
+        ValueError: for a single figure that is refused, or options that go with no figure.
     """
     out = options.out.expanduser()
     cli.require_results(out)
@@ -91,20 +105,31 @@ def make(options: argparse.Namespace) -> int:
     if options.scale not in scales:
         raise ValueError(f"--scale {options.scale}: choose one of {', '.join(scales)}")
 
-    every = options.figure == ALL
-    names = figure_manifest.names() if every else [options.figure]
-    figures = [figure_manifest.read_figure(name) for name in names]
+    if options.figure != ALL:
+        failed = _make_one(figure_manifest.read_figure(options.figure), out, options)
+        return cli.FAILED if failed else 0
 
+    noted = Refusals() if refusals is None else refusals
     failed = False
-    for figure in figures:
-        # A figure of all that has no numbers yet is left out, not refused.
-        file = figure_numbers.numbers_file(figure.name, options.scale, out)
-        wanted = options.run or options.measure
-        if every and not wanted and not file.exists() and not _has_rows(figure, out, options):
-            console.print(f"{figure.name} has no numbers yet: add --run", markup=False)
-            continue
-        failed = _make_one(figure, out, options) or failed
-    return 1 if failed else 0
+    for name in figure_manifest.names():
+        with noted.of(name):
+            figure = figure_manifest.read_figure(name)
+            if _has_numbers(figure, out, options):
+                failed = _make_one(figure, out, options) or failed
+            else:
+                console.print(f"{name} has no numbers yet: add --run", markup=False)
+
+    if refusals is None:
+        noted.show()
+    return cli.MISTAKE if noted.lines else cli.FAILED if failed else 0
+
+
+def _has_numbers(figure: FigureManifest, out: Path, options: argparse.Namespace) -> bool:
+    """Return whether a figure can be drawn, or may be measured: else it is left out of `all`."""
+    if options.run or options.measure:
+        return True
+    file = figure_numbers.numbers_file(figure.name, options.scale, out)
+    return file.exists() or _has_rows(figure, out, options)
 
 
 def _make_one(figure: FigureManifest, out: Path, options: argparse.Namespace) -> bool:

@@ -16,6 +16,7 @@ from tdq_exp.commands import cli
 from tdq_exp.report import page
 from tdq_exp.runtime import files
 from tdq_exp.runtime.progress import console
+from tdq_exp.runtime.refusals import Refusals
 
 SCALES = ("small", "digits", "paper")
 
@@ -38,13 +39,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return cli.exit_code(write, parser.parse_args(arguments))
 
 
-def write(options: argparse.Namespace) -> Path:
-    """Write the page and return its file."""
+def write(options: argparse.Namespace) -> int:
+    """Write the page, then name what it could not show.
+
+    Returns:
+        The exit code: 2 if there is something that it could not show.
+
+    Raises:
+        ValueError: if there is nothing to show, or no such folder.
+    """
     out = options.out.expanduser()
     cli.require_results(out, is_read=True)
     path = out / "report.html"
 
-    text = page.html(out, options.scale or SCALES)
+    refusals = Refusals()
+    text = page.html(out, options.scale or SCALES, refusals)
     files.write_text(path, text)
     console.print(f"report    {path} ({len(text.encode()) / 1e6:.2f} MB)", markup=False)
-    return path
+
+    refusals.show()
+    return cli.MISTAKE if refusals.lines else 0

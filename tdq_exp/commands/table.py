@@ -25,6 +25,7 @@ from tdq_exp.report.cells import Cell
 from tdq_exp.report.costs import read_costs
 from tdq_exp.report.manifest import Manifest
 from tdq_exp.runtime.progress import console, print_table
+from tdq_exp.runtime.refusals import Refusals
 
 ALL = "all"
 
@@ -35,8 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 1 if a cell failed, 2 for a user's mistake or rows that do not compare.
     """
-    options = _parser().parse_intermixed_args(arguments)
+    options = parse(arguments)
     return cli.exit_code(make_all if options.table == ALL else make, options)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of a command line."""
+    return _parser().parse_intermixed_args(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,15 +95,24 @@ def share(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def make_all(options: argparse.Namespace) -> int:
+def make_all(options: argparse.Namespace, refusals: Refusals | None = None) -> int:
     """Make every table of a scale that has the column, in order; see `make`.
 
+    A table whose rows do not compare keeps no other from being made.
+
+    Args:
+        options: of the command.
+        refusals: where such tables are noted, for a caller that shows them; else they are shown.
+
     Returns:
-        The exit code: 1 if a cell failed.
+        The exit code: 1 if a cell failed, 2 if a table was refused.
 
     Raises:
         ValueError: before the first one is made, if one of them refuses its options.
     """
+    noted = Refusals() if refusals is None else refusals
+    _require_options(options)
+
     manifest_of = {name: manifests.read_manifest(name) for name in names()}
     columns_of = {name: manifest.at(options.scale) for name, manifest in manifest_of.items()}
     having = [name for name in manifest_of if options.column in (None, *columns_of[name])]
@@ -110,7 +125,14 @@ def make_all(options: argparse.Namespace) -> int:
             manifest_of[name], options.scale, out, options.overrides, options.column
         )
 
-    return max(make(argparse.Namespace(**{**vars(options), "table": name})) for name in chosen)
+    code = 0
+    for name in chosen:
+        with noted.of(name):
+            code = max(code, make(argparse.Namespace(**{**vars(options), "table": name})))
+
+    if refusals is None:
+        noted.show()
+    return cli.MISTAKE if noted.lines else code
 
 
 def names() -> list[str]:
@@ -124,11 +146,9 @@ def make(options: argparse.Namespace) -> int:
     Returns:
         The exit code: 1 if a cell failed.
     """
-    if options.share is not None and not options.run:
-        raise ValueError("--share: says which runs --run starts; add --run")
+    _require_options(options)
     manifest = manifests.read_manifest(options.table)
     out = options.out.expanduser()
-    cli.require_results(out, is_read=not options.run)
 
     # 1. What the table asks for, and the rows that there are.
     asked = cells_module.cells_of(manifest, options.scale, out, options.overrides, options.column)
@@ -163,6 +183,17 @@ def make(options: argparse.Namespace) -> int:
         console.print(f"failed   {', '.join(failed)}: see above", markup=False)
 
     return cli.FAILED if failed else 0
+
+
+def _require_options(options: argparse.Namespace) -> None:
+    """Refuse options that go with no table.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if options.share is not None and not options.run:
+        raise ValueError("--share: says which runs --run starts; add --run")
+    cli.require_results(options.out.expanduser(), is_read=not options.run)
 
 
 def draw(manifest: Manifest, scale: str, cells: Sequence[Cell], folder: Path) -> list[Path]:

@@ -155,12 +155,7 @@ def judge(claims: Iterable[Claim], scale: str, out: Path) -> list[Judged]:
         )
         for claim in claims
     ]
-    for claim, comparisons in of_claims:
-        for one in comparisons:
-            try:
-                check_protocol([*one.ours, *one.theirs, *one.float_model])
-            except ValueError as error:
-                raise ValueError(f"claim {claim.name}: {error}") from error
+    _require_protocols(of_claims)
 
     # What other seeds change is known of few lines, and taken over for all of a column.
     everywhere = [comparison for _, comparisons in of_claims for comparison in comparisons]
@@ -179,6 +174,24 @@ def judge(claims: Iterable[Claim], scale: str, out: Path) -> list[Judged]:
         known = [dataclasses.replace(c, over_seeds=over_seeds[c.column]) for c in comparisons]
         judged.append(Judged(claim, known, _verdicts(claim, known)))
     return judged
+
+
+def _require_protocols(of_claims: Iterable[tuple[Claim, Sequence[Comparison]]]) -> None:
+    """Refuse comparisons of rows that must not stand in one column.
+
+    Raises:
+        ValueError: naming every claim that has one, and the first of each.
+    """
+    faults: dict[str, str] = {}
+    for claim, comparisons in of_claims:
+        for one in comparisons:
+            try:
+                check_protocol([*one.ours, *one.theirs, *one.float_model])
+            except ValueError as error:
+                faults.setdefault(claim.name, f"claim {claim.name}: {error}")
+
+    if faults:
+        raise ValueError("; ".join(faults.values()))
 
 
 def _comparisons(claim: Claim, scale: str, column: str, at: Choices, out: Path) -> list[Comparison]:

@@ -14,6 +14,7 @@ from typing import Any
 from tdq_exp.report import page_figures, page_markdown, page_rows, paired_rank
 from tdq_exp.report.page_style import STYLE
 from tdq_exp.report.text_tables import markdown_lines
+from tdq_exp.runtime.refusals import Refusals
 
 SCALES = {
     "paper": "CIFAR-10 32x32 and LSUN-Churches 256x256",
@@ -32,18 +33,19 @@ PARTS = {
 COUNTED = re.compile(r"Of (\d+) cells (\d+) missing")
 
 
-def html(out: Path, scales: Sequence[str]) -> str:
+def html(out: Path, scales: Sequence[str], refusals: Refusals) -> str:
     """Return the page.
 
     Args:
         out: folder of results.
         scales: what it is about, in their order; those without any content are left out.
+        refusals: where rows and figures are noted that it can't show. It says so in their places.
 
     Raises:
         ValueError: if there is nothing to show.
     """
-    rows = page_rows.read_rows(out)
-    sections = {scale: list(_section(out, scale, rows)) for scale in scales}
+    rows = page_rows.read_rows(out, refusals)
+    sections = {scale: list(_section(out, scale, rows, refusals)) for scale in scales}
     filled = {scale: lines for scale, lines in sections.items() if lines}
     if not filled:
         raise ValueError(f"{out}: holds no tables, figures or rows of {', '.join(scales)}")
@@ -140,7 +142,9 @@ def _cells(out: Path, scale: str) -> tuple[int, int]:
 # --- One scale
 
 
-def _section(out: Path, scale: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _section(
+    out: Path, scale: str, rows: Sequence[Mapping[str, Any]], refusals: Refusals
+) -> Iterator[str]:
     """Yield what there is of one scale; nothing if there is nothing."""
     of_scale = [row for row in rows if row["config"]["protocol"]["scale"] == scale]
     figures = page_figures.any_numbers(out, scale)
@@ -150,10 +154,10 @@ def _section(out: Path, scale: str, rows: Sequence[Mapping[str, Any]]) -> Iterat
         "claims": list(_claims(out, scale)),
         "tables": list(_tables(out, scale)),
         "figures": [
-            *(page_figures.lines(out, scale) if figures else ()),
+            *(page_figures.lines(out, scale, refusals) if figures else ()),
             *page_figures.paired_lines(groups, scale),
         ],
-        "training": list(page_figures.training_lines(out, scale)),
+        "training": list(page_figures.training_lines(out, scale, refusals)),
         "numbers": list(page_rows.lines(of_scale)),
     }
     if not any(parts.values()):

@@ -14,6 +14,7 @@ from tdq_exp.report.page_markdown import scroll_region
 from tdq_exp.report.paired_rank import HEADERS, Group, summary
 from tdq_exp.report.text_tables import markdown_lines
 from tdq_exp.runtime import files
+from tdq_exp.runtime.refusals import Refusals
 
 WIDEST = 1180  # pixels that a chart may ask for: beyond, it would scroll on a desktop as well
 
@@ -38,22 +39,37 @@ CAPTIONS = {
 }
 
 
-def lines(out: Path, scale: str) -> Iterator[str]:
-    """Yield every figure that has numbers, and a line for each that has none."""
+def lines(out: Path, scale: str, refusals: Refusals) -> Iterator[str]:
+    """Yield every figure that has numbers, and a line for each that has none, or other ones."""
     for name in figure_manifest.names():
         figure = figure_manifest.read_figure(name)
-        file = figure_numbers.numbers_file(name, scale, out)
-        record = files.read_json(file)
-        if record is None:
+        drawn: list[str] | None = None
+        with refusals.of(f"{name} at scale {scale}"):
+            drawn = _drawn(figure, out, scale)
+
+        if not drawn:
+            state = "not drawn yet" if drawn == [] else "its numbers are not those asked for"
             yield (
-                f'<p class="missing" id="{scale}-{name}">{escape(figure.title)}: not drawn yet;'
+                f'<p class="missing" id="{scale}-{name}">{escape(figure.title)}: {state};'
                 f" <code>make {name} SCALE={scale}</code></p>"
             )
-            continue
+        yield from drawn or ()
 
-        asked = figure_manifest.cells_of_figure(figure, scale, out)
-        figure_numbers.require_asked(file, record, asked)
-        yield from _figure(figure, record)
+
+def _drawn(figure: FigureManifest, out: Path, scale: str) -> list[str]:
+    """Return a figure; nothing if it has no numbers.
+
+    Raises:
+        ValueError: if its numbers are damaged, or of other runs than it asks for.
+    """
+    file = figure_numbers.numbers_file(figure.name, scale, out)
+    record = files.read_json(file)
+    if record is None:
+        return []
+
+    asked = figure_manifest.cells_of_figure(figure, scale, out)
+    figure_numbers.require_asked(file, record, asked)
+    return list(_figure(figure, record))
 
 
 def any_numbers(out: Path, scale: str) -> bool:
@@ -212,9 +228,9 @@ def paired_lines(groups: Sequence[Group], scale: str) -> Iterator[str]:
 # --- Training
 
 
-def training_lines(out: Path, scale: str) -> Iterator[str]:
+def training_lines(out: Path, scale: str, refusals: Refusals) -> Iterator[str]:
     """Yield a picture of the validation losses of each model's trained runs."""
-    for model, curves in sorted(training_curves(out, scale).items()):
+    for model, curves in sorted(training_curves(out, scale, refusals).items()):
         title = f"{model}: validation loss over updates"
         last = ", ".join(f"{run} {curve[-1][1]:.4f}" for run, curve in curves.items())
         svg = charts.training_svg(curves, f"training-{model}")
@@ -227,11 +243,18 @@ def training_lines(out: Path, scale: str) -> Iterator[str]:
         )
 
 
-def training_curves(out: Path, scale: str) -> dict[str, dict[str, list[list[float]]]]:
-    """Return model -> run -> [[update, loss], ...] of all runs that were trained."""
+def training_curves(
+    out: Path, scale: str, refusals: Refusals
+) -> dict[str, dict[str, list[list[float]]]]:
+    """Return model -> run -> [[update, loss], ...] of all runs that were trained.
+
+    Records that are damaged are left out, and noted.
+    """
     curves: dict[str, dict[str, list[list[float]]]] = {}
     for path in sorted((out / "runs").glob("*/seed*/fit.json")):
-        record = files.read_json(path) or {}
+        record: Mapping[str, Any] = {}
+        with refusals.of(str(path.parent.relative_to(out))):
+            record = files.read_json(path) or {}
         config = record.get("config", {})
         validation = record.get("facts", {}).get("validation")
         if not validation or config["protocol"]["scale"] != scale:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from tdq_exp.experiment import row as row_file
 from tdq_exp.experiment.options import SamplerOptions
 from tdq_exp.experiment.places import environments, machine_of
-from tdq_exp.runtime import files
+from tdq_exp.runtime.refusals import Refusals
 
 HEADERS = (
     ("run", False),
@@ -34,13 +36,21 @@ OPTIONS = {field.name: field for field in dataclasses.fields(SamplerOptions)}
 DEFAULTS = {name: OPTIONS[name].default for name in NAMED}
 
 
-def read_rows(out: Path) -> list[dict[str, Any]]:
-    """Return all rows of a folder of results."""
+def read_rows(out: Path, refusals: Refusals | None = None) -> list[dict[str, Any]]:
+    """Return all rows of a folder of results.
+
+    Args:
+        out: the folder.
+        refusals: where damaged files are noted, and their rows left out.
+
+    Raises:
+        ValueError: for a damaged file, if it is noted nowhere.
+    """
     rows = []
     for path in sorted((out / "runs").glob("*/seed*/*/metrics.json")):
-        content = files.read_json(path) or {"rows": []}
         folder = path.parent.relative_to(out)
-        rows += [{**row, "folder": str(folder)} for row in content["rows"]]
+        with nullcontext() if refusals is None else refusals.of(str(folder)):
+            rows += [{**row, "folder": str(folder)} for row in row_file.read_rows(path)]
     return rows
 
 

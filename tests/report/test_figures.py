@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -32,6 +33,7 @@ from tdq_exp.report import (
     paired_rank,
 )
 from tdq_exp.runtime import figures, files
+from tdq_exp.runtime.refusals import Refusals
 
 T = [0, 500, 999]
 SLOW = ("activations", "layers", "ranges")  # drawn once: all share one way to be written
@@ -276,8 +278,29 @@ def test_numbers_of_other_runs_than_the_manifest_asks_for_are_refused(tmp_path, 
     said = capsys.readouterr().err
     assert "ddim, LSQ W4A4 is of digits_w4a4_lsq, asked for is digits_w4a4_lsq_release" in said
     assert "--measure" in said and not (tmp_path / "figures" / "figure3-digits.png").exists()
-    with pytest.raises(ValueError, match="asked for is digits_w4a4_lsq_release"):
-        list(page_figures.lines(tmp_path, "digits"))
+
+    # The page has the other figures, and says so in the place of this one.
+    refusals = Refusals()
+    page = "".join(page_figures.lines(tmp_path, "digits", refusals))
+    (line,) = refusals.lines
+    assert "figure3 at scale digits" in line and "asked for is digits_w4a4_lsq_release" in line
+    assert "its numbers are not those asked for" in page and "<svg" not in page
+
+
+def test_of_all_figures_those_that_can_be_drawn_are_drawn(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(figure_command.drawings, "draw", lambda *told: drawn.append(told[-1].name))
+    for name, run in (("figure3", "digits_w4a4_lsq"), ("figure9", None), ("layers", "other")):
+        record = record_of(name)
+        if run:
+            record["columns"]["ddim"]["runs"]["LSQ W4A4"]["run"] = run
+        figure_numbers.write(figure_numbers.numbers_file(name, "digits", tmp_path), record)
+
+    assert figure_command.main(["all", "--scale", "digits", "--out", str(tmp_path)]) == 2
+    assert drawn == ["figure9-digits.png"]
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: figure3: ") and second.startswith("error: layers: ")
+    assert "asked for is digits_w4a4_lsq_release" in first
 
 
 def test_numbers_that_are_not_there_are_asked_for(tmp_path, capsys):
@@ -364,6 +387,34 @@ def test_the_page_says_what_is_missing_and_how_a_number_was_made(text):
         "python -m tdq_exp.run +experiment=digits_w4a4_lsq sampler.seed=1 sampler.steps=10<" in text
     )
     assert "1.23" in text and "make figure3 SCALE=digits" in text
+
+
+def test_a_damaged_record_keeps_nothing_else_from_the_page(results, tmp_path, monkeypatch, capsys):
+    (file,) = results.glob("runs/*/seed*/*/metrics.json")
+    whole, damaged = file.parents[1], tmp_path / "runs" / "damaged" / "seed0"
+    for folder in (damaged, tmp_path / "runs" / "whole" / "seed0"):
+        shutil.copytree(whole, folder)
+    for broken in (damaged / file.parent.name / file.name, damaged / "fit.json"):
+        broken.write_text(broken.read_text()[:-20])
+
+    refusals = Refusals()
+    assert len(page_rows.read_rows(tmp_path, refusals)) == 1
+    curves = page_figures.training_curves(tmp_path, "digits", refusals)
+    assert curves == page_figures.training_curves(results, "digits", Refusals()) != {}
+    assert len(refusals.lines) == 2
+    assert all(line.startswith("runs/damaged/seed0") for line in refusals.lines), refusals.lines
+    with pytest.raises(ValueError, match="damaged"):
+        page_rows.read_rows(tmp_path)
+
+    # The page is written all the same, and the command says what it lacks.
+    def html(out, scales, noted):
+        noted.add("figure3", "asked for is another run")
+        return "page"
+
+    monkeypatch.setattr(report_command.page, "html", html)
+    assert report_command.main(["--out", str(tmp_path)]) == 2
+    assert (tmp_path / "report.html").read_text() == "page"
+    assert capsys.readouterr().err == "error: figure3: asked for is another run\n"
 
 
 def test_nothing_to_show_is_refused(tmp_path, capsys):
