@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tdq_exp.config.naming import BAKED
 from tdq_exp.fit import correction
 from tdq_exp.fit.calibrated import Batches, calibrated
 from tdq_exp.fit.fit import Fit, Subject
@@ -21,7 +22,6 @@ from tdq_exp.runtime import files
 from tdq_exp.runtime.context import RunContext
 
 SEARCH_VERSION = 2  # of the search for start values
-BAKED = "baked.safetensors"
 
 O_co = TypeVar("O_co", bound=FitOptions, covariant=True)
 

@@ -13,14 +13,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tdq_exp.config.naming import FIT_RECORD
+from tdq_exp.config.naming import BAKED, FIT_RECORD, PACKED
 from tdq_exp.data.arrays import open_array
+from tdq_exp.fit.registry import options_class
 from tdq_exp.report.cells import Cell
 from tdq_exp.runtime import failures, files
 
@@ -134,47 +135,131 @@ def _age(path: Path, now: float) -> float | None:
 # --- Time left
 
 
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What rows have measured: the medians of those that are most like a configuration.
+
+    Args:
+        rows: of any cells. Their own configurations count, which may not be their cells'.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+
+    def fit(self, config: Config) -> float | None:
+        """Return the seconds of a fit: of fits of its kind and, if possible, of its length.
+
+        A fit takes as long as it has updates; one of another kind says nothing of it.
+        """
+        if options_class(config["fit"]["kind"]).loads_only:
+            return 0.0
+
+        length = _updates(config)
+        alike = {
+            row["fingerprints"]["fit"]: (_updates(row["config"]), row["seconds"]["fit"])
+            for row in self.rows
+            if _kind(row["config"]) == _kind(config)
+        }
+        as_long = [seconds for updates, seconds in alike.values() if updates == length]
+        return _median(as_long or [length / n * seconds for n, seconds in alike.values() if n])
+
+    def sample(self, config: Config) -> float | None:
+        """Return the seconds of an image, which takes as long as it has steps."""
+        return self._of_image("sample", config, _passes)
+
+    def measure(self, config: Config) -> float | None:
+        """Return the seconds that measuring takes for each image."""
+        return self._of_image("measure", config, _candidates)
+
+    def _of_image(self, stage: str, config: Config, units: Callable[[Config], int]) -> float | None:
+        """Return the seconds of a stage for an image.
+
+        Rows of the same model count, those of quantized or of float networks as the configuration
+        is; else all of the model.
+
+        Args:
+            stage: of a row's seconds.
+            config: of the image.
+            units: how many equal parts an image has, in a configuration.
+        """
+        found: dict[bool, list[float]] = {True: [], False: []}
+        for row in self.rows:
+            other = row["config"]
+            if _model(other) == _model(config):
+                of_unit = row["seconds"][stage] / row["images"] / units(other)
+                found[_is_float(other) == _is_float(config)].append(units(config) * of_unit)
+        return _median(found[True] or found[False])
+
+
 def seconds_left(states: Sequence[CellState]) -> dict[str, float | None]:
     """Return cell -> the seconds that it still takes, from the measured seconds of other rows.
 
-    A fit of which several sets are sampled is counted for the first of them.
-
-    Rows of the same model and the same kind of fit are asked first, then rows of the model. None
-    where there is nothing to go by.
+    Each cell is priced by what its command would do: the fit, unless it is done and its network is
+    there; the images that are missing; the measuring. A float model has no fit. A fit of which
+    several sets are sampled is counted for the first of them. None where no row tells one of these.
 
     Args:
         states: of all cells, of any table.
     """
-    rows = [(state.cell, state.cell.row) for state in states if state.cell.row]
+    rates = Rates([state.cell.row for state in states if state.cell.row])
     left: dict[str, float | None] = {}
     fits = set()
 
     for state in states:
         if state.finished:
             continue
-        alike = [row for cell, row in rows if _kind(cell) == _kind(state.cell)]
-        of_model = [row for cell, row in rows if _kind(cell)[0] == _kind(state.cell)[0]]
-        fit_done = state.fit_done or state.cell.folder in fits
-        left[state.cell.key] = _rest(state, alike or of_model, fit_done)
-        fits.add(state.cell.folder)
+
+        # Another set of a recorded fit needs its network, and fits it again if that is gone.
+        cell, config = state.cell, state.cell.config
+        fit_done = cell.folder in fits or (state.fit_done and _network_is_here(cell))
+        fit = 0.0 if fit_done else rates.fit(config)
+        fits.add(cell.folder)
+
+        images = config["sampler"]["images"]
+        sample, measure = rates.sample(config), rates.measure(config)
+        if fit is None or sample is None or measure is None:
+            left[cell.key] = None
+        else:
+            left[cell.key] = fit + images * ((1 - state.sampled) * sample + measure)
 
     return left
 
 
-def _kind(cell: Cell) -> tuple[Any, ...]:
-    config = cell.config
+def _network_is_here(cell: Cell) -> bool:
+    return any((cell.folder / name).exists() for name in (BAKED, PACKED))
+
+
+def _is_float(config: Config) -> bool:
+    return not config["method"]["quantized"]
+
+
+def _model(config: Config) -> tuple[Any, ...]:
+    return (config["model"]["label"], config["eval"]["label"])
+
+
+def _kind(config: Config) -> tuple[Any, ...]:
+    """Return what a fit's time depends on beside its length."""
     fit = config["fit"]
-    return (config["model"]["label"], fit["kind"], fit.get("updates"), fit.get("reconstruct"))
+    kind = (fit["kind"], fit.get("batch_size"), fit.get("reconstruct"), fit.get("rounding"))
+    return (config["model"]["label"], *kind)
 
 
-def _rest(state: CellState, rows: Sequence[dict[str, Any]], fit_done: bool) -> float | None:
-    """Return the seconds of what is left of a cell, at the median of some rows."""
-    if not rows:
-        return None
+def _updates(config: Config) -> int:
+    return int(config["fit"].get("updates") or 0)
 
-    def typical(stage: str) -> float:
-        return median(row["seconds"][stage] / row["images"] ** (stage != "fit") for row in rows)
 
-    images = state.cell.config["sampler"]["images"]
-    fit = 0.0 if fit_done else typical("fit")
-    return fit + images * ((1 - state.sampled) * typical("sample") + typical("measure"))
+def _passes(config: Config) -> int:
+    """Return how many forward passes an image takes."""
+    return int(config["sampler"]["steps"]) * _candidates(config)
+
+
+def _candidates(config: Config) -> int:
+    """Return how many networks of a fit are sampled and measured."""
+    fit = config["fit"]
+    return options_class(fit["kind"]).checkpoints if fit.get("report") == "best_of_5" else 1
+
+
+def _median(numbers: Sequence[float]) -> float | None:
+    return median(numbers) if numbers else None

@@ -110,22 +110,79 @@ def test_a_damaged_map_of_groups_is_one_line(cell):
         state(cell)
 
 
-def test_the_time_left_follows_the_rows_of_the_same_kind(asked, cell, tmp_path):
-    float_cell, lsq = asked
-    other = dataclasses.replace(lsq, run="other", row=row(lsq))
-    done = cell_states.CellState(other, cell_states.DONE)
-    half = cell_states.CellState(cell, cell_states.HALF, fit_done=True, sampled=0.4)
-    whole = cell_states.CellState(cell, cell_states.MISSING)
+@pytest.fixture
+def done(asked):
+    """An LSQ row of 100 s of fit, and 0.5 and 0.25 s an image; 50 steps."""
+    lsq = asked[1]
+    return cell_states.CellState(
+        dataclasses.replace(lsq, run="other", row=row(lsq)), cell_states.DONE
+    )
 
-    assert cell_states.seconds_left([done, whole]) == {cell.key: 850.0}
-    assert cell_states.seconds_left([done, half]) == {cell.key: 0.6 * 500 + 250}
-    assert cell_states.seconds_left([whole]) == {cell.key: None}
 
-    # Of two sets of one fit, the second waits for the first.
-    second = cell_states.CellState(dataclasses.replace(cell, sample="s"), cell_states.MISSING)
-    left = cell_states.seconds_left([done, whole, second])
-    assert list(left.values()) == [850.0, 750.0]
+def missing(cell, **changes):
+    """A cell of which there is nothing, with changes of its config."""
+    config = json.loads(json.dumps(cell.config))
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        config[group][name] = value
+    return cell_states.CellState(dataclasses.replace(cell, config=config), cell_states.MISSING)
 
-    # A float model has no rows of its own kind here: those of the model stand in.
-    waiting = cell_states.CellState(float_cell, cell_states.MISSING)
-    assert cell_states.seconds_left([done, waiting])[float_cell.key] == 850.0
+
+def left(*states):
+    return list(cell_states.seconds_left(states).values())
+
+
+def test_the_time_left_is_that_of_what_a_cell_still_does(done, cell):
+    whole = missing(cell)
+    assert left(done, whole) == [850.0]
+    assert left(whole) == [None], "there is nothing to go by"
+
+    half = dataclasses.replace(whole, state=cell_states.HALF, fit_done=True, sampled=0.4)
+    assert left(done, half) == [100 + 0.6 * 500 + 250], "a network that is gone is fitted again"
+    put(cell.folder / "baked.safetensors", {})
+    assert left(done, half) == [0.6 * 500 + 250]
+
+    # Of several sets of one fit, the others wait for the first.
+    others = [missing(dataclasses.replace(cell, sample=name)) for name in "ab"]
+    assert left(done, whole, *others) == [850.0, 750.0, 750.0]
+
+
+def test_a_float_model_fits_nothing(asked, done):
+    float_cell = asked[0]
+    assert left(done, missing(float_cell)) == [750.0]
+
+    # Its own rows come first, and say nothing of a quantized network that has rows of its own.
+    quick = row(float_cell, seconds={"fit": 0.0, "sample": 100.0, "measure": 50.0})
+    own = cell_states.CellState(
+        dataclasses.replace(float_cell, run="own", row=quick), cell_states.DONE
+    )
+    assert left(done, own, missing(float_cell)) == pytest.approx([150.0])
+    assert left(done, own, missing(asked[1])) == [850.0]
+    assert left(own, missing(asked[1])) == [None], "no row tells how long its fit takes"
+
+
+def test_a_fit_is_as_long_as_its_updates_and_a_set_as_its_steps_and_candidates(done, cell):
+    updates, steps = cell.config["fit"]["updates"], cell.config["sampler"]["steps"]
+    assert left(done, missing(cell, fit__updates=3 * updates)) == [300 + 750.0]
+    assert left(done, missing(cell, sampler__steps=2 * steps)) == [100 + 1000 + 250.0]
+    assert left(done, missing(cell, sampler__images=200)) == [100 + 150.0]
+    assert left(done, missing(cell, fit__report="best_of_5")) == [100 + 5 * 750.0]
+    assert left(done, missing(cell, fit__kind="ptq")) == [None], "a fit of another kind"
+    assert left(done, missing(cell, model__label="other")) == [None]
+
+    # A row of another number of steps counts for what it took, whatever its cell asks for.
+    config = {**done.cell.row["config"], "sampler": {"steps": 2 * steps}}
+    twice = dataclasses.replace(done.cell, row={**done.cell.row, "config": config})
+    assert left(dataclasses.replace(done, cell=twice), missing(cell)) == [100 + 250 + 250.0]
+
+
+def test_fits_of_several_rows_count_once(done, cell):
+    """Two sets of a slow fit and one of a quick one: the median of two fits."""
+
+    def with_fit(fingerprint, seconds):
+        changes = {"fingerprints": {"fit": fingerprint}}
+        changed = row(done.cell, **changes, seconds={**done.cell.row["seconds"], "fit": seconds})
+        return dataclasses.replace(done, cell=dataclasses.replace(done.cell, row=changed))
+
+    rows = [with_fit("slow", 900.0), with_fit("slow", 900.0), with_fit("quick", 100.0)]
+    assert left(*rows, missing(cell)) == [500 + 750.0]
