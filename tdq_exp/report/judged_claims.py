@@ -312,10 +312,9 @@ def _comparison_lines(judged: Judged, out: Path) -> list[str]:
 
     is_gain = judged.claim.rule == "less_gain"
     rows = []
-    for number, comparison in enumerate(judged.comparisons):
+    for comparison, verdict in zip(judged.comparisons, _verdict_of_each(judged), strict=True):
         found = comparison.gain if is_gain else comparison.difference
-        numbers = ["-", "-"] if found is None else [_signed(found[0], is_gain), _plain(found[1])]
-        verdict = "" if is_gain else judged.verdicts[number]
+        numbers = ["-", "-"] if found is None else _numbers(*found, is_gain)
         rows.append(
             [
                 comparison.column,
@@ -323,7 +322,7 @@ def _comparison_lines(judged: Judged, out: Path) -> list[str]:
                 _side(comparison.labels[0], comparison.ours),
                 _side(comparison.labels[1], comparison.theirs),
                 *numbers,
-                verdict or judged.verdict,
+                verdict,
                 _where(comparison, out),
             ]
         )
@@ -331,6 +330,17 @@ def _comparison_lines(judged: Judged, out: Path) -> list[str]:
     headers = ["column", "at", "ours", "theirs"]
     headers += ["relative gain", "spread"] if is_gain else ["ours - theirs", "spread"]
     return markdown_lines([*headers, "verdict", "rows"], rows, left=8)
+
+
+def _verdict_of_each(judged: Judged) -> list[str]:
+    """Return a verdict for each comparison: both of a pair have that of the pair."""
+    if judged.claim.rule != "less_gain":
+        return list(judged.verdicts)
+    if not judged.verdicts:  # a scale without one of the models
+        return [judged.verdict] * len(judged.comparisons)
+
+    # Column by column, in the same order in each.
+    return [*judged.verdicts, *judged.verdicts]
 
 
 def _side(label: str, cells: Sequence[Cell]) -> str:
@@ -355,9 +365,8 @@ def _where(comparison: Comparison, out: Path) -> str:
     return ", ".join(dict.fromkeys(folders)) or "-"
 
 
-def _signed(number: float, percent: bool) -> str:
-    return f"{100 * number:+.1f} %" if percent else f"{number:+.2f}"
-
-
-def _plain(number: float) -> str:
-    return f"{number:.3g}"
+def _numbers(number: float, spread: float, percent: bool) -> list[str]:
+    """Return a difference or a gain, and the spread that it must exceed, in the same unit."""
+    if percent:
+        return [f"{100 * number:+.1f} %", f"{100 * spread:.1f} %"]
+    return [f"{number:+.2f}", f"{spread:.3g}"]

@@ -137,6 +137,26 @@ def test_a_gain_in_a_model_that_the_scale_lacks_is_not_told(tmp_path):
     assert "| latents |" in judged_claims.markdown([judged], "digits", tmp_path)
 
 
+def test_each_pair_of_columns_has_its_own_verdict_and_spreads_the_unit_of_gains(monkeypatch):
+    for name in ("_side", "_where"):  # they look at whole rows
+        monkeypatch.setattr(judged_claims, name, lambda *told: "")
+    claim = next(claim for claim in judged_claims.read_claims() if claim.rule == "less_gain")
+    pixels = [comparison([10], [20]), comparison([90], [100])]
+    latents = [comparison([90], [100], column="ldm"), comparison([10], [20], column="ldm")]
+    both = [*pixels, *latents]
+    verdicts = judged_claims._verdicts(claim, both)
+    assert verdicts == ["holds", "does not hold"]
+
+    lines = judged_claims._comparison_lines(judged_claims.Judged(claim, both, verdicts), Path("."))
+    told = [[text.strip() for text in line.strip("|").split("|")][4:7] for line in lines[2:]]
+    assert told == [
+        ["+50.0 %", "5.0 %", "holds"],
+        ["+10.0 %", "1.0 %", "does not hold"],
+        ["+10.0 %", "1.0 %", "holds"],
+        ["+50.0 %", "5.0 %", "does not hold"],
+    ]
+
+
 def test_an_unknown_rule_is_refused(tmp_path, monkeypatch):
     text = (assets.configs() / "claims.yaml").read_text().replace("no_larger", "nearly")
     (tmp_path / "claims.yaml").write_text(text)
