@@ -8,7 +8,8 @@ import pytest
 
 from tdq_exp import run
 from tdq_exp.commands import cli, sweep
-from tdq_exp.config import compose
+from tdq_exp.config import compose, naming
+from tdq_exp.experiment.row import write_row
 from tdq_exp.runtime import launch
 from tdq_exp.runtime.command import CommandFailed
 from tdq_exp.runtime.signals import Stopped
@@ -79,6 +80,20 @@ def test_failures_are_listed_at_the_end_with_line_and_overrides(capsys):
     assert "seed=2: RuntimeError: out of memory\n" in listed
     assert "seed=3: exit code 2, its message stands above\n" in listed
     assert "model=nosuch: " in listed and len(listed.splitlines()) == 5
+
+
+def test_the_distance_of_a_job_is_of_its_own_features(tmp_path):
+    """A set may have rows of several features, called otherwise than their option of `eval`."""
+    cfg = compose.compose(["+experiment=digits_fp", f"out={tmp_path}", "eval.label=inception"])
+    file = naming.run_folder(cfg) / naming.sample_name(cfg) / "metrics.json"
+    for label, name, fid in (("lite0", "a_first_one", 1.0), ("inception", "inception-v3", 2.0)):
+        row = {
+            "config": {"eval": {"label": label}}, "features": {"name": name}, "images": 2,
+            "metrics": {"fid": fid},
+        }  # fmt: skip
+        write_row(file, row)
+        expected = None if label == "lite0" else "Frechet distance 2"
+        assert sweep._distance(cfg, cli.Ending()) == expected
 
 
 def test_a_signal_ends_the_sweep_with_its_code(capsys):

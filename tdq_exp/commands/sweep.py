@@ -123,7 +123,7 @@ def _distance(cfg: Any, ending: cli.Ending) -> str | None:
     from tdq_exp.metrics import VALUES
 
     rows = read_rows(naming.run_folder(cfg) / naming.sample_name(cfg) / "metrics.json")
-    asked = [row for row in rows if row["features"]["name"] == cfg.eval.label] or rows
+    asked = [row for row in rows if row["config"]["eval"]["label"] == cfg.eval.label]
     if not asked:
         return None
 
