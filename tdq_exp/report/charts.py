@@ -254,7 +254,8 @@ def paired_svg(groups: Sequence[Group], name: str) -> str:
         axis.set(xscale="log", yscale="log")
         for ticks in (axis.xaxis, axis.yaxis):
             _plain_numbers(ticks)
-        axis.set_title(f"{group.model}, {group.steps} steps", fontsize=9)
+        protocol = f"\n{group.protocol}" if group.protocol else ""
+        axis.set_title(f"{group.model}, {group.steps} steps{protocol}", fontsize=9)
         axis.set_xlabel("relative L2 distance to the float model's images", fontsize=SMALL)
         axis.set_ylabel(f"Frechet distance ({group.features} features)", fontsize=SMALL)
         axis.tick_params(labelsize=TINY, which="both")

@@ -2,8 +2,8 @@
 
 A row states its Frechet distance, and the distance of a few of its images to those that the float
 model draws from the same noise. Where both rank runs alike, users can sweep on the second, which
-takes seconds. Rows are compared within one model, one set of features and one number of sampling
-steps:
+takes seconds. Rows are compared within one model, one set of features, one number of sampling steps,
+and whatever else a column of a table has in common (`protocol`), such as the number of images:
 
     rho = corr(rank(Frechet distance), rank(relative L2))        or rank(-PSNR)
 """
@@ -18,12 +18,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tdq_exp.report.protocol import PROTOCOL, select
 from tdq_exp.report.text_tables import markdown_lines
 
 FEWEST = 5  # rows that a rank correlation is stated of
 DRAWS = 1000  # of the bootstrap
 FEWEST_DRAWN = 10  # rows below which a bootstrap draws the same few again and again
 OPEN = "can't tell"
+
+Key = tuple[str, str, int]
+Protocol = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -47,24 +51,27 @@ class Point:
 
 @dataclass(frozen=True)
 class Group:
-    """The rows of one model, set of features and number of sampling steps, best first.
+    """The rows of one model, set of features, number of sampling steps and protocol, best first.
 
     Args:
         model: label of it.
         features: name of them.
         steps: of the sampler.
         points: the rows.
+        protocol: what tells it from other groups of the same three, in words; empty if it is alone.
     """
 
     model: str
     features: str
     steps: int
     points: Sequence[Point]
+    protocol: str = ""
 
     @property
     def name(self) -> str:
         """What the group is about, in words."""
-        return f"{self.model}, {self.features} features, {self.steps} steps"
+        name = f"{self.model}, {self.features} features, {self.steps} steps"
+        return f"{name}, {self.protocol}" if self.protocol else name
 
     @property
     def by_l2(self) -> float | None:
@@ -95,29 +102,46 @@ class Group:
 
 
 def groups_of(rows: Iterable[Mapping[str, Any]]) -> list[Group]:
-    """Return the groups of all rows that state both distances, by model, features and steps."""
-    found: dict[tuple[str, str, int], list[Point]] = defaultdict(list)
-    for row in rows:
-        paired, distance = row.get("paired"), row["metrics"].get("fid")
-        if paired is None or distance is None:
-            continue
+    """Return the groups of all rows that state both distances, by model, features and steps.
 
+    Rows that must not stand in one column of a table are of two groups.
+    """
+    found: dict[Key, dict[Protocol, list[Point]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row.get("paired") is None or row["metrics"].get("fid") is None:
+            continue
         config = row["config"]
-        method = "_".join(
-            part for part in (config["method"]["label"], config["tdq"]["label"]) if part
-        )
-        seed = f" seed {row['seed']}" if row["seed"] else ""
         key = (config["model"]["label"], row["features"]["name"], config["sampler"]["steps"])
-        found[key].append(
-            Point(
-                run=f"{row['name']}{seed} {row['sample']}",
-                method=method,
-                distance=distance,
-                relative_l2=paired["relative_l2"],
-                psnr=paired["psnr"],
-            )
-        )
-    return [Group(*key, sorted(points, key=_distance)) for key, points in sorted(found.items())]
+        protocol = tuple(str(select(row, path)) for path in PROTOCOL)
+        found[key][protocol].append(_point(row))
+
+    return [
+        Group(*key, sorted(points, key=_distance), _in_words(protocol, list(protocols)))
+        for key, protocols in sorted(found.items())
+        for protocol, points in sorted(protocols.items())
+    ]
+
+
+def _point(row: Mapping[str, Any]) -> Point:
+    config, paired = row["config"], row["paired"]
+    labels = (config["method"]["label"], config["tdq"]["label"])
+    seed = f" seed {row['seed']}" if row["seed"] else ""
+    return Point(
+        run=f"{row['name']}{seed} {row['sample']}",
+        method="_".join(label for label in labels if label),
+        distance=row["metrics"]["fid"],
+        relative_l2=paired["relative_l2"],
+        psnr=paired["psnr"],
+    )
+
+
+def _in_words(protocol: Protocol, every: Sequence[Protocol]) -> str:
+    """Return the values in which a protocol differs from any other one."""
+    return ", ".join(
+        f"{path.removeprefix('config.')} {protocol[number]}"
+        for number, path in enumerate(PROTOCOL)
+        if len({other[number] for other in every}) > 1
+    )
 
 
 def _distance(point: Point) -> float:

@@ -14,7 +14,7 @@ same way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tdq_exp.report.cells import Cell
@@ -57,11 +57,11 @@ def check_protocol(cells: Sequence[Cell]) -> None:
                 )
 
 
-def select(row: dict[str, Any], path: str) -> Any:
+def select(row: Mapping[str, Any], path: str) -> Any:
     """Return the value at a dotted path of a row; None if there is none."""
     value: Any = row
     for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
+        value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 

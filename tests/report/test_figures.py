@@ -474,6 +474,14 @@ def test_ranks_of_both_distances_are_compared_within_one_protocol():
         "can't tell",
     ]
 
+    # Fewer images give larger distances, and other references other ones: no ranks go across them.
+    fewer = [{**row_with(x + 50, -x), "images": 10} for x in numbers]
+    two = paired_rank.groups_of([*({**row, "images": 90} for row in rows[:6]), *fewer])
+    assert [group.by_l2 for group in two] == pytest.approx([-1.0, 1.0])
+    assert [group.name.partition("steps")[2] for group in two] == [", images 10", ", images 90"]
+    other = [{**row, "reference": {"content": "other"}} for row in rows[:6]]
+    assert [len(group.points) for group in paired_rank.groups_of(rows[:6] + other)] == [6, 6]
+
     a = np.random.default_rng(0).integers(0, 5, (2, 40)).tolist()
     assert paired_rank.rank_correlation(*a) == pytest.approx(stats.spearmanr(*a).statistic)
     low, high = paired_rank.bootstrap(*a)
