@@ -359,6 +359,25 @@ def test_a_line_within_the_spread_of_the_best_is_a_tie(short_manifest, cells):
     assert "two standard deviations of the distance over halves" in text
 
 
+def test_a_short_row_hides_no_tie_of_the_others(short_manifest, cells):
+    """It can be the best of its bits, and compares with nothing: the others tie among themselves."""
+    names = {"short": 12.0, "best": 20.0, "tie": 21.5, "worse": 22.5}
+    lines = {name: dataclasses.replace(cells[3].line, label=name) for name in names}
+    table = dataclasses.replace(short_manifest, lines=tuple(lines.values()))
+
+    found = [
+        dataclasses.replace(cell, row=row_of(cell, fid))
+        for cell, fid in zip(cells, (10.0, 12.0, 11.0), strict=False)
+    ]
+    for name, line in lines.items():
+        row = row_of(cells[3], names[name], **({"images": 200} if name == "short" else {}))
+        found.append(dataclasses.replace(cells[3], line=line, row=row))
+
+    text = rendering.markdown(columns.text_table(table, "digits", found))
+    marked = {name: line_of(text, name)[2] for name in names}
+    assert marked == {"short": "12.00‡", "best": "20.00", "tie": "21.50≈", "worse": "22.50"}
+
+
 def test_a_line_with_one_training_seed_varies_as_those_with_several(manifest, tmp_path):
     """LSQ + TDQ at 10 to 11 is known to vary by a tenth of its mean: LSQ at 11.5 ties, at 12 not."""
     lines = [

@@ -187,8 +187,15 @@ class FilledColumn:
         return [*first, "-" if published is None else f"{published:.2f}"]
 
     def ties_with_the_best(self, line: Line) -> bool:
-        """Return whether a line is not the best of its bit widths, but no worse than its spread."""
-        rivals = [other for other in self.lines if other.bits == line.bits]
+        """Return whether a line is not the best of its bit widths, but no worse than its spread.
+
+        Short rows are no rivals: they compare with nothing.
+        """
+        rivals = [
+            other
+            for other in self.lines
+            if other.bits == line.bits and not any_short(self.of(other))
+        ]
         ranked = sorted(
             (mean(distances), number)
             for number, other in enumerate(rivals)
