@@ -49,7 +49,7 @@ def compared(config: Mapping[str, Any]) -> dict[str, Any]:
         fit = options_class(config["fit"]["kind"])
         groups += ["calibration"] if fit.needs_calibration_set else []
 
-    parts = {group: _of_group(group, config[group]) for group in groups}
+    parts: dict[str, Any] = {group: _of_group(group, config[group]) for group in groups}
     del parts["sampler"]["images"]
     parts["eval"]["metrics"] = sorted(parts["eval"]["metrics"] or [])
     parts["seed"] = config.get("seed")

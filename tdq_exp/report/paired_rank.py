@@ -2,8 +2,9 @@
 
 A row states its Frechet distance, and the distance of a few of its images to those that the float
 model draws from the same noise. Where both rank runs alike, users can sweep on the second, which
-takes seconds. Rows are compared within one model, one set of features, one number of sampling steps,
-and whatever else a column of a table has in common (`protocol`), such as the number of images:
+takes seconds. Rows are compared within one model, one set of features, one number of sampling
+steps, and whatever else a column of a table has in common (`protocol`), the number of images
+among it:
 
     rho = corr(rank(Frechet distance), rank(relative L2))        or rank(-PSNR)
 """
