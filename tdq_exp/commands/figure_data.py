@@ -14,12 +14,13 @@ from torch import nn
 
 from tdq_exp.analysis import activations, alone, quantizers, samples, trajectory
 from tdq_exp.config.compose import compose
-from tdq_exp.config.naming import BAKED, FIT_RECORD, PACKED
+from tdq_exp.config.naming import FIT_RECORD, PACKED
 from tdq_exp.data.images import Data
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import fit_stage, pipeline
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.finished_run import load
+from tdq_exp.fit.options import BAKED
 from tdq_exp.report.cells import Cell, fit_changes
 from tdq_exp.report.figure_manifest import FigureManifest
 from tdq_exp.report.figure_numbers import line_label

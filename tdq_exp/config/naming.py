@@ -13,7 +13,6 @@ GROUPS = ("tdq", "weight", "act", "plan", "habits", "data", "fit")
 
 # In the folder of a run.
 FIT_RECORD = "fit.json"
-BAKED = "baked.safetensors"
 PACKED = "packed.safetensors"
 
 

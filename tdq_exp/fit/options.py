@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from tdq_exp.config.setting import setting
 
+BAKED = "baked.safetensors"  # a quantized network, in the folder of its run
 NETWORK = "network"  # the part of a model that is fitted unless a pre-training names another
 
 # A number beyond these is probably a typo.

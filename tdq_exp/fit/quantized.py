@@ -9,11 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tdq_exp.config.naming import BAKED
 from tdq_exp.fit import correction
 from tdq_exp.fit.calibrated import Batches, calibrated
 from tdq_exp.fit.fit import Fit, Subject
-from tdq_exp.fit.options import FitOptions
+from tdq_exp.fit.options import BAKED, FitOptions
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.models.weights.fill import load_weights
 from tdq_exp.quant import initialize

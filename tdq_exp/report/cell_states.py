@@ -19,8 +19,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tdq_exp.config.naming import BAKED, FIT_RECORD, PACKED
+from tdq_exp.config.naming import FIT_RECORD, PACKED
 from tdq_exp.data.arrays import open_array
+from tdq_exp.fit.options import BAKED
 from tdq_exp.fit.registry import options_class
 from tdq_exp.report.cells import Cell
 from tdq_exp.runtime import failures, files

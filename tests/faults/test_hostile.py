@@ -12,12 +12,12 @@ import pytest
 import tdq_exp
 from tdq_exp.commands import export, sample
 from tdq_exp.config.compose import compose
-from tdq_exp.config.naming import BAKED
 from tdq_exp.deploy import packed
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import pipeline, record_checks
 from tdq_exp.experiment.row import read_rows
 from tdq_exp.fit.checkpoint import whole_state
+from tdq_exp.fit.options import BAKED
 from tdq_exp.models.weights.fill import save_weights
 from tdq_exp.quant.convert import bake
 from tdq_exp.quant.kernels import cpu
