@@ -11,7 +11,9 @@ Pictures are decoded when they are asked for; arrays in `.npy` are mapped, not l
 
 from __future__ import annotations
 
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,19 @@ from tdq_exp.data.decode import decode_cell
 from tdq_exp.data.images import resize_center
 from tdq_exp.data.sources import pictures_in
 from tdq_exp.runtime import files
+
+# What reading a damaged file may raise: an array's header, an archive's parts, compressed data.
+_DAMAGED = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    RuntimeError,
+)
+_UNEVEN = 1e-3  # share of the largest number by which halves of sigma may differ: single precision
 
 
 @dataclass(frozen=True)
@@ -76,11 +91,12 @@ def read(path: Path, size: int, channels: int) -> GivenImages | GivenStatistics:
 
     try:
         loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None)
-        if path.suffix == ".npy":
+        # What the file holds counts, not what it is called.
+        if isinstance(loaded, np.ndarray):
             return _array(path, loaded, size, channels)
         with loaded:
             return _archive(path, {key: loaded[key] for key in loaded.files}, size, channels)
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise ValueError(f"{path}: damaged ({error}); make it again") from error
     except ValueError as error:
         if str(error).startswith(str(path)):
@@ -129,15 +145,38 @@ def _statistics(path: Path, mu: NDArray, sigma: NDArray) -> GivenStatistics:
             f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)} are no mean [D] and"
             " covariance [D, D]"
         )
+    if mu.dtype.kind not in "fiu" or sigma.dtype.kind not in "fiu" or not mu.size:
+        raise ValueError(
+            f"{path}: mu is of type {mu.dtype} {list(mu.shape)} and sigma of {sigma.dtype};"
+            " expected real numbers, at least one of each"
+        )
+
     mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError(f"{path}: mu or sigma holds numbers that are not finite")
+
+    # Any square matrix has a distance by the formula; only a covariance's means anything.
+    largest = float(np.abs(sigma).max())
+    if (
+        float(np.abs(sigma - sigma.T).max()) > _UNEVEN * largest
+        or float(sigma.diagonal().min()) < 0
+    ):
+        raise ValueError(
+            f"{path}: sigma is no covariance: it is not symmetric, or has variances below 0"
+        )
     return GivenStatistics(path, mu, sigma)
 
 
 def _array(path: Path, pixels: NDArray, size: int, channels: int) -> GivenImages:
     if pixels.dtype != np.uint8:
         raise ValueError(f"{path}: is of type {pixels.dtype}; expected uint8 pixels from 0 to 255")
+    if pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4):
+        # As [N, H, W] it would be as many slivers as the image has lines.
+        raise ValueError(
+            f"{path}: has shape {list(pixels.shape)}, that of one image [H, W, C]; expected"
+            " [N, H, W, C] with C = 1 or 3"
+        )
+
     if pixels.ndim == 3:
         pixels = pixels[..., None]
     if pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or not pixels.size:

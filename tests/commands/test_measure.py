@@ -57,11 +57,18 @@ def test_larger_coloured_images_become_the_references_size(tmp_path):
         ("a.npy", np.zeros((2, 8, 8, 1)), "float64; expected uint8"),
         ("a.npy", np.zeros((2, 8), np.uint8), "expected \\[N, H, W, C\\]"),
         ("a.npy", np.zeros((0, 8, 8, 3), np.uint8), "expected \\[N, H, W, C\\]"),
+        ("a.npy", np.zeros((8, 8, 3), np.uint8), "that of one image \\[H, W, C\\]"),
+        ("a.npy", b"\x93NUMPY\x01\x00\x08\x00{'descr'", "a.npy: "),
         ("a.npy", b"nothing", "a.npy: "),
         ("a.npz", b"nothing", "a.npz: "),
         ("a.npz", {"x": np.zeros(3)}, "holds x; expected one uint8 array"),
         ("a.npz", {"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, "no mean \\[D\\]"),
         ("a.npz", {"mu": np.full(2, np.nan), "sigma": np.eye(2)}, "not finite"),
+        ("a.npz", {"mu": np.zeros(2), "sigma": np.array([[1, 2], [0, 1.0]])}, "no covariance"),
+        ("a.npz", {"mu": np.zeros(2), "sigma": -np.eye(2)}, "no covariance"),
+        ("a.npz", {"mu": np.zeros(2), "sigma": np.eye(2) * 1j}, "expected real numbers"),
+        ("a.npz", {"mu": np.zeros(2), "sigma": np.eye(2).astype(str)}, "expected real numbers"),
+        ("a.npz", {"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "expected real numbers"),
         ("a.txt", b"", "no folder of pictures"),
         ("pictures/a.png", b"\x89PNG broken", "a.png: not a whole image"),
         ("pictures/a.txt", b"", "holds no .png"),
@@ -77,6 +84,26 @@ def test_what_can_not_be_read_is_one_line(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as error:
         given.read(path.parent if "pictures" in name else path, 8, 1)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_what_a_file_holds_counts_and_not_its_suffix(suffix, pixels, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    with path.open("wb") as file:
+        np.savez(file, pixels) if suffix == ".npy" else np.save(file, pixels)
+    assert np.array_equal(given.read(path, 8, 1).piece(3, 22), pixels[3:22])
+
+
+def test_a_damaged_archive_is_one_line_wherever_the_damage_is(pixels, tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, pixels[:4])
+    whole = path.read_bytes()
+    entry = whole.rindex(b"PK\x01\x02")  # the archive's list: flags, then the compression's number
+
+    for place in (0, 80, entry + 8, entry + 10, len(whole) - 10):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x41]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=rf"^{path}: "):
+            given.read(path, 8, 1)
 
 
 def test_a_pickle_is_not_opened(tmp_path):
