@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 _BROKEN = (
     OSError,
@@ -16,7 +17,23 @@ _BROKEN = (
     ValueError,
     EOFError,
     Image.DecompressionBombError,
+    struct.error,
 )
+
+# EXIF's orientation -> what turns the picture upright.
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# PIL takes the A of LAB for transparency, and knows no white of these.
+_UNREADABLE = ("LAB", "HSV")
 
 
 def decode(raw: bytes, name: str) -> Image.Image:
@@ -31,7 +48,8 @@ def decode(raw: bytes, name: str) -> Image.Image:
         name: of the file, for messages.
 
     Raises:
-        ValueError: if it is damaged, no image, or of numbers that have no black and white.
+        ValueError: if it is damaged, no image, or of numbers or colours that have no black and
+            white.
     """
     if not raw:
         raise ValueError(f"{name}: not a whole image (the file is empty); replace or remove it")
@@ -39,11 +57,16 @@ def decode(raw: bytes, name: str) -> Image.Image:
     try:
         image: Any = Image.open(io.BytesIO(raw))
         image.load()  # a truncated file is found here, not at opening
-        image = ImageOps.exif_transpose(image)
+        image = _upright(image)
     except _BROKEN as error:
         raise ValueError(
             f"{name}: not a whole image ({first_line(error)}); replace or remove it"
         ) from error
+
+    if image.mode in _UNREADABLE:
+        raise ValueError(
+            f"{name}: holds the colours {image.mode}, which need a profile; convert it to RGB"
+        )
 
     if image.mode.startswith("I;16"):
         levels = np.asarray(image).astype(np.float64) / 257
@@ -57,6 +80,15 @@ def decode(raw: bytes, name: str) -> Image.Image:
 
     transparent = "A" in image.getbands() or "transparency" in image.info
     return _on_white(image) if transparent else image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return a picture as its camera was held.
+
+    Pillow's `exif_transpose` writes all other EXIF back, and fails where a camera's is odd.
+    """
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    return image if turn is None else image.transpose(turn)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

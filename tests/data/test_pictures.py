@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import sys
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features
 from datasets import Image as ImageColumn
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tdq_exp.data import cifar
+from tdq_exp.data.decode import decode
 from tdq_exp.data.images import load_images
 from tdq_exp.data.sources import Folder
 from tdq_exp.data.tables import Hub
@@ -78,6 +80,36 @@ def test_numbers_without_black_and_white_are_refused(folder, tmp_path):
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(folder / "1.tif")
     with pytest.raises(ValueError, match=r"1\.tif: holds real numbers.*convert it to 8 bits"):
         only(folder, tmp_path)
+
+
+def test_colours_that_need_a_profile_are_refused(folder, tmp_path):
+    Image.new("LAB", (8, 8), (100, 20, 20)).save(folder / "1.tif")
+    with pytest.raises(ValueError, match=r"1\.tif: holds the colours LAB.*convert it to RGB"):
+        only(folder, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_every_orientation_is_turned_as_pillow_turns_it(orientation, kind):
+    picture = Image.fromarray(np.arange(36, dtype=np.uint8).reshape(3, 4, 3) * 7)
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    picture.save(file, kind, exif=exif, lossless=True)
+
+    expected = ImageOps.exif_transpose(Image.open(file))
+    assert np.array_equal(decode(file.getvalue(), "a picture"), expected)
+
+
+def test_odd_exif_of_a_camera_does_not_keep_a_picture_from_being_turned():
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112], exif[0x010F] = 6, "camera"
+    gray(9, (8, 4)).save(file, "JPEG", exif=exif)
+
+    # A text where a number belongs: Pillow's own turn writes it back, and fails.
+    odd = file.getvalue().replace(b"\x01\x0f\x00\x02", b"\x01\x1f\x00\x02", 1)
+    with pytest.raises(TypeError):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(odd)))
+    assert decode(odd, "a.jpg").size == (4, 8)
 
 
 def test_tiff_and_the_first_frame_of_a_gif_are_read(folder, tmp_path):
