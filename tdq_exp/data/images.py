@@ -128,7 +128,17 @@ def to_uint8(x: Tensor, truncate: bool = False) -> Tensor:
         x: samples; values outside of [-1, 1] are clamped, and levels are rounded to nearest.
         truncate: drop the fraction instead, as the release's sampling script does (half a level
             darker on average).
+
+    Raises:
+        FloatingPointError: for samples that hold NaN: as bytes they would be black pixels.
     """
+    broken = int(x.isnan().flatten(1).any(1).sum())
+    if broken:
+        raise FloatingPointError(
+            f"{broken} of {len(x)} images hold NaN: the network has diverged, and there is nothing"
+            " to measure; look at its weights, or take more bits"
+        )
+
     levels = x.clamp(-1, 1).add(1).mul(127.5)
     levels = levels.floor() if truncate else levels.round()
     return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 import pytest
@@ -151,6 +152,14 @@ def test_pixels_are_rounded_and_the_habit_truncates():
     assert to_uint8(x, truncate=True).flatten().tolist() == [0, 0, 127, 254, 255, 255]
     every = torch.arange(256).reshape(1, 1, 16, 16).float() / 127.5 - 1
     assert to_uint8(every).flatten().tolist() == list(range(256))
+
+
+def test_nan_is_no_pixel():
+    x = torch.zeros(4, 1, 2, 2)
+    x[1:3, 0, 1, 1] = math.nan
+    with pytest.raises(FloatingPointError, match="2 of 4 images hold NaN"):
+        to_uint8(x)
+    assert int(to_uint8(torch.full((1, 1, 1, 1), math.inf))) == 255
 
 
 def broken(path):
