@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from torch import Tensor
 
+from tdq_exp.diffusion.ddim import time_steps
 from tdq_exp.diffusion.objective import NoisePredictor
 from tdq_exp.diffusion.options import TrajectoryOptions
 from tdq_exp.diffusion.schedule import Schedule
@@ -127,10 +129,27 @@ class Ddpm(_DiffusersSampler):
 class Pndm(_DiffusersSampler):
     """Pseudo numerical method of fourth order, Runge-Kutta warm-up included.
 
+    diffusers' step goes from t to t - T // S, whatever comes next: time steps of any other distance
+    are refused. `leading` has them always, `trailing` where S divides T.
+
     Source: Liu et al., arXiv 2202.09778.
     """
 
     fewest: ClassVar[int] = 4  # the warm-up alone takes three
+
+    def check(self, schedule: Schedule) -> Any:
+        """Refuse time steps that the update does not lead to; see `_DiffusersSampler.check`."""
+        scheduler = super().check(schedule)
+        stride = schedule.steps // self.steps
+        visited = time_steps(self.spacing, self.steps, schedule.steps)
+
+        if any(t - after != stride for t, after in pairwise(visited)):
+            raise ValueError(
+                f"sampler.spacing={self.spacing}: PNDM steps by {stride} of {schedule.steps} time"
+                f" steps, and with steps={self.steps} these lie elsewhere; take"
+                " sampler.spacing=leading"
+            )
+        return scheduler
 
     def _scheduler(self, schedule: Schedule) -> Any:
         if self.clip:

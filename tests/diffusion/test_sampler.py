@@ -299,7 +299,7 @@ def test_an_image_is_the_same_in_any_batch(sampler):
 
 
 @pytest.mark.parametrize(
-    "sampler", [Ddim(10), Pndm(10), Ddim(10, "quad", clip=True), Pndm(12, "trailing")]
+    "sampler", [Ddim(10), Pndm(10), Ddim(10, "quad", clip=True), Pndm(10, "trailing")]
 )
 def test_a_deterministic_sampler_needs_no_noise_but_the_first(sampler):
     x = noise()[0].float()
@@ -363,8 +363,16 @@ def test_the_network_is_asked_at_one_time_step_for_all(sampler):
 # --- diffusers' samplers
 
 
-@pytest.mark.parametrize("cls", [Ddpm, Pndm])
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize(
+    ("cls", "spacing"),
+    [
+        (Ddpm, "leading"),
+        (Ddpm, "trailing"),
+        (Ddpm, "linspace"),
+        (Pndm, "leading"),
+        (Pndm, "trailing"),
+    ],
+)
 @pytest.mark.parametrize("steps", [4, 10, 50])
 def test_diffusers_samplers_run_and_are_functions_of_their_seeds(cls, spacing, steps):
     found = []
@@ -434,6 +442,19 @@ def test_pndm_keeps_no_history_from_one_batch_to_the_next():
 def test_what_diffusers_samplers_cannot_do_is_an_error_that_names_the_key(cls, options, message):
     with pytest.raises(ValueError, match=message):
         cls(10, **options)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "steps"), [("linspace", 50), ("trailing", 300), ("trailing", 600)]
+)
+def test_pndm_refuses_time_steps_that_its_update_does_not_lead_to(spacing, steps):
+    with pytest.raises(ValueError, match=rf"sampler\.spacing={spacing}: PNDM steps by"):
+        Pndm(steps, spacing).check(SCHEDULE)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_pndm_takes_leading_steps_that_do_not_divide_the_schedule(offset):
+    assert len(Pndm(300, offset=offset).check(SCHEDULE).timesteps) == 309
 
 
 def test_pndm_does_not_clip():
