@@ -20,6 +20,8 @@ from tdq_exp.data import cifar, lsun
 from tdq_exp.data.decode import decode, decode_cell
 from tdq_exp.data.holdout import HOLDOUT, check_holdout, part
 
+GRID = "grid.png"  # in a folder of generated images, the picture of many of them
+
 
 class Source(Protocol):
     """Where images come from."""
@@ -215,13 +217,21 @@ class Folder:
 def pictures_in(path: Path) -> tuple[list[Path], list[str]]:
     """Return the picture files of a folder in sorted order, and lines on what is left out.
 
+    A run and `sample` draw `grid.png` beside their images: it shows many, and is none of them.
+
     Raises:
         ValueError: if it holds no image, or is a database.
     """
     folder = Folder(str(path))
     if folder.is_database:
         raise ValueError(f"{path}: is a database; write its pictures as files")
-    return folder.files, folder.notes
+
+    pictures = [file for file in folder.files if file.name != GRID]
+    grids = len(folder.files) - len(pictures)
+    if not pictures:
+        raise ValueError(f"{path}: holds no picture but {GRID}, which shows many side by side")
+    drawn = [f"{path}: {grids} {GRID} left out, which shows many images side by side"] * (grids > 0)
+    return pictures, [*folder.notes, *drawn]
 
 
 def _stat(file: Path) -> os.stat_result:

@@ -42,6 +42,18 @@ def test_pictures_and_arrays_are_the_same_images(pixels, folder, tmp_path):
         assert np.array_equal(found.piece(3, 22), pixels[3:22])
 
 
+def test_the_grid_that_sample_draws_beside_its_images_is_none_of_them(pixels, tmp_path):
+    for name in ("00000", "00001", "grid"):
+        Image.fromarray(pixels[0, ..., 0]).save(tmp_path / f"{name}.png")
+    found = given.read(tmp_path, 8, 1)
+    assert found.count == 2 and "1 grid.png left out" in found.notes[-1]
+
+    (tmp_path / "00000.png").unlink()
+    (tmp_path / "00001.png").unlink()
+    with pytest.raises(ValueError, match="holds no picture but grid.png"):
+        given.read(tmp_path, 8, 1)
+
+
 def test_larger_coloured_images_become_the_references_size(tmp_path):
     large = np.full((2, 20, 30, 3), 100, np.uint8)
     np.save(tmp_path / "large.npy", large)
