@@ -128,6 +128,8 @@ def show(options: argparse.Namespace) -> None:
                 f" and resized to {size}x{size}, as the reference was",
                 markup=False,
             )
+        for line in _cautions(one, features, reference, job.evaluation.metrics, options.images):
+            console.print(f"note: {line}", markup=False)
     if options.json is not None:
         files.write_json(options.json, {"sets": measured, **about})
         console.print(f"numbers  {options.json}", markup=False)
@@ -175,6 +177,30 @@ def _measure(
         if str(error).startswith(str(one.path)):  # a picture of a folder is named already
             raise
         raise ValueError(f"{one.path}: {error}") from error
+
+
+def _cautions(
+    one: GivenImages | GivenStatistics,
+    features: Features,
+    reference: dict[str, torch.Tensor],
+    metrics: list[str],
+    images: int | None,
+) -> list[str]:
+    """Return lines on how far a set's distance can be compared; arguments as `_measure`."""
+    name, layer = features.network.name, features.network.metric_layers["fid"]
+    if isinstance(one, GivenStatistics):
+        return [
+            f"{one.path} does not say of which features mu and sigma are; their distance means"
+            f" something only if they are {name}'s ({layer}), of images prepared as the reference"
+        ]
+
+    count, width = _count(one, images), reference[layer].shape[1]
+    if "fid" not in metrics or count > width:
+        return []
+    return [
+        f"{one.path}: the Frechet distance of {count} images by {width} features is mostly bias:"
+        " compare it with sets of as many images only"
+    ]
 
 
 def _features(one: GivenImages, count: int, features: Features) -> dict[str, torch.Tensor]:

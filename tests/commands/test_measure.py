@@ -144,6 +144,8 @@ def test_sets_are_measured_beside_the_rows(inside, pixels, folder, tmp_path, mon
         patch.setattr(FeatureNetwork, "extract", noted)
         done = inside(*command, verb="measure")
     assert done.returncode == 0, done.stderr
+    notes = " ".join(done.stdout.split())
+    assert "few.npy: the Frechet distance of 3 images by 64 features is mostly bias" in notes
     assert rounded and not any(rounded), "features of rows are computed in float32 on a GPU"
     assert "digits_w4a4_lsq ddim50_n1000" in done.stdout and "1437 reference images" in done.stdout
 
@@ -162,6 +164,7 @@ def test_sets_are_measured_beside_the_rows(inside, pixels, folder, tmp_path, mon
     np.savez(tmp_path / "s.npz", mu=mine.mu, sigma=mine.sigma)
     done = inside("s.npz", "--model", "digits", "--json", "s.json", "--cpu", verb="measure")
     assert done.returncode == 0, done.stderr
+    assert "s.npz does not say of which features" in " ".join(done.stdout.split())
     measured = json.loads((tmp_path / "s.json").read_text())["sets"]["s.npz"]
     assert measured == {"fid": pytest.approx(by_array["fid"], rel=1e-4)}
 
