@@ -20,6 +20,7 @@ from tdq_exp.experiment.row import write_row
 from tdq_exp.experiment.sample_stage import sample_stage_of
 from tdq_exp.experiment.stored_network import finished_net
 from tdq_exp.fit.loop import best_file
+from tdq_exp.metrics.fidelity import METRICS
 from tdq_exp.runtime import failures, files, lock
 from tdq_exp.runtime.environment import out_of_memory_in_one_line
 from tdq_exp.runtime.precision import products
@@ -135,7 +136,8 @@ def load_data(job: Experiment, processes: Processes) -> Data:
         for line in source.notes:
             console.print(f"note: {line}", markup=False)
         if job.fit.options.gives_rows:
-            _check_sizes(data)
+            _check_numbers(job)
+            _check_sizes(data, max(METRICS[name].least for name in job.evaluation.metrics))
 
     # The main process writes and checks the cache; then all read it.
     processes.decide(first)
@@ -157,24 +159,53 @@ def require_classes(images: Images, classes: int) -> None:
         )
 
 
-def _check_sizes(data: Data) -> None:
-    """Refuse sets of fewer images than a distance needs, before a fit of days.
+def _check_numbers(job: Experiment) -> None:
+    """Refuse numbers of images on which a metric is undefined, before a fit of days.
 
     Raises:
         ValueError: naming the key.
     """
+    numbers = {
+        "sampler.images": job.sampling.images,
+        "eval.reference_images": job.evaluation.reference_images,
+    }
+    for name in job.evaluation.metrics:
+        for key, number in numbers.items():
+            least, compares = METRICS[name].least, METRICS[name].compares
+            if key == "eval.reference_images" and not compares:
+                continue
+            if number is not None and number < least:
+                raise ValueError(
+                    f"{key}={number}: {name} needs at least {least} images; take more, or leave"
+                    f" {name} out of eval.metrics"
+                )
+
+
+def _check_sizes(data: Data, fewest: int = FEWEST) -> None:
+    """Refuse sets of fewer images than a distance needs, before a fit of days.
+
+    Args:
+        data: the images.
+        fewest: images that the chosen metrics need; never below `FEWEST`.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    fewest = max(fewest, FEWEST)
     train, held_out = len(data.train), len(data.held_out)
-    if held_out < FEWEST and train + held_out >= 2 * FEWEST:
-        every = min(train + held_out - 1, 5)
+    total = train + held_out
+
+    if held_out < fewest and total >= 2 * fewest:
+        every = min((total - 1) // (fewest - 1), 5)  # the rest, rounded up, is held out
         raise ValueError(
-            f"data.source.holdout: {held_out} of {train + held_out} images is held out, and a"
-            f" distance needs at least {FEWEST}; data.source.holdout={every} holds every"
+            f"data.source.holdout: {held_out} of {total} images is held out, and a"
+            f" distance needs at least {fewest}; data.source.holdout={every} holds every"
             f" {every}th one out"
         )
-    if min(train, held_out) < FEWEST:
+    if min(train, held_out) < fewest:
         raise ValueError(
             f"data.source: {train} images to train on and {held_out} held out, and a distance needs"
-            f" at least {FEWEST} of each; take more images, or a larger data.limit"
+            f" at least {fewest} of each; take more images, or a larger data.limit"
         )
 
 

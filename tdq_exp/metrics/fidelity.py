@@ -235,23 +235,29 @@ class Metric:
     Args:
         compute: (generated, reference) features to the numbers of a row.
         values: Those of the numbers that are shown.
+        least: The fewest images of a set on which it is defined.
         compares: False for a metric of the generated images alone.
     """
 
     compute: Callable[..., dict[str, float]]
     values: tuple[Value, ...]
+    least: int
     compares: bool = True
 
 
 METRICS = {
-    "fid": Metric(frechet, (Value("fid", "Frechet distance", "lower"),)),
+    "fid": Metric(frechet, (Value("fid", "Frechet distance", "lower"),), least=2),
     "isc": Metric(
-        inception_score, (Value("isc_mean", "inception-style score", "higher"),), compares=False
+        inception_score,
+        (Value("isc_mean", "inception-style score", "higher"),),
+        least=1,
+        compares=False,
     ),
-    "kid": Metric(kernel_distance, (Value("kid_mean", "kernel distance", "lower"),)),
+    "kid": Metric(kernel_distance, (Value("kid_mean", "kernel distance", "lower"),), least=2),
     "prc": Metric(
         precision_recall,
         (Value("precision", "precision", "higher"), Value("recall", "recall", "higher")),
+        least=NEIGHBOUR + 1,
     ),
 }
 

@@ -66,6 +66,35 @@ def test_too_few_images_for_a_distance_are_refused_before_the_fit(train, held_ou
         pipeline._check_sizes(data)
 
 
+@pytest.mark.parametrize(("total", "every"), [(8, 2), (20, 5)])
+def test_the_holdout_that_is_named_is_enough_for_precision_and_recall(total, every):
+    with pytest.raises(ValueError, match=f"at least 4; data.source.holdout={every} holds"):
+        pipeline._check_sizes(Data(images(total - 1), images(1)), 4)
+    held_out = -(-total // every)
+    pipeline._check_sizes(Data(images(total - held_out), images(held_out)), 4)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "metrics", "words"),
+    [
+        ((1, None), ["isc", "fid"], "sampler.images=1: fid needs at least 2 images"),
+        ((9, 3), ["fid", "prc"], "eval.reference_images=3: prc needs at least 4 images"),
+        ((1, 1), ["isc"], None),
+        ((4, 4), ["isc", "fid", "kid", "prc"], None),
+    ],
+)
+def test_numbers_of_images_that_a_metric_is_undefined_on_are_refused(numbers, metrics, words):
+    job = SimpleNamespace(
+        sampling=SimpleNamespace(images=numbers[0]),
+        evaluation=SimpleNamespace(reference_images=numbers[1], metrics=metrics),
+    )
+    if words is None:
+        pipeline._check_numbers(job)
+        return
+    with pytest.raises(ValueError, match=words):
+        pipeline._check_numbers(job)
+
+
 class Width4:
     """Features of four numbers."""
 

@@ -276,6 +276,7 @@ def test_features_that_are_not_finite_are_refused(metric, value):
 
 @pytest.mark.parametrize(("metric", "least"), [("fid", 2), ("isc", 1), ("kid", 2), ("prc", 4)])
 def test_too_few_images_are_refused(metric, least):
+    assert METRICS[metric].least == least
     enough = {"pool": gaussian(least, 4, 0), "logits": gaussian(least, 4, 0)}
     short = {layer: rows[: least - 1] for layer, rows in enough.items()}
     assert all(
