@@ -36,6 +36,15 @@ from tdq_exp.runtime import files
 
 NETWORK = "model.definition.autoencoder.network"
 
+# Arguments of `AutoencoderKL` that would change what latents mean: none but these values is known.
+_FIXED = {
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+}
+
 
 class ScaledAutoencoder(nn.Module):
     """`AutoencoderKL` with its scale: weights `kl.*` and `scale`, 0-dim.
@@ -103,6 +112,7 @@ class Autoencoder(Trainable):
 
         require("model.definition.autoencoder.kl_weight", kl_weight, float, low=0, most=1e6)
         check_network(network, AutoencoderKL, NETWORK)
+        _check_latents(network)
 
         self.network, self.batch, self.scale, self.kl_weight, self.flip = (
             dict(network),
@@ -258,3 +268,31 @@ class Autoencoder(Trainable):
         """
         mean, deviation = self.encode(images)
         return self.decode(mean + deviation * noise)
+
+
+def _check_latents(network: Mapping[str, Any]) -> None:
+    """Refuse an autoencoder whose latents or images are not what `ScaledAutoencoder` takes them for.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for name, known in _FIXED.items():
+        if network.get(name, known) != known:
+            raise ValueError(
+                f"{NETWORK}.{name}={network[name]}: latents are multiplied by one scale here, after"
+                f" a 1x1 convolution; only {name}={known} is known"
+            )
+
+    # diffusers' default is 3, whatever the images have.
+    if (out := network.get("out_channels", 3)) != network["in_channels"]:
+        raise ValueError(
+            f"{NETWORK}.out_channels={out}: an image comes back with the"
+            f" {network['in_channels']} channels of in_channels"
+        )
+
+    halvings = len(network.get("block_out_channels", (64,))) - 1
+    if network["sample_size"] % 2**halvings:
+        raise ValueError(
+            f"{NETWORK}.sample_size={network['sample_size']}: must be a multiple of {2**halvings},"
+            f" as block_out_channels halve it {halvings} times"
+        )

@@ -177,3 +177,26 @@ def test_a_model_and_its_autoencoder_must_fit(saved):
     with pytest.raises(ValueError, match="this model has none"):
         plain.attach(str(saved))
     assert plain.parts() == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("shift_factor", 0.1),
+        ("latents_mean", [0.0, 1.0]),
+        ("latents_std", [1.0, 2.0]),
+        ("use_quant_conv", False),
+        ("use_post_quant_conv", False),
+        ("out_channels", 1),
+        ("sample_size", 9),
+    ],
+)
+def test_an_autoencoder_whose_latents_or_images_would_mean_something_else_is_refused(name, value):
+    with pytest.raises(ValueError, match=rf"autoencoder\.network\.{name}="):
+        Autoencoder({**NETWORK, name: value}, 3)
+
+
+def test_out_channels_of_gray_images_have_to_be_named():
+    gray = {key: value for key, value in NETWORK.items() if key != "out_channels"}
+    with pytest.raises(ValueError, match="out_channels=3: an image comes back with the 1 channels"):
+        Autoencoder({**gray, "in_channels": 1}, 3)
