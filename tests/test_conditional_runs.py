@@ -238,5 +238,7 @@ def test_a_class_conditional_unet_is_a_model_by_configuration_alone(tmp_path):
     images = Images(np.zeros((2, 8, 8, 1), np.uint8), "two", "none")
     with pytest.raises(ValueError, match="num_class_embeds=9: .* set it to at least 10"):
         pipeline.require_classes(images.labelled([0, 9, 12]), 9)
+    with pytest.raises(ValueError, match="1 of 2 images have no class"):
+        pipeline.require_classes(images.labelled([0, -1]), 9)
     with pytest.raises(ValueError, match="1 class labels for 2 images"):
         images.labelled([0])

@@ -126,7 +126,8 @@ def load_data(job: Experiment, processes: Processes) -> Data:
         classes = job.model.classes
         if classes is not None:
             sets = {name: images.labelled(source.labels(name)) for name, images in sets.items()}
-            require_classes(sets["train"], classes)
+            for images in sets.values():
+                require_classes(images, classes)
 
         return Data(sets["train"], sets["validation"])
 
@@ -151,6 +152,13 @@ def require_classes(images: Images, classes: int) -> None:
         ValueError: naming the key.
     """
     assert images.labels is not None
+    unknown = int((images.labels < 0).sum())
+    if unknown:
+        raise ValueError(
+            f"data.source: {unknown} of {len(images)} images have no class (a label below 0), and"
+            " the model is class-conditional; name a split that has them"
+        )
+
     largest = int(images.labels.max())
     if largest >= classes:
         raise ValueError(
