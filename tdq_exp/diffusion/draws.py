@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class Stream(IntEnum):
-    """What random numbers are drawn for. Two streams share no numbers, at any two seeds.
+    """What random numbers are drawn for. Two streams share no key, at any two seeds.
 
     The values are part of the key of every draw: changing one changes results. 3 is taken (see
     `RECORDED_KEYS`).
@@ -123,7 +123,9 @@ def seed_global_bare(draw: BareSeed, seed: int) -> None:
 def mix(*key: int) -> int:
     """Return a 63-bit hash of all the integers of a key.
 
-    One step of splitmix64 per integer: neighbouring keys give unrelated streams.
+    One step of splitmix64 per integer: neighbouring keys give unrelated streams. torch's generator
+    on the CPU reads the lower 32 bits of a seed, so that of n keys about n^2 / 2^33 pairs draw the
+    same numbers: of 50,000 images 0.3 pairs on average, of a million 116.
 
     Source: Steele, Lea, Flood, *Fast Splittable Pseudorandom Number Generators* (OOPSLA 2014).
     """

@@ -30,7 +30,7 @@ class _DiffusersSampler(TrajectoryOptions):
         eta: must be 0: these samplers have a variance of their own, or none.
         clip: whether x0_hat is limited to [-1, 1].
         offset: diffusers' `steps_offset`.
-        final_alpha_one: diffusers' `set_alpha_to_one`.
+        final_alpha_one: diffusers' `set_alpha_to_one`; PNDM alone has it, DDPM always ends at 1.
 
     Raises:
         ValueError: naming the key.
