@@ -122,9 +122,9 @@ def show(options: argparse.Namespace) -> None:
     for one in sets:
         for line in getattr(one, "notes", ()):
             console.print(f"note: {line}", markup=False)
-        if isinstance(one, GivenImages) and one.size != (size, size):
+        if isinstance(one, GivenImages) and one.sizes - {(size, size)}:
             console.print(
-                f"note: {one.path} holds images of {one.size[0]}x{one.size[1]}; they were cropped"
+                f"note: {one.path} holds images of {_sizes(one)}; they were cropped"
                 f" and resized to {size}x{size}, as the reference was",
                 markup=False,
             )
@@ -133,6 +133,12 @@ def show(options: argparse.Namespace) -> None:
     if options.json is not None:
         files.write_json(options.json, {"sets": measured, **about})
         console.print(f"numbers  {options.json}", markup=False)
+
+
+def _sizes(one: GivenImages) -> str:
+    """Return the sizes of the images of a set, in words."""
+    sizes = [f"{height}x{width}" for height, width in sorted(one.sizes)]
+    return sizes[0] if len(sizes) == 1 else f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}"
 
 
 def _count(one: GivenImages, images: int | None) -> int:

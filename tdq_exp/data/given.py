@@ -15,7 +15,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,7 @@ class GivenImages:
         size: (H, W) of the first, before it is resized.
         piece: (start, stop) -> uint8 `[stop - start, H, W, C]`, at the size of the reference.
         notes: lines that a reader should see: what is left out.
+        sizes: (H, W) of all that were decoded so far, before they were resized.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class GivenImages:
     size: tuple[int, int]
     piece: Callable[[int, int], NDArray[np.uint8]]
     notes: Sequence[str] = ()
+    sizes: set[tuple[int, int]] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,18 @@ def read(path: Path, size: int, channels: int) -> GivenImages | GivenStatistics:
 
 def _folder(path: Path, size: int, channels: int) -> GivenImages:
     pictures, notes = pictures_in(path)
+    sizes: set[tuple[int, int]] = set()
 
     def piece(start: int, stop: int) -> NDArray[np.uint8]:
-        return np.stack([_resized(_open(f), size, channels) for f in pictures[start:stop]])
+        resized = []
+        for file in pictures[start:stop]:
+            image = _open(file)
+            sizes.add((image.height, image.width))
+            resized.append(_resized(image, size, channels))
+        return np.stack(resized)
 
     first = _open(pictures[0])
-    return GivenImages(path, len(pictures), (first.height, first.width), piece, notes)
+    return GivenImages(path, len(pictures), (first.height, first.width), piece, notes, sizes)
 
 
 def _open(file: Path) -> Image.Image:
@@ -191,4 +199,5 @@ def _array(path: Path, pixels: NDArray, size: int, channels: int) -> GivenImages
         squeezed = part[..., 0] if part.shape[3] == 1 else part
         return np.stack([_resized(Image.fromarray(one), size, channels) for one in squeezed])
 
-    return GivenImages(path, len(pixels), (pixels.shape[1], pixels.shape[2]), piece)
+    given_size = (pixels.shape[1], pixels.shape[2])
+    return GivenImages(path, len(pixels), given_size, piece, sizes={given_size})

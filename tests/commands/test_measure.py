@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tdq_exp.commands import measure
 from tdq_exp.data import given
 from tdq_exp.metrics.features import FeatureNetwork
 from tdq_exp.metrics.fidelity import Statistics
@@ -52,6 +53,14 @@ def test_the_grid_that_sample_draws_beside_its_images_is_none_of_them(pixels, tm
     (tmp_path / "00001.png").unlink()
     with pytest.raises(ValueError, match="holds no picture but grid.png"):
         given.read(tmp_path, 8, 1)
+
+
+def test_every_size_in_a_folder_is_told_not_only_the_firsts(tmp_path):
+    for name, size in (("a", (8, 8)), ("b", (20, 10)), ("c", (30, 40))):
+        Image.new("L", size).save(tmp_path / f"{name}.png")
+    found = given.read(tmp_path, 8, 1)
+    assert found.piece(0, 3).shape == (3, 8, 8, 1)
+    assert measure._sizes(found) == "3 sizes, 8x8 to 40x30"
 
 
 def test_larger_coloured_images_become_the_references_size(tmp_path):
