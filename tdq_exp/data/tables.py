@@ -203,7 +203,9 @@ class Hub:
         table = table.cast_column(column, datasets.Image(decode=False))
 
         for i, row in enumerate(table):
-            yield decode_cell(row[column], f"{self.path}[{self._split[split]}][{i}]")
+            cell = row[column]
+            file = f" ({cell['path']})" if cell.get("path") else ""
+            yield decode_cell(cell, f"{self.path}[{self._split[split]}][{i}]{file}")
 
     def _table_labels(self, split: str) -> list[int]:
         table = self._table(split)
