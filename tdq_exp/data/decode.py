@@ -59,9 +59,9 @@ def decode(raw: bytes, name: str) -> Image.Image:
         image.load()  # a truncated file is found here, not at opening
         image = _upright(image)
     except _BROKEN as error:
-        raise ValueError(
-            f"{name}: not a whole image ({first_line(error)}); replace or remove it"
-        ) from error
+        unknown = isinstance(error, UnidentifiedImageError)  # Pillow names an object in memory
+        reason = "of no known format" if unknown else first_line(error)
+        raise ValueError(f"{name}: not a whole image ({reason}); replace or remove it") from error
 
     if image.mode in _UNREADABLE:
         raise ValueError(
@@ -87,7 +87,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
     Pillow's `exif_transpose` writes all other EXIF back, and fails where a camera's is odd.
     """
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    orientation: Any = image.getexif().get(_ORIENTATION)
+    turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 

@@ -95,8 +95,8 @@ class Digits:
 class Folder:
     """A folder of image files, nested or not, or a database of LSUN (LMDB).
 
-    Folders that are links are followed, each real folder once. Files of other kinds are left out
-    and counted in `notes`.
+    Folders that are links are followed, each real folder once. Files of other kinds, and folders
+    that programs leave behind (`.ipynb_checkpoints`), are left out and counted in `notes`.
 
     Args:
         path: the folder.
@@ -144,7 +144,11 @@ class Folder:
                 self._left_out["link to a folder that is read already"] += 1
                 continue
             seen.add((here.st_dev, here.st_ino))
-            below.sort()
+
+            # Copies and thumbnails that programs leave behind: as images they would count twice,
+            # and as folders be classes.
+            self._left_out["folder of a program's own"] += sum(map(_of_a_program, below))
+            below[:] = sorted(name for name in below if not _of_a_program(name))
 
             for name in names:
                 file = Path(folder, name)
@@ -159,9 +163,10 @@ class Folder:
 
     @property
     def notes(self) -> list[str]:
-        if not self._left_out:
+        left_out = +self._left_out
+        if not left_out:
             return []
-        counts = ", ".join(f"{count} {what}" for what, count in self._left_out.most_common())
+        counts = ", ".join(f"{count} {what}" for what, count in left_out.most_common())
         return [
             f"data.source.path={self.root}: {self._count} images; left out: {counts} (what is read:"
             f" {', '.join(self.suffixes)})"
@@ -232,6 +237,11 @@ def pictures_in(path: Path) -> tuple[list[Path], list[str]]:
         raise ValueError(f"{path}: holds no picture but {GRID}, which shows many side by side")
     drawn = [f"{path}: {grids} {GRID} left out, which shows many images side by side"] * (grids > 0)
     return pictures, [*folder.notes, *drawn]
+
+
+def _of_a_program(folder: str) -> bool:
+    """Return whether a folder's name says that nobody put images there: `.ipynb_checkpoints`."""
+    return folder.startswith(".") or folder in ("__MACOSX", "@eaDir")
 
 
 def _stat(file: Path) -> os.stat_result:

@@ -148,6 +148,15 @@ def test_linked_folders_are_followed_once_and_nothing_is_left_out_silently(tmp_p
         assert part in note
 
 
+def test_folders_that_programs_leave_behind_are_neither_images_nor_classes(tmp_path):
+    for place in ("a", "b", "b/.ipynb_checkpoints", "__MACOSX/a", "@eaDir"):
+        (tmp_path / place).mkdir(parents=True)
+        gray(1).save(tmp_path / place / "0.png")
+    source = Folder(str(tmp_path), holdout=2)
+    assert source.labels("validation") + source.labels("train") == [0, 1]
+    assert "2 images; left out: 3 folder of a program's own" in source.notes[0]
+
+
 def write_set(root, splits):
     root.mkdir(parents=True)
     for split, levels in splits.items():
