@@ -271,7 +271,7 @@ class Autoencoder(Trainable):
 
 
 def _check_latents(network: Mapping[str, Any]) -> None:
-    """Refuse an autoencoder whose latents or images are not what `ScaledAutoencoder` takes them for.
+    """Refuse an autoencoder whose latents or images mean something else than here.
 
     Raises:
         ValueError: naming the key.
