@@ -172,6 +172,11 @@ class Folder:
             f" {', '.join(self.suffixes)})"
         ]
 
+    @property
+    def in_subfolders(self) -> bool:
+        """Whether the first images are those of some folders alone, such as of some classes."""
+        return len({file.parent for file in self.files}) > 1
+
     def settle(self, cached: Callable[[str], bool]) -> None:
         """Do nothing: the place of an image in the list decides whether it is held out."""
 

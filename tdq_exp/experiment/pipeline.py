@@ -139,6 +139,9 @@ def load_data(job: Experiment, processes: Processes) -> Data:
         if job.fit.options.gives_rows:
             _check_numbers(job)
             _check_sizes(data, max(METRICS[name].least for name in job.evaluation.metrics))
+            if getattr(source, "in_subfolders", False):
+                for line in _cut_notes(job, data):
+                    console.print(f"note: {line}", markup=False)
 
     # The main process writes and checks the cache; then all read it.
     processes.decide(first)
@@ -187,6 +190,24 @@ def _check_numbers(job: Experiment) -> None:
                     f"{key}={number}: {name} needs at least {least} images; take more, or leave"
                     f" {name} out of eval.metrics"
                 )
+
+
+def _cut_notes(job: Experiment, data: Data) -> list[str]:
+    """Return a line if a distance is of the first images of a set, which is sorted by folders."""
+    train, held_out = len(data.train), len(data.held_out)
+    cuts = {
+        "data.limit": (job.data.limit, train + 1),
+        "eval.reference_images": (job.evaluation.reference_images, train),
+        "sampler.images": (job.sampling.images, held_out),
+    }
+    named = [f"{key}={n}" for key, (n, every) in cuts.items() if n is not None and n < every]
+    if not named:
+        return []
+    return [
+        f"{', '.join(named)}: the first real images alone are measured, and data.source.path is"
+        " sorted by its subfolders: the last of them may have no share; put all files into one"
+        " folder, in a mixed order, if these are classes"
+    ]
 
 
 def _check_sizes(data: Data, fewest: int = FEWEST) -> None:

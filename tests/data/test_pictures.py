@@ -154,6 +154,7 @@ def test_folders_that_programs_leave_behind_are_neither_images_nor_classes(tmp_p
         gray(1).save(tmp_path / place / "0.png")
     source = Folder(str(tmp_path), holdout=2)
     assert source.labels("validation") + source.labels("train") == [0, 1]
+    assert source.in_subfolders and not Folder(str(tmp_path / "a")).in_subfolders
     assert "2 images; left out: 3 folder of a program's own" in source.notes[0]
 
 

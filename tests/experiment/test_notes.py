@@ -95,6 +95,25 @@ def test_numbers_of_images_that_a_metric_is_undefined_on_are_refused(numbers, me
         pipeline._check_numbers(job)
 
 
+@pytest.mark.parametrize(
+    ("limit", "reference", "sampled", "named"),
+    [
+        (None, None, 5, None),
+        (None, 20, 5, None),
+        (20, None, 5, "data.limit=20: the first"),
+        (None, 19, 4, "eval.reference_images=19, sampler.images=4: the first"),
+    ],
+)
+def test_a_cut_through_a_set_that_is_sorted_by_folders_is_told(limit, reference, sampled, named):
+    job = SimpleNamespace(
+        data=SimpleNamespace(limit=limit),
+        evaluation=SimpleNamespace(reference_images=reference),
+        sampling=SimpleNamespace(images=sampled),
+    )
+    lines = pipeline._cut_notes(job, Data(images(20), images(5)))
+    assert not lines if named is None else lines[0].startswith(named)
+
+
 class Width4:
     """Features of four numbers."""
 
