@@ -2,31 +2,29 @@
 
 One `TimeContext` per network. The network's root forward sets it, and `with time.at(t):` does so
 for work on a part of the network. It stays set after the forward; each thread has its own, and so
-has a deep copy of the network.
-
-A block that is computed again in the backward pass (`torch.utils.checkpoint`) reads the time step
-of its own forward pass, whatever passes came after it. Autograd numbers its nodes in the order of
-their creation, so the number of the node whose gradient is being computed tells which pass it is.
+has a deep copy of the network. A block that is computed again in the backward pass reads that of
+its own forward pass (`passes`).
 """
 
 from __future__ import annotations
 
-import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tdq_exp.quant import kernels
+from tdq_exp.quant.passes import Pass, Passes, backward_of_its_own, place
 
 IN_FLOAT32 = (
     "a quantized network computes in float32; for speed use autocast,"
     " `with torch.autocast(device, torch.bfloat16): net(x_t, t)`"
 )
+
+
+T = TypeVar("T")
 
 
 class _Float32:
@@ -51,20 +49,6 @@ class _Float32:
         return type(self.net)._apply(self.net, fn, recurse)
 
 
-T = TypeVar("T")
-
-PASSES = 1024  # of each thread, whose blocks may still be computed again
-
-# (backward pass, node) while autograd computes the gradient of a node
-Place = tuple[int, int]
-
-
-def _place() -> Place | None:
-    """Return where in a backward pass this is, or None outside of any."""
-    node = torch._C._current_autograd_node()
-    return None if node is None else (torch._C._current_graph_task_id(), node._sequence_nr())
-
-
 def _required(what: T | None) -> T:
     """Return what is there.
 
@@ -78,32 +62,6 @@ def _required(what: T | None) -> T:
     return what
 
 
-class Moment:
-    """A time step, from when a thread sets it until it sets the next one. Compared by identity.
-
-    Args:
-        t: the time step.
-    """
-
-    def __init__(self, t: Tensor) -> None:
-        self.t = t
-        self.index: int | None = None
-        # Who drew random numbers for what follows from t, and the generator's state before that.
-        self.drawn: tuple[object, Tensor] | None = None
-        # Nodes of autograd from `start` on were made in it, up to `end`.
-        self.start = torch.autograd._get_sequence_nr()
-        self.end: int | None = None
-        self.place = _place()  # where a block that is computed again set it
-
-    def finish(self) -> None:
-        """Note that the forward pass is over."""
-        self.end = torch.autograd._get_sequence_nr()
-
-    def made(self, node: int) -> bool:
-        """Return whether a node of the same thread was made in it, by the node's number."""
-        return self.start <= node and (self.end is None or node < self.end)
-
-
 class TimeContext:
     """The current t, integer, in 0..T-1: 0-dim for one time step for the whole batch, or `[B]`.
 
@@ -115,19 +73,15 @@ class TimeContext:
         self.steps = steps
         self.version = 0  # grows at every change: what is computed from t can be kept until then
         self.kept: tuple[object, Tensor] | None = None  # who computed what from t, in compiled code
+
         # What was set last, by any thread: compiled code knows of nothing else.
         self._t: Tensor | None = None
-        self._last: Moment | None = None
-        self._unnoted = False  # whether compiled code set it
-        # By thread: the moment; that of a block which is computed again; the last ones.
-        self._now: dict[int, Moment | None] = {}
-        self._again: dict[int, Moment] = {}
-        self._passes: dict[int, deque[Moment]] = {}
+        self._by_compiled = False  # whether compiled code set it, which begins no pass
+        self.passes = Passes()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy has: the time step, and no part in passes of the original."""
-        none: dict[str, Any] = {"kept": None, "_last": None, "_unnoted": True}
-        return self.__dict__ | none | {"_now": {}, "_again": {}, "_passes": {}}
+        return self.__dict__ | {"kept": None, "_by_compiled": True, "passes": Passes()}
 
     @property
     def t(self) -> Tensor:
@@ -138,76 +92,27 @@ class TimeContext:
         """
         if torch.compiler.is_compiling():
             return _required(self._t)
-        return self.moment.t
+        return self.now.t
 
     @property
-    def moment(self) -> Moment:
-        """Return the current moment: what is computed from t can be kept for it.
+    def now(self) -> Pass:
+        """Return the current pass: what is computed from t can be kept for it.
 
         Compiled code has none.
 
         Raises:
             RuntimeError: as for `t`.
         """
-        if self._unnoted:
-            self._note(self._t)
-
-        thread, place = threading.get_ident(), _place()
-        if place is None:
-            return _required(self._now.get(thread, self._last))
-
-        # Within a backward pass: set there, or that of the forward pass.
-        again = self._again.get(thread)
-        if again is None or again.place != place:
-            again = self._again[thread] = self._of_node(place[1], again)
-        return again
-
-    def _of_node(self, node: int, again: Moment | None) -> Moment:
-        """Return the moment in which a node of autograd was made.
-
-        Args:
-            node: its number.
-            again: that of the block which was last computed again in this thread.
-
-        Raises:
-            RuntimeError: if it can't be told.
-        """
-        # Each thread counts for itself, and which of them made the node is not known.
-        latest = []
-        for passes in list(self._passes.values()):
-            before = (moment for moment in reversed(passes) if moment.start <= node)
-            latest += list(islice(before, 1))
-        found = [moment for moment in latest if moment.made(node)]
-
-        # Made while this thread computed a block again, which set a time step of its own.
-        if not found and again is not None and again.place is not None and again.made(node):
-            return again
-
-        # Made by a part of the network after a pass, or by a block within one.
-        if not found:
-            found = list(dict.fromkeys([*latest, *([] if again is None else [again])]))
-        if not found:
-            return _required(self._now.get(threading.get_ident(), self._last))
-
-        if len(found) > 1:
-            raise RuntimeError(
-                "a block is computed again in the backward pass, and which time step it had can't"
-                " be told: put no checkpoint within another one, call parts of the network within"
-                " `with time.at(t):`, and give each thread a copy of the network (copy.deepcopy)"
-            )
-        return found[0]
+        if self._by_compiled:
+            self._begin(self._t)
+        return _required(self.passes.current())
 
     @property
     def key(self) -> object:
         """Return what stays the same as long as what was computed from t can be used again."""
         if torch.compiler.is_compiling():
             return self.version
-
-        # torch's older kind of checkpoint has a backward pass of its own for each block, which
-        # frees the graph of what it reads.
-        node = torch._C._current_autograd_node()
-        apart = node is not None and "CheckpointFunction" in node.name()
-        return self.moment, _place() if apart else None
+        return self.now, backward_of_its_own()
 
     @property
     def index(self) -> int:
@@ -217,12 +122,12 @@ class TimeContext:
             RuntimeError: if none is set.
             ValueError: if the samples of a batch have time steps of their own.
         """
-        moment = self.moment
-        if moment.index is None:
-            if moment.t.numel() != 1:
+        now = self.now
+        if now.index is None:
+            if now.t.numel() != 1:
                 raise ValueError("integer layers take one time step for the whole batch")
-            moment.index = int(moment.t)
-        return moment.index
+            now.index = int(now.t)
+        return now.index
 
     def set(self, t: Tensor | int | None) -> None:
         """Set the time step until it is set again.
@@ -248,31 +153,20 @@ class TimeContext:
                 t = self._whole(t)
             elif t.device.type == "cpu" and not kernels.traced(t):
                 self._require_range(t)
+
+        self._change(t)
+        if torch.compiler.is_compiling():
+            self._by_compiled = True
+        else:
+            self._begin(t)
+
+    def _change(self, t: Tensor | None) -> None:
         self._t, self.kept = t, None
         self.version += 1
-        if torch.compiler.is_compiling():
-            self._unnoted = True
-        else:
-            self._note(t)
 
-    def _note(self, t: Tensor | None) -> None:
-        """Begin a moment of this thread."""
-        thread, moment = threading.get_ident(), None if t is None else Moment(t)
-        self._unnoted = False
-
-        # While a block is computed again, it holds for that block alone.
-        if _place() is not None:
-            if moment is not None:
-                self._again[thread] = moment
-            return
-
-        self._last = self._now[thread] = moment
-        self._again.clear()
-        if moment is not None:
-            passes = self._passes.setdefault(thread, deque(maxlen=PASSES))
-            if passes and passes[-1].start == moment.start:
-                passes.pop()  # it made no node: there was no gradient
-            passes.append(moment)
+    def _begin(self, t: Tensor | None) -> None:
+        self._by_compiled = False
+        self.passes.begin(t)
 
     def _whole(self, t: Tensor) -> Tensor:
         """Return time steps that are held as floats, as integers."""
@@ -295,43 +189,35 @@ class TimeContext:
     @contextmanager
     def at(self, t: Tensor | int) -> Iterator[None]:
         """Set the time step within the block, and put the earlier one back."""
-        if torch.compiler.is_compiling() or _place() is None:
-            before = self._own()
-            self.set(t)
-            try:
-                yield
-            finally:
-                self._finish()
-                self.set(before)
+        # In a backward pass it is for the block alone that is computed again.
+        if not torch.compiler.is_compiling() and place() is not None:
+            before = self._t
+            with self.passes.within_block():
+                self.set(t)
+                try:
+                    yield
+                finally:
+                    self._change(before)
             return
 
-        # While a block is computed again, the time step of its forward pass comes back.
-        thread = threading.get_ident()
-        again, before = self._again.pop(thread, None), self._t
+        before = self._own()
         self.set(t)
         try:
             yield
         finally:
-            self._again.pop(thread, None)
-            if again is not None:
-                self._again[thread] = again
-            self._t, self.kept = before, None
-            self.version += 1
+            self._finish()
+            self.set(before)
 
     def _own(self) -> Tensor | None:
         """Return this thread's time step outside of a backward pass, or None if none is set."""
-        if torch.compiler.is_compiling() or self._unnoted:
+        if torch.compiler.is_compiling() or self._by_compiled:
             return self._t
-        moment = self._now.get(threading.get_ident(), self._last)
-        return None if moment is None else moment.t
+        own = self.passes.own()
+        return None if own is None else own.t
 
     def _finish(self) -> None:
-        """Note that what this thread computes next is of no forward pass."""
-        if torch.compiler.is_compiling() or _place() is not None:
-            return
-        moment = self._now.get(threading.get_ident())
-        if moment is not None:
-            moment.finish()
+        if not torch.compiler.is_compiling():
+            self.passes.finish()
 
     def follow(self, net: nn.Module) -> None:
         """Make the root forward of `net(x, t, ...)` set the time step, and keep it in float32.

@@ -12,8 +12,9 @@ from tdq_exp.quant.convert import bake
 from tdq_exp.quant.intervals.base import Bank
 from tdq_exp.quant.intervals.static import PerStep
 from tdq_exp.quant.intervals.temporal import TemporalIntervals
+from tdq_exp.quant.passes import PASSES
 from tdq_exp.quant.plan import Plan
-from tdq_exp.quant.time import PASSES, TimeContext
+from tdq_exp.quant.time import TimeContext
 from tests.quant import builders
 from tests.quant.builders import make_net, make_recipe, randn, start_quickly, stir
 
@@ -212,18 +213,18 @@ def test_a_time_step_that_cannot_be_told_is_refused(thread):
         sum(losses).sum().backward()
 
 
-def test_past_moments_are_few():
+def test_few_past_passes_are_kept():
     time = TimeContext(1000)
     x = torch.ones(1, requires_grad=True)
     for _ in range(3):
         with torch.no_grad():
             time.set(1)
-    assert [len(passes) for passes in time._passes.values()] == [1]
+    assert [len(passes) for passes in time.passes.of_thread.values()] == [1]
     for _ in range(PASSES + 5):
         time.set(1)
         x = x * 1
-    assert [len(passes) for passes in time._passes.values()] == [PASSES]
-    assert not copy.deepcopy(time)._passes
+    assert [len(passes) for passes in time.passes.of_thread.values()] == [PASSES]
+    assert not copy.deepcopy(time).passes.of_thread
 
 
 # --- torch's own ways of calling a network

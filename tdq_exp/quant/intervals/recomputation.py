@@ -46,14 +46,14 @@ def same_draws(owner: object, time: TimeContext, device: torch.device) -> Iterat
         yield
         return
 
-    moment, generator = time.moment, _default_generator(device)
+    current, generator = time.now, _default_generator(device)
     now = generator.get_state()
-    if moment.drawn is None or moment.drawn[0] is not owner:
-        moment.drawn = (owner, now)
+    if current.drawn is None or current.drawn[0] is not owner:
+        current.drawn = (owner, now)
         yield
         return
 
-    generator.set_state(moment.drawn[1])
+    generator.set_state(current.drawn[1])
     try:
         yield
     finally:
