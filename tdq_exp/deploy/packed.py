@@ -27,7 +27,7 @@ from tdq_exp.runtime import files, tensor_files
 
 FORMAT = "tdq_exp packed 1"
 # What a header raises that does not describe the tensors beside it.
-MISFIT = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, RecursionError)
+MISFIT = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
 CHUNK = 1 << 20  # codes at a time; a multiple of 8, so that chunks end at whole bytes
 
 
@@ -102,11 +102,18 @@ def unpack(packed: Mapping[str, Tensor], how: Mapping[str, Any]) -> dict[str, Te
         value, dtype = packed[key], getattr(torch, rule["type"])
         if not isinstance(dtype, torch.dtype) or not 1 <= rule.get("codes", 1) <= 16:
             raise ValueError(f"{key}: codes of no known type")
-        state[key] = (
-            unpack_codes(value, tuple(rule["shape"]), rule["n"], rule["codes"])
-            if "codes" in rule
-            else value
-        ).to(dtype)
+        if "codes" not in rule:
+            state[key] = value.to(dtype)
+            continue
+
+        # A type that does not hold a code would make another number of it.
+        if type(rule["n"]) is not int or abs(rule["n"]) >= 1 << 30:
+            raise ValueError(f"{key}: codes from {rule['n']!r:.20} on")
+        codes = unpack_codes(value, tuple(rule["shape"]), rule["n"], rule["codes"])
+        state[key] = codes.to(dtype)
+        if dtype.is_complex or not torch.equal(state[key].to(codes.dtype), codes):
+            raise ValueError(f"{key}: {rule['type']} does not hold its codes")
+
     return state
 
 

@@ -315,6 +315,9 @@ PACKED = [
     Hostile("codes of 10^9 bits", _rule(codes=10**9), ("packed network",)),
     Hostile("a negative shape", _rule(shape=[-1, -8]), ("packed network",)),
     Hostile("a shape of 10^18", _rule(shape=[10**9, 10**9]), ("packed network",)),
+    Hostile("codes from 10^30 on", _rule(n=10**30), ("packed network", "codes from 1000")),
+    Hostile("codes from a half on", _rule(n=0.5), ("packed network", "codes from 0.5 on")),
+    Hostile("codes beyond their type", _rule(n=250), ("packed network", "does not hold")),
     Hostile("a header without end", _packed(_no_header), ("packed network",)),
     Hostile("another format", _packed(_other_format), ("packed network",)),
 ]
