@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -147,6 +149,21 @@ def test_weights_of_another_autoencoder_are_refused_and_named(saved, tmp_path):
         load_autoencoder(ScaledAutoencoder(NETWORK), str(tmp_path / "kl.safetensors"))
     with pytest.raises(CheckpointError, match="missing.safetensors: no such file or folder"):
         load_autoencoder(ScaledAutoencoder(NETWORK), str(tmp_path / "missing.safetensors"))
+
+
+@pytest.mark.parametrize("value", ["abc", None, [1], True, 10**400])
+def test_a_scale_that_is_no_number_names_the_file(value, tmp_path):
+    config = {"_class_name": "AutoencoderKL", "scaling_factor": value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: scaling_factor is .*, wanted a number; set model\.def"
+    ):
+        load_autoencoder(ScaledAutoencoder(NETWORK), str(tmp_path))
+
+    theirs = torch.tensor(1 + 2j) if value is None else value
+    torch.save({"state_dict": {"scale_factor": theirs}}, tmp_path / "kl.ckpt")
+    with pytest.raises(CheckpointError, match=r"kl\.ckpt: .*scale_factor"):
+        load_autoencoder(ScaledAutoencoder(NETWORK), str(tmp_path / "kl.ckpt"))
 
 
 def test_an_autoencoder_without_weights_says_how_to_get_them():

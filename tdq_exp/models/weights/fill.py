@@ -155,7 +155,22 @@ def _scale_of(kl: torch.nn.Module, path: Path) -> float | None:
     if not path.is_dir():
         return _stored_scale(path)
     default = inspect.signature(type(kl).__init__).parameters["scaling_factor"].default
-    return float(config_of(place_of(path, "vae") / "config.json").get("scaling_factor", default))
+    config = place_of(path, "vae") / "config.json"
+    return _number(config, "scaling_factor", config_of(config).get("scaling_factor", default))
+
+
+def _number(path: Path, key: str, value: Any) -> float:
+    """Return what a file says of the scale as a number.
+
+    Raises:
+        CheckpointError: naming the file and its key.
+    """
+    with suppress(OverflowError):  # an integer of hundreds of digits
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    raise CheckpointError(
+        f"{path}: {key} is {value!r:.40}, wanted a number; set model.definition.autoencoder.scale"
+    )
 
 
 def _stored_scale(path: Path) -> float | None:
@@ -166,7 +181,7 @@ def _stored_scale(path: Path) -> float | None:
         state = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
         value = state.get(compvis.SCALE) if isinstance(state, dict) else None
         if isinstance(value, int | float):
-            numbers.append(float(value))
+            numbers.append(_number(path, compvis.SCALE, value))
         return {} if value is None or numbers else {compvis.SCALE: value}
 
     found = read_tensors(path, pick).get(compvis.SCALE)
@@ -174,7 +189,7 @@ def _stored_scale(path: Path) -> float | None:
         return numbers[0] if numbers else None
     if found.numel() != 1:
         raise CheckpointError(f"{path}: {compvis.SCALE} holds {found.numel()} numbers, wanted one")
-    return float(found)
+    return _number(path, compvis.SCALE, found.item())
 
 
 def _read_file(path: Path, ema: bool, part: str) -> dict[str, torch.Tensor]:
