@@ -156,7 +156,8 @@ def test_a_scale_that_is_no_number_names_the_file(value, tmp_path):
     config = {"_class_name": "AutoencoderKL", "scaling_factor": value}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        CheckpointError, match=r"config\.json: scaling_factor is .*, wanted a number; set model\.def"
+        CheckpointError,
+        match=r"config\.json: scaling_factor is .*, wanted a number; set model\.def",
     ):
         load_autoencoder(ScaledAutoencoder(NETWORK), str(tmp_path))
 
