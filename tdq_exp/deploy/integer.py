@@ -38,7 +38,7 @@ from tdq_exp.deploy.coders import (
     too_wide,
 )
 from tdq_exp.deploy.fuse import fuse
-from tdq_exp.deploy.products import Product, Window, exact_here
+from tdq_exp.deploy.products import Product, Window, exact_here, fits_32_bits
 from tdq_exp.quant.chains import Chains
 from tdq_exp.quant.convert import replace_module
 from tdq_exp.quant.kernels import integer_operators as gpu_kernels
@@ -48,6 +48,7 @@ from tdq_exp.quant.quantizer import Quantizer
 INEXACT = (
     "8-bit by 8-bit products are cut off at 16 bits on this CPU, which has no VNNI instructions"
 )
+TOO_LONG = "its sums may not fit into 32 bits"
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -160,8 +161,10 @@ def reason_here(layer: QuantLayer, quantizer: Quantizer, on_gpu: bool) -> str | 
         return gpu.reason_against(layer)
     coded = layer.weight_quantizer
     assert isinstance(coded, CodedWeight)
-    exact = exact_here(largest_code(quantizer), signed_codes(coded)[0])
-    return None if exact else INEXACT
+    largest, codes = largest_code(quantizer), signed_codes(coded)[0]
+    if not fits_32_bits(largest, codes):
+        return TOO_LONG
+    return None if exact_here(largest, codes) else INEXACT
 
 
 def codable(net: nn.Module) -> dict[str, Quantizer]:

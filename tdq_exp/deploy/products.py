@@ -7,7 +7,9 @@ With VNNI everything is added in 32 bits. So a product is exact
     on any CPU             if 2 |q_x|max |q_w|max <= 2^15 - 1: no pair reaches the limit
     on a CPU with VNNI     always
 
-where q_x and q_w are the bytes that the kernel multiplies, zero points still in them.
+where q_x and q_w are the bytes that the kernel multiplies, zero points still in them. And no sum may
+leave 32 bits: it would come back with another sign. That takes more than 65,793 products of the
+largest bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 Window = tuple[list[int], list[int], list[int], int]
 
 PAIR_LIMIT = 2**15 - 1
+SUM_LIMIT = 2**31 - 1
 PROBE_CHANNELS = (6, 64)  # there are other kernels for few channels than for many
 
 
@@ -32,6 +35,20 @@ def never_saturates(largest_code: int, weight: Tensor) -> bool:
     """
     largest_weight = int(weight.to(torch.int16).abs().max()) if weight.numel() else 0
     return 2 * largest_code * largest_weight <= PAIR_LIMIT
+
+
+def fits_32_bits(largest_code: int, weight: Tensor) -> bool:
+    """Return whether no sum of products can leave 32 bits, nor that of the codes alone.
+
+    Args:
+        largest_code: of the input's unsigned bytes.
+        weight: signed bytes, `[out, ...]`.
+    """
+    rows = weight.flatten(1)
+    if rows.shape[1] * largest_code * 128 <= SUM_LIMIT:
+        return True
+    most = int(rows.to(torch.int64).abs().sum(1).max()) if rows.numel() else 0
+    return max(most, rows.shape[1]) * largest_code <= SUM_LIMIT
 
 
 def exact_here(largest_code: int, weight: Tensor) -> bool:

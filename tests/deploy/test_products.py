@@ -122,6 +122,34 @@ def test_random_codes_within_the_limit_are_never_cut_off():
         assert np.array_equal(saturating_sums(codes.numpy(), weight.numpy()), exact)
 
 
+def test_sums_that_leave_32_bits_are_told_from_those_that_can_not():
+    most = products.SUM_LIMIT // (255 * 128)
+    weights = torch.full((2, most + 1), -128, dtype=torch.int8)
+    assert products.fits_32_bits(255, weights[:, :most])
+    assert not products.fits_32_bits(255, weights)
+    assert products.fits_32_bits(254, weights)
+
+    # What counts is the row with the largest sum, not the largest weight.
+    weights[:, 1:] = 127
+    assert products.fits_32_bits(255, weights)
+    if integer.unavailable(HERE) is None:
+        weights[:] = 127
+        codes = torch.full((1, most), 255, dtype=torch.uint8)
+        found = products.Product(weights[:, :most], torch.ones(2))(codes, 1.0, 0)
+        assert float(found[0, 0]) == pytest.approx(255 * 127 * most)
+
+
+def test_a_layer_whose_sums_may_leave_32_bits_stays_simulated_and_is_not_exported(monkeypatch):
+    monkeypatch.setattr(products, "SUM_LIMIT", 255 * 128 * 100)
+    left = integer.left_out(net_of(8))
+    long = {name for name, why in left.items() if why == integer.TOO_LONG}
+    assert long and not long & integer.candidates(net_of(8)).keys()
+
+    graph = pytest.importorskip("tdq_exp.deploy.onnx.graph", reason="export is an optional extra")
+    with pytest.raises(ValueError, match="can't be exported on integers, its sums may not fit"):
+        graph.graph_of(net_of(8), {}, "integer")
+
+
 @pytest.fixture
 def without_vnni(monkeypatch):
     """As if this CPU had no VNNI instructions."""

@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdq_exp.deploy.coders import too_wide
-from tdq_exp.deploy.integer import reason_against, signed_codes
+from tdq_exp.deploy.coders import largest_code, signed_codes, too_wide
+from tdq_exp.deploy.integer import TOO_LONG, codable, reason_against
 from tdq_exp.deploy.onnx.layers import (
     OPSET,
     Clock,
@@ -42,6 +42,7 @@ from tdq_exp.deploy.onnx.layers import (
     PortableLayer,
     Simulated,
 )
+from tdq_exp.deploy.products import fits_32_bits
 from tdq_exp.quant.convert import replace_module
 from tdq_exp.quant.layers import CodedWeight, QuantAttention, QuantConv2d, QuantLayer
 
@@ -126,7 +127,8 @@ def graph_of(net: nn.Module, ranges: Mapping[str, tuple[Tensor, Tensor]], form: 
         form: one of `FORMS`.
 
     Raises:
-        ValueError: for a layer that has no such form: dynamic intervals, codes wider than a byte.
+        ValueError: for a layer that has no such form: dynamic intervals, codes wider than a byte,
+            sums that 32 bits may not hold.
     """
     clock, net = Clock(), copy.deepcopy(net)
     convolutions = [name for name, module in net.named_modules() if isinstance(module, QuantConv2d)]
@@ -137,6 +139,13 @@ def graph_of(net: nn.Module, ranges: Mapping[str, tuple[Tensor, Tensor]], form: 
             reason = reason_against(module)
             if reason is not None:
                 raise ValueError(f"{name}: can't be exported, {reason}")
+
+    for name, quantizer in codable(net).items() if form == "integer" else ():
+        coded = net.get_submodule(name).weight_quantizer
+        if not fits_32_bits(largest_code(quantizer), signed_codes(coded)[0]):  # type: ignore[arg-type]
+            raise ValueError(
+                f"{name}: can't be exported on integers, {TOO_LONG}; take --form portable"
+            )
 
     # Attention: one reader for q, k and v, and its products simulated.
     for name, module in list(net.named_modules()):
