@@ -10,7 +10,7 @@ import torch
 
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
-from tdq_exp.fit.ptq.imported_set import read_set
+from tdq_exp.fit.ptq.imported_set import read_set, spread_over_time
 from tdq_exp.runtime.processes import Processes
 from tests.quant.builders import load_model, randn
 
@@ -90,7 +90,16 @@ def test_a_set_is_stored_once_and_streamed_as_ours_are(tmp_path):
     x, t, _ = again.batch(np.array([2, 0]))
     assert stored.folder == again.folder and len(again) == 6 and not again.missing()
     assert torch.equal(x, X[[2, 0]]) and t.tolist() == [999, 0]
-    assert again.image().tolist() == list(range(6))
+    assert sorted(again.image().tolist()) == list(range(6))
+
+
+def test_what_is_held_out_of_a_set_in_the_order_of_its_steps_is_of_all_of_them():
+    steps = torch.arange(20).repeat_interleave(16)
+    for t in (steps, steps.flip(0), torch.arange(20).repeat(16), steps[:201]):
+        held_out = t[spread_over_time(t) >= round(0.9 * len(t))]
+        assert sorted(spread_over_time(t).tolist()) == list(range(len(t)))
+        counts = held_out.bincount(minlength=int(t.max()) + 1)
+        assert int(counts.min()) >= 1 and int(counts.max()) <= 3
 
 
 def built(path, *more):

@@ -5,7 +5,8 @@
     {"x": ..., "t": ...}   the same, flat
 
 Nothing in such a file is executed (see `models.weights.inert_pickle`). Which samples are of one
-trajectory it does not say, so each sample is held out, or not, by itself.
+trajectory it does not say, so each sample is held out, or not, by itself. Such files are often in
+the order of their steps: the samples that are held out are spread evenly over t all the same.
 """
 
 from __future__ import annotations
@@ -44,26 +45,40 @@ class ImportedSet:
 
     def parts(self) -> dict[str, Any]:
         """Return what the set is, for fingerprints: the hash of its content."""
-        return {"version": 1, "imported": state_hash({"x": self.x, "t": self.t})}
+        return {"version": 2, "imported": state_hash({"x": self.x, "t": self.t})}
 
     def stored(self, cache: Path, processes: Processes) -> CalibrationSet:
         """Return the set as arrays on disk, written by the main process on first use."""
         folder = cache / "calibration_sets" / files.fingerprint(self.parts())
         count = len(self.x)
         found = CalibrationSet(folder, count, count, self.x.shape[1:], GROUP, of=folder.name)
+        images = spread_over_time(self.t)
 
         def write() -> None:
             if not (folder / "about.json").exists():
                 found.create(self.parts())
             for group in found.missing():
                 part = slice(group * GROUP, (group + 1) * GROUP)
-                x = self.x[part]
-                image = torch.arange(part.start, part.start + len(x))
-                rows = {"x": x, "t": self.t[part], "image": image, "x_0": torch.zeros_like(x)}
+                x, t, image = self.x[part], self.t[part], images[part]
+                rows = {"x": x, "t": t, "image": image, "x_0": torch.zeros_like(x)}
                 found.put(group, rows)  # no x_0 is known
 
         processes.decide(write)
         return found
+
+
+def spread_over_time(t: Tensor) -> Tensor:
+    """Return a number 0..N-1 for each sample, `[N]`, so that the last of them are of all t alike.
+
+    In the order of t, multiples of the golden ratio leave no gap: their fractional parts are ranked.
+
+    Args:
+        t: of each sample, `[N]`.
+    """
+    place = torch.arange(len(t), dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1
+    numbers = torch.empty_like(t)
+    numbers[t.argsort(stable=True)] = place.argsort(stable=True).argsort(stable=True)
+    return numbers
 
 
 def read_set(path: Path, shape: Sequence[int], steps: int) -> ImportedSet:
