@@ -112,9 +112,11 @@ def read_set(path: Path, shape: Sequence[int], steps: int) -> ImportedSet:
         )
     if len(t) < FEWEST:
         raise ValueError(f"{where}: holds {len(t)} samples; wanted at least {FEWEST}")
-    if not x.is_floating_point() or not bool(x.isfinite().all()):
+    if not x.is_floating_point() or not bool(x.float().isfinite().all()):
         raise ValueError(f"{where}: x has values that are not finite real numbers")
 
+    if t.is_complex() or t.dtype == torch.bool:
+        raise ValueError(f"{where}: t is {t.dtype}; wanted whole numbers")
     whole = t.long()
     if not bool((whole == t).all()) or int(whole.min()) < 0 or int(whole.max()) >= steps:
         raise ValueError(f"{where}: t must be whole numbers from 0 to {steps - 1}")
