@@ -34,13 +34,12 @@ onnx_format = pytest.importorskip("onnx", reason="export is an optional extra")
 class Alone(nn.Module):
     """One layer as a network of (x, t)."""
 
-    def __init__(self, layer: nn.Module, clock: onnx_layers.Clock) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer, self.clock = layer, clock
+        self.layer, self.time = layer, TimeContext(STEPS)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        self.clock.t = t
-        return self.layer(x)
+    def forward(self, x: Tensor, t: Tensor, return_dict: bool) -> tuple[Tensor]:
+        return (self.layer(x),)
 
 
 def quantizer(bits: int, n: int, time: TimeContext) -> Lsq:
@@ -69,7 +68,7 @@ def coded(shape: tuple[int, ...], kind: str) -> CodedWeight:
 
 def run(layer: nn.Module, clock: onnx_layers.Clock, x: Tensor, file, t: int) -> Tensor:
     if not file.exists():
-        onnx.write(Alone(layer, clock).eval(), tuple(x.shape[1:]), file)
+        onnx.write(onnx.Graph(Alone(layer), clock).eval(), tuple(x.shape[1:]), file)
     return torch.from_numpy(
         export.session(file).run(None, {"x_t": x.numpy(), "t": np.array(t, dtype=np.int64)})[0]
     )
@@ -169,6 +168,10 @@ def test_a_linear_layer_is_exact_in_both_forms(bits, n, kind, tmp_path):
                 y = layer(x)
             found = run(made, clock, x, tmp_path / f"{form}.onnx", t)
             assert float((found - y).abs().max()) <= 1e-5 * float(y.abs().max())
+
+        for t in (-1, STEPS):
+            with pytest.raises(Exception, match="indices element out of data bounds"):
+                run(made, clock, x, tmp_path / f"{form}.onnx", t)
     assert signed_products(tmp_path / "integer.onnx") == [kind != "affine8"]
     kinds = export.optimised_operators(tmp_path / "integer.onnx")
     assert kinds.get("MatMulIntegerToFloat", 0) + kinds.get("MatMulInteger", 0) == 1

@@ -52,6 +52,9 @@ FORMS = ("integer", "portable")
 class Graph(nn.Module):
     """(x_t, t) -> prediction.
 
+    A t that is no time step is an error where it is read from a table. ONNX would count a negative
+    one from the table's end, so it becomes T, which no table has.
+
     Args:
         net: with its quantized layers in the graph's form.
         clock: the one that they read.
@@ -60,9 +63,11 @@ class Graph(nn.Module):
     def __init__(self, net: nn.Module, clock: Clock) -> None:
         super().__init__()
         self.net, self.clock = net, clock
+        self.steps: int = net.time.steps  # type: ignore[union-attr,assignment]
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return eps_hat of `[B, C, H, W]` and an int64 number."""
+        t = torch.where(t < 0, self.steps, t)
         self.clock.t = t
         return self.net(x, t, return_dict=False)[0]
 
