@@ -203,7 +203,14 @@ def values_of(path: Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
         reason = (
             f"it holds no state of this fit: {type(error).__name__}, {_first_line(error)[:120]}"
         )

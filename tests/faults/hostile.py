@@ -246,6 +246,7 @@ STATES = [
     Hostile("a random state of real numbers", _state(random=[[torch.zeros(5056)]]), ()),
     Hostile("an update that is a text", _state(update="x"), ()),
     Hostile("an update beyond the end", _state(update=10**9), ("update",)),
+    Hostile("an update without end", _state(update=float("inf")), ("state",)),
     Hostile("an update before the beginning", _state(update=-5), ("update",)),
     Hostile("a history that is a number", _state(validation=7), ()),
     Hostile("a state of another fit", _state(fingerprint="0" * 16), ("another fit",)),
