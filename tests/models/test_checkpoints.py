@@ -372,6 +372,14 @@ def test_views_of_one_storage(tmp_path):
     assert read["empty"].shape == (0,) and read["scalar"].item() == 3
 
 
+def test_a_tensor_that_is_kept_as_its_negative_is_refused(tmp_path):
+    torch.save({"a": torch._neg_view(torch.ones(2)), "b": torch.ones(2)}, tmp_path / "a.pt")
+    found = read_tensors(tmp_path / "a.pt", lambda tree: {"b": tree["b"]})
+    assert torch.equal(found["b"], torch.ones(2))
+    with pytest.raises(CheckpointError, match="is kept as its negative or its conjugate"):
+        read_tensors(tmp_path / "a.pt", lambda tree: tree)
+
+
 # Every key is accounted for
 
 

@@ -91,11 +91,12 @@ class _Storage:
 class StoredTensor:
     """A tensor that is still in its file.
 
-    Its constructor takes what `torch._utils._rebuild_tensor_v2` takes, and ignores what follows the
-    strides (whether it requires a gradient, and its hooks).
+    Its constructor takes what `torch._utils._rebuild_tensor_v2` takes, and ignores whether it
+    requires a gradient, and its hooks. Metadata, which come last, say whether the storage holds the
+    negative or the conjugate of the tensor: such a one can't be read.
     """
 
-    __slots__ = ("_offset", "_shape", "_storage", "_stride")
+    __slots__ = ("_metadata", "_offset", "_shape", "_storage", "_stride")
 
     def __init__(
         self,
@@ -103,10 +104,14 @@ class StoredTensor:
         offset: int,
         shape: tuple[int, ...],
         stride: tuple[int, ...],
+        requires_grad: object = None,
+        hooks: object = None,
+        metadata: object = None,
         *_: object,
     ):
         if not isinstance(storage, _Storage):
             raise pickle.UnpicklingError("a tensor without a storage")
+        self._metadata = metadata
         self._storage = storage
         self._offset = offset
         self._shape = shape
@@ -117,6 +122,8 @@ class StoredTensor:
 
     def read(self) -> torch.Tensor:
         """Return the tensor; offsets and strides that leave the storage are an error."""
+        if self._metadata:
+            raise pickle.UnpicklingError("a tensor that is kept as its negative or its conjugate")
         return self._storage.flat().as_strided(self._shape, self._stride, self._offset).contiguous()
 
 
