@@ -354,6 +354,16 @@ def test_a_training_state_without_ema_is_not_taken_for_one(small, raw, tmp_path)
     load_weights(copy.deepcopy(small), str(tmp_path / "ckpt.pth"), ema=False)
 
 
+@pytest.mark.parametrize("key", ["state_dict_ema", "ema", "average"])
+def test_averages_beside_a_state_dict_are_not_passed_over(small, raw, tmp_path, key):
+    averages = {"shadow": list(raw.values())} if key == "ema" else raw
+    tree = {"state_dict": raw, key: averages, "ema_decay": 0.999, "optimizer": {"state": {}}}
+    torch.save(tree, tmp_path / "net.ckpt")
+    with pytest.raises(CheckpointError, match=rf"averages beside its state_dict \({key}\)"):
+        load_weights(small, str(tmp_path / "net.ckpt"))
+    load_weights(copy.deepcopy(small), str(tmp_path / "net.ckpt"), ema=False)
+
+
 def test_half_precision_is_cast_to_the_networks_type(small, raw, tmp_path):
     torch.save({key: value.half() for key, value in raw.items()}, tmp_path / "net.ckpt")
     net = copy.deepcopy(small)

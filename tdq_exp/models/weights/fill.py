@@ -43,7 +43,7 @@ from huggingface_hub.errors import (
 
 from tdq_exp.models.weights import compvis
 from tdq_exp.models.weights.folder import config_of, place_of, require_same_architecture
-from tdq_exp.models.weights.inert_pickle import CheckpointError, read_tensors
+from tdq_exp.models.weights.inert_pickle import CheckpointError, StoredTensor, read_tensors
 from tdq_exp.models.weights.match import match
 from tdq_exp.models.weights.names import diffusers_names
 from tdq_exp.models.weights.paths import expanded, require_file
@@ -223,6 +223,12 @@ def _state_of(path: Path, tree: Any, ema: bool, part: str) -> dict[str, Any]:
 
     # A checkpoint with the state dict inside, or the state dict itself.
     if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
+        if ema and (others := _averages_beside(tree)):
+            raw = ", or ask for the raw ones (model.ema=false)" if part == "unet" else ""
+            raise CheckpointError(
+                f"{path}: holds averages beside its state_dict ({', '.join(others[:3])}); save the"
+                f" weights that are meant as a file of their own{raw}"
+            )
         tree = tree["state_dict"]
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise CheckpointError(f"{path}: holds no state dict")
@@ -230,6 +236,30 @@ def _state_of(path: Path, tree: Any, ema: bool, part: str) -> dict[str, Any]:
     if compvis.is_whole(tree):
         return compvis.part_of(path, tree, part, ema)
     return compvis.without_loss(tree) if compvis.is_autoencoder(tree) else _without_module(tree)
+
+
+def _averages_beside(tree: Mapping[Any, Any]) -> list[str]:
+    """Return the keys beside `state_dict` that hold other weights of the same names, or an EMA."""
+    state = tree["state_dict"]
+
+    def same_names(value: Any) -> bool:
+        return isinstance(value, dict) and bool(state) and state.keys() <= value.keys()
+
+    def tensors(value: Any, depth: int = 3) -> bool:
+        parts = list(value.values()) if isinstance(value, dict) else value
+        nested = depth > 0 and isinstance(parts, list | tuple)
+        return isinstance(value, StoredTensor) or (
+            nested and any(tensors(part, depth - 1) for part in parts)
+        )
+
+    return [
+        str(key)
+        for key, value in tree.items()
+        if key != "state_dict"
+        and (
+            same_names(value) or ("ema" in re.split("[^a-z]", str(key).lower()) and tensors(value))
+        )
+    ]
 
 
 def _without_module(state: Mapping[str, Any]) -> dict[str, Any]:
