@@ -7,9 +7,9 @@ With VNNI everything is added in 32 bits. So a product is exact
     on any CPU             if 2 |q_x|max |q_w|max <= 2^15 - 1: no pair reaches the limit
     on a CPU with VNNI     always
 
-where q_x and q_w are the bytes that the kernel multiplies, zero points still in them. And no sum may
-leave 32 bits: it would come back with another sign. That takes more than 65,793 products of the
-largest bytes.
+where q_x and q_w are the bytes that the kernel multiplies, zero points still in them. And no sum
+may leave 32 bits: it would come back with another sign. That takes more than 65,793 products of
+the largest bytes.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -146,8 +147,8 @@ def graph_of(net: nn.Module, ranges: Mapping[str, tuple[Tensor, Tensor]], form: 
                 raise ValueError(f"{name}: can't be exported, {reason}")
 
     for name, quantizer in codable(net).items() if form == "integer" else ():
-        coded = net.get_submodule(name).weight_quantizer
-        if not fits_32_bits(largest_code(quantizer), signed_codes(coded)[0]):  # type: ignore[arg-type]
+        layer: Any = net.get_submodule(name)
+        if not fits_32_bits(largest_code(quantizer), signed_codes(layer.weight_quantizer)[0]):
             raise ValueError(
                 f"{name}: can't be exported on integers, {TOO_LONG}; take --form portable"
             )

@@ -70,7 +70,8 @@ class ImportedSet:
 def spread_over_time(t: Tensor) -> Tensor:
     """Return a number 0..N-1 for each sample, `[N]`, so that the last of them are of all t alike.
 
-    In the order of t, multiples of the golden ratio leave no gap: their fractional parts are ranked.
+    In the order of t, multiples of the golden ratio leave no gap: their fractional parts are
+    ranked.
 
     Args:
         t: of each sample, `[N]`.
