@@ -133,10 +133,11 @@ def test_sums_that_leave_32_bits_are_told_from_those_that_can_not():
     weights[:, 1:] = 127
     assert products.fits_32_bits(255, weights)
     if integer.unavailable(HERE) is None:
-        weights[:] = 127
+        largest = 127 if products.all_are_exact_here() else 64  # without VNNI pairs are cut off
+        weights[:] = largest
         codes = torch.full((1, most), 255, dtype=torch.uint8)
         found = products.Product(weights[:, :most], torch.ones(2))(codes, 1.0, 0)
-        assert float(found[0, 0]) == pytest.approx(255 * 127 * most)
+        assert float(found[0, 0]) == pytest.approx(255 * largest * most)
 
 
 def test_a_layer_whose_sums_may_leave_32_bits_stays_simulated_and_is_not_exported(monkeypatch):
