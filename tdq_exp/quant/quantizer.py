@@ -170,7 +170,7 @@ class Quantizer(nn.Module):
             s = self.transform_step(s)
         return s, self.zero.reshape(1) if self.zero_point is None else self.zero_point.table(s)
 
-    # --- State dict: its metadata hold the codes, for step sizes are of one grid
+    # --- State dict: its metadata say the codes, without which step sizes mean nothing
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
