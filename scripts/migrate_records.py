@@ -25,7 +25,7 @@ from tdq_exp.config import records
 from tdq_exp.config.compose import compose
 from tdq_exp.config.schema import plain
 from tdq_exp.diffusion import Ddim
-from tdq_exp.experiment.row import measure_parts
+from tdq_exp.experiment.row import measure_parts, read_rows, write_rows
 from tdq_exp.fit.ptq.calibration_set import CalibrationSpec
 from tdq_exp.fit.quantized import layer_record
 from tdq_exp.runtime import tensor_files
@@ -63,10 +63,20 @@ def migrate(run: Path, data_sets: list[Any]) -> bool:
     old = _read(run / "fit.json")
     new = _new_fit(old, run / "fit.json")
 
+    rows = {}
     for samples_file in sorted(run.glob("**/samples.json")):
-        _migrate_samples(samples_file, old, new, data_sets)
+        migrated = _migrate_samples(samples_file, old, new, data_sets)
+        if migrated:  # a set may not have been measured yet
+            rows[samples_file.with_name("metrics.json")] = migrated
 
+    # Rows refer to the fit's record. If it changes, they are whole until it has.
+    if new != old:
+        for file in rows:
+            write_json(file, {"rows": rows[file]})
     write_json(run / "fit.json", new)
+    for file in rows:
+        write_rows(file, rows[file])
+
     if (run / "layers.json").exists():
         _migrate_layers(run / "layers.json")
     if (run / "packed.safetensors").exists():
@@ -160,7 +170,10 @@ def _filled(config: Record, defaults: Record) -> Record:
     }
 
 
-def _migrate_samples(path: Path, fit: Record, new_fit: Record, data_sets: list[Any]) -> None:
+def _migrate_samples(
+    path: Path, fit: Record, new_fit: Record, data_sets: list[Any]
+) -> list[Record]:
+    """Migrate the record of a sampled set; return its rows in their new form."""
     old = _read(path)
     _require(fingerprint(old["parts"]), old["fingerprint"], path)
     _require(old["parts"]["fit"], fit["fingerprint"], path)
@@ -169,12 +182,11 @@ def _migrate_samples(path: Path, fit: Record, new_fit: Record, data_sets: list[A
     sample = fingerprint(parts)
     write_json(path, {**old, "parts": parts, "fingerprint": sample})
 
-    rows_file = path.with_name("metrics.json")
-    rows = [
-        _new_row(row, new_fit["fingerprint"], sample, [fit["parts"].get("data"), *data_sets], path)
-        for row in _read(rows_file)["rows"]
+    sets = [fit["parts"].get("data"), *data_sets]
+    return [
+        _new_row(row, new_fit["fingerprint"], sample, sets, path)
+        for row in read_rows(path.with_name("metrics.json"))
     ]
-    write_json(rows_file, {"rows": rows})
 
 
 def _new_row(row: Record, fit: str, sample: str, data_sets: list[Any], path: Path) -> Record:

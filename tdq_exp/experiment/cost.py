@@ -202,7 +202,8 @@ def stages_done(job: Experiment) -> tuple[bool, bool]:
     something new is wanted of it.
     """
     fit = files.read_json(job.folder / FIT_RECORD, needs=["done"])
-    rows = read_rows(job.folder / job.sample_name / "metrics.json")
+    rows_file = job.folder / job.sample_name / "metrics.json"
+    rows = read_rows(rows_file) if fit is not None else []  # they refer to its record
 
     name = job.evaluation.label
     measured = any(row["config"]["eval"]["label"] == name for row in rows)

@@ -1,18 +1,25 @@
 """A row: what a run found out, and all that somebody needs to know in order to compare it.
 
 Rows are written by the measure stage into `metrics.json` beside the images, and read by tables.
+
+The configuration of a row is mostly that of its fit, which `fit.json` above it holds: the file of
+rows names those groups (`AS_FIT`) in place of repeating them, and reading puts them back. A row's
+seal is of the whole row, so that a row beside another fit's record is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tdq_exp.config.naming import FIT_RECORD
 from tdq_exp.runtime import files
 
+AS_FIT = "config_as_fit"  # key of a row in its file: the groups that the fit's record holds alike
+OF_THE_SET = ("sampler", "eval")  # groups in which sets of one fit differ: a row holds its own
 NEEDED = {"config", "features", "images", "metrics"}
 # What a row's values are, where it has them; those of `NEEDED` it has.
 KINDS: dict[type[Any], tuple[str, ...]] = {
@@ -200,27 +207,92 @@ class RowRecord:
 
 
 def read_rows(file: Path, must_be_sealed: bool = False) -> list[dict[str, Any]]:
-    """Return the rows of a file; none if there is no file.
+    """Return the rows of a file, with their whole configurations; none if there is no file.
 
     Args:
         file: of the rows.
         must_be_sealed: refuse rows without a seal, which an earlier version may have written.
 
     Raises:
-        ValueError: if the file is damaged, or a row does not match its seal.
+        ValueError: if the file is damaged, a row does not match its seal, or the record of the fit
+            that a row refers to is missing.
     """
     content = files.read_json(file, ["rows"], must_be_sealed)
     rows = content["rows"] if content is not None else []
     if not isinstance(rows, list):
         raise files.damaged(file, "its rows are no list")
 
-    for row in rows:
-        if not isinstance(row, dict) or not row.keys() >= NEEDED:
-            raise files.damaged(file, "a row lacks a part")
+    if not all(isinstance(row, dict) and row.keys() >= NEEDED for row in rows):
+        raise files.damaged(file, "a row lacks a part")
 
+    rows = [_whole(file, row) for row in rows]
+    for row in rows:
         files.require_seal(file, row, must_be_sealed)
         _require_kinds(file, row)
     return rows
+
+
+def _whole(file: Path, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with the groups of its configuration that its file left to the fit's record.
+
+    Raises:
+        ValueError: if that record is missing, damaged, or lacks a group.
+    """
+    if AS_FIT not in row:
+        return dict(row)
+
+    config, groups = row["config"], row[AS_FIT]
+    named = isinstance(groups, list) and all(isinstance(group, str) for group in groups)
+    if not named or not isinstance(config, dict):
+        raise files.damaged(file, f"{AS_FIT} of a row is {groups!r:.40}")
+
+    record = _fit_record(file)
+    if record is None:
+        raise ValueError(
+            f"{file}: its rows are of a {FIT_RECORD} that is missing; put it back, or run the"
+            " command again, which makes it"
+        )
+    of_fit = _config_of(record)
+    if missing := [group for group in groups if group not in of_fit]:
+        raise files.damaged(file, f"{record} has no {', '.join(missing)}")
+
+    rest = {key: value for key, value in row.items() if key != AS_FIT}
+    return {**rest, "config": {**{group: of_fit[group] for group in groups}, **config}}
+
+
+def _short(file: Path, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sealed row without the groups that the fit's record holds alike; see `_whole`."""
+    record = _fit_record(file)
+    if record is None:
+        return dict(row)
+
+    config, of_fit = row["config"], _config_of(record)
+    alike = {
+        group
+        for group, value in config.items()
+        if group not in OF_THE_SET and group in of_fit and _same(of_fit[group], value)
+    }
+    own = {group: value for group, value in config.items() if group not in alike}
+    return {**row, "config": own, AS_FIT: sorted(alike)} if alike else dict(row)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Say whether two values are the same JSON: 1, 1.0 and true are equal, but not the same."""
+    return files.json_text(one) == files.json_text(other)
+
+
+def _fit_record(file: Path) -> Path | None:
+    """Return the record of the fit that a file of rows is of; None if there is none above it."""
+    above = (folder / FIT_RECORD for folder in file.absolute().parents[:3])  # a checkpoint's too
+    return next((record for record in above if record.exists()), None)
+
+
+def _config_of(record: Path) -> dict[str, Any]:
+    found = files.read_json(record, ["config"]) or {}
+    config: dict[str, Any] = found["config"]
+    if not isinstance(config, dict):
+        raise files.damaged(record, f"its config is {config!r:.40}")
+    return config
 
 
 def _require_kinds(file: Path, row: Mapping[str, Any]) -> None:
@@ -247,5 +319,10 @@ def write_row(file: Path, row: dict[str, Any]) -> None:
     """Add a row to its file, in place of an older one of the same features."""
     features = row["features"]["name"]
     others = [r for r in read_rows(file) if r["features"]["name"] != features]
-    rows = sorted([*others, files.sealed(row)], key=lambda r: r["features"]["name"])
-    files.write_json(file, {"rows": rows})
+    write_rows(file, [*others, files.sealed(row)])
+
+
+def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write sealed rows in place of those of a file, in the order of their features."""
+    in_order = sorted(rows, key=lambda row: row["features"]["name"])
+    files.write_json(file, {"rows": [_short(file, row) for row in in_order]})

@@ -24,7 +24,7 @@ from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import fit_stage
 from tdq_exp.experiment.build import Experiment
-from tdq_exp.experiment.row import measure_parts
+from tdq_exp.experiment.row import measure_parts, read_rows
 from tdq_exp.experiment.sample_stage import sample_stage_of
 from tdq_exp.runtime.files import fingerprint, read_json
 
@@ -57,7 +57,7 @@ def record_of(run: str) -> Json:
 def sets_of(run: str) -> Iterator[tuple[str, Json, Json]]:
     """Yield (name, record, feature network -> row) of every sampled set of a run."""
     for file in sorted((RUNS / run).rglob("metrics.json")):
-        rows = {row["features"]["name"]: row for row in _read(file)["rows"]}
+        rows = {row["features"]["name"]: row for row in read_rows(file)}
         # The best of several checkpoints: the set is that of one of them.
         place = file.parent
         for row in rows.values():

@@ -19,8 +19,9 @@ from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import pipeline, record_checks
 from tdq_exp.experiment.finished_run import load
+from tdq_exp.experiment.row import read_rows, write_rows
 from tdq_exp.runtime import environment, tensor_files
-from tdq_exp.runtime.files import fingerprint, read_json, sealed, write_json
+from tdq_exp.runtime.files import fingerprint, sealed
 from tests.experiment import committed
 from tests.experiment.committed import ROOT, RUNS, fit_parts_of, record_of
 
@@ -150,7 +151,7 @@ def test_the_same_command_does_nothing(name, tmp_path, monkeypatch):
     job = jobs.build(compose([*overrides, f"out={out}", "tracker=none", "launcher=cpu"]))
     (row,) = pipeline.run(job)
 
-    assert row == read_json(RUNS / name / "seed0" / "ddim50_n1000" / "metrics.json")["rows"][0]
+    assert [row] == read_rows(RUNS / name / "seed0" / "ddim50_n1000" / "metrics.json")
     after = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     assert after == before
 
@@ -192,9 +193,9 @@ def test_freezing_adds_new_rows_and_refuses_changed_ones(tmp_path, monkeypatch):
 
     # A row with another number is another row.
     file = tmp_path / "runs" / run / "ddim50_n1000" / "metrics.json"
-    (row,) = read_json(file)["rows"]
+    (row,) = read_rows(file)
     row["metrics"]["fid"] += 1
-    write_json(file, {"rows": [sealed(row)]})
+    write_rows(file, [sealed(row)])
     with pytest.raises(ValueError, match=r"ddim50_n1000: .* a listed row never changes"):
         committed.freeze()
 
@@ -218,8 +219,7 @@ def test_a_changed_row_is_a_fault_and_is_in_no_table(path, value, fault, tmp_pat
     run = "digits_w4a4_lsq_tdq/seed0"
     shutil.copytree(RUNS / run, tmp_path / run)
     file = tmp_path / run / "ddim50_n1000" / "metrics.json"
-    content = read_json(file)
-    (row,) = content["rows"]
+    (row,) = read_rows(file)
     *outer, last = path
     place = row
     for key in outer:
@@ -227,8 +227,7 @@ def test_a_changed_row_is_a_fault_and_is_in_no_table(path, value, fault, tmp_pat
     place[last] = value
 
     # A number is changed in the file; what would belong to another row is sealed again.
-    rows = [row if last == "fid" else sealed(row)]
-    write_json(file, {"rows": rows})
+    write_rows(file, [row if last == "fid" else sealed(row)])
     faults = record_checks.faults_of(tmp_path)
     if last == "commit" and environment.commit() is None:
         pytest.skip("outside of a checkout no commit is known")
