@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -108,15 +109,20 @@ def inputs(batch: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
 def make_net(
     recipe: Recipe, calibrated: bool = True, model: str = "tiny", **network: Any
 ) -> nn.Module:
-    """A quantized network in eval mode, on a few calibration samples if asked for."""
+    """A quantized network in eval mode, on a few values of a few calibration samples if asked for.
+
+    The search for start values takes longer than what most tests do with the network.
+    """
     made = load_model(model, **network)
     net = made.build()
     torch.manual_seed(0)
     made.quantize(net, recipe)
     net.eval()
     if calibrated:
-        with calibrate.calibrating(net, 1, recipe.habits.start), torch.no_grad():
-            net(*inputs(8))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(calibrate, "KEPT", 512)
+            with calibrate.calibrating(net, 1, recipe.habits.start), torch.no_grad():
+                net(*inputs(8))
     return net
 
 

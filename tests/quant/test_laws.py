@@ -14,17 +14,24 @@ from tests.quant.builders import BITS, GRIDS, INTERVALS, RULES, STEPS, make_quan
 
 TIMES = torch.tensor([0, 7, 400, STEPS - 1])
 
-every_quantizer = [
-    pytest.mark.parametrize("interval", INTERVALS),
-    pytest.mark.parametrize("grid", GRIDS),
-    pytest.mark.parametrize("bits", BITS),
-    pytest.mark.parametrize("rule", RULES),
-]
 
+def for_every_quantizer(law):
+    """A test of a law for each rule, grid and interval, which goes through all numbers of bits.
 
-def for_every_quantizer(test):
-    for mark in every_quantizer:
-        test = mark(test)
+    For each number a test of its own took longer to begin than the law to prove.
+    """
+
+    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize("grid", GRIDS)
+    @pytest.mark.parametrize("interval", INTERVALS)
+    def test(rule, grid, interval):
+        for bits in BITS:
+            try:
+                law(rule, bits, grid, interval)
+            except BaseException as error:
+                error.add_note(f"at {bits} bits")
+                raise
+
     return test
 
 
