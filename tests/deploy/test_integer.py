@@ -10,7 +10,7 @@ from torch import nn
 
 from tdq_exp.deploy import choose, coders, integer, products
 from tdq_exp.models.resnet_blocks import unet_chains
-from tdq_exp.quant import ops
+from tdq_exp.quant import calibrate, ops
 from tdq_exp.quant.convert import Recipe, bake
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.intervals.base import Intervals, LookupTable
@@ -146,7 +146,7 @@ def test_an_attention_without_a_norm_runs_on_codes_too():
     options = {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": None}
     source = load_model("tiny", **options).build().eval()
     assert source.mid_block.attentions[0].group_norm is None
-    net = bake(make_net(RECIPES["lsq_edge8"](8), **options))
+    net = bake(make_net(RECIPES["lsq_edge8"](8), few=calibrate.KEPT, **options))
     whole = integer.integerize(net, unet_chains(net))
     x, t = inputs(3)[0], torch.tensor(300)
     with torch.no_grad():

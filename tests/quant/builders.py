@@ -107,11 +107,16 @@ def inputs(batch: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def make_net(
-    recipe: Recipe, calibrated: bool = True, model: str = "tiny", **network: Any
+    recipe: Recipe,
+    calibrated: bool = True,
+    model: str = "tiny",
+    few: int = 512,
+    **network: Any,
 ) -> nn.Module:
     """A quantized network in eval mode, on a few values of a few calibration samples if asked for.
 
-    The search for start values takes longer than what most tests do with the network.
+    With all values that a fit takes, the search for start values takes longer than what most tests
+    do with the network; those that want start values as good as a fit's set `few`.
     """
     made = load_model(model, **network)
     net = made.build()
@@ -120,7 +125,7 @@ def make_net(
     net.eval()
     if calibrated:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(calibrate, "KEPT", 512)
+            patch.setattr(calibrate, "KEPT", few)
             with calibrate.calibrating(net, 1, recipe.habits.start), torch.no_grad():
                 net(*inputs(8))
     return net
