@@ -19,7 +19,7 @@ from tdq_exp.experiment.measure_stage import run_measures
 from tdq_exp.experiment.row import write_row
 from tdq_exp.experiment.sample_stage import sample_stage_of
 from tdq_exp.experiment.stored_network import finished_net
-from tdq_exp.fit.loop import best_file
+from tdq_exp.fit.checkpoint import best_file
 from tdq_exp.metrics.fidelity import METRICS
 from tdq_exp.runtime import failures, files, lock
 from tdq_exp.runtime.environment import out_of_memory_in_one_line

@@ -1,14 +1,17 @@
-"""Training states on disk, of which the last two are kept.
+"""Training states on disk, of which the last two are kept, and the best averages.
 
 `state.pt` holds all that the next update depends on: network, average, optimiser, and the random
 state of dropout for each process. Draws of data need no state (see `diffusion.objective`). The
 state before it is kept as `state.earlier.pt`: a damaged one costs the updates since then.
+
+A state names the averages of lowest validation loss, which are files of their own, `best-*`. One
+that is no longer among them stays until no state names it (`States`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -125,3 +128,52 @@ def earlier_file(path: Path) -> Path:
 def remove_earlier(path: Path) -> None:
     """Remove the state before the last one: a finished fit needs none."""
     earlier_file(path).unlink(missing_ok=True)
+
+
+def best_file(folder: Path, update: int) -> Path:
+    """Return the file of the average after an update, if it was one of the best."""
+    return folder / f"best-{update:07d}.safetensors"
+
+
+class States:
+    """The states of one training, and the averages that they name; the main process writes.
+
+    A kill at any moment leaves states that name only files that are there.
+
+    Args:
+        file: the last state's.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.dropped: set[int] = set()  # updates that are not among the best, but may have a file
+        self.named: set[int] = set()  # by the state that was written or read last
+
+    def restored(self, update: int, named: Collection[int]) -> None:
+        """Note what a state names, and which files an interrupted run left beside them.
+
+        Args:
+            update: of the state; files of later ones are written or dropped once more.
+            named: updates of the averages that it names.
+        """
+        numbers = [path.stem.partition("-")[2] for path in self.file.parent.glob("best-*")]
+        found = {int(number) for number in numbers if number.isdecimal()}
+        self.named = set(named)
+        self.dropped = {one for one in found if one <= update} - self.named
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write a state, then remove the averages that neither it nor the one before it names."""
+        save_state(self.file, state, keep_earlier=True)
+        now = {update for _, update in state["best"]}
+        self._remove_but(self.named | now)
+        self.named = now
+
+    def finish(self) -> None:
+        """Leave the last state alone, and the averages that it names."""
+        remove_earlier(self.file)
+        self._remove_but(self.named)
+
+    def _remove_but(self, named: set[int]) -> None:
+        for update in sorted(self.dropped - named):
+            best_file(self.file.parent, update).unlink(missing_ok=True)
+        self.dropped &= named

@@ -15,7 +15,6 @@ import signal
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from tdq_exp.diffusion.draws import Draws, Stream, draw_batch, seed_global
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.ahead import batches_ahead
-from tdq_exp.fit.checkpoint import FIXED, load_state, remove_earlier, save_state, state_of_fit
+from tdq_exp.fit.checkpoint import FIXED, States, best_file, load_state, state_of_fit
 from tdq_exp.fit.ema import Ema
 from tdq_exp.fit.gradients import Batch, Gradients
 from tdq_exp.fit.losses import batch_of, validation_draws, validation_loss
@@ -117,6 +116,7 @@ class Training:
         self.options, self.context = options, context
         self.processes = context.processes
         self.state_file = context.folder / "state.pt"
+        self.states = States(self.state_file)
 
         self.ema = Ema(net, options.ema_decay)
         if context.recompute:
@@ -198,7 +198,7 @@ class Training:
                 if done == options.stop_after and done < options.updates:
                     raise Interrupted(f"stopped after update {done}, as asked")
 
-        self.processes.decide(lambda: remove_earlier(self.state_file))
+        self.processes.decide(self.states.finish)
         return self.ema.net, self.history
 
     def close(self) -> None:
@@ -327,18 +327,13 @@ class Training:
             return
 
         ranked = sorted([*self.history.best, (loss, update)])
-        self.history.best, dropped = ranked[: self.checkpoints], ranked[self.checkpoints :]
+        self.history.best = ranked[: self.checkpoints]
+        self.states.dropped |= {old for _, old in ranked[self.checkpoints :]}
 
-        def replace() -> None:
-            folder = self.context.folder
-            if (loss, update) in self.history.best:
-                about = {"update": str(update), "loss": repr(loss)}
-                about["fit"] = self.context.fingerprint
-                save_weights(self.ema.net, best_file(folder, update), about)
-            for _, old in dropped:
-                best_file(folder, old).unlink(missing_ok=True)
-
-        self.processes.decide(replace)
+        if (loss, update) in self.history.best:
+            file = best_file(self.context.folder, update)
+            about = {"update": str(update), "loss": repr(loss), "fit": self.context.fingerprint}
+            self.processes.decide(lambda: save_weights(self.ema.net, file, about))
 
     def _save(self, update: int) -> None:
         """Write all that the next update depends on."""
@@ -355,7 +350,7 @@ class Training:
             "seconds": self.history.seconds,
             "compiled": self.history.compiled,
         }
-        self.processes.decide(lambda: save_state(self.state_file, state, keep_earlier=True))
+        self.processes.decide(lambda: self.states.save(state))
 
     def _fixed(self) -> dict[str, object]:
         return {name: getattr(self.context, name) for name in FIXED}
@@ -389,9 +384,5 @@ class Training:
             update = int(state["update"])
             if not 0 < update <= self.options.updates:
                 raise ValueError(f"its update is {update}, of {self.options.updates}")
+            self.states.restored(update, [kept for _, kept in self.history.best])
             return update
-
-
-def best_file(folder: Path, update: int) -> Path:
-    """Return the file of the average after an update, if it was one of the best."""
-    return folder / f"best-{update:07d}.safetensors"
