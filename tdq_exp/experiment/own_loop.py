@@ -54,6 +54,9 @@ def quantize(
     is refused before `calibrate`, since step sizes have no values then. Its generators start from
     torch's global generator, so seed that.
 
+    Blocks may be compiled one by one, or computed again (`torch.utils.checkpoint`). With TDQ, whose
+    step sizes belong to no block, torch stops where both are done at once (`CheckpointError`).
+
     Args:
         net: a diffusers `UNet2DModel`; it is left as it is.
         bits: of weights and activations, such as `w4a4`.

@@ -8,7 +8,7 @@ its own forward pass (`passes`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -49,6 +49,14 @@ class _Float32:
         return type(self.net)._apply(self.net, fn, recurse)
 
 
+def _tensors(output: object) -> list[Tensor]:
+    """Return the tensors of what a network answers: one, several, or by name."""
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    answers = output if isinstance(output, list | tuple) else [output]
+    return [answer for answer in answers if isinstance(answer, Tensor)]
+
+
 def _required(what: T | None) -> T:
     """Return what is there.
 
@@ -74,14 +82,16 @@ class TimeContext:
         self.version = 0  # grows at every change: what is computed from t can be kept until then
         self.kept: tuple[object, Tensor] | None = None  # who computed what from t, in compiled code
 
-        # What was set last, by any thread: compiled code knows of nothing else.
+        # What was set last, by any thread, or by a backward pass: compiled code knows of nothing
+        # else.
         self._t: Tensor | None = None
         self._by_compiled = False  # whether compiled code set it, which begins no pass
         self.passes = Passes()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy has: the time step, and no part in passes of the original."""
-        return self.__dict__ | {"kept": None, "_by_compiled": True, "passes": Passes()}
+        own = {"_t": self._own(), "kept": None, "_by_compiled": True, "passes": Passes()}
+        return self.__dict__ | own
 
     @property
     def t(self) -> Tensor:
@@ -244,3 +254,24 @@ class TimeContext:
 
     def _after_forward(self, net: nn.Module, args: object, output: object) -> None:
         self._finish()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            put_back = self._when_back()
+            for answer in _tensors(output):
+                if answer.requires_grad:
+                    answer.register_hook(put_back)
+
+    def _when_back(self) -> Callable[[Tensor], None]:
+        """Return what sets this pass' time step, for the backward pass to call when it gets here.
+
+        Compiled code knows only what was set last, and a compiled block may be computed again.
+        Autograd takes the nodes that were made last first, so it goes through the passes one after
+        another, and begins each at its answer.
+        """
+        t, kept = self._t, self.kept
+
+        def put_back(gradient: Tensor) -> None:
+            if self._t is not t:
+                self._change(t)
+                self.kept = kept
+
+        return put_back

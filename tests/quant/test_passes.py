@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from tdq_exp.quant.convert import bake
 from tdq_exp.quant.intervals.base import Bank
@@ -185,6 +185,30 @@ def test_a_part_is_computed_again_at_the_time_step_that_it_was_called_at(net):
     for inside in (False, True):
         for found, wanted in zip(gradient(True, inside), gradient(False, inside), strict=True):
             torch.testing.assert_close(found, wanted)
+
+
+def compiled(net):
+    net.up_blocks[0].resnets[-1].compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    return net
+
+
+@pytest.mark.parametrize("return_dict", [False, True], ids=["tuple", "output"])
+@pytest.mark.parametrize(
+    ("interval", "reentrant"), [("per_step", False), ("per_step", True), ("temporal", True)]
+)
+def test_also_where_it_is_compiled(interval, reentrant, return_dict):
+    def call(net, x, t):
+        return net(x, t).sample if return_dict else called(net, x, t)
+
+    timed = timed_net(interval)
+    twin = compiled(recomputed(timed, reentrant))
+    assert_same(passes(twin, call=call), passes(timed))
+    assert twin.time.t.tolist() == copy.deepcopy(twin.time).t.tolist() == TIMES[1].tolist()
+
+
+def test_a_compiled_block_that_would_not_find_the_same_step_sizes_again_is_refused(net):
+    with pytest.raises(CheckpointError, match="A different number of tensors"):
+        passes(compiled(recomputed(net, reentrant=False)))
 
 
 @pytest.mark.parametrize("thread", ["own", "another"])

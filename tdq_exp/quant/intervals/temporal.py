@@ -158,10 +158,13 @@ class GeneratorBank(Bank):
         It is computed once for each time step, and all quantizers share its graph.
         """
         if torch.compiler.is_compiling():
-            # Weights don't change within compiled code, and their addresses are unknown there.
-            if self.time.kept is None or self.time.kept[0] is not self:
-                self.time.kept = (self, self._matrix_now())
-            return self.time.kept[1]
+            # Weights don't change within compiled code, and their addresses are unknown there. What
+            # was computed without gradients is of no use to a block that is computed again with.
+            learns = torch.is_grad_enabled() and self.weights[0].requires_grad
+            kept = self.time.kept
+            if kept is None or kept[0] is not self or (learns and not kept[1].requires_grad):
+                kept = self.time.kept = (self, self._matrix_now())
+            return kept[1]
         return self._matrix_cache.get(self._now(), self._matrix_now)
 
     def row_in_training(self, row: int) -> Tensor:
