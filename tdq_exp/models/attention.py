@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
@@ -80,3 +80,16 @@ def quantize_attention(block: nn.Module, quantizers: Sequence[Quantizer | None])
     """
     assert isinstance(block, Attention)
     block.set_processor(AttentionProcessor(*quantizers))  # type: ignore[arg-type]
+    changed: Any = block
+    changed.set_processor = refuse_processor
+
+
+def refuse_processor(*_: Any, **__: Any) -> NoReturn:
+    """Refuse another processor, which diffusers sets to choose a kernel: quantizers would go.
+
+    Raises:
+        ValueError: in one line.
+    """
+    raise ValueError(
+        "set_processor: attention is quantized, and another processor would drop its quantizers"
+    )

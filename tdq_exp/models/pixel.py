@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -239,7 +239,11 @@ class DiffusionModel(Trainable):
 
     def quantize(self, net: nn.Module, recipe: Recipe) -> TimeContext:
         """Quantize a float network of this model in place; see `tdq_exp.quant.quantize`."""
-        return quantize(net, self.roles(net), recipe, self.steps, quantize_attention)
+        time = quantize(net, self.roles(net), recipe, self.steps, quantize_attention)
+        if hasattr(net, "save_pretrained"):
+            made: Any = net
+            made.save_pretrained = made.push_to_hub = refuse_folder
+        return time
 
     def part(self, name: str) -> Trainable:
         """Return what `fit.part` names: `network` is this model itself, `autoencoder` its codec.
@@ -317,6 +321,20 @@ def architecture_of(net: nn.Module) -> dict[str, Any]:
         for key, value in values.items()
         if key in known
     }
+
+
+def refuse_folder(*_: Any, **__: Any) -> NoReturn:
+    """Refuse to write a quantized network as diffusers does, in a folder or on the hub.
+
+    diffusers would build a float network of the folder and leave random weights in it.
+
+    Raises:
+        ValueError: saying what to call.
+    """
+    raise ValueError(
+        "a folder of diffusers (save_pretrained) has no place for quantizers; call"
+        " tdq_exp.save(net, 'net.safetensors'), and tdq_exp.load to read it"
+    )
 
 
 def heads_of(net: nn.Module) -> dict[str, tuple[int, float]]:

@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
@@ -75,6 +76,41 @@ def test_pipelines_of_diffusers_take_it(pipeline, scheduler, net):
     pipe.set_progress_bar_config(disable=True)
     images = pipe(batch_size=2, num_inference_steps=2, output_type="np").images
     assert images.shape[0] == 2 and images.shape[1:3] == tuple(inputs()[0].shape[2:])
+
+
+@pytest.mark.parametrize(
+    "make", [lambda net: net, copy.deepcopy, bake], ids=["new", "copy", "baked"]
+)
+def test_a_folder_of_diffusers_would_lose_the_quantizers_and_is_refused(make, tmp_path):
+    net = make(make_net(make_recipe("lsq", "temporal")))
+    calls = (
+        net.save_pretrained,
+        DDIMPipeline(unet=net, scheduler=DDIMScheduler()).save_pretrained,
+        lambda folder: net.push_to_hub("nobody/net"),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="no place for quantizers.*tdq_exp.save") as caught:
+            call(tmp_path / "net")
+        assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.disable_xformers_memory_efficient_attention(),
+        lambda net: net.set_use_npu_flash_attention(False),
+        lambda net: net.mid_block.attentions[0].set_processor(AttnProcessor2_0()),
+    ],
+)
+def test_another_processor_of_attention_is_refused(change, net):
+    x, t = inputs()
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        before = net(x, t)[0]
+        with pytest.raises(ValueError, match="set_processor: attention is quantized"):
+            change(net)
+        assert torch.equal(net(x, t)[0], before)
 
 
 @pytest.mark.parametrize("baked", [False, True])
