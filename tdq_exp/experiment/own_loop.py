@@ -175,7 +175,11 @@ def parameter_groups(
 
 
 def penalty(net: nn.Module) -> Tensor:
-    """Return what the method adds to the loss after a forward pass, 0-dim; 0 for most methods."""
+    """Return what the method adds to the loss of the last forward pass, 0-dim; 0 for most methods.
+
+    It is at the time steps of that pass alone, whatever mode it was in: where a loss takes several
+    passes, call this after each of them, before the next, and add up.
+    """
     _config(net)
     found = penalty_of(net)
     return next(net.parameters()).new_zeros(()) if found is None else found

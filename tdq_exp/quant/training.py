@@ -77,7 +77,7 @@ def penalty(net: nn.Module) -> Tensor | None:
     """Return the sum of the rules' penalties at the current time steps, or None if no rule has one.
 
     Args:
-        net: quantized, in training form, after the forward pass of the update.
+        net: quantized, in training form, after a forward pass: those of the last one are meant.
 
     Returns:
         0-dim, to be added to the loss.

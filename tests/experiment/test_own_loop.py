@@ -172,6 +172,35 @@ def test_every_parameter_is_in_one_group_and_the_rates_are_as_asked():
     assert float(tdq_exp.penalty(net)) == 0
 
 
+def test_a_penalty_is_that_of_the_last_pass_and_those_of_several_passes_add_up():
+    torch.manual_seed(0)
+    net = tdq_exp.quantize(unet(), method="pact")
+    x, _ = batch()
+    tdq_exp.calibrate(net, [batch()])
+    net.train()
+    times = [torch.tensor(steps) for steps in ([1, 2, 3, 4], [900, 901, 902, 903])]
+
+    def penalties(*passes):
+        """The penalty after each pass, and the gradient of their sum."""
+        found = []
+        for t in passes:
+            net(x, t)
+            found.append(tdq_exp.penalty(net))
+        return found, torch.autograd.grad(sum(found), net.generators.bias0)[0]
+
+    (first,), of_first = penalties(times[0])
+    (second,), of_second = penalties(times[1])
+    both, of_both = penalties(*times)
+    assert [one.item() for one in both] == [first.item(), second.item()] and first != second
+    torch.testing.assert_close(of_both, of_first + of_second)
+
+    # After two passes, in training or not, it is that of the later one.
+    net(x, times[0])
+    for later in (net.train(), net.eval()):
+        later(x, times[1])
+        assert tdq_exp.penalty(net.train()).item() == second.item()
+
+
 def test_a_class_conditional_network_is_calibrated_with_its_classes():
     torch.manual_seed(0)
     net = tdq_exp.quantize(UNet2DModel(**{**unet().config, "num_class_embeds": 3}), tdq="none")
