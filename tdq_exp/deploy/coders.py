@@ -7,6 +7,7 @@ those of `gpu` have the same two calls.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,8 @@ from tdq_exp.quant.quantizer import Quantizer
 @dataclass(frozen=True)
 class Coded:
     """A quantized tensor: x_hat = s (codes - z).
+
+    A NaN has no code. On a CPU, s is NaN where x holds one, and so is all that comes of it.
 
     Args:
         codes: uint8, or int8 on a GPU; samples along the first axis.
@@ -115,19 +118,16 @@ class Coder(Tables, ByteSource):
         """Return the codes of x at the current time step."""
         i, j = self.rows()
         s, z = self.step_sizes[i : i + 1], self.zero_points[j : j + 1]
-        return Coded(
-            kernels.codes(x.float(), s, z, self.n, self.p, self.shift),
-            self.steps[i],
-            self.zeros[j] + self.shift,
-        )
+        codes, numbers = kernels.codes(x.float(), s, z, self.n, self.p, self.shift)
+        return Coded(codes, self.steps[i] if numbers else math.nan, self.zeros[j] + self.shift)
 
     def of_norm(self, x: Tensor, norm: nn.GroupNorm, silu: bool) -> Coded:
         """Return the codes of a group norm's output, or of SiLU of it; `[B, C, H, W]`."""
         i, j = self.rows()
-        codes = kernels.norm_codes(
+        codes, numbers = kernels.norm_codes(
             x, norm, silu, self.steps[i], self.zeros[j], self.n, self.p, self.shift
         )
-        return Coded(codes, self.steps[i], self.zeros[j] + self.shift)
+        return Coded(codes, self.steps[i] if numbers else math.nan, self.zeros[j] + self.shift)
 
     def matrix(self, quantizer: Quantizer) -> nn.Module:
         """Return a `Rounder` where there are tables: it reads t as a number, once."""
@@ -155,11 +155,12 @@ class DynamicCoder(ByteSource):
         if not self.per_sample:
             low, high = low.min().reshape(1), high.max().reshape(1)
         s, z = ops.affine_range(low, high, self.n, self.p)
-        codes = kernels.codes(x, s, z, self.n, self.p, self.shift)
+        codes, numbers = kernels.codes(x, s, z, self.n, self.p, self.shift)
+        s = s if numbers else s * math.nan
         return (
             Coded(codes, s, z + self.shift)
             if self.per_sample
-            else Coded(codes, float(s), int(z) + self.shift)
+            else Coded(codes, float(s), int(z.nan_to_num()) + self.shift)
         )
 
     def of_norm(self, x: Tensor, norm: nn.GroupNorm, silu: bool) -> Coded:

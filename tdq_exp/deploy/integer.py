@@ -15,6 +15,9 @@ there is no kernel that multiplies two batches of codes. On a CPU without VNNI i
 whose products would not be exact there stay simulated, too (see `products`): those of 8-bit codes
 with 8-bit weights. On a GPU the layers and coders are those of `gpu`, and grouped convolutions stay
 simulated. A network runs on the device that it is on when its layers are chosen.
+
+A NaN has no code. On a CPU the step size of a tensor that holds one is NaN, and so is the network's
+answer, for the whole batch, as that of the simulated network is; a GPU's kernels make it a code.
 """
 
 from __future__ import annotations

@@ -47,6 +47,14 @@ def exact(x: torch.Tensor, norm: nn.GroupNorm, silu: bool) -> torch.Tensor:
     return F.silu(y) if silu else y
 
 
+def broken(x: torch.Tensor) -> list[torch.Tensor]:
+    """Inputs whose norm holds NaN."""
+    made = [x.clone() for _ in range(3)]
+    for changed, value in zip(made, (torch.nan, torch.inf, -torch.inf), strict=True):
+        changed[-1, -1, -1, -1] = value
+    return made
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize(("shape", "groups"), SHAPES)
@@ -56,8 +64,10 @@ def test_norm_silu_and_codes_in_one_pass(shape, groups, silu, fused):
         x[:, 0] *= 100  # channels of very different size within a group
         y = exact(x, norm, silu)
         with nullcontext() if fused else unfused():
-            found = kernels.norm_codes(x, norm, silu, S, Z, 0, P)
+            found, numbers = kernels.norm_codes(x, norm, silu, S, Z, 0, P)
             normalised = kernels.normalised(x, norm, silu)
+            nans = [kernels.norm_codes(changed, norm, silu, S, Z, 0, P)[1] for changed in broken(x)]
+        assert numbers and not any(nans)
         assert found.dtype == torch.uint8 and found.is_contiguous(memory_format=torch.channels_last)
         assert float((normalised.double() - y).abs().max()) < 2e-5 * max(1.0, float(y.abs().max()))
         v = y / float(torch.tensor(S)) + Z

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -200,9 +200,43 @@ def test_codes_are_the_quantizers_own(fused):
     )
     expected = ((x / 0.5).clamp(-3, 12).round() + 3).nan_to_num(0)
     with nullcontext() if fused else unfused():
-        found = kernels.codes(x, torch.tensor([0.5]), torch.tensor([3.0]), 0, 15)
+        found, numbers = kernels.codes(x, torch.tensor([0.5]), torch.tensor([3.0]), 0, 15)
+        _, of_numbers = kernels.codes(x[:, :-1], torch.tensor([0.5]), torch.tensor([3.0]), 0, 15)
     assert found.dtype == torch.uint8
     assert torch.equal(found.float(), expected)
+    assert of_numbers and not numbers
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    "name", ["lsq_tdq", "ptq_tdq", "minmax", "ptq_dynamic", "lsq_dynamic_tensor"]
+)
+def test_what_is_no_number_comes_out_as_none(name, fused):
+    """Bytes have no NaN: without a sign of it a network that has diverged gives images."""
+    baked = bake(make_net(RECIPES[name](4)))
+    net = integer.integerize(baked, unet_chains(baked))
+    x, _ = inputs(2)
+    with torch.no_grad(), nullcontext() if fused else unfused():
+        assert bool(net(x, 500, return_dict=False)[0].isfinite().all())
+        x[1, 0, 3, 3] = float("nan")
+        assert bool(net(x, 500, return_dict=False)[0][1].isnan().all())
+
+        # An infinity within the network, of which a norm makes NaN.
+        x, _ = inputs(2)
+        with planted(net.mid_block.resnets[0]):
+            assert bool(net(x, 500, return_dict=False)[0][1].isnan().all())
+
+
+@contextmanager
+def planted(block):
+    """Put an infinity into what a block reads."""
+
+    def plant(block, args):
+        args[0][1, 0, 0, 0] = torch.inf
+
+    hook = block.register_forward_pre_hook(plant)
+    yield
+    hook.remove()
 
 
 def test_weights_that_are_no_integers_and_wide_codes_stay_simulated():

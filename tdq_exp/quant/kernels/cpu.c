@@ -96,23 +96,29 @@ void backward(const float *restrict g, const float *restrict x, const float *res
 }
 
 // round(clip(x / s, n - z, p - z)) + z + shift as bytes. The sum lies in 0..255; a NaN, which has no code, becomes the
-// smallest one. Step size and zero point are one for all rows (step 0) or one for each (step 1).
-void codes(const float *restrict x, uint8_t *restrict q, const float *restrict s, const float *restrict z, long rows,
-           long width, long step, float n, float p, float shift, int threads) {
+// smallest one. Step size and zero point are one for all rows (step 0) or one for each (step 1). Returns whether there
+// was a NaN.
+int codes(const float *restrict x, uint8_t *restrict q, const float *restrict s, const float *restrict z, long rows,
+          long width, long step, float n, float p, float shift, int threads) {
     const long chunks = (width + CHUNK - 1) / CHUNK;
-#pragma omp parallel for collapse(2) num_threads(threads) if (rows * width > SMALL)
+    int broken = 0;
+#pragma omp parallel for collapse(2) num_threads(threads) reduction(| : broken) if (rows * width > SMALL)
     for (long row = 0; row < rows; row++) {
         for (long chunk = 0; chunk < chunks; chunk++) {
             const float size = s[row * step], zero = z[row * step], low = n - zero, high = p - zero, add = zero + shift;
             const long first = row * width + chunk * CHUNK, last = row * width + least((chunk + 1) * CHUNK, width);
-#pragma omp simd
+            int nan = 0;
+#pragma omp simd reduction(| : nan)
             for (long i = first; i < last; i++) {
                 const float v = x[i] / size;
                 const float bounded = v > low ? v < high ? v : high : low;
+                nan |= v != v;
                 q[i] = (uint8_t)(int)(nearbyintf(bounded) + add);
             }
+            broken |= nan;
         }
     }
+    return broken;
 }
 
 #ifdef __FMA__
@@ -140,9 +146,11 @@ static inline float exponential(float x) {
 
 // scale and offset of a group norm, [channels] each: y = x scale + offset. rows: [pixels, channels]. One pass: sums of
 // d = x - first pixel and of d^2, by channel, in single precision within a block of rows and in double between blocks.
-static void normalisation(const float *restrict rows, float *restrict scale, float *restrict offset,
-                          const float *restrict weight, const float *restrict bias, long pixels, long channels,
-                          long groups, double eps) {
+// Returns whether a group holds a NaN or an infinity, of which the norm makes NaNs.
+static int normalisation(const float *restrict rows, float *restrict scale, float *restrict offset,
+                         const float *restrict weight, const float *restrict bias, long pixels, long channels,
+                         long groups, double eps) {
+    int broken = 0;
     const long width = channels / groups;
     float part[channels], squares[channels];
     double total[channels], spread[channels];
@@ -186,29 +194,35 @@ static void normalisation(const float *restrict rows, float *restrict scale, flo
             const double apart = total[c] - mean;
             variance += (spread[c] + apart * apart) / (double)width;
         }
+        broken |= variance != variance;
         const float rstd = (float)(1.0 / sqrt((variance > 0.0 ? variance : 0.0) + eps));
         for (long c = group * width; c < (group + 1) * width; c++) {
             scale[c] = rstd * (weight ? weight[c] : 1.0f);
             offset[c] = (bias ? bias[c] : 0.0f) - scale[c] * (float)mean;
+            broken |= !isfinite(scale[c]) || !isfinite(offset[c]);
         }
     }
+    return broken;
 }
 
-// scale and offset of every sample, in `scratch`: 2 batch channels floats.
-static void normalisations(const float *restrict x, float *restrict scratch, const float *restrict weight,
-                           const float *restrict bias, long batch, long pixels, long channels, long groups, double eps,
-                           int threads) {
-#pragma omp parallel for num_threads(threads) if (batch > 1 && batch * pixels * channels > SMALL)
+// scale and offset of every sample, in `scratch`: 2 batch channels floats. Returns the same for all of them.
+static int normalisations(const float *restrict x, float *restrict scratch, const float *restrict weight,
+                          const float *restrict bias, long batch, long pixels, long channels, long groups, double eps,
+                          int threads) {
+    int broken = 0;
+#pragma omp parallel for num_threads(threads) reduction(| : broken) if (batch > 1 && batch * pixels * channels > SMALL)
     for (long sample = 0; sample < batch; sample++) {
         float *scale = scratch + 2 * sample * channels;
-        normalisation(x + sample * pixels * channels, scale, scale + channels, weight, bias, pixels, channels, groups, eps);
+        const float *rows = x + sample * pixels * channels;
+        broken |= normalisation(rows, scale, scale + channels, weight, bias, pixels, channels, groups, eps);
     }
+    return broken;
 }
 
 // found[c] of every value v of group_norm(x): one statement for silu(v), another for v itself.
 #define EACH_NORMALISED(TYPE, OUT, WITH_SILU, WITHOUT)                                                             \
     const long blocks = (pixels + BLOCK - 1) / BLOCK;                                                              \
-    normalisations(x, scratch, weight, bias, batch, pixels, channels, groups, eps, threads);                       \
+    const int broken = normalisations(x, scratch, weight, bias, batch, pixels, channels, groups, eps, threads);    \
     _Pragma("omp parallel for collapse(2) num_threads(threads) if (batch * pixels * channels > SMALL)")            \
     for (long sample = 0; sample < batch; sample++) {                                                              \
         for (long block = 0; block < blocks; block++) {                                                            \
@@ -230,10 +244,11 @@ static void normalisations(const float *restrict x, float *restrict scratch, con
         STATEMENT;                                                                                                 \
     }
 
-// Codes of silu(group_norm(x)), or of group_norm(x), for x [batch, pixels, channels] with channels innermost.
-void norm_codes(const float *restrict x, uint8_t *restrict q, float *restrict scratch, const float *restrict weight,
-                const float *restrict bias, long batch, long pixels, long channels, long groups, double eps, int silu,
-                float s, float z, float n, float p, float shift, int threads) {
+// Codes of silu(group_norm(x)), or of group_norm(x), for x [batch, pixels, channels] with channels innermost. Returns
+// whether the norm holds a NaN.
+int norm_codes(const float *restrict x, uint8_t *restrict q, float *restrict scratch, const float *restrict weight,
+               const float *restrict bias, long batch, long pixels, long channels, long groups, double eps, int silu,
+               float s, float z, float n, float p, float shift, int threads) {
     const float low = n - z, high = p - z, add = z + shift;
 #define QUANTIZE(DIVIDED)                                                                                          \
     const float w = (DIVIDED);                                                                                     \
@@ -241,6 +256,7 @@ void norm_codes(const float *restrict x, uint8_t *restrict q, float *restrict sc
     found[c] = (uint8_t)(int)(nearbyintf(bounded) + add)
     EACH_NORMALISED(uint8_t, q, QUANTIZE(v / ((1.0f + exponential(-v)) * s)), QUANTIZE(v / s))
 #undef QUANTIZE
+    return broken;
 }
 
 // silu(group_norm(x)), or group_norm(x), itself.
@@ -248,6 +264,7 @@ void norm(const float *restrict x, float *restrict y, float *restrict scratch, c
           const float *restrict bias, long batch, long pixels, long channels, long groups, double eps, int silu,
           int threads) {
     EACH_NORMALISED(float, y, found[c] = v / (1.0f + exponential(-v)), found[c] = v)
+    (void)broken;
 }
 
 // Smallest and largest value of each row; 0 lies within.

@@ -96,6 +96,7 @@ def library() -> ctypes.CDLL | str:
     inference = (found.codes, found.norm_codes, found.norm, found.ranges)
     for kernel in (*training, *inference):
         kernel.restype = None
+    found.codes.restype = found.norm_codes.restype = _Int
 
     return found
 
@@ -254,8 +255,10 @@ def backward(
     return g_x, g_s, g_z
 
 
-def codes(x: Tensor, s: Tensor, z: Tensor, n: int, p: int, shift: int = 0) -> Tensor:
+def codes(x: Tensor, s: Tensor, z: Tensor, n: int, p: int, shift: int = 0) -> tuple[Tensor, bool]:
     """Return codes as bytes, plus a shift that makes signed ones fit: uint8, in the layout of x.
+
+    And whether all of x are numbers: a NaN has no code, and becomes the smallest one.
 
     Args:
         x: float32.
@@ -266,9 +269,11 @@ def codes(x: Tensor, s: Tensor, z: Tensor, n: int, p: int, shift: int = 0) -> Te
     """
     if not fit(x, s, z):
         s, z = (value.reshape(-1, *[1] * (x.dim() - 1)) for value in (s, z))
-        v = (x / s).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
+        v = x / s
+        numbers = not bool(v.isnan().any())
+        v.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
         bounded = torch.minimum(torch.maximum(v, n - z), p - z)
-        return (bounded.round_() + (z + shift)).to(torch.uint8)
+        return (bounded.round_() + (z + shift)).to(torch.uint8), numbers
 
     kernels = library()
     assert not isinstance(kernels, str)
@@ -277,14 +282,16 @@ def codes(x: Tensor, s: Tensor, z: Tensor, n: int, p: int, shift: int = 0) -> Te
     tensors = (x.data_ptr(), found.data_ptr(), s.data_ptr(), z.data_ptr())
     sizes = (rows, x.numel() // rows, _step(s))
 
-    kernels.codes(*tensors, *sizes, n, p, shift, torch.get_num_threads())
-    return found
+    broken = kernels.codes(*tensors, *sizes, n, p, shift, torch.get_num_threads())
+    return found, not broken
 
 
 def norm_codes(
     x: Tensor, norm: nn.GroupNorm, silu: bool, s: float, z: float, n: int, p: int, shift: int = 0
-) -> Tensor:
+) -> tuple[Tensor, bool]:
     """Return codes of a group norm's output, or of SiLU of it: uint8, channels-last, of x's shape.
+
+    And whether all of that are numbers, as `codes` does.
 
     Args:
         x: float32 `[B, C, H, W]`.
@@ -303,10 +310,10 @@ def norm_codes(
     found = torch.empty_like(x, dtype=torch.uint8)
     scratch = torch.empty(2 * x.shape[0] * x.shape[1])
 
-    kernels.norm_codes(
+    broken = kernels.norm_codes(
         *_norm_arguments(x, found, scratch, norm, silu), s, z, n, p, shift, torch.get_num_threads()
     )
-    return found
+    return found, not broken
 
 
 def normalised(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
