@@ -288,8 +288,12 @@ def _fit_record(file: Path) -> Path | None:
 
 
 def _config_of(record: Path) -> dict[str, Any]:
-    found = files.read_json(record, ["config"]) or {}
-    config: dict[str, Any] = found["config"]
+    """Return the configuration of a fit's record.
+
+    Raises:
+        ValueError: if the record is damaged, or was removed meanwhile.
+    """
+    config = (files.read_json(record, ["config"]) or {}).get("config")
     if not isinstance(config, dict):
         raise files.damaged(record, f"its config is {config!r:.40}")
     return config
