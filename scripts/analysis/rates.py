@@ -2,9 +2,11 @@
 
     python scripts/analysis/rates.py model=ddim_small plan=release bits=w4a4 --updates 500
     python scripts/analysis/rates.py ... --methods lsq lsq_tdq     of these methods alone
+    python scripts/analysis/rates.py ... --rates lr_step_size --factors 10 30 --name rates_groups
+                                                                   far from the protocol's, of one rate
 
-Each method is trained with the protocol's rates, then with one of them divided or multiplied by a
-factor, the others as they are. No image is sampled: rates are compared by the loss that training
+Each method is trained with the protocol's rates, then with one of them multiplied by a factor, the
+others as they are. No image is sampled: rates are compared by the loss that training
 lowers, on images that it does not see, never by the distance that tables report. Every fit lies
 under `--work` and is found there again, so that the command can be stopped and repeated.
 """
@@ -15,7 +17,7 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tdq_exp.commands import cli
@@ -34,7 +36,11 @@ METHODS = {
     "lsq_tdq": ("LSQ + TDQ", ["method=lsq", "tdq=temporal"]),
     "pact": ("PACT", ["method=pact", "tdq=none"]),
     "nipq": ("NIPQ", ["method=nipq", "tdq=none"]),
+    "s10": ("S10", ["method=lsq", "tdq=s10"]),
+    "s100": ("S100", ["method=lsq", "tdq=s100"]),
+    "s1000": ("S1000", ["method=lsq", "tdq=s1000"]),
 }
+TABLE1 = ["lsq", "lsq_tdq", "pact", "nipq"]
 RATES = {"lr_step_size": "step sizes", "lr_zero_point": "zero points"}
 
 
@@ -43,10 +49,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("overrides", nargs="+", help="the experiment, without its method")
     parser.add_argument("--updates", type=int, default=500, help="of each fit")
-    parser.add_argument("--factor", type=float, default=3.0, help="between neighbouring rates")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--factors", type=float, nargs="+", default=[1 / 3, 3.0], help="of a rate")
+    parser.add_argument("--rates", nargs="+", choices=RATES, default=list(RATES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=TABLE1)
     parser.add_argument("--work", type=Path, default=Path("results/rates"), help="of the fits")
     parser.add_argument("--out", type=Path, default=Path("results/analysis"))
+    parser.add_argument("--name", default="rates", help="of the page")
     return cli.exit_code(search, parser.parse_args())
 
 
@@ -54,10 +62,11 @@ def search(options: argparse.Namespace) -> None:
     """Fit what is missing, and write the page of all fits that are done.
 
     Raises:
-        ValueError: if the experiment can't be built, or the factor is no factor.
+        ValueError: if the experiment can't be built, or a factor is none.
     """
-    if not (math.isfinite(options.factor) and options.factor > 1):
-        raise ValueError(f"--factor {options.factor:g}: must be a number above 1")
+    for factor in options.factors:
+        if not (math.isfinite(factor) and factor > 0 and factor != 1):
+            raise ValueError(f"--factors {factor:g}: must be a number above 0 other than 1")
 
     losses: dict[str, dict[str, float]] = {}
     points: dict[str, dict[str, float]] = {}
@@ -66,7 +75,8 @@ def search(options: argparse.Namespace) -> None:
         title, choices = METHODS[method]
         shared = [*options.overrides, *choices, f"fit.updates={options.updates}"]
         protocol = compose(shared).fit
-        points = _points({name: float(protocol[name]) for name in RATES}, options.factor)
+        rates = {name: float(protocol[name]) for name in RATES}
+        points = _points(rates, options.rates, options.factors)
 
         of_method = losses.setdefault(title, {})
         for point, rates in points.items():
@@ -78,12 +88,14 @@ def search(options: argparse.Namespace) -> None:
     _write(options, losses, points)
 
 
-def _points(rates: Mapping[str, float], factor: float) -> dict[str, dict[str, float]]:
+def _points(
+    rates: Mapping[str, float], changed: Sequence[str], factors: Sequence[float]
+) -> dict[str, dict[str, float]]:
     """Return point -> rates by name: the protocol's, and those with one of them changed."""
     points = {"protocol": dict(rates)}
-    for name, rate in rates.items():
-        points[f"{name}_low"] = {**rates, name: rate / factor}
-        points[f"{name}_high"] = {**rates, name: rate * factor}
+    for name in changed:
+        for factor in factors:
+            points[f"{name}_{factor:.3g}"] = {**rates, name: rates[name] * factor}
     return points
 
 
@@ -114,11 +126,12 @@ def _write(
         points: point -> rates by name.
     """
     named = in_footer(options.overrides)  # not where data lie
+    factors = ", ".join(f"{factor:.3g}" for factor in options.factors)
     head = [
         "# Rates of step sizes and zero points",
         "",
         f"Validation loss after {options.updates} updates, `{' '.join(named)}`. One rate at a"
-        f" time divided or multiplied by {options.factor:g}; weights and TDQ's generators keep their rate."
+        f" time multiplied by {factors}; weights and TDQ's generators keep their rate."
         " Change: mean over the methods of the loss divided by the one with the protocol's rates, less 1.",
         "",
         f"| {' | '.join([*RATES.values(), *losses, 'change'])} |",
@@ -135,8 +148,8 @@ def _write(
         lines.append(f"| {' | '.join(cells)} |")
 
     measured = {"losses": losses, "points": points}
-    about = pages.about(overrides=named, updates=options.updates, factor=options.factor)
-    pages.report(options.out / "rates", measured, about, [*head, *lines])
+    about = pages.about(overrides=named, updates=options.updates, factors=options.factors)
+    pages.report(options.out / options.name, measured, about, [*head, *lines])
 
 
 if __name__ == "__main__":
