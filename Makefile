@@ -4,7 +4,7 @@ VENV ?= .venv
 SCALE ?= paper
 RUN = $(VENV)/bin/python -m tdq_exp.run
 
-TABLES = table1 table2 table3 table4 table5 table6 table7 table8 table9
+TABLES = table1 table2 table3 table4 table5 table6 table7 table8 table9 table10
 FIGURES = figure2 figure3 figure8 figure9 grids layers length encoding
 
 .PHONY: help demo test lint $(TABLES) $(FIGURES) figures claims render status report paper verify freeze-rows faults bench bench-cost bench-integer bench-gpu house clean
@@ -14,7 +14,7 @@ help:
 	@echo "make test                    set up, then the fast test suite"
 	@echo "make lint                    ruff and mypy"
 	@echo "make table1 SCALE=digits     Table 1: run the cells that have no row, render (SCALE: paper, small, digits)"
-	@echo "make table2 SCALE=digits     Table 2, post-training quantization, likewise; and so table3 ... table9"
+	@echo "make table2 SCALE=digits     Table 2, post-training quantization, likewise; and so table3 ... table10"
 	@echo "                             one column of any: TABLE_ARGS='--column ldm' (or ddim)"
 	@echo "make status SCALE=small      every cell: done, running, failed, stale, missing, and the time left"
 	@echo "make claims SCALE=small      what the paper's claims come to, from the rows that are there"

@@ -63,6 +63,8 @@ BY_HAND = {
         for tdq in ("", "_tdq")
     ),
     *(f"ddim_small_w4a4_lsq{tdq}_release_shortcut8_no_ema" for tdq in ("", "_tdq")),
+    # Lines of Table 10, and the same of post-training quantization.
+    *(path.name for path in (ROOT / "results" / "runs").glob("*_rate[0-9]*")),
 }
 ROWS = sorted({path.name for path in (ROOT / "results" / "runs").iterdir()} - BY_HAND)
 

@@ -832,12 +832,19 @@ def test_all_tables_are_those_that_can_be_made(
         "table3": short_manifest,
     }
     monkeypatch.setattr(manifests, "read_manifest", found.__getitem__)
-    monkeypatch.setattr(table_command, "names", lambda: list(found))
+    monkeypatch.setattr(table_command, "names", lambda scale: list(found))
     made = []
     monkeypatch.setattr(table_command, "make", lambda options: made.append(options.table) or 0)
     code = table_command.main(["all", override, "--scale", "small", "--out", str(tmp_path)])
     assert (made, code) == (tables, 0 if tables else 2)
     assert hint in capsys.readouterr().err
+
+
+def test_tables_come_by_number_and_where_the_scale_has_them():
+    small = table_command.names("small")
+    assert small == [f"table{number}" for number in range(1, len(small) + 1)] and len(small) >= 10
+    assert table_command.names("digits") == small[:9]
+    assert table_command.names("no scale") == small  # the first of them refuses it
 
 
 @pytest.fixture
@@ -846,7 +853,7 @@ def three_tables(short_manifest, tmp_path, monkeypatch):
     bare = dataclasses.replace(short_manifest, lines=())
     found = {f"table{n}": dataclasses.replace(bare, name=f"table{n}") for n in (1, 2, 3)}
     monkeypatch.setattr(manifests, "read_manifest", found.__getitem__)
-    monkeypatch.setattr(table_command, "names", lambda: list(found))
+    monkeypatch.setattr(table_command, "names", lambda scale: list(found))
     text_table = columns.text_table
 
     def refusing(manifest, *rest):
@@ -892,7 +899,7 @@ def test_everything_that_can_be_drawn_is_drawn_and_each_refusal_is_named(
         raise ValueError("claim s1000: rows of two protocols")
 
     monkeypatch.setattr(claims_command, "show", damaged)
-    monkeypatch.setattr(table_command, "names", lambda: ["table1"])
+    monkeypatch.setattr(table_command, "names", lambda scale: ["table1"])
     assert render_command.main(["--scale", "digits", "--out", str(three_tables)]) == 2
     assert capsys.readouterr().err == "error: claims: claim s1000: rows of two protocols\n"
 

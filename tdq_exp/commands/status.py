@@ -50,7 +50,7 @@ def show(tables: Sequence[str], scale: str, out: Path, every: bool = False) -> N
     of_table: dict[str, list[str]] = {}
 
     # A cell that stands in several tables is one run.
-    for table in tables or names():
+    for table in tables or names(scale):
         manifest = read_manifest(table)
         cells = report_cells.cells_of(manifest, scale, out)
         of_table[table] = [cell.key for cell in cells]

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, "python -m tdq_exp table")
 
     # Which table, and its cells.
-    parser.add_argument("table", help="a file of configs/table: table1 to table9, or all")
+    parser.add_argument("table", help="a file of configs/table: table1 to table10, or all")
     parser.add_argument(
         "overrides", nargs="*", help="of every cell's command, as data.source.path=PATH"
     )
@@ -113,9 +113,9 @@ def make_all(options: argparse.Namespace, refusals: Refusals | None = None) -> i
     noted = Refusals() if refusals is None else refusals
     _require_options(options)
 
-    manifest_of = {name: manifests.read_manifest(name) for name in names()}
+    manifest_of = {name: manifests.read_manifest(name) for name in names(options.scale)}
     columns_of = {name: manifest.at(options.scale) for name, manifest in manifest_of.items()}
-    having = [name for name in manifest_of if options.column in (None, *columns_of[name])]
+    having = [name for name in columns_of if options.column in (None, *columns_of[name])]
 
     # A column that no table has is refused as by the first one.
     chosen = having or list(manifest_of)[:1]
@@ -135,9 +135,11 @@ def make_all(options: argparse.Namespace, refusals: Refusals | None = None) -> i
     return cli.MISTAKE if noted.lines else code
 
 
-def names() -> list[str]:
-    """Return the names of all tables."""
-    return sorted(path.stem for path in (assets.configs() / "table").glob("table*.yaml"))
+def names(scale: str) -> list[str]:
+    """Return the names of all tables that a scale has, by number; of all if it has none."""
+    found = (path.stem for path in (assets.configs() / "table").glob("table*.yaml"))
+    ordered = sorted(found, key=lambda name: (len(name), name))
+    return [name for name in ordered if manifests.read_manifest(name).at(scale)] or ordered
 
 
 def make(options: argparse.Namespace) -> int:

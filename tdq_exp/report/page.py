@@ -201,7 +201,8 @@ def _claims(out: Path, scale: str) -> Iterator[str]:
 
 def _tables(out: Path, scale: str) -> Iterator[str]:
     """Yield the tables, each with its chart, what its signs say, and its protocol, folded."""
-    for path in sorted((out / "tables").glob(f"table*-{scale}.md")):
+    found = (out / "tables").glob(f"table*-{scale}.md")
+    for path in sorted(found, key=lambda path: (len(path.name), path.name)):
         name = path.stem.removesuffix(f"-{scale}")
         title, _, body = path.read_text().removeprefix("# ").partition("\n")
         yield f'<h4 id="{scale}-{name}">{page_markdown.inline(title)}</h4>'

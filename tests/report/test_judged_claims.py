@@ -113,7 +113,7 @@ def test_every_claim_asks_for_lines_of_the_tables():
     """What a claim compares is run by a table, unless it samples with other steps."""
     asked = {
         json.dumps(manifest.choices("small", column, line), sort_keys=True)
-        for number in range(1, 10)
+        for number in range(1, 11)
         for manifest in [read_manifest(f"table{number}")]
         for column in manifest.at("small")
         for line in manifest.lines
