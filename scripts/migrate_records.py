@@ -25,10 +25,11 @@ from tdq_exp.config import records
 from tdq_exp.config.compose import compose
 from tdq_exp.config.schema import plain
 from tdq_exp.diffusion import Ddim
+from tdq_exp.experiment.record_checks import OTHERS
 from tdq_exp.experiment.row import measure_parts, read_rows, write_rows
 from tdq_exp.fit.ptq.calibration_set import CalibrationSpec
 from tdq_exp.fit.quantized import layer_record
-from tdq_exp.runtime import tensor_files
+from tdq_exp.runtime import lock, tensor_files
 from tdq_exp.runtime.files import fingerprint, read_json, sealed, write_json
 
 Record = dict[str, Any]
@@ -40,7 +41,10 @@ def main() -> None:
     fits = sorted(root.rglob("fit.json"))
 
     data_sets = _distinct(_read(path)["parts"].get("data") for path in fits)
-    changed = sum(migrate(path.parent, data_sets) for path in fits)
+    changed = 0
+    for path in fits:
+        with lock.held(path.parent):
+            changed += migrate(path.parent, data_sets)
     print(f"{changed} of {len(fits)} runs rewritten")
 
     # Shipped nets, and what other scripts measured.
@@ -63,11 +67,19 @@ def migrate(run: Path, data_sets: list[Any]) -> bool:
     old = _read(run / "fit.json")
     new = _new_fit(old, run / "fit.json")
 
+    # Everything is computed before anything is written.
+    files = sorted(run.glob("**/samples.json"))
+    old_sets = {file: _read(file) for file in files}
+    new_sets = {file: _new_samples(file, old_sets[file], old, new) for file in files}
+    samples = {old_sets[file]["fingerprint"]: new_sets[file]["fingerprint"] for file in files}
     rows = {}
-    for samples_file in sorted(run.glob("**/samples.json")):
-        migrated = _migrate_samples(samples_file, old, new, data_sets)
-        if migrated:  # a set may not have been measured yet
-            rows[samples_file.with_name("metrics.json")] = migrated
+    for file in sorted(run.glob("**/metrics.json")):  # the best of several has no samples.json
+        sets = [old["parts"].get("data"), *data_sets]
+        found = read_rows(file)
+        rows[file] = [_new_row(row, new["fingerprint"], samples, sets, file) for row in found]
+
+    for file, content in new_sets.items():
+        write_json(file, content)
 
     # Rows refer to the fit's record. If it changes, they are whole until it has.
     if new != old:
@@ -83,7 +95,8 @@ def migrate(run: Path, data_sets: list[Any]) -> bool:
         _migrate_packed(run / "packed.safetensors", old, new)
 
     for file in sorted(run.rglob("*")):
-        add_checksum(file)
+        if not OTHERS.intersection(file.relative_to(run).parts):
+            add_checksum(file)
     return _contents(run) != before
 
 
@@ -119,7 +132,7 @@ def _new_fit(old: Record, path: Path) -> Record:
     parts, config = records.upgrade(old["parts"]), _current(old["config"])
 
     # A calibration set's fingerprint is of the model's definition, among others.
-    if "calibration" in parts:
+    if "calibration" in parts and old["config"]["calibration"].get("path") is None:
         _require(_set_fingerprint(old["config"], old["parts"]), old["parts"]["calibration"], path)
         parts["calibration"] = _set_fingerprint(config, parts)
 
@@ -170,27 +183,24 @@ def _filled(config: Record, defaults: Record) -> Record:
     }
 
 
-def _migrate_samples(
-    path: Path, fit: Record, new_fit: Record, data_sets: list[Any]
-) -> list[Record]:
-    """Migrate the record of a sampled set; return its rows in their new form."""
-    old = _read(path)
+def _new_samples(path: Path, old: Record, fit: Record, new_fit: Record) -> Record:
+    """Return the record of a sampled set in its new form."""
     _require(fingerprint(old["parts"]), old["fingerprint"], path)
     _require(old["parts"]["fit"], fit["fingerprint"], path)
 
     parts = {**records.upgrade(old["parts"]), "fit": new_fit["fingerprint"]}
-    sample = fingerprint(parts)
-    write_json(path, {**old, "parts": parts, "fingerprint": sample})
-
-    sets = [fit["parts"].get("data"), *data_sets]
-    return [
-        _new_row(row, new_fit["fingerprint"], sample, sets, path)
-        for row in read_rows(path.with_name("metrics.json"))
-    ]
+    return {**old, "parts": parts, "fingerprint": fingerprint(parts)}
 
 
-def _new_row(row: Record, fit: str, sample: str, data_sets: list[Any], path: Path) -> Record:
+def _new_row(
+    row: Record, fit: str, samples: Mapping[str, str], data_sets: list[Any], path: Path
+) -> Record:
+    """Return a row in its new form; `samples` are the sets' fingerprints, old -> new."""
     old = row["fingerprints"]
+    if old["sample"] not in samples:
+        raise ValueError(f"{path}: a row is of the set {old['sample']}, which is not here")
+    sample = samples[old["sample"]]
+
     matching = [
         data
         for data in data_sets

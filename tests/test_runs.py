@@ -69,6 +69,50 @@ def images(made):
     return np.load(made.folder / made.sample_name / "images" / "images.npy")
 
 
+def test_a_row_is_not_replaced_by_one_of_another_measurement(tmp_path, tiny_weights, finished):
+    file = tmp_path / "runs/tiny_w4a4_lsq_tdq/seed0/ddim3_n12/metrics.json"
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"eval\.reference_images: None -> 9.*sampler\.label=NAME"):
+        pipeline.run(build(tmp_path, tiny_weights, "eval.reference_images=9"))
+    assert file.read_bytes() == before
+
+    both = build(tmp_path, tiny_weights, "eval.reference_images=9", "sampler.label=few")
+    (row,) = pipeline.run(both)
+    assert row["reference"]["images"] == 9 and file.read_bytes() == before
+
+
+def test_images_that_are_sampled_again_take_nothing_over(tmp_path, tiny_weights, finished):
+    made = build(tmp_path, tiny_weights)
+    folder = made.folder / made.sample_name
+    shutil.rmtree(folder / "images")
+    (folder / "metrics.json").unlink()
+    record = files.read_json(folder / "samples.json")
+    elsewhere = [{"environment": {"commit": "another", "machine": "another"}}]
+    files.write_json(folder / "samples.json", record | {"seconds": 1000.0, "made": elsewhere})
+
+    (row,) = pipeline.run(made)
+    assert row["seconds"]["sample"] < 1000 and "sampled_on" not in row
+
+
+def test_a_fit_is_not_begun_beside_rows_that_could_not_be_read_then(
+    tmp_path, tiny_weights, finished
+):
+    """A row leaves the groups of its configuration to the record of its fit."""
+    made = build(tmp_path, tiny_weights)
+    file = made.folder / made.sample_name / "metrics.json"
+    before = file.read_bytes()
+    for name in ("fit.json", "state.pt", "baked.safetensors"):
+        (made.folder / name).unlink()
+
+    copy = shutil.copy(tiny_weights, tmp_path / "copy.safetensors")
+    with pytest.raises(ValueError, match=r"metrics\.json: its rows left .* fit\.json.*put it back"):
+        pipeline.run(build(tmp_path, copy))
+    assert not (made.folder / "fit.json").exists() and file.read_bytes() == before
+
+    pipeline.run(made)  # the same command makes the same record
+    assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize("method", ["lsq", "pact", "nipq"])
 @pytest.mark.parametrize("tdq", ["none", "temporal", "s10"])
 def test_every_method_goes_from_float_net_to_row(tmp_path, tiny_weights, method, tdq):

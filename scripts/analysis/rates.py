@@ -28,6 +28,7 @@ from tdq_exp.experiment.fit_stage import run_fit
 from tdq_exp.report import pages
 from tdq_exp.report.cells import in_footer
 from tdq_exp.runtime import lock
+from tdq_exp.runtime.precision import products
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.tracking import Tracker
 
@@ -41,6 +42,7 @@ METHODS = {
     "s1000": ("S1000", ["method=lsq", "tdq=s1000"]),
 }
 TABLE1 = ["lsq", "lsq_tdq", "pact", "nipq"]
+SET_HERE = ("label", "out", "method", "tdq", "fit.updates", "tracker")
 RATES = {"lr_step_size": "step sizes", "lr_zero_point": "zero points"}
 
 
@@ -67,6 +69,11 @@ def search(options: argparse.Namespace) -> None:
     for factor in options.factors:
         if not (math.isfinite(factor) and factor > 0 and factor != 1):
             raise ValueError(f"--factors {factor:g}: must be a number above 0 other than 1")
+    if len({_name(factor) for factor in options.factors}) < len(options.factors):
+        raise ValueError("--factors: two of them have the same three digits")
+    for override in options.overrides:
+        if override.lstrip("+").partition("=")[0] in SET_HERE:
+            raise ValueError(f"{override}: the search sets it itself")
 
     losses: dict[str, dict[str, float]] = {}
     points: dict[str, dict[str, float]] = {}
@@ -95,8 +102,13 @@ def _points(
     points = {"protocol": dict(rates)}
     for name in changed:
         for factor in factors:
-            points[f"{name}_{factor:.3g}"] = {**rates, name: rates[name] * factor}
+            points[f"{name}_{_name(factor)}"] = {**rates, name: rates[name] * factor}
     return points
+
+
+def _name(factor: float) -> str:
+    """Return a factor as it is part of a label, which holds letters and digits: 0.333, 1000."""
+    return f"{float(f'{factor:.3g}'):.10f}".rstrip("0").rstrip(".")
 
 
 def _validation_loss(job: jobs.Experiment) -> float:
@@ -106,7 +118,7 @@ def _validation_loss(job: jobs.Experiment) -> float:
     tracker = Tracker("none", job.machine.tracker.project, job.name, job.folder, job.config)
 
     try:
-        with lock.held(job.folder):
+        with lock.held(job.folder), products("float32"):
             fit = run_fit(job, pipeline.load_data(job, processes), processes, tracker)
     finally:
         tracker.close()

@@ -7,6 +7,7 @@ stopped.
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from tdq_exp.config.naming import FIT_RECORD
 from tdq_exp.data.images import Data
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.first_layer import first_range, noise_beyond
+from tdq_exp.experiment.row import require_rows_of
 from tdq_exp.experiment.stored_network import (
     finished_net,
     network_is_here,
@@ -82,6 +84,8 @@ def run_fit(job: Experiment, data: Data, processes: Processes, tracker: Tracker)
             job.fit.require_startable(
                 job.subject(data, weights), processes.world, context.micro_batches
             )
+            if not record.file.exists():
+                require_rows_of(job.folder, json.loads(json.dumps(about["config"])))
             record.begin()
 
         processes.decide(begin)

@@ -56,6 +56,7 @@ def run_measures(
         measure_parts(sampling.record.fingerprint, features, data.parts(), evaluation)
     )
     record = RowRecord(sampling.folder / "metrics.json", fingerprint)
+    processes.decide(lambda: record.require_same(network.name, job.recorded()))
 
     def make() -> Result:
         images = run_sampling(job, sampling, processes)

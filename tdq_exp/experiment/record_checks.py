@@ -34,6 +34,7 @@ NETWORKS = ("baked.safetensors", "weights.safetensors")
 UNCHECKED = "has no checksum; an earlier version wrote none: python scripts/migrate_records.py"
 CHECKED = {".json", ".png", ".svg", ".pt", ".safetensors", ".onnx", ".part"}
 OTHERS = {"wandb", "png"}  # not ours, or nothing is read from them
+BESIDE = ("held_out", "reconstructed", "half_sampling", "precision_recall")  # numbers of a row
 HISTORY = ".history.json"  # how weights beside it were made
 
 T = TypeVar("T")
@@ -154,7 +155,9 @@ def _row_faults(
 ) -> Iterable[str]:
     """Yield what a row and the records beside it do not agree on."""
     stated = row.get("fingerprints", {})
-    numbers = [v for v in row["metrics"].values() if isinstance(v, int | float)]
+    candidates = [found.get("metrics") for found in row.get("candidates") or []]
+    groups = [*(row.get(group) for group in ("metrics", *BESIDE)), *candidates]
+    numbers = [v for group in groups if group for v in group.values() if isinstance(v, int | float)]
     if not all(math.isfinite(number) for number in numbers):
         yield "a metric is not a number"
 

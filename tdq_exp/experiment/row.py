@@ -10,13 +10,16 @@ seal is of the whole row, so that a row beside another fit's record is refused.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tdq_exp.config import records
 from tdq_exp.config.naming import FIT_RECORD
 from tdq_exp.runtime import files
+from tdq_exp.runtime.stage import differences
 
 AS_FIT = "config_as_fit"  # key of a row in its file: the groups that the fit's record holds alike
 OF_THE_SET = ("sampler", "eval")  # groups in which sets of one fit differ: a row holds its own
@@ -196,10 +199,37 @@ class RowRecord:
 
     def find(self) -> dict[str, Any] | None:
         """Return the row of this fingerprint, or None."""
-        rows = read_rows(self.file)
-        stated = [row.get("fingerprints", {}).get("measure") for row in rows]
-        same = [row for row, s in zip(rows, stated, strict=True) if s == self.fingerprint]
+        same = [row for row in read_rows(self.file) if self._is_of(row)]
         return same[-1] if same else None
+
+    def require_same(self, features: str, config: Mapping[str, Any]) -> None:
+        """Refuse to replace a row of the same features that was measured in another way.
+
+        Args:
+            features: name of the feature network.
+            config: as a row keeps it, of the measuring now; says what changed.
+
+        Raises:
+            ValueError: naming up to four differences, and what to do.
+        """
+        for row in read_rows(self.file):
+            if row["features"]["name"] != features or self._is_of(row):
+                continue
+
+            then, now = records.upgrade(row["config"]), json.loads(json.dumps(config))
+            changed = [
+                change
+                for group in ("eval", "data")
+                for change in differences(then.get(group), now.get(group), group)
+            ]
+            listed = "; ".join(changed[:4]) or "other images, or other weights of the features"
+            raise ValueError(
+                f"{self.file} holds a row of another measurement ({listed}): set"
+                " sampler.label=NAME to keep both, or move it away"
+            )
+
+    def _is_of(self, row: Mapping[str, Any]) -> bool:
+        return bool(row.get("fingerprints", {}).get("measure") == self.fingerprint)
 
     def write(self, row: dict[str, Any]) -> None:
         """Add the row, in place of an older one of the same features."""
@@ -258,6 +288,31 @@ def _whole(file: Path, row: Mapping[str, Any]) -> dict[str, Any]:
 
     rest = {key: value for key, value in row.items() if key != AS_FIT}
     return {**rest, "config": {**{group: of_fit[group] for group in groups}, **config}}
+
+
+def require_rows_of(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a new record of a fit with which rows that are there could not be read any more.
+
+    Its configuration may differ from the old one's where no result depends on it, as in a path; a
+    row that left its groups there has to find them as they were.
+
+    Args:
+        folder: of the run, which has no record now.
+        config: that the new record will hold.
+
+    Raises:
+        ValueError: naming the file of rows, and what to do.
+    """
+    for file in sorted(folder.rglob("metrics.json")):
+        for row in (files.read_json(file, ["rows"]) or {"rows": []})["rows"]:
+            groups = row.get(AS_FIT, [])
+            whole = {key: value for key, value in row.items() if key != AS_FIT}
+            whole["config"] = {**{g: config.get(g) for g in groups}, **row["config"]}
+            if groups and files.seal_fault(whole) is not None:
+                raise ValueError(
+                    f"{file}: its rows left a part of their configuration to {FIT_RECORD}, which is"
+                    " missing, and this command's differs; put it back, or move the rows away"
+                )
 
 
 def _short(file: Path, row: Mapping[str, Any]) -> dict[str, Any]:

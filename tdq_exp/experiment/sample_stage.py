@@ -136,8 +136,10 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
                 f"{folder / 'images'}: there are images, but no samples.json that belongs to them;"
                 " remove them to sample again"
             )
-        earlier = float(found.get("seconds", 0.0)) if found else 0.0
-        made.extend(found.get("made", []) if found else [])
+        # Of images that were removed nothing is left: neither their time, nor where they were made.
+        left = found if found is not None and (folder / "images").exists() else {}
+        earlier = float(left.get("seconds", 0.0))
+        made.extend(left.get("made", []))
         if not made and earlier:  # groups of a version that did not note it
             made.append(UNKNOWN)
         begun_with = found.get("engine") if found else None

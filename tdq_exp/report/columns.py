@@ -227,7 +227,7 @@ class FilledColumn:
 
         if cells == self.reference or not ours or not theirs or short:
             return "-"
-        return f"{mean(ours) - mean(theirs):+.2f}"
+        return fixed(mean(ours) - mean(theirs), 2, "+")
 
     def real(self, kind: str) -> dict[str, Any] | None:
         """Return the metrics of real images of a kind, from the float model's row."""

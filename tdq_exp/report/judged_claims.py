@@ -29,6 +29,7 @@ from tdq_exp.report import cells as report_cells
 from tdq_exp.report.cells import Cell, Place
 from tdq_exp.report.manifest import line_of, read_manifest
 from tdq_exp.report.protocol import check_protocol
+from tdq_exp.report.second import fixed
 from tdq_exp.report.spread import difference, mean, over_training_seeds, used, values
 from tdq_exp.report.text_tables import markdown_lines
 
@@ -368,5 +369,5 @@ def _where(comparison: Comparison, out: Path) -> str:
 def _numbers(number: float, spread: float, percent: bool) -> list[str]:
     """Return a difference or a gain, and the spread that it must exceed, in the same unit."""
     if percent:
-        return [f"{100 * number:+.1f} %", f"{100 * spread:.1f} %"]
-    return [f"{number:+.2f}", f"{spread:.3g}"]
+        return [f"{fixed(100 * number, 1, '+')} %", f"{100 * spread:.1f} %"]
+    return [fixed(number, 2, "+"), f"{spread:.3g}"]

@@ -36,6 +36,12 @@ SECOND = (
 )
 
 
-def fixed(number: float, digits: int) -> str:
-    """Return a number with so many digits after the point; zero has no sign."""
-    return f"{round(number, digits) + 0.0:.{digits}f}"
+def fixed(number: float, digits: int, sign: str = "") -> str:
+    """Return a number with so many digits after the point; zero is not negative.
+
+    Args:
+        number: the number.
+        digits: after the point.
+        sign: `+` for a sign before what is not negative, too.
+    """
+    return f"{round(number, digits) + 0.0:{sign}.{digits}f}"
