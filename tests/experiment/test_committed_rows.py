@@ -211,6 +211,7 @@ def test_freezing_adds_new_rows_and_refuses_changed_ones(tmp_path, monkeypatch):
         (("metrics", "fid"), 0.5, "damaged"),
         (("fingerprints", "fit"), "0" * 16, "a row is of the fit 0000000000000000"),
         (("images",), 10, "a row is of 10 images"),
+        (("held_out", "isc_mean"), float("nan"), "a metric is not a number"),
         (("weights",), "0" * 16, "a row is of the weights 0000000000000000"),
         (("environment", "commit"), "0123456789ab", "names the commit 0123456789ab"),
     ],
