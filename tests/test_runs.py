@@ -30,6 +30,8 @@ from tdq_exp.experiment import (
     sample_stage,
     stored_network,
 )
+from tdq_exp.experiment.record_checks import row_faults
+from tdq_exp.experiment.row import measure_parts, read_rows, write_rows
 from tdq_exp.fit import Qat
 from tdq_exp.fit.loop import Interrupted
 from tdq_exp.fit.qat import QatTraining
@@ -514,11 +516,64 @@ def test_best_of_5_samples_every_kept_checkpoint_and_says_so(tmp_path, tiny_weig
     assert len(distances) == 2  # two validations were made
     assert row["metrics"]["fid"] == min(distances)
 
-    files = (made.folder / made.sample_name).glob("update*/metrics.json")
-    seconds = [json.loads(file.read_text())["rows"][0]["seconds"] for file in files]
+    of_each = (made.folder / made.sample_name).glob("update*/metrics.json")
+    seconds = [json.loads(file.read_text())["rows"][0]["seconds"] for file in of_each]
     for stage in ("sample", "measure"):
         assert row["seconds"][stage] == pytest.approx(sum(s[stage] for s in seconds))
     assert row["seconds"]["fit"] == seconds[0]["fit"] == seconds[1]["fit"]
+
+    # Its records, and the row of the best, are brought up to date as others are.
+    _as_an_earlier_version(made.folder)
+    files_of_rows = sorted(made.folder.rglob("metrics.json"))
+    before = {file: [row["metrics"] for row in read_rows(file)] for file in files_of_rows}
+    assert len(before) == 3
+
+    # Not ours: a file of the tracker's.
+    (made.folder / "wandb").mkdir()
+    (made.folder / "wandb" / "summary.json").write_text("{}")
+    for rewritten in ("1 of 1", "0 of 1"):
+        done = subprocess.run(
+            [sys.executable, ROOT / "scripts" / "migrate_records.py", tmp_path / "runs"],
+            capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0 and f"{rewritten} runs rewritten" in done.stdout, done.stderr
+        after = {file: [row["metrics"] for row in read_rows(file)] for file in files_of_rows}
+        assert after == before
+        assert [fault for file in files_of_rows for fault in row_faults(file)] == []
+    assert (made.folder / "wandb" / "summary.json").read_text() == "{}"
+    assert pipeline.run(made) == [row]
+
+
+def _as_an_earlier_version(run):
+    """Rewrite a run's records as one that called the zero point an offset would have."""
+
+    def renamed(groups):
+        tdq = {"offset" if k == "zero_point" else k: v for k, v in groups["tdq"].items()}
+        return {**groups, "tdq": tdq}
+
+    rows = {file: read_rows(file) for file in run.rglob("metrics.json")}
+    fit = files.read_json(run / "fit.json")
+    parts = renamed(fit["parts"])
+    of_fit = files.fingerprint(parts)
+    sets = {}
+    for file in run.rglob("samples.json"):
+        record = files.read_json(file)
+        of_set = record["parts"] | {"fit": of_fit}
+        sets[record["fingerprint"]] = files.fingerprint(of_set)
+        new = {"parts": of_set, "fingerprint": files.fingerprint(of_set)}
+        files.write_json(file, record | new)
+
+    config = {"config": renamed(fit["config"])}
+    files.write_json(run / "fit.json", fit | config | {"parts": parts, "fingerprint": of_fit})
+    for file, found in rows.items():
+        for row in found:
+            features = [row["features"]["name"], row["features"]["weights"]]
+            sample = sets[row["fingerprints"]["sample"]]
+            measured = measure_parts(sample, features, parts["data"], row["config"]["eval"])
+            row["config"] = renamed(row["config"])
+            measure = files.fingerprint(measured)
+            row["fingerprints"] = {"fit": of_fit, "sample": sample, "measure": measure}
+        write_rows(file, [files.sealed(row) for row in found])
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
