@@ -954,5 +954,19 @@ def test_overrides_show_in_the_footer_unless_they_are_paths(short_manifest, tmp_
     assert "Asked for with sampler.images=100 fit.report=best_of_5." in text
 
 
+def test_a_row_of_another_net_than_the_file_that_is_asked_for_is_stale(
+    short_manifest, tmp_path, tiny_weights
+):
+    shipped = report_cells.cells_of(short_manifest, "digits", tmp_path)
+    for cell in shipped:
+        save(cell, row_of(cell, 9.0, weights=cell.nets["weights"]))
+    assert not report_cells.find(shipped[0]).changes
+
+    other = [f"model.weights={tiny_weights}"]
+    (cell, *_) = report_cells.cells_of(short_manifest, "digits", tmp_path, other)
+    (change,) = report_cells.find(cell).changes
+    assert change.startswith(f"float weights: {shipped[0].nets['weights']} -> ")
+
+
 def test_a_command_gives_its_exit_code():
     assert command.call([sys.executable, "-c", "raise SystemExit(7)"]) == 7

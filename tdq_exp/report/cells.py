@@ -236,7 +236,7 @@ def cells_of_line(
             folder=job.folder,
             sample=job.sample,
             images=job.images,
-            nets=_shipped_nets(job.composed),
+            nets=_known_nets(job.composed),
         )
 
 
@@ -344,21 +344,36 @@ def fit_changes(cell: Cell, config: dict[str, Any]) -> list[str]:
     return stage.differences(compared_of_fit(config), compared_of_fit(cell.config))
 
 
-def _shipped_nets(cfg: Any) -> dict[str, str]:
-    """Return the hashes of the float nets that a command takes, of those that are shipped."""
-    hashes = {key: shipped_hash(cfg.model[key]) for key in ("weights", "autoencoder")}
+def _known_nets(cfg: Any) -> dict[str, str]:
+    """Return the hashes of the float nets that a command takes, of those that are known."""
+    hashes = {key: known_hash(cfg.model[key]) for key in ("weights", "autoencoder")}
     return {key: value for key, value in hashes.items() if value is not None}
 
 
-@lru_cache
-def shipped_hash(weights: str | None) -> str | None:
-    """Return the hash of a shipped net; None for any other, which may be large or far away."""
-    if weights is None or not weights.startswith("shipped:"):
+def known_hash(weights: str | None) -> str | None:
+    """Return the hash of a net that is shipped, or lies in a file as this package writes them.
+
+    None for any other: it is far away, or its tensors have other names than the network's.
+    """
+    if weights is None:
         return None
 
-    from tdq_exp.models.weights.fill import file_hash  # it imports torch
+    shipped = weights.startswith("shipped:")
+    path = assets.weights(weights) if shipped else Path(weights).expanduser()
+    if not shipped and not (path.suffix == ".safetensors" and path.is_file()):
+        return None
+    state = path.stat()
+    return _net_hash(path, shipped, (state.st_mtime_ns, state.st_size))
 
-    return file_hash(assets.weights(weights))
+
+@lru_cache
+def _net_hash(path: Path, shipped: bool, state: tuple[int, int]) -> str | None:
+    """Return the hash of a file in a state, which says when to read it again."""
+    from tdq_exp.models.weights.save import state_hash  # it imports torch
+    from tdq_exp.runtime.tensor_files import read_tensors
+
+    found = read_tensors(path)
+    return state_hash(found.tensors) if shipped or found.checked else None
 
 
 def _key(override: str) -> str:
