@@ -47,14 +47,13 @@ from tdq_exp.models.weights.inert_pickle import CheckpointError, StoredTensor, r
 from tdq_exp.models.weights.match import match
 from tdq_exp.models.weights.names import diffusers_names
 from tdq_exp.models.weights.paths import expanded, require_file
-from tdq_exp.models.weights.save import file_hash, save_weights, state_hash
+from tdq_exp.models.weights.save import save_weights, state_hash
 from tdq_exp.runtime import hub
 from tdq_exp.runtime.tensor_files import read_tensors as read_safetensors
 
 __all__ = [
     "NOT_WEIGHTS",
     "CheckpointError",
-    "file_hash",
     "load_autoencoder",
     "load_weights",
     "locate",

@@ -16,11 +16,6 @@ def state_hash(state: Mapping[str, torch.Tensor]) -> str:
     return tensor_hash(state)
 
 
-def file_hash(path: Path) -> str:
-    """Return the `state_hash` of a safetensors file in diffusers' names, as written here."""
-    return state_hash(tensor_files.read_tensors(path).tensors)
-
-
 def save_weights(
     net_or_state: torch.nn.Module | Mapping[str, torch.Tensor],
     path: str | Path,
