@@ -76,7 +76,10 @@ def test_a_row_is_not_replaced_by_one_of_another_measurement(tmp_path, tiny_weig
     before = file.read_bytes()
     with pytest.raises(ValueError, match=r"eval\.reference_images: None -> 9.*sampler\.label=NAME"):
         pipeline.run(build(tmp_path, tiny_weights, "eval.reference_images=9"))
+    with pytest.raises(ValueError, match=r"fit\.lr: .*label=NAME"):
+        pipeline.run(build(tmp_path, tiny_weights, "fit.lr=1e-5"))
     assert file.read_bytes() == before
+    assert not list(tmp_path.rglob("failed.json")), "the run that is there has not failed"
 
     both = build(tmp_path, tiny_weights, "eval.reference_images=9", "sampler.label=few")
     (row,) = pipeline.run(both)

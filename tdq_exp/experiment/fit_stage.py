@@ -7,7 +7,6 @@ stopped.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,7 +84,7 @@ def run_fit(job: Experiment, data: Data, processes: Processes, tracker: Tracker)
                 job.subject(data, weights), processes.world, context.micro_batches
             )
             if not record.file.exists():
-                require_rows_of(job.folder, json.loads(json.dumps(about["config"])))
+                require_rows_of(job.folder, job.recorded())
             record.begin()
 
         processes.decide(begin)

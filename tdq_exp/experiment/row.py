@@ -10,7 +10,6 @@ seal is of the whole row, so that a row beside another fit's record is refused.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any
 from tdq_exp.config import records
 from tdq_exp.config.naming import FIT_RECORD
 from tdq_exp.runtime import files
-from tdq_exp.runtime.stage import differences
+from tdq_exp.runtime.failures import AnotherResultError
+from tdq_exp.runtime.stage import as_recorded, differences
 
 AS_FIT = "config_as_fit"  # key of a row in its file: the groups that the fit's record holds alike
 OF_THE_SET = ("sampler", "eval")  # groups in which sets of one fit differ: a row holds its own
@@ -210,20 +210,20 @@ class RowRecord:
             config: as a row keeps it, of the measuring now; says what changed.
 
         Raises:
-            ValueError: naming up to four differences, and what to do.
+            AnotherResultError: naming up to four differences, and what to do.
         """
         for row in read_rows(self.file):
             if row["features"]["name"] != features or self._is_of(row):
                 continue
 
-            then, now = records.upgrade(row["config"]), json.loads(json.dumps(config))
+            then, now = records.upgrade(row["config"]), as_recorded(config)
             changed = [
                 change
                 for group in ("eval", "data")
                 for change in differences(then.get(group), now.get(group), group)
             ]
             listed = "; ".join(changed[:4]) or "other images, or other weights of the features"
-            raise ValueError(
+            raise AnotherResultError(
                 f"{self.file} holds a row of another measurement ({listed}): set"
                 " sampler.label=NAME to keep both, or move it away"
             )

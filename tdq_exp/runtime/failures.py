@@ -12,19 +12,23 @@ from tdq_exp.runtime import files
 NAME = "failed.json"
 
 
+class AnotherResultError(ValueError):
+    """A folder holds another result than a command asks for, which is refused; nothing failed."""
+
+
 @contextmanager
 def noted(folder: Path) -> Iterator[None]:
     """Note an error that leaves the `with` block; without one, remove an earlier note.
 
-    A run that was refused before its folder was made leaves no folder, and one that another command
-    keeps out has not failed.
+    A run that was refused before its folder was made leaves no folder. One that another command
+    keeps out has not failed, nor has the run in a folder where another configuration was asked for.
 
     Args:
         folder: of the run.
     """
     try:
         yield
-    except BlockingIOError:
+    except (BlockingIOError, AnotherResultError):
         raise
     except Exception as error:
         line = (str(error).splitlines() or [""])[0]

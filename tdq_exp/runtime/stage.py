@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tdq_exp.config import records
+from tdq_exp.runtime.failures import AnotherResultError
 from tdq_exp.runtime.files import Parts, damaged, fingerprint, read_json, write_json
 from tdq_exp.runtime.processes import Processes
 
@@ -126,6 +127,11 @@ def read_record(
     return found
 
 
+def as_recorded(value: Any) -> Any:
+    """Return a value as it is read back from a record: lists for tuples, texts for keys."""
+    return json.loads(json.dumps(value))
+
+
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
     """Return `key: old -> new` for every leaf in which two nested values differ."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -151,16 +157,17 @@ def check_same(
         keep: the key that would give the new result a name of its own.
 
     Raises:
-        ValueError: if it was made by other parts; names up to four differences and says what to do.
+        AnotherResultError: if it was made by other parts; names up to four differences and says
+            what to do.
     """
     found = read_record(path)
     if found is None or found["fingerprint"] == fingerprint(parts):
         return found
 
     # An older record may say the same in other names.
-    old, new = records.upgrade(found["parts"]), json.loads(json.dumps(parts))
+    old, new = records.upgrade(found["parts"]), as_recorded(parts)
     if old == new:
-        raise ValueError(
+        raise AnotherResultError(
             f"{path}: a record of an earlier version; bring it up to date with"
             f" python scripts/migrate_records.py {path.parent}"
         )
@@ -168,14 +175,14 @@ def check_same(
     # Where a part is a fingerprint, its group of the config says more.
     config, recorded = config or {}, records.upgrade(found.get("config", {}))
     for name in old.keys() & new.keys() & config.keys():
-        before, now = recorded.get(name), json.loads(json.dumps(config[name]))
+        before, now = recorded.get(name), as_recorded(config[name])
         if isinstance(old[name], str) and old[name] != new[name] and before != now:
             old[name], new[name] = before, now
 
     changed = differences(old, new)
     listed = "; ".join(changed[:4])
     listed += f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
-    raise ValueError(
+    raise AnotherResultError(
         f"{path.parent} holds a result of another configuration ({listed}): set {keep}=NAME to keep"
         " both, or move it away"
     )
