@@ -61,11 +61,12 @@ def show(tables: Sequence[str], scale: str, out: Path, every: bool = False) -> N
     left = seconds_left(list(states.values()))
 
     listed = [s for s in states.values() if every or s.state != DONE]
-    print_table(
-        f"cells at scale {scale}" + ("" if every else ", but for those that are done"),
-        ["cell", "state", "time left", "where, or why"],
-        [[s.cell.name, s.state, _left_text(s, left), s.detail] for s in listed],
-    )
+    if listed:
+        print_table(
+            f"cells at scale {scale}" + ("" if every else ", but for those that are done"),
+            ["cell", "state", "time left", "where, or why"],
+            [[s.cell.name, s.state, _left_text(s, left), s.detail] for s in listed],
+        )
 
     print_table(
         "tables",

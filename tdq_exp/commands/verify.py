@@ -2,7 +2,7 @@
 
 python -m tdq_exp verify                                        everything in results/
 python -m tdq_exp verify results/runs/digits_w4a4_lsq_tdq/seed0
-python -m tdq_exp verify table1                                 the rows of a table, and its file
+python -m tdq_exp verify table1 --scale small                   the rows of a table, and its file
 A line for each fault; the exit code is 1 if there is one.
 """
 
@@ -33,20 +33,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("results"), help="folder of a table's runs"
     )
+    parser.add_argument("--scale", help="of a table: paper, small or digits (default: all)")
     options = parser.parse_args(arguments)
 
-    return cli.exit_code(verify, options.what, options.out.expanduser())
+    return cli.exit_code(verify, options.what, options.out.expanduser(), options.scale)
 
 
-def verify(what: str, out: Path) -> int:
-    """Print the faults of a run, a folder, a file or a table, and return the exit code."""
+def verify(what: str, out: Path, scale: str | None = None) -> int:
+    """Print the faults of a run, a folder, a file or a table, and return the exit code.
+
+    Args:
+        what: a path, or a table's name.
+        out: folder of a table's runs.
+        scale: of a table; None for all.
+
+    Raises:
+        ValueError: if there is nothing of that name, or a scale of what has none.
+    """
     if not what.strip():
         raise ValueError("verify: name a run, a folder, a file or a table")
     path = Path(what).expanduser()
     tables = {file.stem for file in (assets.configs() / "table").glob("*.yaml")}
 
     is_table = what in tables and not path.exists()
-    faults, runs = table_faults(what, out) if is_table else (checks.faults_of(path), None)
+    if scale is not None and not is_table:
+        raise ValueError(f"--scale {scale}: is of a table, and {what} is none")
+    faults, runs = table_faults(what, out, scale) if is_table else (checks.faults_of(path), None)
 
     for fault in faults:
         console.print(fault, markup=False)
@@ -56,18 +68,26 @@ def verify(what: str, out: Path) -> int:
     return 1 if faults else 0
 
 
-def table_faults(name: str, out: Path) -> tuple[list[str], int]:
+def table_faults(name: str, out: Path, only: str | None = None) -> tuple[list[str], int]:
     """Return what is wrong with the runs of a table and its files, and how many runs there are.
 
-    All scales of the table count.
+    Args:
+        name: of the table.
+        out: folder of results.
+        only: the scale that is looked at; None for all of the table's.
+
+    Raises:
+        ValueError: for a scale that the table lacks.
     """
     from tdq_exp.report import cells, columns, manifest, text_tables
     from tdq_exp.report.costs import read_costs
 
     table = manifest.read_manifest(name)
+    if only is not None and only not in table.scales:
+        raise ValueError(f"--scale {only}: {name} has {', '.join(table.scales)}")
     found: list[str] = []
     runs = 0
-    for scale in table.scales:
+    for scale in table.scales if only is None else [only]:
         asked = cells.cells_of(table, scale, out)
 
         # 1. The runs.

@@ -2,7 +2,7 @@
 
 | what                | read as |
 |---------------------|---------|
-| folder              | every picture in it, nested or not, in sorted order |
+| folder              | every picture in it, nested or not, in sorted order; without any, the set that a run sampled there |
 | `.npy`              | uint8 `[N, H, W, C]` or `[N, H, W]` |
 | `.npz`              | the same, of its only array of pixels; or `mu` `[D]` and `sigma` `[D, D]` |
 
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tdq_exp.data.arrays import open_array
 from tdq_exp.data.decode import decode_cell
 from tdq_exp.data.images import resize_center
 from tdq_exp.data.sources import pictures_in
@@ -38,6 +39,7 @@ _DAMAGED = (
     NotImplementedError,
     RuntimeError,
 )
+_SET = ("images.npy", "groups.npy")  # of a run: see `data.arrays`
 _UNEVEN = 1e-3  # share of the largest number by which halves of sigma may differ: single precision
 
 
@@ -90,6 +92,8 @@ def read(path: Path, size: int, channels: int) -> GivenImages | GivenStatistics:
     if path.suffix not in (".npy", ".npz"):
         raise ValueError(f"{path}: is no folder of pictures, .npy or .npz file")
     files.require_regular(path)
+    if path.name == _SET[0]:
+        _require_finished(path)
 
     try:
         loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None)
@@ -106,8 +110,14 @@ def read(path: Path, size: int, channels: int) -> GivenImages | GivenStatistics:
         raise ValueError(f"{path}: is no array of numbers ({error})") from error
 
 
-def _folder(path: Path, size: int, channels: int) -> GivenImages:
-    pictures, notes = pictures_in(path)
+def _folder(path: Path, size: int, channels: int) -> GivenImages | GivenStatistics:
+    try:
+        pictures, notes = pictures_in(path)
+    except ValueError:
+        for folder in (path, path / "images"):  # the set of a run, or its images
+            if all((folder / name).is_file() for name in _SET):
+                return read(folder / _SET[0], size, channels)
+        raise
     sizes: set[tuple[int, int]] = set()
 
     def piece(start: int, stop: int) -> NDArray[np.uint8]:
@@ -120,6 +130,25 @@ def _folder(path: Path, size: int, channels: int) -> GivenImages:
 
     first = _open(pictures[0])
     return GivenImages(path, len(pictures), (first.height, first.width), piece, notes, sizes)
+
+
+def _require_finished(path: Path) -> None:
+    """Refuse the array of a set that a run has not finished: images that are missing are black.
+
+    Raises:
+        ValueError: naming it, and how many of its groups are missing.
+    """
+    groups = path.with_name(_SET[1])
+    if not groups.is_file():
+        return
+
+    done = open_array(groups)
+    missing = int(np.count_nonzero(done == 0))
+    if missing:
+        raise ValueError(
+            f"{path}: {missing} of {len(done)} groups of images are missing; run the command that"
+            " samples them again"
+        )
 
 
 def _open(file: Path) -> Image.Image:

@@ -32,7 +32,7 @@ def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
         state = (
             "is not finished: run its command again"
             if found
-            else "holds no run (there is no fit.json)"
+            else f"holds no run (there is no fit.json){_seeds_below(folder)}"
         )
         raise FileNotFoundError(f"{folder} {state}")
 
@@ -56,6 +56,12 @@ def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
     if job.weights.load(job.model, net) != found["facts"]["weights"]:
         raise ValueError(f"{job.weights.path}: is not the checkpoint of {folder}")
     return job, net.eval()
+
+
+def _seeds_below(folder: Path) -> str:
+    """Return the runs of a folder that holds one for each training seed, in words."""
+    runs = sorted(file.parent.name for file in folder.glob(f"seed*/{FIT_RECORD}"))
+    return f"; name one below it: {', '.join(runs)}" if runs else ""
 
 
 def _check_parts(now: Mapping[str, str], then: Mapping[str, Any], where: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,6 +133,18 @@ def require_batch(net: nn.Module, batch: Any) -> None:
         raise ValueError(f"calibrate: t must be from 0 to {time.steps - 1}")
     if labels and labels[0].shape != t.shape:
         raise ValueError(f"calibrate: classes are {list(labels[0].shape)}, wanted [{len(x_t)}]")
+
+
+def warn_of_one_time(net: nn.Module, times: Sequence[Tensor]) -> None:
+    """Warn if all samples of a calibration are of one t: other time steps have other ranges."""
+    time: Any = net.time
+    seen = torch.cat([t.reshape(-1).cpu() for t in times]).unique()
+    if len(seen) == 1 and time.steps > 1:
+        warnings.warn(
+            f"calibrate: every sample is of t={int(seen)}; show the network samples of all its"
+            f" time steps, 0 to {time.steps - 1}, or its step sizes fit this one alone",
+            stacklevel=3,
+        )
 
 
 def require_uncorrected(net: nn.Module) -> None:

@@ -64,7 +64,7 @@ def quantize(
         tdq: where activations' step sizes come from: `temporal` (TDQ), `none` (static), `s10`, ...
             None is TDQ for a method that is trained, and static for calibration alone, which
             starts step sizes over t but fits none of them (`python -m tdq_exp.run` does).
-        plan: which layers: `all`, `edge8`, `float_attention`, `release`.
+        plan: which layers: `all`, `edge8`, `float_attention`, `release`, `release_shortcut8`.
         habits: `text` or `release`.
         overrides: anything else, as on the command line: `tdq.interval.width=32`. The schedule
             (`model.definition.schedule.beta_end=0.03`, `.steps=4000`) belongs to the network.
@@ -78,6 +78,8 @@ def quantize(
     choices = {"bits": bits, "method": method, "plan": plan, "habits": habits}
     choices |= {} if tdq is None else {"tdq": tdq}
     own_checks.require_texts(choices, overrides)
+    if method == "fp":
+        raise ValueError("method=fp: is the float network itself; choose another method")
     if hasattr(net, "tdq_config"):
         raise ValueError("the network is quantized already: give the float one")
     architecture = architecture_of(net)
@@ -107,7 +109,7 @@ def calibrate(net: nn.Module, batches: Iterable[Batch]) -> None:
     Args:
         net: of `quantize`.
         batches: (x_t, t) over all of time, at least 1,000 samples for a real fit; t is `[B]`. Of
-            a class-conditional network (x_t, t, classes).
+            a class-conditional network (x_t, t, classes). A warning says so if they are of one t.
 
     Raises:
         ValueError: if there is no batch, or one that can't be shown; the network is as it was then.
@@ -121,6 +123,7 @@ def calibrate(net: nn.Module, batches: Iterable[Batch]) -> None:
         raise ValueError("calibrate: there is no batch of (x_t, t)")
     for batch in shown:
         own_checks.require_batch(net, batch)
+    own_checks.warn_of_one_time(net, [batch[1] for batch in shown])
 
     training = net.training
     net.eval()

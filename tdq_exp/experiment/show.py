@@ -45,17 +45,24 @@ def publish(
 
 
 def _draw(job: Experiment, folder: Path, row: dict[str, Any], processes: Processes) -> None:
-    """Draw a grid of samples; for a quantized net below the float net's from the same noise."""
+    """Draw a grid of samples; for a quantized net below the float net's from the same noise.
+
+    Its title has the row's number, so it is signed with the set and the measurement. It stays as
+    long as that row stands beside it, and is drawn again once only rows of other ways do.
+    """
     path, of = folder / "grid.png", row["fingerprints"]["sample"]
+    measured = {r["fingerprints"]["measure"] for r in read_rows(folder / "metrics.json")}
+    titled = {f"{of}_{measure}" for measure in measured}
+
     whole = path.exists() and figures.is_whole(path)
-    if whole and figures.signature(path) in (of, None):
+    if whole and figures.signature(path) in {of, None, *titled}:  # `of`: an earlier version's
         return
 
     # A row may stand without its images; then there is nothing to draw.
     if not (folder / "images").exists():
         return
     if path.exists():
-        reason = "of another run" if whole else "damaged"
+        reason = "of another run or measurement" if whole else "damaged"
         console.print(f"{path}: {reason}, drawn again", markup=False)
 
     images, batch = store_of(job, folder, of).read(), job.sampling.batch
@@ -79,7 +86,7 @@ def _draw(job: Experiment, folder: Path, row: dict[str, Any], processes: Process
         rows = {"float, same noise": pixels, **rows}
 
     figures.sample_grid(rows, path)
-    figures.sign(path, of)
+    figures.sign(path, f"{of}_{row['fingerprints']['measure']}")
 
 
 def print_row(job: Experiment, rows: list[dict[str, Any]]) -> None:

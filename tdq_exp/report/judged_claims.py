@@ -91,6 +91,11 @@ class Comparison:
         return not values(self.ours, "fid") or not values(self.theirs, "fid")
 
     @property
+    def is_stale(self) -> bool:
+        """Whether a row of either side is of another configuration than the one asked for."""
+        return any(cell.changes for side in (self.ours, self.theirs) for cell in used(side))
+
+    @property
     def difference(self) -> tuple[float, float] | None:
         """Ours minus theirs, and the spread; None if that can't be told."""
         return difference(self.ours, self.theirs, self.float_model, self.over_seeds)
@@ -303,6 +308,8 @@ def markdown(judged: Sequence[Judged], scale: str, out: Path) -> str:
 
 def _count(judged: Judged) -> str:
     counts = [f"{judged.verdicts.count(v)} {v}" for v in (HOLDS, FAILS, OPEN, MISSING)]
+    stale = sum(one.is_stale for one in judged.comparisons)
+    counts.append(f"{stale} of stale rows")
     return ", ".join(count for count in counts if not count.startswith("0 ")) or "none"
 
 

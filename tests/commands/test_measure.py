@@ -11,6 +11,7 @@ from PIL import Image
 
 from tdq_exp.commands import measure
 from tdq_exp.data import given
+from tdq_exp.data.arrays import ImageStore
 from tdq_exp.metrics.features import FeatureNetwork
 from tdq_exp.metrics.fidelity import Statistics
 
@@ -53,6 +54,23 @@ def test_the_grid_that_sample_draws_beside_its_images_is_none_of_them(pixels, tm
     (tmp_path / "00001.png").unlink()
     with pytest.raises(ValueError, match="holds no picture but grid.png"):
         given.read(tmp_path, 8, 1)
+
+
+def test_the_set_of_a_run_is_measured_by_its_folder_and_only_when_it_is_finished(pixels, tmp_path):
+    store = ImageStore(tmp_path / "images", 24, 10, (8, 8, 1), of="a set")
+    store.create()
+    for group in range(2):
+        store.put(group, pixels[10 * group : 10 * group + 10])
+    places = (tmp_path, tmp_path / "images", tmp_path / "images" / "images.npy")
+    for place in places:
+        with pytest.raises(ValueError, match=r"images.npy: 1 of 3 groups of images are missing"):
+            given.read(place, 8, 1)
+
+    store.put(2, pixels[20:])
+    Image.fromarray(pixels[0, ..., 0]).save(tmp_path / "grid.png")
+    for place in places:
+        found = given.read(place, 8, 1)
+        assert found.count == 24 and np.array_equal(found.piece(0, 24), pixels)
 
 
 def test_every_size_in_a_folder_is_told_not_only_the_firsts(tmp_path):

@@ -217,7 +217,11 @@ def test_a_class_conditional_network_is_calibrated_with_its_classes():
         (lambda: tdq_exp.quantize(torch.nn.Linear(2, 2)), TypeError, "UNet2DModel, not Linear"),
         (lambda: tdq_exp.quantize(Doubled(**unet().config)), TypeError, "Doubled, whose forward"),
         (lambda: tdq_exp.quantize(unet(), bits="w5"), ValueError, "bits/w5"),
-        (lambda: tdq_exp.quantize(unet(), method="fp"), ValueError, "needs quantizers"),
+        (
+            lambda: tdq_exp.quantize(unet(), method="fp"),
+            ValueError,
+            "method=fp: is the float network itself",
+        ),
         (lambda: tdq_exp.save(unet(), "x.safetensors"), ValueError, "not made by tdq_exp.quantize"),
         (lambda: tdq_exp.calibrate(tdq_exp.quantize(unet()), []), ValueError, "no batch"),
         (lambda: tdq_exp.quantise, AttributeError, "quantise"),
@@ -341,6 +345,15 @@ def test_batches_that_nothing_can_be_learned_from_leave_the_network_as_it_was(
         tdq_exp.calibrate(calibrated, shown)
     assert "\n" not in str(caught.value)
     assert all(torch.equal(before[key], now) for key, now in calibrated.state_dict().items())
+
+
+def test_a_calibration_at_one_time_step_is_done_with_a_warning(recwarn):
+    net = tdq_exp.quantize(unet(), tdq="none")
+    tdq_exp.calibrate(net, [batch(), (X, torch.full_like(T, 7))])
+    assert not [one for one in recwarn if "every sample" in str(one.message)]
+
+    with pytest.warns(UserWarning, match="every sample is of t=7; .* 0 to 999"):
+        tdq_exp.calibrate(net, [(X, torch.full_like(T, 7))])
 
 
 def test_step_sizes_without_values_are_not_baked_or_called(calibrated, tmp_path):

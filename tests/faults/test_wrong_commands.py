@@ -25,7 +25,13 @@ WRONG = [
     ("figure figure3 --scale nope", "--scale nope: choose one of paper"),
     ("figure figure3 --scale nope --run", "--scale nope: choose one of paper"),
     ("verify ''", "name a run, a folder, a file or a table"),
+    ("verify empty --scale small", "--scale small: is of a table, and empty is none"),
+    ("verify table10 --scale digits", "--scale digits: table10 has small"),
     ("verify empty", "empty: is empty, nothing was checked"),
+    (
+        "sample seeds --out new",
+        "seeds holds no run (there is no fit.json); name one below it: seed0",
+    ),
     ("sample pipe --out new", "pipe: is a file; wanted the folder of a run"),
     ("sample text --out new", "text: is a file; wanted the folder of a run"),
     ("export pipe --out new.onnx", "pipe: is a file; wanted the folder of a run"),
@@ -49,6 +55,8 @@ def place(tmp_path, monkeypatch):
     for name in ("there.onnx", "there.safetensors"):
         (tmp_path / "full" / name).touch()
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "seeds" / "seed0").mkdir(parents=True)
+    (tmp_path / "seeds" / "seed0" / "fit.json").touch()
     (tmp_path / "text").write_text("no tensors")
     (tmp_path / "empty").mkdir()
     for name, count in (("one", 1), ("two", 2)):

@@ -186,6 +186,16 @@ def test_the_page_says_what_holds_and_where_the_rows_lie(tmp_path):
     assert "| -1.00 | 0.1 | holds |" in page
     assert "`runs/digits_w4a4_lsq_s1000_release/seed1/ddim50_n1000`" in page
 
+    # A row of other weights stands there, and its verdict says what it is of.
+    assert "stale" not in page
+    (one,) = judged[0].comparisons
+    stale = [dataclasses.replace(cell, nets={"weights": "others"}) for cell in one.ours]
+    of_stale = dataclasses.replace(one, ours=stale)
+    page = judged_claims.markdown(
+        [dataclasses.replace(judged[0], comparisons=[of_stale])], "digits", tmp_path
+    )
+    assert "| s1000 | holds | 1 holds, 1 of stale rows |" in page
+
     # Distances to other images, or of other features, are no comparison.
     path = one.ours[0].folder / one.ours[0].sample / "metrics.json"
     row = files.read_json(path)["rows"][0]
