@@ -27,6 +27,7 @@ from tdq_exp.config.schema import plain
 from tdq_exp.diffusion import Ddim
 from tdq_exp.experiment.record_checks import OTHERS
 from tdq_exp.experiment.row import measure_parts, read_rows, write_rows
+from tdq_exp.fit.calibration_options import IMPORTED
 from tdq_exp.fit.ptq.calibration_set import CalibrationSpec
 from tdq_exp.fit.quantized import layer_record
 from tdq_exp.runtime import lock, tensor_files
@@ -131,8 +132,9 @@ def _new_fit(old: Record, path: Path) -> Record:
     _require(fingerprint(old["parts"]), old["fingerprint"], path)
     parts, config = records.upgrade(old["parts"]), _current(old["config"])
 
-    # A calibration set's fingerprint is of the model's definition, among others.
-    if "calibration" in parts and old["config"]["calibration"].get("path") is None:
+    # A calibration set's fingerprint is of the model's definition, among others; an imported one's
+    # is of its samples alone.
+    if "calibration" in parts and old["config"]["calibration"]["kind"] != IMPORTED:
         _require(_set_fingerprint(old["config"], old["parts"]), old["parts"]["calibration"], path)
         parts["calibration"] = _set_fingerprint(config, parts)
 

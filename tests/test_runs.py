@@ -289,6 +289,20 @@ def test_a_row_says_where_its_network_was_fitted_and_its_images_sampled(
     assert there["metrics"] == here["metrics"]
 
 
+def test_a_picture_whose_title_is_of_another_measurement_is_drawn_again(
+    tmp_path, tiny_weights, finished, capsys
+):
+    made = build(tmp_path, tiny_weights)
+    folder = made.folder / made.sample_name
+    before = (folder / "grid.png").read_bytes()
+    (folder / "metrics.json").unlink()
+    pipeline.run(build(tmp_path, tiny_weights, "eval.reference_images=9"))
+
+    assert "drawn again" in capsys.readouterr().out
+    assert (folder / "grid.png").read_bytes() != before
+    assert record_checks.faults_of(made.folder) == []
+
+
 def flipped(path):
     """Flip one bit of a file, near its end."""
     content = path.read_bytes()

@@ -20,6 +20,7 @@ import torch
 from tdq_exp.config.compose import compose
 from tdq_exp.diffusion.draws import image_generators, starting_noise
 from tdq_exp.experiment import build as jobs
+from tdq_exp.experiment import pipeline
 from tdq_exp.fit.quantized import skeleton
 from tdq_exp.quant.convert import activation_quantizers
 from tdq_exp.quant.layers import QuantLayer
@@ -27,7 +28,7 @@ from tdq_exp.report import pages
 from tdq_exp.runtime.context import RunContext
 from tdq_exp.runtime.processes import Processes
 from tests.fit.taped import Taped, record_on_tape
-from tests.quant.builders import load_model
+from tests.quant.builders import load_model, randn
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 RESULTS = SCRIPTS.parent / "results"
@@ -205,6 +206,82 @@ def test_the_symbol_table_of_the_readme_names_what_there_is():
     files = set(re.findall(r"`((?:quant|fit|models|data|diffusion)/[\w/.]*)`", text))
     assert len(files) > 12
     assert not [file for file in files if not (SCRIPTS.parent / "tdq_exp" / file).exists()]
+
+
+@pytest.fixture
+def rates(tmp_path, monkeypatch):
+    """The search of rates, whose fits end with a loss that is a formula of their rates."""
+    module = script("analysis/rates")
+
+    def loss(job):
+        assert job.folder.is_relative_to(tmp_path) and job.config["fit"]["updates"] == 7
+        fit = job.config["fit"]
+        return 1.0 + fit["lr_step_size"] - ("tdq" in job.name) * fit["lr_zero_point"]
+
+    monkeypatch.setattr(module, "_validation_loss", loss)
+
+    def search(**changed):
+        options = {
+            "overrides": ["model=tiny", "model.weights=none", "launcher=cpu"], "updates": 7,
+            "factors": [0.5, 10.0], "rates": ["lr_step_size"], "methods": ["lsq", "lsq_tdq"],
+            "work": tmp_path / "work", "out": tmp_path, "name": "page",
+        }  # fmt: skip
+        module.search(Namespace(**options | changed))
+
+    return search
+
+
+def test_a_search_of_rates_changes_one_at_a_time_for_all_methods_alike(rates, tmp_path):
+    rates()
+    measured = json.loads((tmp_path / "page.json").read_text())
+    points = measured["points"]
+    assert len(points) == 3
+    now, half, tenfold = (
+        points[name] for name in ("protocol", "lr_step_size_0.5", "lr_step_size_10")
+    )
+    assert half == {**now, "lr_step_size": now["lr_step_size"] / 2}
+    assert tenfold == {**now, "lr_step_size": now["lr_step_size"] * 10}
+
+    for method, zero_point in (("LSQ", 0.0), ("LSQ + TDQ", now["lr_zero_point"])):
+        for name, of_point in points.items():
+            wanted = 1 + of_point["lr_step_size"] - zero_point
+            assert measured["losses"][method][name] == pytest.approx(wanted, rel=1e-3)
+
+    # The change is the mean over methods.
+    ratios = [of["lr_step_size_10"] / of["protocol"] for of in measured["losses"].values()]
+    change = 100 * (statistics.fmean(ratios) - 1)
+    assert f"| {change:+.2f} % |" in (tmp_path / "page.md").read_text()
+
+
+def test_a_run_on_an_imported_set_is_migrated_though_no_config_gives_its_fingerprint(
+    tmp_path, tiny_weights
+):
+    x, t = randn(6, 1, 8, 8), torch.tensor([0, 5, 999, 3, 3, 500])
+    torch.save((x, t), tmp_path / "cali.pt")
+    options = ["model=tiny", "method=minmax", "bits=w8a8", "launcher=cpu", "tracker=none"]
+    places = [f"calibration.path={tmp_path}/cali.pt", f"out={tmp_path}", "fit.reconstruct=false"]
+    job = jobs.build(compose([*options, *places, f"model.weights={tiny_weights}"]))
+    pipeline.run(job)
+
+    before = {file: file.read_bytes() for file in job.folder.rglob("*") if file.is_file()}
+    assert not script("migrate_records").migrate(job.folder, [])
+    assert {file: file.read_bytes() for file in before} == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"factors": [0.0]}, "--factors 0: must be"),
+        ({"factors": [1.0]}, "--factors 1: must be"),
+        ({"factors": [float("nan")]}, "--factors nan: must be"),
+        ({"factors": [10.0, 10.001]}, "the same three digits"),
+        ({"overrides": ["model=tiny", "label=x"]}, "label=x: the search sets it itself"),
+    ],
+)
+def test_a_search_of_rates_refuses_before_it_fits(changed, words, rates, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        rates(**changed)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("with_integers", "said"), [(9.0, "beat simul"), (11.0, "DO NOT BEAT")])

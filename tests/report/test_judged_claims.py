@@ -10,6 +10,7 @@ from tdq_exp.config import assets
 from tdq_exp.report import cells as report_cells
 from tdq_exp.report import judged_claims, spread
 from tdq_exp.report.manifest import read_manifest
+from tdq_exp.report.second import fixed
 from tdq_exp.runtime import files
 
 
@@ -155,6 +156,14 @@ def test_each_pair_of_columns_has_its_own_verdict_and_spreads_the_unit_of_gains(
         ["+10.0 %", "1.0 %", "holds"],
         ["+50.0 %", "5.0 %", "does not hold"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("number", "sign", "text"),
+    [(-0.004, "", "0.00"), (-0.004, "+", "+0.00"), (-0.006, "+", "-0.01"), (0.006, "+", "+0.01")],
+)
+def test_zero_is_not_negative(number, sign, text):
+    assert fixed(number, 2, sign) == text
 
 
 def test_an_unknown_rule_is_refused(tmp_path, monkeypatch):
