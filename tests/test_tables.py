@@ -931,6 +931,19 @@ exit $(sed -n "$(wc -l < {tmp_path}/called)p" {tmp_path}/codes)
     assert made.returncode == 2 and f"Error {ended}" in made.stderr  # make's own code is 2
 
 
+@pytest.mark.parametrize("column", [None, "ddim"])
+def test_the_footer_says_to_which_column_overrides_were_given(column, tmp_path, monkeypatch):
+    noted = []
+    monkeypatch.setattr(columns, "column_notes", lambda cells, prefix: [])
+    monkeypatch.setattr(rendering, "write", lambda table, path: noted.extend(table.notes) or [])
+    (tmp_path / "runs").mkdir()
+    options = ["table10", "--scale", "small", "--out", str(tmp_path), "sampler.images=9"]
+    table_command.main(options + ([] if column is None else ["--column", column]))
+
+    where = "" if column is None else " in the column ddim alone"
+    assert f"Asked for with sampler.images=9{where}." in noted
+
+
 def test_overrides_show_in_the_footer_unless_they_are_paths(short_manifest, tmp_path):
     overrides = [
         "sampler.images=100",

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tdq_exp.commands import cli
 from tdq_exp.config.compose import compose
 from tdq_exp.config.schema import plain
+from tdq_exp.data.arrays import finished_images
 from tdq_exp.experiment import build as jobs
 from tdq_exp.metrics.fidelity import Statistics, frechet_distance
 from tdq_exp.metrics.image_sets import features_of
@@ -31,13 +32,14 @@ def read(folder: Path) -> NDArray[np.uint8]:
 
     Raises:
         FileNotFoundError: if there is none.
+        ValueError: if it is damaged or not finished.
     """
     file = folder / "images" / "images.npy"
     if not file.exists():
         raise FileNotFoundError(
             f"{folder}: holds no images/images.npy; name the sampler's folder of a run"
         )
-    return np.load(file, mmap_mode="r")
+    return finished_images(file)
 
 
 def main() -> int:

@@ -171,6 +171,8 @@ def make(options: argparse.Namespace) -> int:
             console.print(f"stale {cell.name}: {'; '.join(cell.changes)}", markup=False)
 
     footer = cells_module.in_footer(options.overrides)
+    if footer and options.column is not None:
+        footer.append(f"in the column {options.column} alone")
     costs = read_costs(out / manifest.measured if manifest.measured else None)
     table = columns.text_table(manifest, options.scale, cells, footer, costs)
     tables = text_tables.write(table, out / "tables" / f"{manifest.name}-{options.scale}")

@@ -53,6 +53,27 @@ def open_array(path: Path, mode: Any = "r") -> np.memmap[Any, Any]:
         raise ValueError(f"{path}: damaged ({reason})") from error
 
 
+def finished_images(path: Path) -> np.memmap[Any, Any]:
+    """Return the `images.npy` of a sampled set, wherever it lies, memory-mapped.
+
+    Its checksums are not looked at: they need the set's record, as `python -m tdq_exp verify` has.
+
+    Raises:
+        ValueError: if it is damaged, or not finished: images that are missing are black, and would
+            be measured as if they were the model's.
+    """
+    groups = path.with_name("groups.npy")
+    if groups.is_file():
+        done = open_array(groups)
+        missing = int(np.count_nonzero(done == 0))
+        if missing:
+            raise ValueError(
+                f"{path}: {missing} of {len(done)} groups of images are missing; run the command"
+                " that samples them again"
+            )
+    return open_array(path)
+
+
 @dataclass(frozen=True)
 class Column:
     """One array of a `GroupedArrays`.

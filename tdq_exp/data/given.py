@@ -2,9 +2,11 @@
 
 | what                | read as |
 |---------------------|---------|
-| folder              | every picture in it, nested or not, in sorted order; without any, the set that a run sampled there |
+| folder              | every picture in it, nested or not, in sorted order |
 | `.npy`              | uint8 `[N, H, W, C]` or `[N, H, W]` |
 | `.npz`              | the same, of its only array of pixels; or `mu` `[D]` and `sigma` `[D, D]` |
+
+A folder without pictures may be that of a set that a run sampled, if it is finished.
 
 Pictures are decoded when they are asked for; arrays in `.npy` are mapped, not loaded.
 """
@@ -22,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tdq_exp.data.arrays import open_array
+from tdq_exp.data.arrays import finished_images
 from tdq_exp.data.decode import decode_cell
 from tdq_exp.data.images import resize_center
 from tdq_exp.data.sources import pictures_in
@@ -92,10 +94,11 @@ def read(path: Path, size: int, channels: int) -> GivenImages | GivenStatistics:
     if path.suffix not in (".npy", ".npz"):
         raise ValueError(f"{path}: is no folder of pictures, .npy or .npz file")
     files.require_regular(path)
-    if path.name == _SET[0]:
-        _require_finished(path)
 
     try:
+        if path.name == _SET[0] and path.with_name(_SET[1]).exists():
+            return _array(path, finished_images(path), size, channels)
+
         loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None)
         # What the file holds counts, not what it is called.
         if isinstance(loaded, np.ndarray):
@@ -130,25 +133,6 @@ def _folder(path: Path, size: int, channels: int) -> GivenImages | GivenStatisti
 
     first = _open(pictures[0])
     return GivenImages(path, len(pictures), (first.height, first.width), piece, notes, sizes)
-
-
-def _require_finished(path: Path) -> None:
-    """Refuse the array of a set that a run has not finished: images that are missing are black.
-
-    Raises:
-        ValueError: naming it, and how many of its groups are missing.
-    """
-    groups = path.with_name(_SET[1])
-    if not groups.is_file():
-        return
-
-    done = open_array(groups)
-    missing = int(np.count_nonzero(done == 0))
-    if missing:
-        raise ValueError(
-            f"{path}: {missing} of {len(done)} groups of images are missing; run the command that"
-            " samples them again"
-        )
 
 
 def _open(file: Path) -> Image.Image:

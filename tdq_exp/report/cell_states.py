@@ -75,7 +75,7 @@ def state_of(cell: Cell, now: float | None = None) -> CellState:
     # How far it is.
     fit = files.read_json(cell.folder / FIT_RECORD)
     fit_done = bool(fit and fit.get("done"))
-    sampled = _sampled(cell.folder / cell.sample / "images" / "groups.npy")
+    sampled = _sampled(cell.folder / cell.sample, _candidates(cell.config))
     where = _where(fit is not None, fit_done, sampled, cell)
     if cell.short and cell.row is not None:
         where = f"a row of {cell.row['images']} images; {where}".rstrip("; ")
@@ -93,10 +93,16 @@ def state_of(cell: Cell, now: float | None = None) -> CellState:
     return CellState(cell, HALF if begun else MISSING, where, fit_done, sampled)
 
 
-def _sampled(groups: Path) -> float:
-    """Return the share of a set's groups that are finished."""
+def _sampled(folder: Path, candidates: int) -> float:
+    """Return the share of a set's groups that are finished.
+
+    Args:
+        folder: of the set.
+        candidates: networks that are sampled, each in a folder `update*` if there are several.
+    """
+    sets = folder.glob("images/groups.npy" if candidates == 1 else "update*/images/groups.npy")
     try:
-        return float((open_array(groups) != 0).mean()) if groups.exists() else 0.0
+        return sum(float((open_array(groups) != 0).mean()) for groups in sets) / candidates
     except ValueError as error:
         raise ValueError(f"{error}; remove its folder") from error
 
@@ -107,7 +113,10 @@ def _where(begun: bool, fit_done: bool, sampled: float, cell: Cell) -> str:
     if sampled == 1:
         return "sampled, not measured"
     if sampled:
-        return f"{round(sampled * images)} of {images} images"
+        several = _candidates(cell.config)
+        every = images * several
+        of_several = f" of {several} checkpoints" if several > 1 else ""
+        return f"{round(sampled * every)} of {every} images{of_several}"
     if fit_done:
         return "fit done, not sampled"
     return "fit begun" if begun else ""

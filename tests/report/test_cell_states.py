@@ -102,6 +102,19 @@ def test_every_state_of_a_run_from_nothing_to_its_row(cell):
     assert state(cell) == ("stale", f"fit.lr: 1.0 -> {cell.config['fit']['lr']}")
 
 
+def test_a_set_of_several_checkpoints_is_as_far_as_all_of_them_are(cell):
+    config = json.loads(json.dumps(cell.config))
+    config["fit"]["report"] = "best_of_5"
+    several = dataclasses.replace(cell, config=config)
+    put(cell.folder / "fit.json", fit(done=True))
+    for update, groups in ((100, [1, 1]), (200, [1, 0])):
+        put(
+            cell.folder / cell.sample / f"update{update}" / "images" / "groups.npy",
+            np.array(groups),
+        )
+    assert state(several) == ("half done", "1500 of 5000 images of 5 checkpoints")
+
+
 def test_a_damaged_map_of_groups_is_one_line(cell):
     groups = cell.folder / cell.sample / "images" / "groups.npy"
     groups.parent.mkdir(parents=True)
