@@ -678,9 +678,9 @@ def commands(monkeypatch, short_manifest):
 
 
 def test_run_starts_what_is_missing_and_goes_on_after_a_failure(
-    short_manifest, tmp_path, commands, free_plan, capsys
+    short_manifest, tmp_path, commands, free_plan, capsys, tiny_weights
 ):
-    net = "model.weights=net.safetensors"
+    net = f"model.weights={tiny_weights}"
     cells = report_cells.cells_of(short_manifest, "digits", tmp_path, [net])
     save(cells[0], row_of(cells[0], 10.0))
     save(
@@ -757,7 +757,9 @@ def test_the_papers_scale_needs_a_gpu_or_go(tmp_path, commands, free_plan, singl
     assert [command[-1] for command in commands] == ["go=true"]
 
 
-def test_interruption_says_how_to_go_on(tmp_path, commands, free_plan, single, monkeypatch, capsys):
+def test_interruption_says_how_to_go_on(
+    tmp_path, commands, free_plan, single, monkeypatch, capsys, tiny_weights
+):
     def interrupted(command):
         raise KeyboardInterrupt
 
@@ -769,7 +771,7 @@ def test_interruption_says_how_to_go_on(tmp_path, commands, free_plan, single, m
         "--run",
         "--out",
         str(tmp_path),
-        "model.weights=net.safetensors",
+        f"model.weights={tiny_weights}",
     ]
     assert table_command.main(options) == 130
     assert "run the same command again" in capsys.readouterr().err

@@ -100,6 +100,7 @@ def make(options: argparse.Namespace, refusals: Refusals | None = None) -> int:
     """
     out = options.out.expanduser()
     cli.require_results(out)
+    cli.require_nets(options.overrides)
     options.nets = (options.nets or out / "nets").expanduser()
     scales = read_manifest("table1").scales
     if options.scale not in scales:

@@ -198,6 +198,7 @@ def _require_options(options: argparse.Namespace) -> None:
     if options.share is not None and not options.run:
         raise ValueError("--share: says which runs --run starts; add --run")
     cli.require_results(options.out.expanduser(), is_read=not options.run)
+    cli.require_nets(options.overrides)
 
 
 def draw(manifest: Manifest, scale: str, cells: Sequence[Cell], folder: Path) -> list[Path]:

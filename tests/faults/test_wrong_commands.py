@@ -24,6 +24,15 @@ WRONG = [
     ("figure figure3 --scale digits --out text", NO_FOLDER),
     ("figure figure3 --scale nope", "--scale nope: choose one of paper"),
     ("figure figure3 --scale nope --run", "--scale nope: choose one of paper"),
+    (
+        "table table1 --scale digits --out empty model.weights=x.pt",
+        "model.weights=x.pt: no such file or folder",
+    ),
+    (
+        "table all --scale small --out empty model.autoencoder=~/x",
+        "model.autoencoder=~/x: no such file",
+    ),
+    ("figure figure3 --scale digits model.weights=x.pt", "model.weights=x.pt: no such file"),
     ("verify ''", "name a run, a folder, a file or a table"),
     ("verify empty --scale small", "--scale small: is of a table, and empty is none"),
     ("verify table10 --scale digits", "--scale digits: table10 has small"),
