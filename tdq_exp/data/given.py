@@ -121,6 +121,11 @@ def _folder(path: Path, size: int, channels: int) -> GivenImages | GivenStatisti
             if all((folder / name).is_file() for name in _SET):
                 return read(folder / _SET[0], size, channels)
         raise
+    for folder in sorted({file.parent for file in pictures}):
+        if (folder / "fit.json").exists():  # its charts are no images
+            raise ValueError(
+                f"{folder}: is a run; name the folder of a set that it sampled, below it"
+            )
     sizes: set[tuple[int, int]] = set()
 
     def piece(start: int, stop: int) -> NDArray[np.uint8]:

@@ -73,6 +73,17 @@ def test_the_set_of_a_run_is_measured_by_its_folder_and_only_when_it_is_finished
         assert found.count == 24 and np.array_equal(found.piece(0, 24), pixels)
 
 
+def test_the_charts_of_a_run_are_no_images(pixels, tmp_path):
+    run = tmp_path / "a_run" / "seed0"
+    run.mkdir(parents=True)
+    (run / "fit.json").touch()
+    for name in ("intervals", "others"):
+        Image.fromarray(pixels[0, ..., 0]).save(run / f"{name}.png")
+    for place in (run, tmp_path):
+        with pytest.raises(ValueError, match="seed0: is a run; name the folder of a set"):
+            given.read(place, 8, 1)
+
+
 def test_every_size_in_a_folder_is_told_not_only_the_firsts(tmp_path):
     for name, size in (("a", (8, 8)), ("b", (20, 10)), ("c", (30, 40))):
         Image.new("L", size).save(tmp_path / f"{name}.png")
