@@ -6,6 +6,7 @@
 | edge8   | the first and the last layer at 8 bits: the field's habit |
 | release | float: first and last convolution, time embedding and projections, attention matrices |
 | release_shortcut8 | as release, and shortcuts at 8 bits |
+| float_attention | attention matrices: float, as the paper has latent models without training |
 
 A shortcut is the 1x1 convolution beside a residual block. That of the last block reads what the
 first layer made of x_t, and what it cuts off stays in the image as a bright dot
