@@ -30,6 +30,7 @@ from tdq_exp.experiment.row import measure_parts, read_rows, write_rows
 from tdq_exp.fit.calibration_options import IMPORTED
 from tdq_exp.fit.ptq.calibration_set import CalibrationSpec
 from tdq_exp.fit.quantized import layer_record
+from tdq_exp.quant.convert import ATTENTION_INPUT
 from tdq_exp.runtime import lock, tensor_files
 from tdq_exp.runtime.files import fingerprint, read_json, sealed, write_json
 
@@ -123,9 +124,19 @@ def add_checksum(file: Path) -> None:
 
 def _migrate_layers(path: Path) -> None:
     content = _read(path)
-    if "kinds" not in content:
-        content |= layer_record(content["layers"])
-    write_json(path, content)
+    kinds = content.get("kinds")
+    rows = content["layers"]
+    if kinds is not None:
+        rows = [{"layer": name, **kinds[kind]} for name, kind in rows]
+
+    # What q, k and v read was once called a matrix of attention's, like their products.
+    renamed = [
+        row | {"role": ATTENTION_INPUT}
+        if row["role"] == "attention_matrix" and row["layer"].endswith(".input")
+        else row
+        for row in rows
+    ]
+    write_json(path, content | layer_record(renamed))
 
 
 def _new_fit(old: Record, path: Path) -> Record:

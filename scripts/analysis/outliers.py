@@ -29,7 +29,7 @@ from tdq_exp.experiment import fit_stage
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.finished_run import load
 from tdq_exp.models.denoiser import Denoiser
-from tdq_exp.quant.convert import activation_quantizers
+from tdq_exp.quant.convert import activation_quantizers, attention_role
 from tdq_exp.quant.quantizer import Quantizer
 from tdq_exp.report import pages
 from tdq_exp.report.axes import short_name
@@ -119,7 +119,7 @@ def _choices(job: Experiment, net: nn.Module) -> dict[str, list[Quantizer]]:
     for name, quantizer in quantizers.items():
         layer = name.rpartition(".")[0]
         role = roles.get(layer)
-        of_role["attention_matrix" if role is None else role.kind].append(quantizer)
+        of_role[attention_role(name) if role is None else role.kind].append(quantizer)
 
     return {
         "none": [],

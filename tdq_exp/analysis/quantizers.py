@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tdq_exp.analysis.trajectory import Note, Trajectory, rounded, watching
 from tdq_exp.experiment.build import Experiment
-from tdq_exp.quant.convert import activation_quantizers
+from tdq_exp.quant.convert import activation_quantizers, attention_role
 from tdq_exp.quant.layers import QuantLayer
 from tdq_exp.quant.quantizer import Quantizer
 
@@ -91,7 +91,7 @@ def measure(job: Experiment, net: nn.Module, trajectory: Trajectory) -> dict[str
             **by_column,
             "sqnr": noise[name] or [sqnr_of(row) for row in rows],
             "bits": bits,
-            "role": "attention_matrix" if role is None else role.kind,
+            "role": attention_role(name) if role is None else role.kind,
         }
     return {"t": trajectory.t, "quantizers": rounded(found)}
 

@@ -38,6 +38,7 @@ from tdq_exp.quant.zero_point import LowerBound, TableZeroPoint, ZeroPoint, Zero
 
 ZERO_POINTS = ("static", "lower_bound", "by_role")
 WEIGHT_INTERVALS = ("static", "max_abs", "channel_range")
+ATTENTION_INPUT = "attention_input"  # role of the quantizer that q, k and v read from together
 ATTENTION_PARTS = ("input", "q", "k", "v", "probabilities")
 
 
@@ -364,10 +365,16 @@ def layer_map(net: nn.Module, roles: Mapping[str, Role]) -> list[dict[str, str]]
             inside = (module.input_quantizer, module.q, module.k, module.v, module.probabilities)
             for part, quantizer in zip(ATTENTION_PARTS, inside, strict=True):
                 described = "float" if quantizer is None else _describe(quantizer)
-                row = {"layer": f"{block}.{part}", "role": "attention_matrix", "weight": "-"}
+                kind = ATTENTION_INPUT if part == "input" else "attention_matrix"
+                row = {"layer": f"{block}.{part}", "role": kind, "weight": "-"}
                 rows.append(row | {"input": described})
 
     return rows
+
+
+def attention_role(quantizer: str) -> str:
+    """Return the role of a quantizer inside of an attention, which no layer has, by its name."""
+    return ATTENTION_INPUT if quantizer.endswith("input_quantizer") else "attention_matrix"
 
 
 def _describe(quantizer: nn.Module | None) -> str:

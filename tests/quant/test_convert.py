@@ -151,6 +151,11 @@ def test_quantized_layers_of_the_cifar10_network(plan, count):
     assert len(attention) == 3 * 6
     assert all((row["input"] == "float") == (plan == RELEASE) for row in attention)
 
+    # What q, k and v read has a quantizer in either plan, and is no matrix of attention's.
+    shared = [row for row in rows if row["role"] == "attention_input"]
+    assert len(shared) == 6 and all(row["layer"].endswith(".input") for row in shared)
+    assert not [row for row in shared if row["input"] == "float"]
+
 
 def test_plan_all_leaves_no_layer_and_no_attention_matrix_in_float():
     net = started()
