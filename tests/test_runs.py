@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import tdq_exp
@@ -28,11 +29,15 @@ from tdq_exp.experiment import (
     pipeline,
     record_checks,
     sample_stage,
+    show,
     stored_network,
 )
+from tdq_exp.experiment.finished_run import load
 from tdq_exp.experiment.record_checks import row_faults
 from tdq_exp.experiment.row import measure_parts, read_rows, write_rows
+from tdq_exp.experiment.stored_network import read_fit
 from tdq_exp.fit import Qat
+from tdq_exp.fit.checkpoint import best_file
 from tdq_exp.fit.loop import Interrupted
 from tdq_exp.fit.qat import QatTraining
 from tdq_exp.models import pixel
@@ -303,6 +308,44 @@ def test_a_picture_whose_title_is_of_another_measurement_is_drawn_again(
     assert record_checks.faults_of(made.folder) == []
 
 
+def test_pngs_are_written_of_a_set_that_was_sampled_without(tmp_path, tiny_weights, finished):
+    made = build(tmp_path, tiny_weights, "sampler.png=true")
+    pngs = made.folder / made.sample_name / "png"
+    assert not pngs.exists()
+    pipeline.run(made)
+    assert np.array_equal(images(made)[3, ..., 0], np.asarray(Image.open(pngs / "00003.png")))
+    assert len(list(pngs.glob("*.png"))) == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "compares"),
+    [
+        ({}, True),
+        ({"weights": "others"}, False),
+        ({"features": {"name": "others"}}, False),
+        ({"images": 11}, False),
+    ],
+)
+def test_the_float_row_that_is_shown_beside_is_of_the_same_weights(
+    change, compares, tmp_path, tiny_weights, finished
+):
+    made = build(tmp_path, tiny_weights)
+    (row,) = pipeline.run(made)
+    file = tmp_path / "runs" / "tiny_fp" / "seed0" / made.sample_name / "metrics.json"
+    files.write_json(file, {"rows": [files.sealed({**row, "name": "tiny_fp", **change})]})
+    assert bool(show._float_rows(made, row)) == compares
+
+
+def test_a_float_row_of_another_sampler_is_not_shown(tmp_path, tiny_weights, finished):
+    made = build(tmp_path, tiny_weights)
+    (row,) = pipeline.run(made)
+    config = json.loads(json.dumps(row["config"]))
+    config["sampler"]["method"]["clip"] = True
+    file = tmp_path / "runs" / "tiny_fp" / "seed0" / made.sample_name / "metrics.json"
+    files.write_json(file, {"rows": [files.sealed({**row, "name": "tiny_fp", "config": config})]})
+    assert not show._float_rows(made, row)
+
+
 def flipped(path):
     """Flip one bit of a file, near its end."""
     content = path.read_bytes()
@@ -538,6 +581,22 @@ def test_best_of_5_samples_every_kept_checkpoint_and_says_so(tmp_path, tiny_weig
     for stage in ("sample", "measure"):
         assert row["seconds"][stage] == pytest.approx(sum(s[stage] for s in seconds))
     assert row["seconds"]["fit"] == seconds[0]["fit"] == seconds[1]["fit"]
+
+    # Whoever takes the run's network gets the one that its row is of.
+    assert (
+        row["validation_loss"] == dict(read_fit(made.folder)["facts"]["validation"])[row["update"]]
+    )
+    _, net = load(made.folder)
+    of_row = stored_network.finished_net(
+        made, row["fingerprints"]["fit"], torch.device("cpu"), best_file(made.folder, row["update"])
+    )
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in of_row.state_dict().items())
+    with pytest.raises(ValueError, match="packed.safetensors: is where .* last network"):
+        pack(made.folder)
+    unmeasured = tmp_path / "unmeasured"
+    shutil.copytree(made.folder, unmeasured, ignore=shutil.ignore_patterns("ddim*"))
+    with pytest.raises(ValueError, match="best of several checkpoints .*none is measured yet"):
+        load(unmeasured)
 
     # Its records, and the row of the best, are brought up to date as others are.
     _as_an_earlier_version(made.folder)

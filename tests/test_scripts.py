@@ -18,10 +18,12 @@ import pytest
 import torch
 
 from tdq_exp.config.compose import compose
+from tdq_exp.diffusion import Ddim
 from tdq_exp.diffusion.draws import image_generators, starting_noise
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import pipeline
 from tdq_exp.fit.quantized import skeleton
+from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.quant.convert import activation_quantizers
 from tdq_exp.quant.layers import QuantLayer
 from tdq_exp.report import pages
@@ -206,6 +208,19 @@ def test_the_symbol_table_of_the_readme_names_what_there_is():
     files = set(re.findall(r"`((?:quant|fit|models|data|diffusion)/[\w/.]*)`", text))
     assert len(files) > 12
     assert not [file for file in files if not (SCRIPTS.parent / "tdq_exp" / file).exists()]
+
+
+def test_a_last_batch_of_fewer_images_has_the_weight_of_its_images(monkeypatch):
+    module = script("analysis/prediction_bias")
+    model = load_model("tiny")
+    quantized, net = (Denoiser(model.build(seed=seed).eval(), model) for seed in (1, 2))
+    found = []
+    for batch in (2, 5):
+        monkeypatch.setattr(module, "BATCH", batch)
+        with torch.no_grad():
+            found.append(module._of_run(quantized, net, Ddim(steps=3), 5))
+    for name in ("rms", "bias", "steady", "share"):  # left and k are ratios of each batch
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-4), name
 
 
 @pytest.fixture

@@ -136,7 +136,8 @@ def _line(name: str, found: dict[str, Any]) -> str:
 def _of_run(quantized: Denoiser, float_net: Denoiser, sampler: Ddim, images: int) -> dict[str, Any]:
     """Return what is measured of one network, of `images` images."""
     model = quantized.model
-    squares: list[Tensor] = []
+    counts: list[int] = []  # of images; the last batch may have fewer
+    squares: list[list[Tensor]] = []
     means: list[list[Tensor]] = []
     slopes: list[list[Tensor]] = []
     left: list[Tensor] = []
@@ -149,22 +150,26 @@ def _of_run(quantized: Denoiser, float_net: Denoiser, sampler: Ddim, images: int
         # 1. Both predictions along the float model's way.
         of_steps: list[Tensor] = []
         slope: list[Tensor] = []
+        square: list[Tensor] = []
 
         def compare(
             x_t: Tensor,
             t: Tensor,
+            square: list[Tensor] = square,
             of_steps: list[Tensor] = of_steps,
             slope: list[Tensor] = slope,
         ) -> Tensor:
             eps = float_net(x_t, t)
             error, centred = quantized(x_t, t) - eps, eps - eps.mean()
-            squares.append(error.square().mean())
+            square.append(error.square().mean())
             of_steps.append(error.mean((0, 2, 3)))
             slope.append((centred * error).mean() / centred.square().mean())
             return eps
 
         x_0_float = sampler.sample(compare, x, model.schedule, generators)
         ends["float"].append(model.decode(x_0_float))
+        counts.append(len(x))
+        squares.append(square)
         means.append(of_steps)
         slopes.append(slope)
 
@@ -174,8 +179,14 @@ def _of_run(quantized: Denoiser, float_net: Denoiser, sampler: Ddim, images: int
         ends["quantized"].append(model.decode(x_0))
         left.append(((x_0 - x_0_float) * x).mean() / x.square().mean())
 
-    b = torch.stack([torch.stack(of_steps) for of_steps in means]).mean(0)  # [steps, channels]
-    rms, bias = torch.stack(squares).mean().sqrt(), b.square().mean().sqrt()
+    def over_images(of_batches: list[list[Tensor]]) -> Tensor:
+        """Return the mean over images of what was measured of each batch, [steps, ...]."""
+        stacked = torch.stack([torch.stack(values) for values in of_batches])
+        shares = torch.tensor(counts, dtype=stacked.dtype) / images
+        return torch.tensordot(shares, stacked, dims=1)
+
+    b = over_images(means)  # [steps, channels]
+    rms, bias = over_images(squares).mean().sqrt(), b.square().mean().sqrt()
     colours = {
         name: torch.cat(parts).clamp(-1, 1).mean((0, 2, 3)) * 127.5 for name, parts in ends.items()
     }
@@ -184,8 +195,8 @@ def _of_run(quantized: Denoiser, float_net: Denoiser, sampler: Ddim, images: int
         "bias": float(bias),
         "steady": float(b.mean(0).square().mean().sqrt()),
         "share": float((bias / rms).square()),
-        "left": float(torch.stack(left).mean()),
-        "k": torch.tensor(slopes).mean(0).tolist(),
+        "left": float(over_images([[value] for value in left])),
+        "k": over_images(slopes).tolist(),
         "shift": [round(float(v), 2) for v in colours["quantized"] - colours["float"]],
         "over_t": [[round(float(v), 5) for v in step] for step in b],
     }

@@ -146,6 +146,10 @@ def _make_one(figure: FigureManifest, out: Path, options: argparse.Namespace) ->
         cells = figure_manifest.cells_of_figure(figure, options.scale, out, options.overrides)
         found = [cells_module.find(cell) for cell in cells]
         figure_numbers.write(file, figure_data.measure(figure, options.scale, found, options))
+    elif changed := cells_module.in_footer(options.overrides):
+        raise ValueError(
+            f"{' '.join(changed)}: {file} may be measured without; add --measure, or leave it out"
+        )
 
     record = files.read_json(file)
     if record is None:

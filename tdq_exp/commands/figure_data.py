@@ -121,7 +121,8 @@ def _network(cell: Cell, options: argparse.Namespace, processes: Processes) -> N
             if not path.exists():
                 continue
             job, net = load(path if path.name == PACKED else folder)
-            if changes := fit_changes(cell, job.config):
+            changes = fit_changes(cell, job.config) + _other_nets(cell, folder)
+            if changes:
                 console.print(f"stale {path}: {'; '.join(changes)}", markup=False)
                 continue
             return _network_of(cell, job, net, folder)
@@ -137,6 +138,13 @@ def _network(cell: Cell, options: argparse.Namespace, processes: Processes) -> N
         return None
 
     return _network_of(cell, *load(elsewhere), elsewhere)
+
+
+def _other_nets(cell: Cell, folder: Path) -> list[str]:
+    """Return that a fit is of other float weights than a cell's, if both are known."""
+    record = files.read_json(folder / FIT_RECORD)
+    wanted, found = cell.nets.get("weights"), record and record.get("facts", {}).get("weights")
+    return [] if None in (wanted, found) or wanted == found else [f"weights: {found} -> {wanted}"]
 
 
 def _network_of(cell: Cell, job: Experiment, net: nn.Module, folder: Path) -> Network:

@@ -90,6 +90,10 @@ def show(options: argparse.Namespace) -> None:
         raise ValueError("measure: name a folder of pictures, a .npy or a .npz file")
     sets = [given.read(path, size, channels) for path in paths]
     for one in sets:
+        if isinstance(one, GivenStatistics) and options.images is not None:
+            raise ValueError(
+                f"--images={options.images}: {one.path} holds mean and covariance, and no images"
+            )
         if isinstance(one, GivenImages) and _count(one, options.images) < FEWEST:
             raise ValueError(f"{one.path}: a distance needs at least {FEWEST} images")
 

@@ -50,6 +50,12 @@ def pack(run: Path, out: Path | None = None) -> Path:
     if job.recipe is None:
         raise ValueError(f"{run}: is a float run; there is nothing to pack")
 
+    if job.fit.options.chooses_checkpoint and out == (run / PACKED).expanduser():
+        raise ValueError(
+            f"{out}: is where a run's last network is looked for, and its row is of another"
+            " checkpoint; name a file with --out"
+        )
+
     # What the file must say of its run.
     record = files.read_json(run / FIT_RECORD)
     assert record is not None

@@ -40,13 +40,13 @@ def _parser() -> argparse.ArgumentParser:
 
     parser.add_argument("--images", type=int, default=64, help="how many (default: 64)")
     parser.add_argument(
-        "--steps", type=int, help="sampling steps (default: as the run was measured)"
+        "--steps", type=int, help="sampling steps (default: those of the run's first set)"
     )
     parser.add_argument(
         "--seed",
         type=int,
         help="of the starting noise (default: the run's; with its steps, its batch and the fake"
-        " engine these are its measured images)",
+        " engine these are the images of its first set)",
     )
 
     # How, and where it goes.

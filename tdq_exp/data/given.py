@@ -121,11 +121,7 @@ def _folder(path: Path, size: int, channels: int) -> GivenImages | GivenStatisti
             if all((folder / name).is_file() for name in _SET):
                 return read(folder / _SET[0], size, channels)
         raise
-    for folder in sorted({file.parent for file in pictures}):
-        if (folder / "fit.json").exists():  # its charts are no images
-            raise ValueError(
-                f"{folder}: is a run; name the folder of a set that it sampled, below it"
-            )
+    _require_one_set(path)
     sizes: set[tuple[int, int]] = set()
 
     def piece(start: int, stop: int) -> NDArray[np.uint8]:
@@ -138,6 +134,20 @@ def _folder(path: Path, size: int, channels: int) -> GivenImages | GivenStatisti
 
     first = _open(pictures[0])
     return GivenImages(path, len(pictures), (first.height, first.width), piece, notes, sizes)
+
+
+def _require_one_set(path: Path) -> None:
+    """Refuse the folder of a run, with charts and a tracker's pictures in it, or of several sets.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    runs = sorted(file.parent for file in path.rglob("fit.json"))
+    if runs:
+        raise ValueError(f"{runs[0]}: is a run; name the folder of a set that it sampled, below it")
+    sets = sorted(file.parent for file in path.rglob("samples.json"))
+    if len(sets) > 1:
+        raise ValueError(f"{path}: holds {len(sets)} sets of a run; name one: {sets[0]}")
 
 
 def _open(file: Path) -> Image.Image:

@@ -136,6 +136,8 @@ class Hub:
         name = self._split[split]
         if self._holdout is not None:
             name = f"{self._split['train']}, {split} of every {self._holdout}th"
+            if not self._told_to_hold_out:  # for want of this split; another may be there
+                name += f", without {self._split['validation']}"
         return (
             f"{self.path}/{name}/{self.column}/"
             + hashlib.sha256("\n".join(files).encode()).hexdigest()

@@ -14,7 +14,9 @@ from tdq_exp.config.naming import FIT_RECORD
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment.inputs import require_network
 from tdq_exp.experiment.own_checks import path_of
+from tdq_exp.experiment.row import read_rows
 from tdq_exp.experiment.stored_network import finished_net, packed_net, read_fit, require_file
+from tdq_exp.fit.checkpoint import best_file
 
 
 def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
@@ -49,7 +51,9 @@ def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
     _check_parts(job.trained.parts(), found["parts"], folder)
 
     if not job.fit.options.loads_only:
-        return job, finished_net(job, found["fingerprint"], torch.device("cpu"))
+        chooses = job.fit.options.chooses_checkpoint
+        checkpoint = _measured_checkpoint(folder) if chooses else None
+        return job, finished_net(job, found["fingerprint"], torch.device("cpu"), checkpoint)
 
     # A float model: its weights are those of a file of its own.
     net = job.model.build()
@@ -62,6 +66,23 @@ def _seeds_below(folder: Path) -> str:
     """Return the runs of a folder that holds one for each training seed, in words."""
     runs = sorted(file.parent.name for file in folder.glob(f"seed*/{FIT_RECORD}"))
     return f"; name one below it: {', '.join(runs)}" if runs else ""
+
+
+def _measured_checkpoint(folder: Path) -> Path:
+    """Return the file of the checkpoint that the row of a run is of, which chose among several.
+
+    Raises:
+        ValueError: if nothing was measured, or several sets chose different ones.
+    """
+    rows = [row for file in folder.glob("*/metrics.json") for row in read_rows(file)]
+    updates = sorted({int(row["update"]) for row in rows if row["update"] is not None})
+    if len(updates) != 1:
+        found = f"its sets chose {updates}" if updates else "none is measured yet"
+        raise ValueError(
+            f"{folder}: is the best of several checkpoints (fit.report=best_of_5), and {found};"
+            + ("" if updates else " run its command again")
+        )
+    return best_file(folder, updates[0])
 
 
 def _check_parts(now: Mapping[str, str], then: Mapping[str, Any], where: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -165,7 +166,7 @@ def row_of(
         weights=fit.facts["weights"],
         which_weights=fit.facts.get("which_weights"),
         model_parts=job.model.parts(),
-        validation_loss=fit.facts["validation_loss"],
+        validation_loss=_validation_loss(fit.facts, sampling.update),
         seconds=seconds,
         peak_memory_gb=environment.peak_memory_gb(),
         processes=place["processes"],
@@ -181,6 +182,13 @@ def row_of(
         paired=measured.paired,
         **measured.metrics,
     )
+
+
+def _validation_loss(facts: Mapping[str, Any], update: int | None) -> float | None:
+    """Return the validation loss of a fit's last network, or of its checkpoint at an update."""
+    if update is None:
+        return facts["validation_loss"]
+    return next((loss for u, loss in facts.get("validation", ()) if u == update), None)
 
 
 def _confirm_images(

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tdq_exp.experiment.build import Experiment
+from tdq_exp.experiment.engines import SIMULATED
 from tdq_exp.experiment.sample_stage import SampledSet, sample_group
 from tdq_exp.models.denoiser import Denoiser
 
@@ -54,7 +55,7 @@ def paired_distance(
 
     pixels = images.pixels[: len(expected)]
     result = {"images": len(expected), **distances(pixels, expected)}
-    if images.engine != "fake":
+    if not images.engine.startswith(SIMULATED):
         return result
 
     # On the way: the same group once more, through the network that made the set.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from tdq_exp.config.schema import parts_of
 from tdq_exp.experiment.build import Experiment
 from tdq_exp.experiment.measure_stage import rows_file
 from tdq_exp.experiment.row import read_rows, real_metrics
-from tdq_exp.experiment.sample_stage import sample_group, store_of
+from tdq_exp.experiment.sample_stage import sample_group, store_of, write_pngs
 from tdq_exp.metrics import VALUES
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.runtime import figures
@@ -36,12 +38,22 @@ def publish(
         processes: the main one draws.
     """
     processes.decide(lambda: _draw(job, folder, row, processes))
+    processes.decide(lambda: _write_pngs(job, folder, row))
     if tracker is None:
         return
 
     numbers = {**row["metrics"], **real_metrics(row)}
     tracker.summary({**numbers, "features": row["features"], "images": row["images"]})
     tracker.picture("samples", folder / "grid.png")
+
+
+def _write_pngs(job: Experiment, folder: Path, row: dict[str, Any]) -> None:
+    """Write the PNGs of a set that was sampled without them, if they are asked for now."""
+    pngs = folder / "png"
+    if not job.sampling.png or not (folder / "images").exists():
+        return
+    if len(list(pngs.glob("*.png"))) < row["images"]:
+        write_pngs(store_of(job, folder, row["fingerprints"]["sample"]).read(), pngs)
 
 
 def _draw(job: Experiment, folder: Path, row: dict[str, Any], processes: Processes) -> None:
@@ -134,11 +146,18 @@ def _count(row: dict[str, Any]) -> str:
 
 
 def _float_rows(job: Experiment, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the float model's rows that compare: of the same sampler, features and reference."""
+    """Return the float model's rows that compare: same weights, sampler, features, reference."""
     name = f"{job.config['model']['label']}_fp"
     folder = job.folder.parents[1] / name / f"seed{job.seed}" / job.sample_name
 
     rows = read_rows(folder / "metrics.json")
-    alike = ("features", "images", "reference")
+    alike = ("weights", "autoencoder", "features", "images", "reference")
     same = [r for r in rows if all(r.get(key) == row.get(key) for key in alike)]
-    return [r for r in same if r["name"] != row["name"]]
+    sampler = _way_of_sampling(row)
+    return [r for r in same if r["name"] != row["name"] and _way_of_sampling(r) == sampler]
+
+
+def _way_of_sampling(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what the fingerprint of a set has of its sampler; None where an older row lacks it."""
+    sampler = parts_of("sampler", defaultdict(lambda: None, row["config"]["sampler"]))
+    return {key: value for key, value in sampler.items() if key != "engine"}

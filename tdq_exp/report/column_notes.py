@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tdq_exp.config.experiments import option_of
+from tdq_exp.experiment.engines import SIMULATED
 from tdq_exp.experiment.places import environments, machine_of
 from tdq_exp.report.cells import Cell
 from tdq_exp.report.protocol import SAMPLER, select
@@ -52,6 +53,7 @@ def column_notes(cells: Sequence[Cell], prefix: str = "") -> list[str]:
     autoencoder = listed("autoencoder")
     autoencoder_text = "" if autoencoder == "unknown" else f", autoencoder {autoencoder}"
 
+    engines = {str(cell.row.get("engine", SIMULATED)) for cell in filled if cell.row}
     notes = [
         f"Images per cell: {listed('images')}. Sampler: {sampler}, {settings}.",
         f"Features: {listed('features.name')}, weights {listed('features.weights')}."
@@ -64,6 +66,8 @@ def column_notes(cells: Sequence[Cell], prefix: str = "") -> list[str]:
         + (f" Calibration: {sets}." if (sets := _options(cells, "calibration")) else ""),
         _places(filled),
     ]
+    if engines != {SIMULATED}:
+        notes.append(f"Engines: {'; '.join(sorted(engines))}.")
     return [prefix + note for note in notes]
 
 

@@ -83,6 +83,19 @@ def test_the_charts_of_a_run_are_no_images(pixels, tmp_path):
         with pytest.raises(ValueError, match="seed0: is a run; name the folder of a set"):
             given.read(place, 8, 1)
 
+    # A tracker's pictures lie deeper; nor are two sets one.
+    (run / "wandb").mkdir()
+    for name in ("intervals", "others"):
+        (run / f"{name}.png").rename(run / "wandb" / f"{name}.png")
+    with pytest.raises(ValueError, match="seed0: is a run"):
+        given.read(run, 8, 1)
+    (run / "fit.json").unlink()
+    for name in ("ddim4_n12", "ddim8_n12"):
+        (run / name).mkdir()
+        (run / name / "samples.json").touch()
+    with pytest.raises(ValueError, match="holds 2 sets of a run; name one: .*ddim4_n12"):
+        given.read(run, 8, 1)
+
 
 def test_every_size_in_a_folder_is_told_not_only_the_firsts(tmp_path):
     for name, size in (("a", (8, 8)), ("b", (20, 10)), ("c", (30, 40))):

@@ -182,6 +182,20 @@ def test_a_hub_set_with_a_train_split_only_has_every_20th_image_held_out(tmp_pat
     assert len(loaded(again, cache)) == 38 and again.notes == source.notes
 
 
+def test_a_split_that_is_named_is_taken_though_images_were_held_out_before(tmp_path):
+    cache, splits = tmp_path / "c", {"train": range(40), "validation": range(100, 110)}
+    path = write_set(tmp_path / "set", splits)
+    assert len(loaded(Hub(path), cache)) == 38, "there is no split 'test'"
+    named = Hub(path, validation="validation")
+    assert loaded(named, cache, "validation")[:, 0, 0, 0].tolist() == list(range(100, 110))
+    assert len(loaded(named, cache)) == 40 and not named.notes
+
+    path = write_set(tmp_path / "both", {"train": range(40), "test": range(10)})
+    assert len(loaded(Hub(path, holdout=20), cache)) == 38
+    assert len(loaded(Hub(path, holdout=20), cache, "validation")) == 2
+    assert len(loaded(Hub(path), cache, "validation")) == 10, "nobody asked for a hold-out"
+
+
 def test_a_number_holds_images_out_whatever_the_splits_and_a_wrong_split_says_so(tmp_path):
     path = write_set(tmp_path / "set", {"train": range(4), "test": range(9)})
     assert len(loaded(Hub(path, holdout=2), tmp_path / "c", "validation")) == 2

@@ -33,6 +33,8 @@ WRONG = [
         "model.autoencoder=~/x: no such file",
     ),
     ("figure figure3 --scale digits model.weights=x.pt", "model.weights=x.pt: no such file"),
+    ("figure figure3 --scale digits fit.lr=0.5", "may be measured without; add --measure"),
+    ("measure mu.npz --model tiny --images 3", "--images=3: mu.npz holds mean and covariance"),
     ("verify ''", "name a run, a folder, a file or a table"),
     ("verify empty --scale small", "--scale small: is of a table, and empty is none"),
     ("verify table10 --scale digits", "--scale digits: table10 has small"),
@@ -70,6 +72,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for name, count in (("one", 1), ("two", 2)):
         np.save(tmp_path / f"{name}.npy", np.zeros((count, 8, 8, 1), np.uint8))
+    np.savez(tmp_path / "mu.npz", mu=np.zeros(64), sigma=np.eye(64))
     return tmp_path
 
 
