@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tdq_exp.commands import claims as claims_command
 from tdq_exp.commands import figure as figure_command
@@ -16,13 +17,14 @@ from tdq_exp.commands import table as table_command
 from tdq_exp.commands import table_runs
 from tdq_exp.config import assets
 from tdq_exp.config.compose import compose
+from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import cost as costs
 from tdq_exp.report import cells as report_cells
 from tdq_exp.report import columns, protocol
 from tdq_exp.report import manifest as manifests
 from tdq_exp.report import text_tables as rendering
 from tdq_exp.report.costs import read_costs
-from tdq_exp.runtime import command, files, launch
+from tdq_exp.runtime import command, files, launch, tensor_files
 
 ROOT = Path(__file__).parent.parent
 BITS = ("8/8", "4/8", "8/4", "4/4", "3/3")
@@ -714,8 +716,10 @@ def test_run_starts_what_is_missing_and_goes_on_after_a_failure(
     ).exists()
 
 
-def test_a_plan_counts_the_fit_of_several_sets_once(short_manifest, tmp_path, monkeypatch, capsys):
-    net = "model.weights=net.safetensors"
+def test_a_plan_counts_the_fit_of_several_sets_once(
+    short_manifest, tmp_path, monkeypatch, capsys, tiny_weights
+):
+    net = f"model.weights={tiny_weights}"
     sets = [[net, f"sampler.steps={steps}"] for steps in (50, 20)]
     cells = [report_cells.cells_of(short_manifest, "digits", tmp_path, own)[3] for own in sets]
     cost = costs.Cost(7200.0, 3600.0, 10**9, 1000, fit_disk_bytes=10**8)
@@ -949,7 +953,7 @@ def test_the_footer_says_to_which_column_overrides_were_given(column, tmp_path, 
 def test_overrides_show_in_the_footer_unless_they_are_paths(short_manifest, tmp_path):
     overrides = [
         "sampler.images=100",
-        "eval.features.weights=/a/b",
+        "data.cache=/a/b",
         "launcher.threads=1",
         "fit.report=best_of_5",
     ]
@@ -981,6 +985,55 @@ def test_a_row_of_another_net_than_the_file_that_is_asked_for_is_stale(
     (cell, *_) = report_cells.cells_of(short_manifest, "digits", tmp_path, other)
     (change,) = report_cells.find(cell).changes
     assert change.startswith(f"float weights: {shipped[0].nets['weights']} -> ")
+
+
+def test_a_users_own_networks_are_loaded_to_be_compared(short_manifest, tmp_path, digits_elsewhere):
+    """A checkpoint and a diffusers folder hold the shipped tensors, features are of another file."""
+    weights, features = digits_elsewhere
+    shipped = report_cells.cells_of(short_manifest, "digits", tmp_path)
+    known = shipped[0].nets["weights"]
+    asked = {"name": "digits", "weights": features_hash(shipped[0])}
+    for cell in shipped:
+        save(cell, row_of(cell, 9.0, weights=known, features=asked))
+
+    def changes(*overrides):
+        (cell, *_) = report_cells.cells_of(short_manifest, "digits", tmp_path, overrides)
+        return report_cells.find(cell).changes
+
+    assert changes(f"model.weights={weights[0]}") == []
+    (change,) = changes(f"model.weights={weights[1]}")
+    assert change.startswith(f"float weights: {known} -> ")
+    (change,) = changes(f"eval.features.weights={features}")
+    assert change.startswith(f"float features.weights: {asked['weights']} -> ")
+
+    # The file is read again when it changes.
+    weights[0].write_bytes(weights[1].read_bytes())
+    assert len(changes(f"model.weights={weights[0]}")) == 1
+    for key, value in (
+        ("model.weights", "no/where.pt"),
+        ("eval.features.weights", "no.safetensors"),
+    ):
+        with pytest.raises((ValueError, OSError), match=f"{value}.*no"):
+            changes(f"{key}={value}")
+
+
+def features_hash(cell):
+    return jobs.features_of(cell.config).weights_hash
+
+
+@pytest.fixture
+def digits_elsewhere(tmp_path):
+    """The shipped digits' tensors and others as plain checkpoints, and another file of features."""
+    shipped = tensor_files.read_tensors(assets.weights("shipped:digits")).tensors
+    files_of = [tmp_path / "same.ckpt", tmp_path / "other.ckpt"]
+    torch.save(shipped, files_of[0])
+    torch.save({name: value + 0.01 for name, value in shipped.items()}, files_of[1])
+
+    of_features = assets.weights("shipped:digits_features")
+    found = tensor_files.read_tensors(of_features)
+    changed = {name: value + 0.01 for name, value in found.tensors.items()}
+    tensor_files.write_tensors(tmp_path / "features.safetensors", changed, found.metadata)
+    return files_of, tmp_path / "features.safetensors"
 
 
 def test_a_command_gives_its_exit_code():

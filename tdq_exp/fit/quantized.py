@@ -20,7 +20,7 @@ from tdq_exp.quant.convert import Recipe, activation_quantizers, bake, layer_map
 from tdq_exp.runtime import files
 from tdq_exp.runtime.context import RunContext
 
-SEARCH_VERSION = 2  # of the search for start values
+SEARCH_VERSION = 3  # of the search for start values
 
 O_co = TypeVar("O_co", bound=FitOptions, covariant=True)
 

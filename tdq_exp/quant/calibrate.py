@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,17 @@ FEW = 15  # codes up to which every zero point is tried
 KEPT = 32768  # values per tensor: the error of a step size is then known to about half a percent
 
 
+class Seen(NamedTuple):
+    """What one batch held: values that were kept of it, and numbers of all of it."""
+
+    values: Tensor
+    samples: int
+    low: float
+    high: float
+    mean: float  # over its samples, each of which has one
+    deviation: float
+
+
 @dataclass
 class Observer:
     """What one quantizer saw: a random sample of values per batch, and its extremes and moments.
@@ -40,7 +51,7 @@ class Observer:
 
     calibration: Calibration
     fixed: bool
-    seen: dict[int, tuple[Tensor, float, float, float, float]] = field(default_factory=dict)
+    seen: dict[int, Seen] = field(default_factory=dict)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> None:
@@ -62,21 +73,36 @@ class Observer:
 
         rows = flat[None] if self.fixed else x.detach().float().reshape(len(x), -1)
         mean, std = rows.mean(1).mean(), rows.std(1).mean()
-        self.seen[number] = (values, float(flat.min()), float(flat.max()), float(mean), float(std))
+        low, high = float(flat.min()), float(flat.max())
+        self.seen[number] = Seen(values, len(rows), low, high, float(mean), float(std))
 
     def values(self) -> Tensor:
-        """Return all kept values, in the order of the batches."""
-        return torch.cat([self.seen[number][0] for number in sorted(self.seen)])
+        """Return the kept values, in the order of the batches; each sample has as many of them.
+
+        A batch of fewer samples than the others, such as a last one, keeps as many values as they
+        do, and gives a share of them here.
+        """
+        batches = [self.seen[number] for number in sorted(self.seen)]
+        most = max(batches, key=lambda batch: batch.samples)
+        found = []
+        for values, samples, *_ in batches:
+            wanted = -(-len(most.values) * samples // most.samples)
+            if wanted < len(values):
+                values = values[torch.linspace(0, len(values) - 1, wanted).long()]
+            found.append(values)
+        return torch.cat(found)
 
     def extremes(self) -> tuple[float, float]:
         """Return (smallest, largest) of everything seen."""
-        return min(s[1] for s in self.seen.values()), max(s[2] for s in self.seen.values())
+        batches = self.seen.values()
+        return min(batch.low for batch in batches), max(batch.high for batch in batches)
 
     def moments(self) -> tuple[float, float]:
         """Return (mean, standard deviation), each averaged over samples, as the release does."""
-        count = len(self.seen)
-        means = sum(s[3] for s in self.seen.values())
-        deviations = sum(s[4] for s in self.seen.values())
+        batches = self.seen.values()
+        count = sum(batch.samples for batch in batches)
+        means = sum(batch.mean * batch.samples for batch in batches)
+        deviations = sum(batch.deviation * batch.samples for batch in batches)
         return means / count, deviations / count
 
 

@@ -16,12 +16,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tdq_exp.config import assets, naming, schema
+from tdq_exp.config import naming, schema
 from tdq_exp.config.compose import compose, state_of_files, value_of
 from tdq_exp.experiment.record_checks import row_faults
 from tdq_exp.experiment.row import read_rows
 from tdq_exp.report.compared import compared, compared_of_fit
 from tdq_exp.report.manifest import Line, Manifest
+from tdq_exp.report.nets import known_nets, of_row
 from tdq_exp.runtime import stage
 
 KEPT = 1024  # configurations: more than the cells of all tables and figures of a scale
@@ -63,8 +64,8 @@ class Cell:
         folder: of the fit.
         sample: folder of the sampled set inside of that.
         images: how many the line asks for by itself, without a user's overrides.
-        nets: row's key -> hash of the float net, or part of one, that the command would take, where
-            that is known without a download.
+        nets: row's key -> hash of a network that the command would take and does not make; see
+            `report.nets`.
         row: its row, or one of the same sampler with fewer images, or None.
     """
 
@@ -110,9 +111,9 @@ class Cell:
 
         row = self.row
         nets = [
-            f"float {name}: {row.get(name)} -> {fingerprint}"
+            f"float {name}: {of_row(row, name)} -> {fingerprint}"
             for name, fingerprint in self.nets.items()
-            if row.get(name) != fingerprint
+            if of_row(row, name) != fingerprint
         ]
         return nets + stage.differences(compared(row["config"]), compared(self.config))
 
@@ -236,7 +237,7 @@ def cells_of_line(
             folder=job.folder,
             sample=job.sample,
             images=job.images,
-            nets=_known_nets(job.composed),
+            nets=known_nets(job.composed, map(_key, extra)),
         )
 
 
@@ -342,38 +343,6 @@ def _images(row: Mapping[str, Any]) -> int:
 def fit_changes(cell: Cell, config: dict[str, Any]) -> list[str]:
     """Return in what the fit that a cell asks for differs from one of a recorded configuration."""
     return stage.differences(compared_of_fit(config), compared_of_fit(cell.config))
-
-
-def _known_nets(cfg: Any) -> dict[str, str]:
-    """Return the hashes of the float nets that a command takes, of those that are known."""
-    hashes = {key: known_hash(cfg.model[key]) for key in ("weights", "autoencoder")}
-    return {key: value for key, value in hashes.items() if value is not None}
-
-
-def known_hash(weights: str | None) -> str | None:
-    """Return the hash of a net that is shipped, or lies in a file as this package writes them.
-
-    None for any other: it is far away, or its tensors have other names than the network's.
-    """
-    if weights is None:
-        return None
-
-    shipped = weights.startswith("shipped:")
-    path = assets.weights(weights) if shipped else Path(weights).expanduser()
-    if not shipped and not (path.suffix == ".safetensors" and path.is_file()):
-        return None
-    state = path.stat()
-    return _net_hash(path, shipped, (state.st_mtime_ns, state.st_size))
-
-
-@lru_cache
-def _net_hash(path: Path, shipped: bool, state: tuple[int, int]) -> str | None:
-    """Return the hash of a file in a state, which says when to read it again."""
-    from tdq_exp.models.weights.save import state_hash  # it imports torch
-    from tdq_exp.runtime.tensor_files import read_tensors
-
-    found = read_tensors(path)
-    return state_hash(found.tensors) if shipped or found.checked else None
 
 
 def _key(override: str) -> str:

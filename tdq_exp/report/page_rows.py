@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from tdq_exp.config import assets
 from tdq_exp.experiment import row as row_file
 from tdq_exp.experiment.options import SamplerOptions
 from tdq_exp.experiment.places import environments, machine_of
@@ -33,6 +34,7 @@ DDIM = "ddim"
 # What a command names where it differs from the default; conventions are the model's.
 NAMED = ("eta", "spacing", "truncate")
 OPTIONS = {field.name: field for field in dataclasses.fields(SamplerOptions)}
+LAST = "last"  # the network that a row is of, if nothing is said
 DEFAULTS = {name: OPTIONS[name].default for name in NAMED}
 
 
@@ -111,6 +113,8 @@ def command_of(row: Mapping[str, Any]) -> str:
         return "the configuration in its metrics.json: its fit has other numbers than its protocol"
 
     sampler = config["sampler"]
+    if sampler.get("label"):
+        return "the configuration in its metrics.json: its set has a name of its own"
     usual = {
         **DEFAULTS,
         **config["protocol"]["sampling"],
@@ -128,4 +132,26 @@ def command_of(row: Mapping[str, Any]) -> str:
     method = sampler.get("method", {}).get("_target_", DDIM).rpartition(".")[2].lower()
     parts[1:1] = [f"sampler={method}"] if method != DDIM else []
     parts += [f"sampler.engine={sampler['engine']}"] if sampler["engine"] != "fake" else []
-    return " ".join(parts)
+    return " ".join([*parts, *_beside(config)])
+
+
+def _beside(config: Mapping[str, Any]) -> list[str]:
+    """Return the overrides of what a row measured and was made of, where they are unusual."""
+    fit, measured = config.get("fit", {}), config.get("eval", {})
+    of_features = assets.configs() / "eval" / f"{measured.get('label')}.yaml"
+    protocol = assets.read_yaml(of_features) if of_features.is_file() else {}
+
+    values = {
+        "data.limit": (config.get("data", {}).get("limit"), None),
+        "eval.reference_images": (
+            measured.get("reference_images"),
+            protocol.get("reference_images"),
+        ),
+        "fit.report": (fit.get("report", LAST), LAST),
+        "model.ema": (config.get("model", {}).get("ema", True), True),
+    }
+    return [
+        f"{key}={'null' if value is None else str(value).lower()}"
+        for key, (value, usual) in values.items()
+        if value != usual
+    ]

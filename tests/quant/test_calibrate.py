@@ -204,6 +204,22 @@ def test_kept_values_are_in_the_order_of_the_batches():
     assert observer.values().tolist() == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0]
 
 
+def test_a_last_batch_of_few_samples_counts_as_many_as_it_has(monkeypatch):
+    monkeypatch.setattr(calibrate, "KEPT", 1024)
+    x = randn(65, 3, 8, 8)
+    x[64] += 10
+    seen = {}
+    for name, batches in (("one", [x]), ("two", [x[:64], x[64:]])):
+        calibration = Calibration(len(batches))
+        seen[name] = observer = Observer(calibration, fixed=False)
+        for calibration.batch, batch in enumerate(batches):
+            observer(batch)
+
+    assert seen["two"].moments() == pytest.approx(seen["one"].moments(), rel=1e-5)
+    of_last = (seen["two"].values() > 5).float().mean()
+    assert float(of_last) == pytest.approx(1 / 65, rel=0.1)
+
+
 def test_an_observer_looks_once_at_each_batch_and_once_at_a_weight():
     calibration = Calibration(batches=2)
     moving, fixed = Observer(calibration, fixed=False), Observer(calibration, fixed=True)

@@ -238,11 +238,16 @@ def test_a_figure_takes_the_fit_and_the_sampler_that_its_line_asks_for(
             "digits_w4a4_lsq sampler=ddpm",
         ),
         ("fit", {"kind": "ptq", "steps": 21}, "other numbers than its protocol"),
+        ("fit", {"report": "best_of_5"}, " fit.report=best_of_5"),
+        ("data", {"limit": 32}, " data.limit=32"),
+        ("eval", {"reference_images": 16}, " eval.reference_images=16"),
+        ("model", {"ema": False}, " model.ema=false"),
+        ("sampler", {"label": "few"}, "its set has a name of its own"),
     ],
 )
 def test_the_command_of_a_row_says_all_that_is_unusual(group, changed, said, results):
     (row,) = page_rows.read_rows(results)
-    config = {**row["config"], group: {**row["config"][group], **changed}}
+    config = {**row["config"], group: {**row["config"].get(group, {}), **changed}}
     assert said in page_rows.command_of({**row, "config": config})
     assert said not in page_rows.command_of(row)
 
