@@ -182,7 +182,7 @@ def _of_run(quantized: Denoiser, float_net: Denoiser, sampler: Ddim, images: int
     def over_images(of_batches: list[list[Tensor]]) -> Tensor:
         """Return the mean over images of what was measured of each batch, [steps, ...]."""
         stacked = torch.stack([torch.stack(values) for values in of_batches])
-        shares = torch.tensor(counts, dtype=stacked.dtype) / images
+        shares = torch.tensor(counts).to(stacked) / images
         return torch.tensordot(shares, stacked, dims=1)
 
     b = over_images(means)  # [steps, channels]
