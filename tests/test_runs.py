@@ -686,6 +686,19 @@ def test_a_finished_run_can_be_loaded_and_sampled(tmp_path, tiny_weights, finish
     assert len(list((tmp_path / "drawn").glob("0*.png"))) == 4
     drawn = np.load(tmp_path / "drawn" / "images" / "images.npy")
     assert np.array_equal(drawn, images(made)[:4])  # the run's own batch and seed
+
+    # As another of its sets, which is named.
+    other = build(tmp_path, tiny_weights, "sampler.steps=4", "sampler.seed=3")
+    pipeline.run(other)
+    of_set = made.folder / other.sample_name
+    done = inside(str(of_set), "--images", "4", "--out", "other", verb="sample")
+    assert done.returncode == 0, done.stderr
+    drawn = np.load(tmp_path / "other" / "images" / "images.npy")
+    assert np.array_equal(drawn, images(other)[:4])
+    (of_set / "metrics.json").unlink()
+    done = inside(str(of_set), "--out", "third", verb="sample")
+    assert done.returncode == 2 and "has no row, which says how" in done.stderr
+
     again = inside(str(made.folder), "--out", "drawn", verb="sample")
     assert again.returncode == 2
     assert "not empty" in again.stderr

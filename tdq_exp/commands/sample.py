@@ -1,6 +1,7 @@
 """Draw images from a finished run or a packed network, without training or measuring anything.
 
 python -m tdq_exp sample results/runs/digits_w4a4_lsq_tdq/seed0 --images 64 --seed 1 --out samples
+python -m tdq_exp sample results/runs/digits_w4a4_lsq_tdq/seed0/ddim20_n1000     as that set
 python -m tdq_exp sample digits_w4a4.safetensors --engine integer
 """
 
@@ -11,19 +12,24 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import nn
+
 from tdq_exp.commands import cli
 from tdq_exp.config.setting import SEED, require
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.experiment import sample_stage
+from tdq_exp.experiment.build import Experiment, rebuild
 from tdq_exp.experiment.engines import ImageSet, engine
 from tdq_exp.experiment.finished_run import load
 from tdq_exp.experiment.options import MOST_BATCH, MOST_IMAGES
+from tdq_exp.experiment.row import read_rows
 from tdq_exp.models.denoiser import Denoiser
 from tdq_exp.runtime import figures, files
 from tdq_exp.runtime.precision import products
 from tdq_exp.runtime.processes import Processes
 from tdq_exp.runtime.progress import console
 
+SAMPLES = "samples.json"  # record of a set
 LINES = 16  # of the picture that shows the images side by side, at most
 
 
@@ -36,17 +42,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__, "python -m tdq_exp sample")
 
     # What is sampled.
-    parser.add_argument("run", type=Path, help="folder of a finished run, or a packed network")
+    parser.add_argument(
+        "run", type=Path, help="folder of a finished run or of one of its sets, or a packed network"
+    )
 
     parser.add_argument("--images", type=int, default=64, help="how many (default: 64)")
     parser.add_argument(
-        "--steps", type=int, help="sampling steps (default: those of the run's first set)"
+        "--steps",
+        type=int,
+        help="sampling steps (default: those of the set, or of the run's first one)",
     )
     parser.add_argument(
         "--seed",
         type=int,
         help="of the starting noise (default: the run's; with its steps, its batch and the fake"
-        " engine these are the images of its first set)",
+        " engine these are the images of that set)",
     )
 
     # How, and where it goes.
@@ -91,7 +101,7 @@ def draw(options: argparse.Namespace) -> None:
         raise ValueError(f"--engine={options.engine}: choose fake or integer")
 
     # 2. The network, and how it is sampled.
-    job, net = load(options.run)
+    job, net = _loaded(options.run.expanduser())
     if not job.fit.options.fits_network:
         raise ValueError(
             f"{options.run}: is the model's {job.fit.options.part}; images are drawn from"
@@ -138,6 +148,23 @@ def draw(options: argparse.Namespace) -> None:
         f" {options.out / 'grid.png'}",
         markup=False,
     )
+
+
+def _loaded(run: Path) -> tuple[Experiment, nn.Module]:
+    """Return the experiment and the network of a run; sampled as a set of it, if that is named.
+
+    Raises:
+        ValueError, OSError: if there is no finished run, or the set has no row.
+    """
+    if not (run / SAMPLES).is_file():
+        return load(run)
+
+    rows = read_rows(run / "metrics.json")
+    if not rows:
+        raise ValueError(f"{run}: has no row, which says how it was sampled; name {run.parent}")
+    job, net = load(run.parent)
+    of_set = rebuild(rows[0]["config"], run / "metrics.json")
+    return dataclasses.replace(job, sampler=of_set.sampler, sampling=of_set.sampling), net
 
 
 def _shown(shown: int, images: int) -> str:
