@@ -29,7 +29,6 @@ from tdq_exp.experiment import (
     pipeline,
     record_checks,
     sample_stage,
-    show,
     stored_network,
 )
 from tdq_exp.experiment.finished_run import load
@@ -315,35 +314,6 @@ def test_pngs_are_written_of_a_set_that_was_sampled_without(tmp_path, tiny_weigh
     pipeline.run(made)
     assert np.array_equal(images(made)[3, ..., 0], np.asarray(Image.open(pngs / "00003.png")))
     assert len(list(pngs.glob("*.png"))) == 12
-
-
-@pytest.mark.parametrize(
-    ("change", "compares"),
-    [
-        ({}, True),
-        ({"weights": "others"}, False),
-        ({"features": {"name": "others"}}, False),
-        ({"images": 11}, False),
-    ],
-)
-def test_the_float_row_that_is_shown_beside_is_of_the_same_weights(
-    change, compares, tmp_path, tiny_weights, finished
-):
-    made = build(tmp_path, tiny_weights)
-    (row,) = pipeline.run(made)
-    file = tmp_path / "runs" / "tiny_fp" / "seed0" / made.sample_name / "metrics.json"
-    files.write_json(file, {"rows": [files.sealed({**row, "name": "tiny_fp", **change})]})
-    assert bool(show._float_rows(made, row)) == compares
-
-
-def test_a_float_row_of_another_sampler_is_not_shown(tmp_path, tiny_weights, finished):
-    made = build(tmp_path, tiny_weights)
-    (row,) = pipeline.run(made)
-    config = json.loads(json.dumps(row["config"]))
-    config["sampler"]["method"]["clip"] = True
-    file = tmp_path / "runs" / "tiny_fp" / "seed0" / made.sample_name / "metrics.json"
-    files.write_json(file, {"rows": [files.sealed({**row, "name": "tiny_fp", "config": config})]})
-    assert not show._float_rows(made, row)
 
 
 def flipped(path):

@@ -158,6 +158,6 @@ def _float_rows(job: Experiment, row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _way_of_sampling(row: dict[str, Any]) -> dict[str, Any]:
-    """Return what the fingerprint of a set has of its sampler; None where an older row lacks it."""
+    """Return what a row's sampler computes, whatever runs it; None where an older row lacks it."""
     sampler = parts_of("sampler", defaultdict(lambda: None, row["config"]["sampler"]))
-    return {key: value for key, value in sampler.items() if key != "engine"}
+    return {key: value for key, value in sampler.items() if key not in ("engine", "batch")}

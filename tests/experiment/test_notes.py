@@ -153,18 +153,27 @@ def test_the_summary_warns_of_few_images(capsys, tmp_path, monkeypatch):
     assert "warning: (few) the Frechet distance of 6 images by 1280 features" in printed
 
 
-@pytest.mark.parametrize("reference, shown", [("a", True), ("b", False)])
-def test_the_float_models_row_stands_beside_one_of_the_same_reference(
-    reference, shown, capsys, tmp_path
-):
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ({}, True),
+        ({"reference": {"content": "b"}}, False),
+        ({"features": {"name": "five", "weights": "abc"}}, False),
+        ({"weights": "others"}, False),
+        ({"images": 7}, False),
+        ({"config": {"sampler": {"method": {"steps": 9}}}}, False),
+        ({"config": {"sampler": {"method": {"steps": 8}, "batch": 5}}}, True),
+    ],
+)
+def test_the_float_models_row_stands_beside_one_that_compares(change, shown, capsys, tmp_path):
     """It may have been measured by other metrics."""
     features = {"name": "four", "weights": "abc"}
     row = {"name": "run", "images": 6, "features": features, "reference": {"content": "a"}}
-    row |= {"config": {}, "metrics": {"fid": 3.0, "precision": 0.5}}
+    row |= {"config": {"sampler": {"method": {"steps": 8}}}, "weights": "w"}
+    row |= {"metrics": {"fid": 3.0, "precision": 0.5}}
     place = tmp_path / "digits_fp" / "seed0" / "s" / "metrics.json"
     metrics = {"fid": 2.0, "kid_mean": 0.1}
-    beside = {"name": "digits_fp", "reference": {"content": reference}, "metrics": metrics}
-    write_row(place, {**row, **beside})
+    write_row(place, {**row, "name": "digits_fp", "metrics": metrics, **change})
     job = SimpleNamespace(folder=tmp_path / "run" / "seed0", sample_name="s", seed=0)
     job.config = {"model": {"label": "digits"}}
     show.print_row(job, [row])
