@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec
@@ -52,10 +52,6 @@ class Ending:
         return self.code > 128
 
 
-# Keys of float nets, and where a pipeline's folder has such a net.
-NETS = {"model.weights": "unet", "model.autoencoder": "vae"}
-
-
 def parser(doc: str | None, prog: str | None = None) -> argparse.ArgumentParser:
     """Return a parser whose help is a module's docstring: its first line, then the examples.
 
@@ -87,23 +83,6 @@ def require_results(out: Path, is_read: bool = False) -> None:
         raise ValueError(f"--out={out}: is no folder; name the folder of results")
     if is_read and not out.exists():
         raise ValueError(f"--out={out}: no such folder; name the folder of results")
-
-
-def require_nets(overrides: Sequence[str]) -> None:
-    """Refuse a float net that is not there, or rows of another would be shown as if they were its.
-
-    Raises:
-        ValueError: naming the override.
-    """
-    for override in overrides:
-        key, _, value = override.partition("=")
-        source = value.strip("'\"")
-        if key not in NETS or source == "null" or source.startswith("shipped:"):
-            continue
-
-        from tdq_exp.models.weights.fill import locate  # it imports torch
-
-        locate(source, NETS[key], key, download=False)
 
 
 def exit_code(command: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> int:

@@ -23,6 +23,7 @@ from tdq_exp.report import cells as cells_module
 from tdq_exp.report import drawings, figure_manifest, figure_numbers
 from tdq_exp.report.figure_manifest import FigureManifest
 from tdq_exp.report.manifest import read_manifest
+from tdq_exp.report.nets import require_given
 from tdq_exp.runtime import files
 from tdq_exp.runtime.progress import console
 from tdq_exp.runtime.refusals import Refusals
@@ -100,7 +101,7 @@ def make(options: argparse.Namespace, refusals: Refusals | None = None) -> int:
     """
     out = options.out.expanduser()
     cli.require_results(out)
-    cli.require_nets(options.overrides)
+    require_given(options.overrides)
     options.nets = (options.nets or out / "nets").expanduser()
     scales = read_manifest("table1").scales
     if options.scale not in scales:

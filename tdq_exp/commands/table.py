@@ -24,6 +24,7 @@ from tdq_exp.report import manifest as manifests
 from tdq_exp.report.cells import Cell
 from tdq_exp.report.costs import read_costs
 from tdq_exp.report.manifest import Manifest
+from tdq_exp.report.nets import require_given
 from tdq_exp.runtime.progress import console, print_table
 from tdq_exp.runtime.refusals import Refusals
 
@@ -198,7 +199,7 @@ def _require_options(options: argparse.Namespace) -> None:
     if options.share is not None and not options.run:
         raise ValueError("--share: says which runs --run starts; add --run")
     cli.require_results(options.out.expanduser(), is_read=not options.run)
-    cli.require_nets(options.overrides)
+    require_given(options.overrides)
 
 
 def draw(manifest: Manifest, scale: str, cells: Sequence[Cell], folder: Path) -> list[Path]:

@@ -75,7 +75,7 @@ def _measured_checkpoint(folder: Path) -> Path:
         ValueError: if nothing was measured, or several sets chose different ones.
     """
     rows = [row for file in folder.glob("*/metrics.json") for row in read_rows(file)]
-    updates = sorted({int(row["update"]) for row in rows if row["update"] is not None})
+    updates = sorted({int(row["update"]) for row in rows if row.get("update") is not None})
     if len(updates) != 1:
         found = f"its sets chose {updates}" if updates else "none is measured yet"
         raise ValueError(

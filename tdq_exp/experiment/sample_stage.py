@@ -181,8 +181,6 @@ def run_sampling(job: Experiment, sampling: SampleStage, processes: Processes) -
     # The record never says `done`: its store knows which groups are there.
     result, _ = stage(record, make, processes)
 
-    if job.sampling.png and processes.main:
-        write_pngs(store.read(), folder / "png")
     return SampledSet(store.read(), result["seconds"], engines[0], made)
 
 

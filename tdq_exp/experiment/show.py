@@ -28,7 +28,7 @@ def publish(
     tracker: Tracker | None,
     processes: Processes,
 ) -> None:
-    """Draw the images of a row if there is no picture yet, and tell a tracker.
+    """Draw the images of a row, and write their PNGs, if they are not there yet; tell a tracker.
 
     Args:
         job: the experiment.
@@ -48,7 +48,7 @@ def publish(
 
 
 def _write_pngs(job: Experiment, folder: Path, row: dict[str, Any]) -> None:
-    """Write the PNGs of a set that was sampled without them, if they are asked for now."""
+    """Write the images of a row as PNGs, if they are asked for and not there."""
     pngs = folder / "png"
     if not job.sampling.png or not (folder / "images").exists():
         return

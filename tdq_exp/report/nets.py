@@ -24,6 +24,7 @@ KEYS = {
     "model.autoencoder": "autoencoder",
     "eval.features.weights": FEATURES,
 }  # key of a network's file -> key of its hash in a row
+SUBFOLDERS = {"model.weights": "unet", "model.autoencoder": "vae"}  # of a diffusers pipeline
 
 State = tuple[tuple[str, int, int], ...]
 _LOADED: dict[tuple[str, str, State], str] = {}
@@ -46,6 +47,26 @@ def known_nets(cfg: Any, given: Iterable[str]) -> dict[str, str]:
         if hashes.get(name) is None and path is not None:
             hashes[name] = _loaded(name, cfg, _state(path))
     return {key: value for key, value in hashes.items() if value is not None}
+
+
+def require_given(overrides: Iterable[str]) -> None:
+    """Refuse a float network that is not there, before any row is shown as if it were of it.
+
+    Args:
+        overrides: a user's.
+
+    Raises:
+        ValueError: naming the override.
+    """
+    for override in overrides:
+        key, _, value = override.partition("=")
+        source = value.strip("'\"")
+        if key not in SUBFOLDERS or source == "null" or source.startswith("shipped:"):
+            continue
+
+        from tdq_exp.models.weights.fill import locate  # it imports torch
+
+        locate(source, SUBFOLDERS[key], key, download=False)
 
 
 def of_row(row: Mapping[str, Any], name: str) -> Any:
@@ -110,6 +131,7 @@ def _loaded(name: str, cfg: Any, state: State) -> str:
 
 
 def _load(name: str, cfg: Any) -> str:
+    """Return the hash of a network that is filled now; arguments as `_loaded`."""
     from tdq_exp.experiment import build as jobs  # it imports torch
 
     if name == FEATURES:
