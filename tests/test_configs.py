@@ -436,3 +436,17 @@ def _typed_values(node):
     if OmegaConf.is_list(node):
         return [_typed_values(node._get_node(i)) for i in range(len(node))]
     return type(node), node._value()
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("sampler.step=20", "did you mean sampler.steps?"),
+        ("methd=lsq", "did you mean method?"),
+        ("updates=300", "did you mean fit.updates?"),
+        ("method.zzz=3", "choices; an argument"),
+    ],
+)
+def test_a_misspelt_key_is_told_with_the_nearest_one(override: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(hint)):
+        compose(["model=digits", override])

@@ -18,6 +18,8 @@ and, with each network following its own trajectory, from the same noise x_T as 
     left     <x_0 - x_0_float, x_T> / <x_T, x_T>: noise that is still in the images
     shift    mean of each channel of its images less the float model's, in levels of 255
 
+k and left are taken of batches of 32 images, and averaged.
+
 A k of a few thousandths at every step counts: unlike errors that change from step to step, it
 adds up in `left`.
 """

@@ -7,9 +7,10 @@ such as the bits, which would take Hydra a tenth of a second. Quick: nothing her
 
 from __future__ import annotations
 
+import difflib
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -178,7 +179,7 @@ def _composed(overrides: tuple[str, ...], files: object) -> DictConfig:
         with initialize_config_dir(version_base="1.3", config_dir=str(assets.configs())):
             return hydra_compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(_one_line(error, overrides)) from error
 
 
 def _with_values(composed: DictConfig, values: Sequence[str]) -> DictConfig:
@@ -255,8 +256,13 @@ def _options_of(group: str) -> list[str]:
     return sorted(path.stem for path in (assets.configs() / group).glob("*.yaml"))
 
 
-def _one_line(error: BaseException) -> str:
-    """Return Hydra's message as one line, without search path and debug hint."""
+def _one_line(error: BaseException, overrides: Sequence[str] = ()) -> str:
+    """Return Hydra's message as one line, without search path and debug hint.
+
+    Args:
+        error: what Hydra or OmegaConf raised.
+        overrides: what it raised it for; a misspelt key among them gets the nearest one named.
+    """
     if isinstance(error, OverrideParseException):
         return _grammar_hint(str(error.override))
 
@@ -267,15 +273,43 @@ def _one_line(error: BaseException) -> str:
     unknown = _UNKNOWN_KEY.match(words)
     if unknown:
         key, added = unknown.groups()
+        near = _nearest_key(key, overrides)
+        hint = f"did you mean {near}? An" if near else "an"
         return (
-            f"{key}: there is no such key among these choices; an argument that its class takes is"
-            f" added with {added}"
+            f"{key}: there is no such key among these choices; {hint} argument that its class takes"
+            f" is added with {added}"
         )
 
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and str(cause).splitlines()[0] not in words:
         words += f": {str(cause).splitlines()[0]}"
     return words
+
+
+def _nearest_key(key: str, overrides: Sequence[str]) -> str | None:
+    """Return the key that a misspelt one most resembles, or that ends in it; None if none does.
+
+    Args:
+        key: `fit.updatess`, or `updates` without its group.
+        overrides: of the command line; the options of groups among them say which keys there are.
+    """
+    try:
+        cfg = _composed(tuple(o for o in overrides if not _is_value(o)), state_of_files())
+    except ValueError:  # which is another mistake of the same line
+        return None
+
+    names = _keys(OmegaConf.to_container(cfg, resolve=False))
+    known = [name for name in names if not key.startswith(f"{name}.")]
+
+    ends = sorted((name for name in known if name.endswith(f".{key}")), key=lambda n: n.count("."))
+    return next(iter(ends or difflib.get_close_matches(key, known, 1, cutoff=0.75)), None)
+
+
+def _keys(node: Any, before: str = "") -> Iterator[str]:
+    """Yield the dotted names of all keys of a config."""
+    for name, value in node.items() if isinstance(node, dict) else ():
+        yield f"{before}{name}"
+        yield from _keys(value, f"{before}{name}.")
 
 
 def _grammar_hint(override: str) -> str:
