@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tdq_exp.commands import claims as claims_command
 from tdq_exp.commands import figure as figure_command
@@ -81,7 +82,7 @@ def row_of(cell: report_cells.Cell, fid: float, **changes) -> dict:
             "images": 1437,
             "protocol": "centre crop, bicubic to 8x8x1",
         },
-        "weights": cell.nets.get("weights") or "7476fec3b9973589",
+        "weights": cell.contents.get("weights") or "7476fec3b9973589",
         "metrics": {"fid": fid, "isc_mean": 8.0, "kid_mean": fid / 100},
         "held_out": {"fid": 1.5, "isc_mean": 9.25, "kid_mean": 0.01, "images": 360},
         "environment": {"commit": "0123456789ab", "machine": "Linux, 2 cores"},
@@ -312,7 +313,7 @@ def test_numbers_spread_and_gaps(short_manifest, cells):
         "a44b6f403d4e3f88",
         "3082757e490b63aa",
         "1437",
-        str(cells[0].nets["weights"]),
+        str(cells[0].contents["weights"]),
     ):
         assert fact in text
     assert "0123456789ab" in text and "Linux, 2 cores" in text and "0 missing; 0 stale" in text
@@ -451,7 +452,7 @@ def both(short_manifest, tmp_path):
         row = row_of(cell, (50.0 if quantized else 30.0) if latent else 20.0 if quantized else 10.0)
         if latent:
             row |= {
-                "autoencoder": cell.nets["autoencoder"],
+                "autoencoder": cell.contents["autoencoder"],
                 "reconstructed": {"fid": 12.5, "images": 360},
             }
             row["metrics"], row["held_out"] = (
@@ -507,7 +508,7 @@ def test_a_table_has_a_column_for_each_model(short_manifest, both):
         "-",
     ]
     assert (
-        f"ldm_small: Float weights: {both[-1].nets['weights']}, autoencoder {both[-1].nets['autoencoder']}."
+        f"ldm_small: Float weights: {both[-1].contents['weights']}, autoencoder {both[-1].contents['autoencoder']}."
         in text
     )
     assert "0 missing; 0 stale" in text
@@ -520,11 +521,11 @@ def test_rows_of_another_autoencoder_are_stale_and_do_not_mix(short_manifest, bo
         save(cell, row | {"autoencoder": "7476fec3b9973589"})
     assert "30.00†" in small(short_manifest, both).replace(" (30.00..30.00)", "")
     assert (
-        f"float autoencoder: 7476fec3b9973589 -> {other[0].nets['autoencoder']}"
+        f"float autoencoder: 7476fec3b9973589 -> {other[0].contents['autoencoder']}"
         in report_cells.find(other[0]).changes
     )
     row = json.loads((other[-1].folder / other[-1].sample / "metrics.json").read_text())["rows"][0]
-    save(other[-1], row | {"autoencoder": other[0].nets["autoencoder"]})
+    save(other[-1], row | {"autoencoder": other[0].contents["autoencoder"]})
     with pytest.raises(ValueError, match="autoencoder is 7476fec3b9973589 in ldm_small_fp and"):
         small(short_manifest, both)
 
@@ -568,7 +569,7 @@ def test_a_row_of_another_float_net_is_stale(short_manifest, cells):
     text = render(short_manifest, cells)
     assert "20.00†" in text and f"{len(cells)} stale" in text
     assert report_cells.find(cells[3]).changes == [
-        f"float weights: 7476fec3b9973589 -> {cells[3].nets['weights']}"
+        f"float weights: 7476fec3b9973589 -> {cells[3].contents['weights']}"
     ]
 
 
@@ -978,20 +979,20 @@ def test_a_row_of_another_net_than_the_file_that_is_asked_for_is_stale(
 ):
     shipped = report_cells.cells_of(short_manifest, "digits", tmp_path)
     for cell in shipped:
-        save(cell, row_of(cell, 9.0, weights=cell.nets["weights"]))
+        save(cell, row_of(cell, 9.0, weights=cell.contents["weights"]))
     assert not report_cells.find(shipped[0]).changes
 
     other = [f"model.weights={tiny_weights}"]
     (cell, *_) = report_cells.cells_of(short_manifest, "digits", tmp_path, other)
     (change,) = report_cells.find(cell).changes
-    assert change.startswith(f"float weights: {shipped[0].nets['weights']} -> ")
+    assert change.startswith(f"float weights: {shipped[0].contents['weights']} -> ")
 
 
 def test_a_users_own_networks_are_loaded_to_be_compared(short_manifest, tmp_path, digits_elsewhere):
     """A checkpoint and a diffusers folder hold the shipped tensors, features are of another file."""
     weights, features = digits_elsewhere
     shipped = report_cells.cells_of(short_manifest, "digits", tmp_path)
-    known = shipped[0].nets["weights"]
+    known = shipped[0].contents["weights"]
     asked = {"name": "digits", "weights": features_hash(shipped[0])}
     for cell in shipped:
         save(cell, row_of(cell, 9.0, weights=known, features=asked))
@@ -1004,7 +1005,7 @@ def test_a_users_own_networks_are_loaded_to_be_compared(short_manifest, tmp_path
     (change,) = changes(f"model.weights={weights[1]}")
     assert change.startswith(f"float weights: {known} -> ")
     (change,) = changes(f"eval.features.weights={features}")
-    assert change.startswith(f"float features.weights: {asked['weights']} -> ")
+    assert change.startswith(f"feature network: {asked['weights']} -> ")
 
     # The file is read again when it changes.
     weights[0].write_bytes(weights[1].read_bytes())
@@ -1015,6 +1016,33 @@ def test_a_users_own_networks_are_loaded_to_be_compared(short_manifest, tmp_path
     ):
         with pytest.raises((ValueError, OSError), match=f"{value}.*no"):
             changes(f"{key}={value}")
+
+
+def test_a_row_of_other_images_than_a_user_names_is_stale(short_manifest, tmp_path):
+    """The run has the same name: images of two folders differ in nothing else."""
+    folders = [tmp_path / name for name in ("a", "b")]
+    for shade, folder in enumerate(folders):
+        folder.mkdir()
+        for number in range(4):
+            Image.new("L", (8, 8), 40 * number + 10 * shade).save(folder / f"{number}.png")
+
+    def cells_with(folder):
+        own = ["data=image_folder", f"data.source.path={folder}", f"data.cache={tmp_path / 'c'}"]
+        own.append("data.source.channels=1")
+        return report_cells.cells_of(short_manifest, "digits", tmp_path / "out", own)
+
+    cells = cells_with(folders[0])
+    contents = [cells_with(folder)[0].contents["reference.content"] for folder in folders]
+    for cell in cells:
+        nets = {"weights": cell.contents["weights"], "reference": {"content": contents[0]}}
+        save(cell, row_of(cell, 9.0, **nets))
+    assert all(not report_cells.find(cell).changes for cell in cells)
+
+    for cell in cells_with(folders[1]):
+        (change,) = report_cells.find(cell).changes
+        assert change == f"real images: {contents[0]} -> {contents[1]}"
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        cells_with(tmp_path / "nowhere")
 
 
 def features_hash(cell):

@@ -21,9 +21,9 @@ from typing import Any
 from tdq_exp.commands import cli, figure_data, table_runs
 from tdq_exp.report import cells as cells_module
 from tdq_exp.report import drawings, figure_manifest, figure_numbers
+from tdq_exp.report.contents import require_given
 from tdq_exp.report.figure_manifest import FigureManifest
 from tdq_exp.report.manifest import read_manifest
-from tdq_exp.report.nets import require_given
 from tdq_exp.runtime import files
 from tdq_exp.runtime.progress import console
 from tdq_exp.runtime.refusals import Refusals

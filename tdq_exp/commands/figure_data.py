@@ -143,7 +143,7 @@ def _network(cell: Cell, options: argparse.Namespace, processes: Processes) -> N
 def _other_nets(cell: Cell, folder: Path) -> list[str]:
     """Return that a fit is of other float weights than a cell's, if both are known."""
     record = files.read_json(folder / FIT_RECORD)
-    wanted, found = cell.nets.get("weights"), record and record.get("facts", {}).get("weights")
+    wanted, found = cell.contents.get("weights"), record and record.get("facts", {}).get("weights")
     return [] if None in (wanted, found) or wanted == found else [f"weights: {found} -> {wanted}"]
 
 

@@ -22,9 +22,9 @@ from tdq_exp.report import cells as cells_module
 from tdq_exp.report import charts, columns, text_tables
 from tdq_exp.report import manifest as manifests
 from tdq_exp.report.cells import Cell
+from tdq_exp.report.contents import require_given
 from tdq_exp.report.costs import read_costs
 from tdq_exp.report.manifest import Manifest
-from tdq_exp.report.nets import require_given
 from tdq_exp.runtime.progress import console, print_table
 from tdq_exp.runtime.refusals import Refusals
 

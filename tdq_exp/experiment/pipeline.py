@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from tdq_exp.data.images import Data, Images, load_images
+from tdq_exp.data.sources import Source
 from tdq_exp.experiment import record_checks
 from tdq_exp.experiment import show as pictures
 from tdq_exp.experiment.build import Experiment
@@ -105,35 +106,11 @@ def load_data(job: Experiment, processes: Processes) -> Data:
     Raises:
         ValueError: if the experiment was built without its data.
     """
-    source = job.data.source
-    if source is None:
-        raise ValueError("data.source: this experiment was built without its data")
-
-    def load(check: bool) -> Data:
-        size, channels = job.model.image_size, job.model.channels
-        read = partial(
-            load_images,
-            source,
-            size=size,
-            channels=channels,
-            cache=str(job.data.cache),
-            limit=job.data.limit,
-            check=check,
-        )
-        sets = {split: read(split) for split in ("train", "validation")}
-
-        # Classes only where the model asks for them: they are part of what the images are.
-        classes = job.model.classes
-        if classes is not None:
-            sets = {name: images.labelled(source.labels(name)) for name, images in sets.items()}
-            for images in sets.values():
-                require_classes(images, classes)
-
-        return Data(sets["train"], sets["validation"])
+    source = _source(job)
 
     def first() -> None:
         """Decode what is not decoded yet, and refuse sets that no distance can be measured on."""
-        data = load(check=True)
+        data = read_data(job)
         for line in source.notes:
             console.print(f"note: {line}", markup=False)
         if job.fit.options.gives_rows:
@@ -145,7 +122,45 @@ def load_data(job: Experiment, processes: Processes) -> Data:
 
     # The main process writes and checks the cache; then all read it.
     processes.decide(first)
-    return load(check=False)
+    return read_data(job, check=False)
+
+
+def read_data(job: Experiment, check: bool = True) -> Data:
+    """Return the images that an experiment names, decoded if need be, in this process alone.
+
+    Args:
+        job: built with its data.
+        check: whether the pixels are compared with their hash; False where another process did it.
+
+    Raises:
+        ValueError: for an unreadable source or image, naming it, or none at all.
+    """
+    source = _source(job)
+    read = partial(
+        load_images,
+        source,
+        size=job.model.image_size,
+        channels=job.model.channels,
+        cache=str(job.data.cache),
+        limit=job.data.limit,
+        check=check,
+    )
+    sets = {split: read(split) for split in ("train", "validation")}
+
+    # Classes only where the model asks for them: they are part of what the images are.
+    classes = job.model.classes
+    if classes is not None:
+        sets = {name: images.labelled(source.labels(name)) for name, images in sets.items()}
+        for images in sets.values():
+            require_classes(images, classes)
+
+    return Data(sets["train"], sets["validation"])
+
+
+def _source(job: Experiment) -> Source:
+    if job.data.source is None:
+        raise ValueError("data.source: this experiment was built without its data")
+    return job.data.source
 
 
 def require_classes(images: Images, classes: int) -> None:

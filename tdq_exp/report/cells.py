@@ -21,8 +21,8 @@ from tdq_exp.config.compose import compose, state_of_files, value_of
 from tdq_exp.experiment.record_checks import row_faults
 from tdq_exp.experiment.row import read_rows
 from tdq_exp.report.compared import compared, compared_of_fit
+from tdq_exp.report.contents import NAMES, known_contents, of_row
 from tdq_exp.report.manifest import Line, Manifest
-from tdq_exp.report.nets import known_nets, of_row
 from tdq_exp.runtime import stage
 
 KEPT = 1024  # configurations: more than the cells of all tables and figures of a scale
@@ -64,8 +64,8 @@ class Cell:
         folder: of the fit.
         sample: folder of the sampled set inside of that.
         images: how many the line asks for by itself, without a user's overrides.
-        nets: row's key -> hash of a network that the command would take and does not make; see
-            `report.nets`.
+        contents: row's key -> hash of what the command would take and does not make, networks and
+            images; see `report.contents`.
         row: its row, or one of the same sampler with fewer images, or None.
     """
 
@@ -78,7 +78,7 @@ class Cell:
     sample: str
     images: int
     scale: str = "paper"
-    nets: Mapping[str, str] = field(default_factory=dict)
+    contents: Mapping[str, str] = field(default_factory=dict)
     row: dict[str, Any] | None = None
 
     @property
@@ -110,12 +110,12 @@ class Cell:
             return []
 
         row = self.row
-        nets = [
-            f"float {name}: {of_row(row, name)} -> {fingerprint}"
-            for name, fingerprint in self.nets.items()
+        others = [
+            f"{NAMES[name]}: {of_row(row, name)} -> {fingerprint}"
+            for name, fingerprint in self.contents.items()
             if of_row(row, name) != fingerprint
         ]
-        return nets + stage.differences(compared(row["config"]), compared(self.config))
+        return others + stage.differences(compared(row["config"]), compared(self.config))
 
 
 def cells_of(
@@ -237,7 +237,7 @@ def cells_of_line(
             folder=job.folder,
             sample=job.sample,
             images=job.images,
-            nets=known_nets(job.composed, map(_key, extra)),
+            contents=known_contents(job.composed, map(_key, extra)),
         )
 
 

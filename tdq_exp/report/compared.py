@@ -6,9 +6,10 @@ configuration is compared that a number of a row depends on:
 - the keys that the fingerprints of its stages read;
 - `BESIDE`, which fingerprints read as what they lead to, such as the content of the images.
 
-Not compared are names, places on a machine and speed. The files of networks are compared by their
-hashes (`Cell.nets`), the number of images by `Cell.short`, and images themselves only between the
-rows of a column (`protocol`): what a path holds is not known before it is read.
+Not compared are names, places on a machine and speed. The files of networks, and images in a place
+that a user's override names, are compared by their hashes (`Cell.contents`), the number of images
+by `Cell.short`. Images in the place that a configuration names are compared between the rows of a
+column alone (`protocol`): what it holds is not known before it is read.
 `tests/report/test_compared.py` has a decision for each key that there is.
 """
 

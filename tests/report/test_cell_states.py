@@ -56,7 +56,7 @@ def row(cell, **changes):
     seconds = {"fit": 100.0, "sample": 500.0, "measure": 250.0}
     return {
         "name": "run", "config": config, "images": 1000, "report": "last", "metrics": {"fid": 1.0},
-        "fingerprints": {"fit": "abc"}, "features": {"name": "digits"}, "seconds": seconds, "weights": cell.nets["weights"],
+        "fingerprints": {"fit": "abc"}, "features": {"name": "digits"}, "seconds": seconds, "weights": cell.contents["weights"],
         **changes,
     }  # fmt: skip
 

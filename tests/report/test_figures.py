@@ -195,7 +195,7 @@ def test_the_figure_over_updates_asks_for_longer_fits_beside_the_protocols(tmp_p
         "name": "n", "images": 5, "seed": 0, "metrics": {"fid": 2.0}, "half_sampling": {"fid": 0.25},
         "fingerprints": {"measure": "m"}, "environment": {"commit": "c"}, "features": {"name": "f"},
     }  # fmt: skip
-    row |= {"config": cells[2].config, **cells[2].nets}
+    row |= {"config": cells[2].config, **cells[2].contents}
     longest = dataclasses.replace(cells[2], row=row, images=5, folder=tmp_path)
     (tmp_path / "fit.json").write_text(json.dumps({"facts": {"validation": [[600, 0.5]]}}))
     record = figure_numbers.distances(short, "digits", [*cells[:2], longest])

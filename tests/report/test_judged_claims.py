@@ -184,7 +184,7 @@ def test_the_page_says_what_holds_and_where_the_rows_lie(tmp_path):
         for number, cell in enumerate(cells[:2]):
             row = {
                 "name": "run", "fingerprints": {}, "features": {"name": "digits"}, "config": cell.config, "images": 1000, "report": "last",
-                "metrics": {"fid": fid + number / 10}, "weights": cell.nets["weights"],
+                "metrics": {"fid": fid + number / 10}, "weights": cell.contents["weights"],
             }  # fmt: skip
             path = cell.folder / cell.sample / "metrics.json"
             files.write_json(path, {"rows": [files.sealed(row)]})
@@ -198,7 +198,7 @@ def test_the_page_says_what_holds_and_where_the_rows_lie(tmp_path):
     # A row of other weights stands there, and its verdict says what it is of.
     assert "stale" not in page
     (one,) = judged[0].comparisons
-    stale = [dataclasses.replace(cell, nets={"weights": "others"}) for cell in one.ours]
+    stale = [dataclasses.replace(cell, contents={"weights": "others"}) for cell in one.ours]
     of_stale = dataclasses.replace(one, ours=stale)
     page = judged_claims.markdown(
         [dataclasses.replace(judged[0], comparisons=[of_stale])], "digits", tmp_path

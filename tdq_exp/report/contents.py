@@ -1,9 +1,10 @@
-"""Which networks a cell takes, by their content: a row of others is stale.
+"""Which networks and images a cell takes, by their content: a row of others is stale.
 
-| network                                      | its content is that of                     |
+| what                                         | its content is that of                     |
 |----------------------------------------------|--------------------------------------------|
 | shipped, or in a file that this package made | the file's tensors                         |
 | any other that a user's override names       | the network, filled from it as for a run   |
+| images that a user's override names          | the pixels, decoded as for a run           |
 | any other that a configuration names         | unknown: it may be far away, and large     |
 """
 
@@ -19,33 +20,41 @@ from tdq_exp.config import assets
 from tdq_exp.config.schema import plain
 
 FEATURES = "features.weights"  # where a row has the hash of its feature network
+IMAGES = "reference.content"  # where it has that of the images it was compared with
 KEYS = {
     "model.weights": "weights",
     "model.autoencoder": "autoencoder",
     "eval.features.weights": FEATURES,
-}  # key of a network's file -> key of its hash in a row
+    "data.source.path": IMAGES,
+}  # key of a file or folder -> key of its hash in a row
+NAMES = {
+    "weights": "float weights",
+    "autoencoder": "float autoencoder",
+    FEATURES: "feature network",
+    IMAGES: "real images",
+}
 SUBFOLDERS = {"model.weights": "unet", "model.autoencoder": "vae"}  # of a diffusers pipeline
 
 State = tuple[tuple[str, int, int], ...]
 _LOADED: dict[tuple[str, str, State], str] = {}
 
 
-def known_nets(cfg: Any, given: Iterable[str]) -> dict[str, str]:
-    """Return row's key -> hash of the networks that a command takes, of those that are known.
+def known_contents(cfg: Any, given: Iterable[str]) -> dict[str, str]:
+    """Return row's key -> hash of what a command takes and does not make, as far as it is known.
 
     Args:
         cfg: what the command composes to.
-        given: keys that a user's overrides set: these networks are loaded, if need be.
+        given: keys that a user's overrides set: what they name is loaded, if need be.
 
     Raises:
-        ValueError: if a user's network can't be loaded, naming its key.
+        ValueError: if something that a user names can't be loaded, naming its key.
     """
     hashes = {key: known_hash(cfg.model[key]) for key in ("weights", "autoencoder")}
 
     for key in sorted(KEYS.keys() & set(given)):
         name, path = KEYS[key], _path_of(cfg, key)
         if hashes.get(name) is None and path is not None:
-            hashes[name] = _loaded(name, cfg, _state(path))
+            hashes[name] = _loaded(name, cfg, () if name == IMAGES else _state(path))
     return {key: value for key, value in hashes.items() if value is not None}
 
 
@@ -70,8 +79,9 @@ def require_given(overrides: Iterable[str]) -> None:
 
 
 def of_row(row: Mapping[str, Any], name: str) -> Any:
-    """Return the hash that a row has under a key."""
-    return (row.get("features") or {}).get("weights") if name == FEATURES else row.get(name)
+    """Return the hash that a row has under a key of `NAMES`."""
+    first, _, then = name.partition(".")
+    return (row.get(first) or {}).get(then) if then else row.get(first)
 
 
 def known_hash(weights: str | None) -> str | None:
@@ -116,26 +126,31 @@ def _state(path: str) -> State:
 
 
 def _loaded(name: str, cfg: Any, state: State) -> str:
-    """Return the hash of a network that is loaded as a run loads it, once for all cells.
+    """Return the hash of what is loaded as a run loads it, once for all cells.
 
     Args:
         name: row's key of its hash.
         cfg: what the command composes to.
-        state: of its file.
+        state: of its file; nothing for images, which are not looked through for every cell.
     """
-    group = "eval" if name == FEATURES else "model"
-    key = (name, json.dumps(plain(cfg)[group]), state)
+    groups = {FEATURES: ("eval",), IMAGES: ("data", "model")}.get(name, ("model",))
+    key = (name, json.dumps([plain(cfg)[group] for group in groups]), state)
     if key not in _LOADED:
         _LOADED[key] = _load(name, cfg)
     return _LOADED[key]
 
 
 def _load(name: str, cfg: Any) -> str:
-    """Return the hash of a network that is filled now; arguments as `_loaded`."""
+    """Return the hash of what is loaded now; arguments as `_loaded`."""
     from tdq_exp.experiment import build as jobs  # it imports torch
 
     if name == FEATURES:
         return jobs.features_of(plain(cfg)).weights_hash
+    if name == IMAGES:
+        from tdq_exp.experiment.pipeline import read_data
+
+        return read_data(jobs.build(cfg), check=False).train.content
+
     job = jobs.build(cfg, source=False)
     if name == "autoencoder":
         return str(job.model.parts()["autoencoder"])
