@@ -299,7 +299,9 @@ def test_a_search_of_rates_refuses_before_it_fits(changed, words, rates, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("with_integers", "said"), [(9.0, "beat simul"), (11.0, "DO NOT BEAT")])
+@pytest.mark.parametrize(
+    ("with_integers", "said"), [(9.0, "beat simul"), (9.9, "DO NOT BEAT"), (11.0, "DO NOT BEAT")]
+)
 def test_the_gpus_bench_compares_integers_with_the_fastest_simulated_step(with_integers, said):
     module = script("bench/gpu_integer")
     steps = {
@@ -317,8 +319,10 @@ def test_the_gpus_bench_compares_integers_with_the_fastest_simulated_step(with_i
 
     entry = {"names": ["a", "b"], "shape": "Conv2d", "simulated": 2e-3, "error": None}
     entries = [entry | {"integer": 1e-3}, entry | {"integer": None, "error": "too large"}]
+    entries.append(entry | {"simulated": None, "integer": None, "error": "too slow"})
     page = "\n".join(module.page({"integers": {"bfloat16": entries}, "about": {"integers": line}}))
     assert said in page and "| 2 | 2.0000 | 1.0000 | 2.00 |" in page and "(too large)" in page
+    assert "(too slow) | 2 | - | - | - |" in page
     assert module.page({"about": {}}) == []
 
 

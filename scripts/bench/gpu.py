@@ -504,18 +504,18 @@ def _saving(
     bench: Bench, job: jobs.Experiment, name: str, precision: str, batch: int, recompute: bool,
     micro: int,
 ) -> None:  # fmt: skip
-    net = built(job.model, "LSQ+TDQ", bench.device)
+    # With its optimizer and its average, whose tensors a card has to hold, too.
+    training = Training(bench, job, "LSQ+TDQ", precision, batch)
     if recompute:
-        recompute_activations(net)
+        recompute_activations(training.net)
+    gradients = Gradients(training.net, training.loss, Processes(cpu=bench.small), micro)
 
-    def loss(x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        with autocast(bench.device, precision):
-            return job.model.training_loss(net, x_0, t, eps)
+    def update() -> None:
+        gradients(training.batches[0])
+        training.update += 1
+        training.weight_update(training.update, 1.0, fixed=gradients.recorded)
 
-    gradients = Gradients(net, loss, Processes(cpu=bench.small), micro)
-    x = torch.randn(batch, *job.model.sample_shape, device=bench.device)
-    t = torch.randint(job.model.schedule.steps, (batch,), device=bench.device)
-    bench.timed(name, partial(gradients, (x, t, torch.randn_like(x))), rounds=3)
+    bench.timed(name, update, rounds=3)
 
 
 class Sections:
