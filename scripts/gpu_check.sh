@@ -20,17 +20,19 @@ if [ "$tests_limit" -le 0 ]; then
   exit 2
 fi
 
-# Kernels are compiled for many shapes: several processes, if pytest-xdist is there. What is launched
-# singly because it can't be recorded is an error, with its traceback.
+# Kernels are compiled for many shapes: several processes, if pytest-xdist is there (pip install
+# pytest-xdist beforehand, as the machine may have no network). What is launched singly because it
+# can't be recorded is an error, with its traceback. A line for each test as it ends, and an interrupt
+# instead of a kill: what failed is on the page even if there was no time for the rest.
 workers=()
 "$python" -c "import xdist" 2>/dev/null && workers=(-n 6)
-timeout -k 10 "$tests_limit" "$python" -m pytest -m gpu "${workers[@]}" --tb=short \
+timeout -s INT -k 10 "$tests_limit" "$python" -m pytest -m gpu -vv "${workers[@]}" --tb=short \
   -W "error:training launches" -W "error:sampling step by step" \
-  tests/runtime/test_graphs.py tests/fit/test_weight_update.py tests/runtime/test_processes.py \
-  tests/quant/test_kernels_triton.py tests/diffusion/test_denoising_graph.py \
-  tests/fit/test_training_graph.py tests/fit/test_ahead.py tests/fit/test_gradients.py \
-  tests/quant/test_kernels_integer.py tests/deploy/test_gpu.py \
-  tests/models/test_compiled.py 2>&1 | tee "$out/tests.txt" | tail -n 40
+  tests/runtime/test_graphs.py tests/fit/test_weight_update.py tests/fit/test_gradients.py \
+  tests/models/test_compiled.py tests/deploy/test_gpu.py tests/quant/test_kernels_integer.py \
+  tests/fit/test_training_graph.py tests/diffusion/test_denoising_graph.py \
+  tests/quant/test_kernels_triton.py tests/runtime/test_processes.py \
+  tests/fit/test_ahead.py 2>&1 | tee "$out/tests.txt" | tail -n 40
 tests=${PIPESTATUS[0]}
 echo "tests: exit code $tests after $((SECONDS - began)) s"
 

@@ -22,7 +22,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any

@@ -60,7 +60,8 @@ def write(folder: Path, hours: bool) -> None:
 
 CARDS = """\
 # Measured on GPUs: seconds of one image in a training step and in a denoising step, memory of the
-# training in GB, for plans (`plan_only=true`). `scripts/bench/gpu.py --report` writes this file.
+# training and of sampling in GB, for plans (`plan_only=true`). `scripts/bench/gpu.py --report` writes
+# this file.
 """
 
 
@@ -100,6 +101,14 @@ def write_cards(results: Mapping[str, Any]) -> None:
             "train": _short(train),
             "denoise": _short(denoise),
             "memory_gb": memory,
+            "sampling": {
+                "batch": _sampled_at_once(results, model),
+                "memory_gb": {
+                    form: results["gigabytes"][f"denoise {model} {form} float32, graph"]
+                    for form in ("float", "LSQ", "LSQ+TDQ")
+                },
+                "decode_gb": results["gigabytes"]["decode ldm"] if model == "ldm" else 0.0,
+            },
         }
 
     about = {"commit": results["about"]["commit"], "torch": results["about"]["torch"]}
@@ -258,13 +267,19 @@ def _column(results: Mapping[str, Any], table: str, model: str, precision: str) 
     )
 
 
+def _sampled_at_once(results: Mapping[str, Any], model: str) -> int:
+    """Return the images of a denoising step that was measured."""
+    about = results["about"]
+    return 100 if model == "ldm" and not about["rehearsal"] else int(about["batch"][model])
+
+
 def _rates(
     results: Mapping[str, Any], model: str, precision: str
 ) -> tuple[dict[str, float], dict[str, float], float] | None:
     """Seconds for an image: of a training step and of a denoising step by form, and to decode it."""
     batch = results["about"]["batch"]
     prefix = "ldm " if model == "ldm" else ""
-    sampled = 100 if model == "ldm" and not results["about"]["rehearsal"] else batch[model]
+    sampled = _sampled_at_once(results, model)
     train, denoise = {}, {}
     for form in ("float", "LSQ", "LSQ+TDQ"):
         steps = [_median(results, f"train {prefix}{form} {precision}{g}") for g in ("", ", graph")]

@@ -173,7 +173,8 @@ def show_plan(cells: Sequence[Cell]) -> bool:
     cards = [cost.card for cost in per_cell if cost.card is not None]
     if len(cards) == len(per_cell):
         there = costs.duration(sum(cost.seconds for cost in cards))
-        most = max((cost.memory_gb or 0.0 for cost in cards), default=0.0)
+        stages = [gb or 0.0 for cost in cards for gb in (cost.memory_gb, cost.sample_gb)]
+        most = max(stages, default=0.0)
         memory = f", at most {most:.0f} GB of its memory" if most else ""
         basis = "" if all(c.measured for c in cards) else "; at least, from counted multiplications"
         console.print(f"on one {cards[0].card}: about {there}{memory}{basis}", markup=False)

@@ -1,7 +1,7 @@
 """What a run would take on a GPU that was measured before: hours and memory, for plans.
 
-`configs/cards.yaml` holds the seconds of one image on a card, for the two networks of the paper. Of
-another network they are scaled by the multiplications of a forward pass; nothing is said of small
+`configs/cards.yaml` holds the seconds of one image on a card, for the two networks of the paper,
+and the memory of a training and of sampling in the batches that were measured. Of another network they are scaled by the multiplications of a forward pass; nothing is said of small
 ones, which a card does not fill.
 """
 
@@ -34,6 +34,7 @@ class CardCost:
         precision: of the training; images are computed in float32.
         fit_seconds, sample_seconds: of the stages.
         memory_gb: of the training, in the batches that were measured; None if it was not.
+        sample_gb: of sampling and decoding, in proportion to the batch that was measured.
         measured: this network itself was measured, and not another one.
         singly: its training was measured without CUDA graphs, which a fit uses.
     """
@@ -45,6 +46,7 @@ class CardCost:
     memory_gb: float | None
     measured: bool
     singly: bool = False
+    sample_gb: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -97,8 +99,17 @@ def estimate(job: Experiment, forward_passes: float, images: int) -> CardCost | 
     if trains and measured and same and options.batch_size == known["batch"]:
         memory = known["memory_gb"].get(precision, {}).get(form)
 
+    sample_gb = _sampling_gb(known["sampling"], form, job) if images and measured else None
+
     singly = bool(trains and fit and not known["train_recorded"])
-    return CardCost(card, precision, fit * share, sample * share, memory, measured, singly)
+    seconds = fit * share, sample * share
+    return CardCost(card, precision, *seconds, memory, measured, singly, sample_gb)
+
+
+def _sampling_gb(known: Mapping[str, Any], form: str, job: Experiment) -> float:
+    """Return the memory of sampling; a decoder's does not depend on the batch that is sampled."""
+    batches = job.sampling.batch / known["batch"]
+    return float(max(known["memory_gb"][form] * batches, known["decode_gb"]))
 
 
 def multiplications(job: Experiment) -> int:

@@ -26,6 +26,7 @@ from tdq_exp.experiment.row import read_rows
 from tdq_exp.experiment.stored_network import network_is_here
 from tdq_exp.quant.convert import Recipe, layer_map
 from tdq_exp.runtime import files, launch
+from tdq_exp.runtime.precision import products
 from tdq_exp.runtime.progress import console, print_table
 
 PROBES = 4, 16, 64  # images in the measured pass: the next number if one took no longer than
@@ -48,7 +49,7 @@ class Cost:
             in no sum: how many there are is known when they have been read, and no run encodes them
             a second time.
         fit_text: what the fit does, for a reader; empty if nothing.
-        card: the same on a GPU that was measured, where this machine has none.
+        card: the same on a GPU that was measured, whatever this machine has.
         fit_disk_bytes: of `disk_bytes`, what the fit writes.
     """
 
@@ -115,7 +116,7 @@ def estimate(job: Experiment) -> Cost:
         parameters=parameters,
         encode_seconds=encode if encodes else 0.0,
         fit_text=work.text if work else "",
-        card=card.estimate(job, passes, images) if device.type == "cpu" else None,
+        card=card.estimate(job, passes, images),
         fit_disk_bytes=fit_disk,
     )
 
@@ -163,12 +164,16 @@ def _measured_seconds(job: Experiment, net: nn.Module, device: torch.device) -> 
 
 
 def _seconds(work: Callable[[], Tensor]) -> float:
-    """Return the median of three, after one that is not counted."""
+    """Return the median of three, after one that is not counted.
+
+    In float32, as images are sampled: torch would take TF32 on a GPU, several times as fast.
+    """
     seconds = []
-    for _ in range(4):
-        began = time.perf_counter()
-        float(work().sum())  # a number: waits for an accelerator to finish
-        seconds.append(time.perf_counter() - began)
+    with products("float32"):
+        for _ in range(4):
+            began = time.perf_counter()
+            float(work().sum())  # a number: waits for an accelerator to finish
+            seconds.append(time.perf_counter() - began)
     return sorted(seconds[1:])[1]
 
 
@@ -281,7 +286,9 @@ def _show_layers(job: Experiment, recipe: Recipe) -> None:
 def on_card(there: CardCost) -> str:
     """Return what a run would take on a card, for a reader."""
     fit, sample = duration(there.fit_seconds), duration(there.sample_seconds)
-    memory = f", {there.memory_gb:.0f} GB of its memory" if there.memory_gb else ""
+    stages = (("training", there.memory_gb), ("sampling", there.sample_gb))
+    known = [f"{gigabytes:.0f} GB {stage}" for stage, gigabytes in stages if gigabytes]
+    memory = f", of its memory at most {' and '.join(known)}" if known else ""
     basis = "" if there.measured else "; at least, from counted multiplications"
     basis += "; at most, as its training was measured without CUDA graphs" if there.singly else ""
     return f"{there.card}: fit {fit} in {there.precision}, images {sample}{memory}{basis}"

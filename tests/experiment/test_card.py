@@ -31,10 +31,25 @@ def test_hours_are_images_times_measured_seconds(rates):
     options = made.fit.options
     trained = options.updates * options.batch_size * known["train"]["bfloat16"]["LSQ+TDQ"]
     sampled = 50_000 * made.sampling.steps * known["denoise"]["float32"]["LSQ+TDQ"]
+    sampling = known["sampling"]
+    sample_gb = sampling["memory_gb"]["LSQ+TDQ"] * made.sampling.batch / sampling["batch"]
+    train_gb = known["memory_gb"]["bfloat16"]["LSQ+TDQ"]
     assert found == card.CardCost(
-        name, "bfloat16", trained, sampled, known["memory_gb"]["bfloat16"]["LSQ+TDQ"], True
+        name, "bfloat16", trained, sampled, train_gb, True, sample_gb=sample_gb
     )
-    assert name in cost.on_card(found) and "bfloat16, images" in cost.on_card(found)
+    line = cost.on_card(found)
+    assert name in line and "bfloat16, images" in line
+    assert f"at most {train_gb:.0f} GB training and {sample_gb:.0f} GB sampling" in line
+
+
+def test_a_decoder_may_take_more_memory_than_sampling():
+    made = jobs.build(
+        compose(["+experiment=ldm_w4a4_lsq_tdq", "model.weights=random", "sampler.batch=10"]),
+        source=False,
+    )
+    ((_, networks),) = assets.read_yaml(assets.configs() / "cards.yaml").items()
+    decode = networks["ldm_churches"]["sampling"]["decode_gb"]
+    assert card.estimate(made, 0.0, 50_000).sample_gb == decode > 0
 
 
 def test_what_is_done_costs_nothing():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import cost
@@ -49,3 +51,15 @@ def test_what_is_measured_is_kept_as_it_was_counted(tmp_path, monkeypatch):
     work = made.fit.work(made.model, net, made.sampling.steps)
     assert found.parameters == sum(p.numel() for p in net.parameters())
     assert found.fit_seconds == work.forward_passes and found.fit_text == work.text
+
+
+def test_the_time_is_that_of_float32_products():
+    """As images are sampled; left alone, a GPU computes convolutions in TF32."""
+    seen = []
+
+    def work():
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return torch.zeros(1)
+
+    cost._seconds(work)
+    assert seen == [False] * 4 and torch.backends.cudnn.allow_tf32
