@@ -23,19 +23,21 @@ from tdq_exp.quant.quantizer import Quantizer
 class Coded:
     """A quantized tensor: x_hat = s (codes - z).
 
-    A NaN has no code. On a CPU, s is NaN where x holds one, and so is all that comes of it.
+    A NaN has no code. Where x holds one s is NaN, or on a GPU `broken`, and so is all that comes of it.
 
     Args:
         codes: uint8, or int8 on a GPU; samples along the first axis.
         s: step size, a number or one for each sample, `[B]`; a table, with t.
         z: zero point of these bytes, likewise; None is 0.
         t: on a GPU, the time step to read in tables, of one element.
+        broken: on a GPU, 0 or NaN, of one element: what products add to s.
     """
 
     codes: Tensor
     s: float | Tensor
     z: int | Tensor | None
     t: Tensor | None = None
+    broken: Tensor | None = None
 
 
 class ByteSource(nn.Module):

@@ -88,7 +88,7 @@ class GpuLayer(nn.Module):
         """Return the output in a type; int32 is the exact sum in brackets."""
         codes = dense(x.codes) if self.conv else x.codes.contiguous()  # rows of channels
         return kernel.product(
-            codes, self.codes, x.s, x.z, x.t, self.w_scale, self.w_sum, self.rest,
+            codes, self.codes, x.s, x.z, x.t, x.broken, self.w_scale, self.w_sum, self.rest,
             self.bias, self.window, dtype, list(self.tile),
         )  # fmt: skip
 
@@ -123,8 +123,10 @@ class GpuCoder(Tables, ByteSource):
     def forward(self, x: Tensor) -> Coded:
         """Return the bytes of x at the current time step."""
         x, t = dense(kernels.readable(x)), self._time(x)
-        codes = kernel.codes(x, self.step_sizes, self.zero_points, t, self.n, self.p, self.shift)
-        return Coded(codes, self.step_sizes, self.bytes_of_zero, t)
+        codes, broken = kernel.codes(
+            x, self.step_sizes, self.zero_points, t, self.n, self.p, self.shift
+        )
+        return Coded(codes, self.step_sizes, self.bytes_of_zero, t, broken)
 
     def of_norm(self, x: Tensor, norm: nn.GroupNorm, silu: bool) -> Coded:
         """Return the bytes of a group norm's output, or of SiLU of it; `[B, C, H, W]`."""
@@ -132,11 +134,11 @@ class GpuCoder(Tables, ByteSource):
             y = norm(x)
             return self(F.silu(y) if silu else y)
         x, t = dense(kernels.readable(x)), self._time(x)
-        codes = kernel.norm_codes(
+        codes, broken = kernel.norm_codes(
             x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu,
             self.step_sizes, self.zero_points, t, self.n, self.p, self.shift,
         )  # fmt: skip
-        return Coded(codes, self.step_sizes, self.bytes_of_zero, t)
+        return Coded(codes, self.step_sizes, self.bytes_of_zero, t, broken)
 
 
 class GpuDynamicCoder(ByteSource):
@@ -160,8 +162,8 @@ class GpuDynamicCoder(ByteSource):
         axes = tuple(range(1 if self.per_sample else 0, x.dim()))
         low, high = (bound.float().reshape(-1) for bound in (x.amin(axes), x.amax(axes)))
         s, z = ops.affine_range(low, high, self.n, self.p)
-        codes = kernel.codes(x, s, z, None, self.n, self.p, self.shift)
-        return Coded(codes, s, None if self.shift is None else z + self.shift)
+        codes, broken = kernel.codes(x, s, z, None, self.n, self.p, self.shift)
+        return Coded(codes, s, None if self.shift is None else z + self.shift, broken=broken)
 
     def of_norm(self, x: Tensor, norm: nn.GroupNorm, silu: bool) -> Coded:
         """Return the same as `GpuCoder.of_norm`: the range is known after the norm."""

@@ -16,8 +16,8 @@ whose products would not be exact there stay simulated, too (see `products`): th
 with 8-bit weights. On a GPU the layers and coders are those of `gpu`, and grouped convolutions stay
 simulated. A network runs on the device that it is on when its layers are chosen.
 
-A NaN has no code. On a CPU the step size of a tensor that holds one is NaN, and so is the network's
-answer, for the whole batch, as that of the simulated network is; a GPU's kernels make it a code.
+A NaN has no code. The step size of a tensor that holds one is NaN, and so is the network's answer,
+for the whole batch; that of the simulated network is NaN, too, at least where the input was.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class Case:
         tensors = (
             codes, rows.to(torch.int8).contiguous(), steps,
             None if zero == "none" else zeros.float(), torch.tensor(T) if count == STEPS else None,
-            scale, rows.sum(1, dtype=torch.int32), rest.int() if affine else None, bias,
+            torch.zeros(1), scale, rows.sum(1, dtype=torch.int32), rest.int() if affine else None, bias,
         )  # fmt: skip
         self.arguments = [None if v is None else v.to(device) for v in tensors]
 
@@ -139,6 +139,17 @@ def test_without_a_zero_point_of_the_weights_the_border_is_still_the_byte_of_zer
 
 
 @devices
+def test_a_broken_tensor_gives_no_number(device):
+    case = Case("linear", "sample", True, device)
+    sums = case.by_kernel(torch.int32, tile(device))
+    case.arguments[5].fill_(torch.nan)
+    assert bool(case.by_kernel(torch.float32, tile(device)).isnan().all())
+    plain = integer_operators.product(*case.arguments, case.window, torch.float32, tile(device))
+    assert bool(plain.isnan().all())
+    assert torch.equal(case.by_kernel(torch.int32, tile(device)), sums)
+
+
+@devices
 def test_the_largest_sum_fits(device):
     shape, most = (1, integer_operators.MOST_PRODUCTS), torch.int8
     codes = torch.full(shape, 127, dtype=most, device=device)
@@ -151,7 +162,9 @@ def test_the_largest_sum_fits(device):
 
     y = torch.empty(1, 1, dtype=torch.int32, device=device)
     wide = (16, 16, 1024, 4, 1) if device == "cpu" else integer_operators.TILES[0]
-    triton_integer.product(codes, weight, one, zero, None, one, w_sum, rest, None, [], y, wide)
+    triton_integer.product(
+        codes, weight, one, zero, None, None, one, w_sum, rest, None, [], y, wide
+    )
     assert int(y) == -255 * 255 * integer_operators.MOST_PRODUCTS
 
 
@@ -180,9 +193,18 @@ def test_bytes_are_the_quantizers_codes(source, shift, device):
     q = ((x / step).round() + zero).clamp(0, p).nan_to_num(0)
     stored = q - zero if shift is None else q + shift
     arguments = [None if v is None else v.to(device) for v in (x, s, z, t)]
-    found = triton_integer.codes(*arguments, 0, p, shift)
+    found, broken = triton_integer.codes(*arguments, 0, p, shift)
     assert found.dtype == torch.int8 and torch.equal(found.cpu().float(), stored)
-    assert torch.equal(integer_operators.codes(x, s, z, t, 0, p, shift).float(), stored)
+    plain, also = integer_operators.codes(x, s, z, t, 0, p, shift)
+    assert torch.equal(plain.float(), stored)
+    assert broken.shape == also.shape == (1,) and bool(broken.isnan()) and bool(also.isnan())
+
+    # Infinities are numbers; a step size that is none leaves no number.
+    arguments[0][0, 0, 0] = 0.0
+    for changed, expected in ((arguments[1], False), (arguments[1] * torch.nan, True)):
+        of = (arguments[0], changed, *arguments[2:], 0, p, shift)
+        for call in (triton_integer.codes, integer_operators.codes):
+            assert bool(call(*of)[1].isnan()) is expected
 
 
 @devices
@@ -204,14 +226,18 @@ def test_a_norm_gives_the_codes_of_its_output(shape, groups, device):
         y = F.group_norm(x.double(), groups, weight.double(), bias.double(), 1e-6)
         v = (F.silu(y) if silu else y) / s[T].double() + z[T]
         arguments = [v.to(device) for v in (x, weight, bias)]
-        found = triton_integer.norm_codes(
-            *arguments, groups, 1e-6, silu, *(v.to(device) for v in (s, z, t)), 0, p, -128
-        )
+        of_table = (*(v.to(device) for v in (s, z, t)), 0, p, -128)
+        found, broken = triton_integer.norm_codes(*arguments, groups, 1e-6, silu, *of_table)
+        assert float(broken) == 0
         assert found.is_contiguous(memory_format=torch.channels_last)
         codes, expected = found.cpu().double() + 128, v.round().clamp(0, p)
         border = ((v - v.floor()) - 0.5).abs() < 1e-2
         assert torch.equal(codes[~border], expected[~border])
         assert ((codes - expected).abs() <= 1).all()
+
+    arguments[0][-1, 0, -1, -1] = torch.nan
+    for call in (triton_integer.norm_codes, integer_operators.norm_codes):
+        assert bool(call(*arguments, groups, 1e-6, silu, *of_table)[1].isnan())
 
 
 @devices
@@ -227,7 +253,7 @@ def test_bytes_of_bfloat16_are_those_of_the_same_numbers(device):
         (triton_integer.codes, of_table, 0),
         (triton_integer.norm_codes, (*norm, *of_table), 1),  # a GPU may add in another order
     ):
-        found, expected = (call(v, *arguments).int() for v in (x, x.float()))
+        found, expected = (call(v, *arguments)[0].int() for v in (x, x.float()))
         apart = (found - expected).abs()
         assert int(apart.max()) <= most and float(apart.float().mean()) < 0.01
 
@@ -240,7 +266,7 @@ def test_a_repeated_norm_gives_the_same_bytes(device):
     x = images_last(torch.randn(1, 64, 8, 9, generator=generator)).to(device)
     s, z = torch.tensor([0.01], device=device), torch.tensor([100.0], device=device)
     norm = (torch.ones(64, device=device), torch.zeros(64, device=device), 4, 1e-6, True)
-    runs = [triton_integer.norm_codes(x, *norm, s, z, None, 0, 255, -128) for _ in range(2)]
+    runs = [triton_integer.norm_codes(x, *norm, s, z, None, 0, 255, -128)[0] for _ in range(2)]
     assert torch.equal(*runs)
 
 
@@ -268,8 +294,10 @@ def test_functions_and_operators_call_the_kernels(device, monkeypatch):
     ]
     found = [(call(*arguments), operator(*arguments)) for call, operator, arguments in calls]
     monkeypatch.setattr(integer_operators, "by_triton", lambda x: False)
-    for (direct, operated), (call, _, arguments) in zip(found, calls, strict=True):
-        assert torch.equal(direct, operated) and torch.equal(direct, call(*arguments))
+    for both, (call, _, arguments) in zip(found, calls, strict=True):
+        answers = [one if isinstance(one, tuple) else (one,) for one in (*both, call(*arguments))]
+        for direct, operated, plain in zip(*answers, strict=True):
+            assert torch.equal(direct, operated) and torch.equal(direct, plain)
 
 
 @devices
@@ -315,10 +343,11 @@ def test_operators_know_shapes_types_and_layouts_without_memory():
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
         fake_x = mode.from_tensor(x)
-        for found in (
+        for found, broken in (
             integer_operators.codes(fake_x, s, z, None, 0, p, -128),
             integer_operators.norm_codes(fake_x, *norm, s, z, None, 0, p, -128),
         ):
+            assert (broken.shape, broken.dtype) == ((1,), torch.float32)
             assert (found.shape, found.dtype, found.stride()) == (x.shape, torch.int8, x.stride())
 
 
@@ -335,13 +364,13 @@ def test_the_compiler_makes_products_of_bytes_of_it(capability, product, tmp_pat
     kernel = triton_integer._product
     rows, outs, channels, warps, stages = integer_operators.TILES[0]
     constants = {
-        "KERNEL_Y": 3, "KERNEL_X": 3, "S_STEP": 1, "Z_STEP": 1, "TABLE": True, "HAS_Z": True,
-        "AFFINE": True, "HAS_BIAS": True, "SUMS": False, "ROWS": rows, "OUTS": outs,
+        "KERNEL_Y": 3, "KERNEL_X": 3, "S_STEP": 1, "Z_STEP": 1, "TABLE": True, "CHECKED": True,
+        "HAS_Z": True, "AFFINE": True, "HAS_BIAS": True, "SUMS": False, "ROWS": rows, "OUTS": outs,
         "CHANNELS": channels,
     }  # fmt: skip
     pointers = {
         "codes": "*i8", "weight": "*i8", "y": "*bf16", "s": "*fp32", "z": "*fp32", "t": "*i64",
-        "w_scale": "*fp32", "w_sum": "*i32", "rest": "*i32", "bias": "*fp32",
+        "broken": "*fp32", "w_scale": "*fp32", "w_sum": "*i32", "rest": "*i32", "bias": "*fp32",
     }  # fmt: skip
     names = kernel.arg_names
     types = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
@@ -358,6 +387,32 @@ def test_the_compiler_makes_products_of_bytes_of_it(capability, product, tmp_pat
     assert "cp.async.cg.shared.global" in made.asm["ptx"]
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has taken the compiler's place")
+def test_the_compiler_takes_the_kernels_of_bytes(tmp_path, monkeypatch):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tdq_exp.quant.kernels import triton_integer
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {
+        "S_STEP": 1, "Z_STEP": 1, "TABLE": True, "CENTRED": False, "SILU": True,
+        "PIXELS": triton_integer.PIXELS, "BLOCK": triton_integer.NORM_CHANNELS,
+    }  # fmt: skip
+    floats = dict.fromkeys(("n", "p", "shift"), "fp32")
+    pointers = {"y": "*i8", "t": "*i64"} | dict.fromkeys(
+        ("x", "s", "z", "broken", "moments", "weight", "bias"), "*fp32"
+    )
+    for kernel in (triton_integer._codes, triton_integer._norm_codes):
+        names = kernel.arg_names
+        fixed = {name: value for name, value in constants.items() if name in names}
+        types = {n: "constexpr" if n in fixed else (pointers | floats).get(n, "i32") for n in names}
+        source = ASTSource(kernel, types, {(names.index(n),): v for n, v in fixed.items()})
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        assert "st.global" in made.asm["ptx"] and "atom" not in made.asm["ptx"]
+
+
 @pytest.mark.gpu
 def test_many_pixels_and_channels_in_every_type():
     generator = torch.Generator().manual_seed(1)
@@ -369,7 +424,7 @@ def test_many_pixels_and_channels_in_every_type():
     one = torch.ones(1, device="cuda")
     scale = torch.full((130,), 1e-4, device="cuda")
     images = images_last(codes.to(torch.int8)).cuda()
-    rest = (images, rows, one, None, None, scale, rows.sum(1, dtype=torch.int32), None, None)
+    rest = (images, rows, one, None, None, None, scale, rows.sum(1, dtype=torch.int32), None, None)
     for one_tile in (*integer_operators.TILES, ()):
         found = integer_operators.product(*rest, window, torch.int32, list(one_tile))
         assert torch.equal(found.double(), sums)
@@ -398,7 +453,7 @@ def test_every_tile_is_exact_with_zero_points(zero, channels):
     one, scale = torch.ones(1, device="cuda"), torch.ones(130, device="cuda")
     z = None if zero == "none" else zeros.float()
     arguments = (
-        images_last(codes.to(torch.int8)), rows, one, z, t, scale,
+        images_last(codes.to(torch.int8)), rows, one, z, t, None, scale,
         rows.sum(1, dtype=torch.int32), rest.int(), None, [3, 3, 1, 1, 1, 1, 1, 1], torch.int32,
     )  # fmt: skip
     for one_tile in (*integer_operators.TILES, ()):

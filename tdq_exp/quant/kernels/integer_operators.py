@@ -61,16 +61,18 @@ def by_triton(x: Tensor) -> bool:
 
 def _codes(
     x: Tensor, s: Tensor, z: Tensor, t: Tensor | None, n: int, p: int, shift: int | None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     if by_triton(x):
         from tdq_exp.quant.kernels import triton_integer
 
         return triton_integer.codes(x, s, z, t, n, p, shift)
 
     s, zero = (_entry(value, t, x.dim()) for value in (s, z))
-    v = (x.float() / s).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
+    v = x.float() / s
+    broken = torch.zeros(1).masked_fill_(v.isnan().any(), torch.nan).to(x.device)
+    v.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
     found = torch.minimum(torch.maximum(v, n - zero), p - zero).round_()
-    return (found if shift is None else found + (zero + shift)).to(torch.int8)
+    return (found if shift is None else found + (zero + shift)).to(torch.int8), broken
 
 
 def _norm_codes(
@@ -86,14 +88,14 @@ def _norm_codes(
     n: int,
     p: int,
     shift: int | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     if by_triton(x):
         from tdq_exp.quant.kernels import triton_integer
 
         return triton_integer.norm_codes(x, weight, bias, groups, eps, silu, s, z, t, n, p, shift)
     y = F.group_norm(x.float(), groups, weight, bias, eps)
-    found = _codes(F.silu(y) if silu else y, s, z, t, n, p, shift)
-    return found.contiguous(memory_format=torch.channels_last)
+    found, broken = _codes(F.silu(y) if silu else y, s, z, t, n, p, shift)
+    return found.contiguous(memory_format=torch.channels_last), broken
 
 
 def _product(
@@ -102,6 +104,7 @@ def _product(
     s: Tensor,
     z: Tensor | None,
     t: Tensor | None,
+    broken: Tensor | None,
     w_scale: Tensor,
     w_sum: Tensor,
     rest: Tensor | None,
@@ -115,7 +118,7 @@ def _product(
         from tdq_exp.quant.kernels import triton_integer
 
         return triton_integer.product(
-            codes, weight, s, z, t, w_scale, w_sum, rest, bias, window, y,
+            codes, weight, s, z, t, broken, w_scale, w_sum, rest, bias, window, y,
             tile or default_tile(y.numel() // len(weight), len(weight)),
         )  # fmt: skip
 
@@ -134,7 +137,8 @@ def _product(
         total = F.linear(x, w)
     if dtype == torch.int32:
         return y.copy_(total)
-    value = total.float() * (_entry(s, t, x.dim()) * w_scale.reshape(channels))
+    step = _entry(s, t, x.dim()) if broken is None else _entry(s, t, x.dim()) + broken
+    value = total.float() * (step * w_scale.reshape(channels))
     return y.copy_(value if bias is None else value + bias.reshape(channels))
 
 
@@ -174,13 +178,14 @@ product_operator = torch.library.custom_op("tdq_exp::integer_product", _product,
 
 
 @codes_operator.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, dtype=torch.int8)
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.int8), x.new_empty(1, dtype=torch.float32)
 
 
 @norm_codes_operator.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, dtype=torch.int8, memory_format=torch.channels_last)
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.channels_last)
+    return codes, x.new_empty(1, dtype=torch.float32)
 
 
 @product_operator.register_fake
@@ -189,13 +194,13 @@ def _(codes: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
     return like_output(codes, len(weight), window, dtype)
 
 
-def codes(x: Tensor, *arguments: Any) -> Tensor:
-    """Return bytes of x; arguments as `triton_integer.codes`."""
+def codes(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return bytes of x, and whether it holds a NaN; arguments as `triton_integer.codes`."""
     return (codes_operator if traced(x) else _codes)(x, *arguments)
 
 
-def norm_codes(x: Tensor, *arguments: Any) -> Tensor:
-    """Return bytes of a group norm of x; arguments as `triton_integer.norm_codes`."""
+def norm_codes(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return the same of a group norm of x; arguments as `triton_integer.norm_codes`."""
     return (norm_codes_operator if traced(x) else _norm_codes)(x, *arguments)
 
 

@@ -13,6 +13,10 @@ in the same kernel; q_w are signed bytes, `rest` is what is left of affine weigh
 convolution is a matrix product whose rows are gathered while they are read (an implicit GEMM); what
 lies beyond the border is the byte of zero, which only in the first case is 0.
 
+A NaN has no code. A kernel that meets one stores NaN in `broken`, one number for the whole tensor that
+is 0 else; products add it to s, so all that comes of the tensor is NaN. Every program that stores
+there stores the same, so nothing depends on their order.
+
 As in `triton`, s and z are read from tables at a time step that is on the GPU, nothing waits for
 the GPU, sums have a fixed order, and the same functions run under `TRITON_INTERPRET=1`.
 """
@@ -47,9 +51,17 @@ def _byte(value, step, zero, n, p, shift, CENTRED: tl.constexpr):
     return found.to(tl.int8)
 
 
-@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["s", "z", "t"])
+@triton.jit
+def _note_nans(value, step, broken):
+    """Store NaN in `broken` if a number or its step size is one."""
+    either = value + step  # no step size is infinite
+    count = tl.sum((either != either).to(tl.int32))
+    tl.store(broken, float("nan"), mask=count > 0)
+
+
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["s", "z", "t", "broken"])
 def _codes(
-    x, y, s, z, t,
+    x, y, s, z, t, broken,
     width, blocks, n, p, shift,
     S_STEP: tl.constexpr, Z_STEP: tl.constexpr, TABLE: tl.constexpr, CENTRED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -69,6 +81,7 @@ def _codes(
     zero = tl.load(z + entry * Z_STEP).to(tl.float32)
 
     value = tl.load(x + at, mask, 0.0).to(tl.float32)
+    _note_nans(value, step, broken)
     tl.store(y + at, _byte(value, step, zero, n, p, shift, CENTRED), mask)
 
 
@@ -146,10 +159,10 @@ def _norm_finish(
 
 @triton.jit(
     do_not_specialize=["pixels", "blocks", "groups"],
-    do_not_specialize_on_alignment=["s", "z", "t", "moments"],
+    do_not_specialize_on_alignment=["s", "z", "t", "moments", "broken"],
 )
 def _norm_codes(
-    x, y, moments, weight, bias, s, z, t,
+    x, y, moments, weight, bias, s, z, t, broken,
     pixels, blocks, channels, groups, n, p, shift,
     SILU: tl.constexpr, S_STEP: tl.constexpr, Z_STEP: tl.constexpr, TABLE: tl.constexpr,
     CENTRED: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
@@ -179,6 +192,7 @@ def _norm_codes(
         entry = sample
     step = tl.load(s + entry * S_STEP).to(tl.float32)
     zero = tl.load(z + entry * Z_STEP).to(tl.float32)
+    _note_nans(tl.where(mask, value, 0.0), step, broken)
     tl.store(y + at, _byte(value, step, zero, n, p, shift, CENTRED), mask)
 
 
@@ -187,14 +201,14 @@ def _norm_codes(
         "rows", "height", "width", "out_height", "out_width",
         "stride_y", "stride_x", "pad_y", "pad_x", "dilation_y", "dilation_x",
     ],
-    do_not_specialize_on_alignment=["s", "z", "t"],
+    do_not_specialize_on_alignment=["s", "z", "t", "broken"],
 )  # fmt: skip
 def _product(
-    codes, weight, y, s, z, t, w_scale, w_sum, rest, bias,
+    codes, weight, y, s, z, t, broken, w_scale, w_sum, rest, bias,
     rows, outs, channels, height, width, out_height, out_width,
     stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x,
     KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr,
-    S_STEP: tl.constexpr, Z_STEP: tl.constexpr, TABLE: tl.constexpr,
+    S_STEP: tl.constexpr, Z_STEP: tl.constexpr, TABLE: tl.constexpr, CHECKED: tl.constexpr,
     HAS_Z: tl.constexpr, AFFINE: tl.constexpr, HAS_BIAS: tl.constexpr, SUMS: tl.constexpr,
     ROWS: tl.constexpr, OUTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -222,6 +236,8 @@ def _product(
     else:
         entry = tl.where(within, sample, 0)
     step = tl.load(s + entry * S_STEP).to(tl.float32)
+    if CHECKED:
+        step += tl.load(broken)
     if HAS_Z:
         zero = tl.load(z + entry * Z_STEP).to(tl.int32)
 
@@ -269,8 +285,8 @@ def _product(
 
 def codes(
     x: Tensor, s: Tensor, z: Tensor, t: Tensor | None, n: int, p: int, shift: int | None
-) -> Tensor:
-    """Return bytes of x, int8, in its layout.
+) -> tuple[Tensor, Tensor]:
+    """Return bytes of x, int8, in its layout, and `broken`, `[1]`: NaN if x holds one, else 0.
 
     Args:
         x: float32 or bfloat16; samples along the first axis, and their numbers one after another.
@@ -283,20 +299,23 @@ def codes(
     rows = len(x) if t is None and (_step(s) or _step(z)) else 1
     width = x.numel() // rows
     blocks = -(-width // FORWARD_BLOCK)
+    broken = torch.zeros(1, dtype=torch.float32, device=x.device)
     with _on_device(x):
         _codes[(rows * blocks,)](
-            x, y, s, z, s if t is None else t,
+            x, y, s, z, s if t is None else t, broken,
             width, blocks, float(n), float(p), float(shift or 0),
             _step(s), _step(z), t is not None, shift is None, FORWARD_BLOCK,
         )  # fmt: skip
-    return y
+    return y, broken
 
 
 def norm_codes(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool,
     s: Tensor, z: Tensor, t: Tensor | None, n: int, p: int, shift: int | None,
-) -> Tensor:  # fmt: skip
-    """Return bytes of a group norm's output, or of SiLU of it: int8, channels-last, of x's shape.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return bytes of a group norm's output, or of SiLU of it, and `broken`, as `codes` does.
+
+    The bytes are int8, channels-last, of x's shape.
 
     Args:
         x: float32 or bfloat16 `[B, C, H, W]`, channels-last.
@@ -310,6 +329,7 @@ def norm_codes(
     partial = torch.empty(2 * batch * chunks * channels, dtype=torch.float32, device=x.device)
     moments = torch.empty(2 * batch * groups, dtype=torch.float32, device=x.device)
     tiles = (batch * chunks, -(-channels // NORM_CHANNELS))
+    broken = torch.zeros(1, dtype=torch.float32, device=x.device)
 
     with _on_device(x):
         _norm_sums[tiles](x, partial, pixels, chunks, channels, PIXELS, NORM_CHANNELS)
@@ -317,16 +337,16 @@ def norm_codes(
             partial, moments, pixels, chunks, channels, groups, eps, PIXELS, FINISH_BLOCK
         )
         _norm_codes[tiles](
-            x, y, moments, weight, bias, s, z, s if t is None else t,
+            x, y, moments, weight, bias, s, z, s if t is None else t, broken,
             pixels, chunks, channels, groups, float(n), float(p), float(shift or 0),
             silu, _step(s), _step(z), t is not None, shift is None, PIXELS, NORM_CHANNELS,
         )  # fmt: skip
-    return y
+    return y, broken
 
 
 def product(
     codes: Tensor, weight: Tensor, s: Tensor, z: Tensor | None, t: Tensor | None,
-    w_scale: Tensor, w_sum: Tensor, rest: Tensor | None, bias: Tensor | None,
+    broken: Tensor | None, w_scale: Tensor, w_sum: Tensor, rest: Tensor | None, bias: Tensor | None,
     window: Sequence[int], y: Tensor, tile: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """Write the output of a convolution or a linear layer, and return it; see the module.
@@ -336,7 +356,7 @@ def product(
         weight: int8, `[out, K]`, K running over the window's rows, its columns, and the channels.
         s: as in `codes`.
         z: the byte of zero, likewise; None is 0.
-        t: see `codes`.
+        t, broken: see `codes`; sums themselves are not changed.
         w_scale: step sizes of the weights, `[out]`, float32.
         w_sum: sum of each output's weights, `[out]`, int32.
         rest: of affine weights, `[out]`, int32; None is 0.
@@ -362,10 +382,10 @@ def product(
     with _on_device(codes):
         _product[(programs,)](
             codes, weight, y, s, s if z is None else z, s if t is None else t,
-            w_scale, w_sum, w_sum if rest is None else rest, w_scale if bias is None else bias,
+            s if broken is None else broken, w_scale, w_sum, w_sum if rest is None else rest, w_scale if bias is None else bias,
             rows, outs, channels, height, width, out_height, out_width, *geometry[2:],
             geometry[0], geometry[1],
-            _step(s), _step(z), t is not None,
+            _step(s), _step(z), t is not None, broken is not None,
             z is not None, rest is not None, bias is not None, y.dtype == torch.int32,
             block, out_block, channel_block, num_warps=warps, num_stages=stages,
         )  # fmt: skip
