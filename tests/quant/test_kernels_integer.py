@@ -150,6 +150,14 @@ def test_a_broken_tensor_gives_no_number(device):
 
 
 @devices
+def test_a_product_at_a_time_step_that_tables_do_not_hold_gives_no_number(device):
+    for outside in (-1, STEPS):
+        case = Case("linear", "table", True, device)
+        case.arguments[4].fill_(outside)
+        assert bool(case.by_kernel(torch.float32, tile(device)).isnan().all())
+
+
+@devices
 def test_the_largest_sum_fits(device):
     shape, most = (1, integer_operators.MOST_PRODUCTS), torch.int8
     codes = torch.full(shape, 127, dtype=most, device=device)
@@ -198,6 +206,14 @@ def test_bytes_are_the_quantizers_codes(source, shift, device):
     plain, also = integer_operators.codes(x, s, z, t, 0, p, shift)
     assert torch.equal(plain.float(), stored)
     assert broken.shape == also.shape == (1,) and bool(broken.isnan()) and bool(also.isnan())
+
+    # Nothing on a GPU can refuse a time step: one that they do not hold leaves no number.
+    if t is not None:
+        for outside in (-1, STEPS):
+            there = torch.tensor(outside, device=device)
+            finite = arguments[0].nan_to_num()
+            of = (finite, *arguments[1:3], there, 0, p, shift)
+            assert bool(triton_integer.codes(*of)[1].isnan())
 
     # Infinities are numbers; a step size that is none leaves no number.
     arguments[0][0, 0, 0] = 0.0

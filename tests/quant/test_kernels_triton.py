@@ -128,6 +128,19 @@ def test_s_and_z_are_read_from_tables(z, device):
         triton.forward_at(x, s, zeros, t, N, P), triton.forward(x, s[3], entry, N, P)
     )
 
+    # Nothing on a GPU can refuse a time step: one that they do not hold gives no number.
+    for outside in (-1, 10):
+        t = torch.tensor(outside, device=device)
+        assert bool(triton.forward_at(x, s, zeros, t, N, P).isnan().all())
+
+
+@devices
+def test_one_step_size_is_that_of_every_time_step(device):
+    triton = triton_kernels()
+    x, t = sample("a block and one number", device, torch.float32), torch.tensor(3, device=device)
+    s = torch.tensor([0.3], device=device)
+    assert torch.equal(triton.forward_at(x, s, None, t, N, P), triton.forward(x, s, None, N, P))
+
 
 @devices
 def test_rounding_is_half_to_even_and_division_exact(device):

@@ -48,6 +48,17 @@ def _clip(v, low, high):
 
 
 @triton.jit
+def _entry(t, steps):
+    """Return (where tables of so many steps hold time t, what to add to the step size there).
+
+    Nothing here can refuse a t that they do not hold: 0 is added, or NaN.
+    """
+    entry = tl.load(t).to(tl.int64)
+    known = (entry >= 0) & (entry < steps)
+    return tl.where(known, entry, 0), tl.where(known, 0.0, float("nan"))
+
+
+@triton.jit
 def _zero_point(z, index, HAS_Z: tl.constexpr):
     if HAS_Z:
         return tl.load(z + index).to(tl.float32)
@@ -55,16 +66,17 @@ def _zero_point(z, index, HAS_Z: tl.constexpr):
         return 0.0
 
 
-@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["s", "z", "t"])
+@triton.jit(do_not_specialize=["blocks", "steps"], do_not_specialize_on_alignment=["s", "z", "t"])
 def _forward(
     x, u, x_hat, s, z, t,
-    width, blocks, n, p,
+    width, blocks, steps, n, p,
     S_STEP: tl.constexpr, Z_STEP: tl.constexpr, HAS_Z: tl.constexpr, NOISE: tl.constexpr,
     TABLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store x_hat of one block of one row.
 
-    S_STEP and Z_STEP are 1 where each row has its own s or z, or, with TABLE, each time step.
+    S_STEP and Z_STEP are 1 where each row has its own s or z, or, with TABLE, each time step;
+    there are `steps` of them.
     """
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64)
@@ -73,10 +85,11 @@ def _forward(
     at = row * width + column
 
     if TABLE:
-        entry = tl.load(t).to(tl.int64)
+        entry, missing = _entry(t, steps)
+        step = tl.load(s + entry * S_STEP).to(tl.float32) + missing
     else:
         entry = row
-    step = tl.load(s + entry * S_STEP).to(tl.float32)
+        step = tl.load(s + entry * S_STEP).to(tl.float32)
     zero = _zero_point(z, entry * Z_STEP, HAS_Z)
     low = n - zero
     high = p - zero
@@ -190,6 +203,12 @@ def _step(value: Tensor | None) -> int:
     return int(value is not None and value.numel() > 1)
 
 
+def _steps(s: Tensor, z: Tensor | None) -> int:
+    """Return how many time steps a pair of tables holds: any, if both have one entry."""
+    longest = max(s.numel(), 1 if z is None else z.numel())
+    return longest if longest > 1 else 2**31 - 1
+
+
 def _rows(x: Tensor, s: Tensor, z: Tensor | None) -> tuple[int, int]:
     """Return (rows, width); a tensor with one s and one z is a single row."""
     rows = len(x) if _step(s) or _step(z) else 1
@@ -226,7 +245,7 @@ def forward(
     with _on_device(x):
         _forward[(rows * blocks,)](
             x, x if noise is None else noise, x_hat, s, s if z is None else z, s,
-            width, blocks, float(n), float(p),
+            width, blocks, _steps(s, z), float(n), float(p),
             _step(s), _step(z), z is not None, noise is not None, False, FORWARD_BLOCK,
         )  # fmt: skip
     return x_hat
@@ -245,7 +264,7 @@ def forward_at(
 
     Args:
         s, z: `[T]` or `[1]`, float32; z = None is 0.
-        t: 0-dim, integer, on x's device. The rest as in `forward`.
+        t: 0-dim, integer, on x's device; x_hat is NaN if the tables do not hold it. The rest as in `forward`.
     """
     s, z = s.contiguous(), None if z is None else z.contiguous()
     x_hat = torch.empty_like(x, dtype=dtype)
@@ -253,7 +272,7 @@ def forward_at(
     with _on_device(x):
         _forward[(blocks,)](
             x, x, x_hat, s, s if z is None else z, t,
-            x.numel(), blocks, float(n), float(p),
+            x.numel(), blocks, _steps(s, z), float(n), float(p),
             _step(s), _step(z), z is not None, False, True, FORWARD_BLOCK,
         )  # fmt: skip
     return x_hat

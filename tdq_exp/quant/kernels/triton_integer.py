@@ -31,7 +31,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tdq_exp.quant.kernels.triton import FORWARD_BLOCK, _clip, _on_device, _round, _step
+from tdq_exp.quant.kernels.triton import (
+    FORWARD_BLOCK,
+    _clip,
+    _entry,
+    _on_device,
+    _round,
+    _step,
+    _steps,
+)
 
 PIXELS = 32  # of a norm: the partial sums of so many pixels are one pair
 NORM_CHANNELS = 64  # channels of a program of a norm
@@ -59,10 +67,13 @@ def _note_nans(value, step, broken):
     tl.store(broken, float("nan"), mask=count > 0)
 
 
-@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["s", "z", "t", "broken"])
+@triton.jit(
+    do_not_specialize=["blocks", "steps"],
+    do_not_specialize_on_alignment=["s", "z", "t", "broken"],
+)
 def _codes(
     x, y, s, z, t, broken,
-    width, blocks, n, p, shift,
+    width, blocks, steps, n, p, shift,
     S_STEP: tl.constexpr, Z_STEP: tl.constexpr, TABLE: tl.constexpr, CENTRED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -74,10 +85,11 @@ def _codes(
     at = row * width + column
 
     if TABLE:
-        entry = tl.load(t).to(tl.int64)
+        entry, missing = _entry(t, steps)
+        step = tl.load(s + entry * S_STEP).to(tl.float32) + missing
     else:
         entry = row
-    step = tl.load(s + entry * S_STEP).to(tl.float32)
+        step = tl.load(s + entry * S_STEP).to(tl.float32)
     zero = tl.load(z + entry * Z_STEP).to(tl.float32)
 
     value = tl.load(x + at, mask, 0.0).to(tl.float32)
@@ -158,12 +170,12 @@ def _norm_finish(
 
 
 @triton.jit(
-    do_not_specialize=["pixels", "blocks", "groups"],
+    do_not_specialize=["pixels", "blocks", "groups", "steps"],
     do_not_specialize_on_alignment=["s", "z", "t", "moments", "broken"],
 )
 def _norm_codes(
     x, y, moments, weight, bias, s, z, t, broken,
-    pixels, blocks, channels, groups, n, p, shift,
+    pixels, blocks, channels, groups, steps, n, p, shift,
     SILU: tl.constexpr, S_STEP: tl.constexpr, Z_STEP: tl.constexpr, TABLE: tl.constexpr,
     CENTRED: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -187,10 +199,11 @@ def _norm_codes(
         value = value / (1.0 + tl.exp(-value))
 
     if TABLE:
-        entry = tl.load(t).to(tl.int64)
+        entry, missing = _entry(t, steps)
+        step = tl.load(s + entry * S_STEP).to(tl.float32) + missing
     else:
         entry = sample
-    step = tl.load(s + entry * S_STEP).to(tl.float32)
+        step = tl.load(s + entry * S_STEP).to(tl.float32)
     zero = tl.load(z + entry * Z_STEP).to(tl.float32)
     _note_nans(tl.where(mask, value, 0.0), step, broken)
     tl.store(y + at, _byte(value, step, zero, n, p, shift, CENTRED), mask)
@@ -199,14 +212,14 @@ def _norm_codes(
 @triton.jit(
     do_not_specialize=[
         "rows", "height", "width", "out_height", "out_width",
-        "stride_y", "stride_x", "pad_y", "pad_x", "dilation_y", "dilation_x",
+        "stride_y", "stride_x", "pad_y", "pad_x", "dilation_y", "dilation_x", "steps",
     ],
     do_not_specialize_on_alignment=["s", "z", "t", "broken"],
 )  # fmt: skip
 def _product(
     codes, weight, y, s, z, t, broken, w_scale, w_sum, rest, bias,
     rows, outs, channels, height, width, out_height, out_width,
-    stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x,
+    stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x, steps,
     KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr,
     S_STEP: tl.constexpr, Z_STEP: tl.constexpr, TABLE: tl.constexpr, CHECKED: tl.constexpr,
     HAS_Z: tl.constexpr, AFFINE: tl.constexpr, HAS_BIAS: tl.constexpr, SUMS: tl.constexpr,
@@ -232,10 +245,12 @@ def _product(
     image = sample * height * width
 
     if TABLE:
-        entry = tl.zeros([ROWS], tl.int64) + tl.load(t).to(tl.int64)
+        one, missing = _entry(t, steps)
+        entry = tl.zeros([ROWS], tl.int64) + one
+        step = tl.load(s + entry * S_STEP).to(tl.float32) + missing
     else:
         entry = tl.where(within, sample, 0)
-    step = tl.load(s + entry * S_STEP).to(tl.float32)
+        step = tl.load(s + entry * S_STEP).to(tl.float32)
     if CHECKED:
         step += tl.load(broken)
     if HAS_Z:
@@ -303,7 +318,7 @@ def codes(
     with _on_device(x):
         _codes[(rows * blocks,)](
             x, y, s, z, s if t is None else t, broken,
-            width, blocks, float(n), float(p), float(shift or 0),
+            width, blocks, _steps(s, z), float(n), float(p), float(shift or 0),
             _step(s), _step(z), t is not None, shift is None, FORWARD_BLOCK,
         )  # fmt: skip
     return y, broken
@@ -338,7 +353,7 @@ def norm_codes(
         )
         _norm_codes[tiles](
             x, y, moments, weight, bias, s, z, s if t is None else t, broken,
-            pixels, chunks, channels, groups, float(n), float(p), float(shift or 0),
+            pixels, chunks, channels, groups, _steps(s, z), float(n), float(p), float(shift or 0),
             silu, _step(s), _step(z), t is not None, shift is None, PIXELS, NORM_CHANNELS,
         )  # fmt: skip
     return y, broken
@@ -384,7 +399,7 @@ def product(
             codes, weight, y, s, s if z is None else z, s if t is None else t,
             s if broken is None else broken, w_scale, w_sum, w_sum if rest is None else rest, w_scale if bias is None else bias,
             rows, outs, channels, height, width, out_height, out_width, *geometry[2:],
-            geometry[0], geometry[1],
+            _steps(s, z), geometry[0], geometry[1],
             _step(s), _step(z), t is not None, broken is not None,
             z is not None, rest is not None, bias is not None, y.dtype == torch.int32,
             block, out_block, channel_block, num_warps=warps, num_stages=stages,
