@@ -60,8 +60,8 @@ def write(folder: Path, hours: bool) -> None:
 
 CARDS = """\
 # Measured on GPUs: seconds of one image in a training step and in a denoising step, memory of the
-# training and of sampling in GB, for plans (`plan_only=true`). `scripts/bench/gpu.py --report` writes
-# this file.
+# training and of sampling in GB, for plans (`plan_only=true`). Written by
+# `scripts/bench/gpu.py --report`.
 """
 
 

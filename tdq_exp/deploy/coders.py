@@ -23,7 +23,7 @@ from tdq_exp.quant.quantizer import Quantizer
 class Coded:
     """A quantized tensor: x_hat = s (codes - z).
 
-    A NaN has no code. Where x holds one s is NaN, or on a GPU `broken`, and so is all that comes of it.
+    A NaN has no code. Where x holds one s is NaN, or `broken` on a GPU, and so is what comes of it.
 
     Args:
         codes: uint8, or int8 on a GPU; samples along the first axis.

@@ -1,8 +1,9 @@
 """What a run would take on a GPU that was measured before: hours and memory, for plans.
 
 `configs/cards.yaml` holds the seconds of one image on a card, for the two networks of the paper,
-and the memory of a training and of sampling in the batches that were measured. Of another network they are scaled by the multiplications of a forward pass; nothing is said of small
-ones, which a card does not fill.
+and the memory of a training and of sampling in the batches that were measured. Of another network
+they are scaled by the multiplications of a forward pass; nothing is said of small ones, which a
+card does not fill.
 """
 
 from __future__ import annotations

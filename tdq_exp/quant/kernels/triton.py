@@ -59,6 +59,18 @@ def _entry(t, steps):
 
 
 @triton.jit
+def _place(s, t, row, steps, S_STEP: tl.constexpr, TABLE: tl.constexpr):
+    """Return (where s and z of a row are, its step size); with TABLE they are those of time t."""
+    if TABLE:
+        entry, missing = _entry(t, steps)
+        step = tl.load(s + entry * S_STEP).to(tl.float32) + missing
+    else:
+        entry = row
+        step = tl.load(s + entry * S_STEP).to(tl.float32)
+    return entry, step
+
+
+@triton.jit
 def _zero_point(z, index, HAS_Z: tl.constexpr):
     if HAS_Z:
         return tl.load(z + index).to(tl.float32)
@@ -84,12 +96,7 @@ def _forward(
     mask = column < width
     at = row * width + column
 
-    if TABLE:
-        entry, missing = _entry(t, steps)
-        step = tl.load(s + entry * S_STEP).to(tl.float32) + missing
-    else:
-        entry = row
-        step = tl.load(s + entry * S_STEP).to(tl.float32)
+    entry, step = _place(s, t, row, steps, S_STEP, TABLE)
     zero = _zero_point(z, entry * Z_STEP, HAS_Z)
     low = n - zero
     high = p - zero
@@ -264,7 +271,8 @@ def forward_at(
 
     Args:
         s, z: `[T]` or `[1]`, float32; z = None is 0.
-        t: 0-dim, integer, on x's device; x_hat is NaN if the tables do not hold it. The rest as in `forward`.
+        t: 0-dim, integer, on x's device; x_hat is NaN if the tables do not hold it. The rest as in
+            `forward`.
     """
     s, z = s.contiguous(), None if z is None else z.contiguous()
     x_hat = torch.empty_like(x, dtype=dtype)

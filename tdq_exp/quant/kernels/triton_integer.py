@@ -13,9 +13,9 @@ in the same kernel; q_w are signed bytes, `rest` is what is left of affine weigh
 convolution is a matrix product whose rows are gathered while they are read (an implicit GEMM); what
 lies beyond the border is the byte of zero, which only in the first case is 0.
 
-A NaN has no code. A kernel that meets one stores NaN in `broken`, one number for the whole tensor that
-is 0 else; products add it to s, so all that comes of the tensor is NaN. Every program that stores
-there stores the same, so nothing depends on their order.
+A NaN has no code. A kernel that meets one stores NaN in `broken`, one number for the whole tensor,
+which is 0 else; products add it to s, so all that comes of the tensor is NaN. Every program that
+stores there stores the same, so nothing depends on their order.
 
 As in `triton`, s and z are read from tables at a time step that is on the GPU, nothing waits for
 the GPU, sums have a fixed order, and the same functions run under `TRITON_INTERPRET=1`.
@@ -36,6 +36,7 @@ from tdq_exp.quant.kernels.triton import (
     _clip,
     _entry,
     _on_device,
+    _place,
     _round,
     _step,
     _steps,
@@ -84,12 +85,7 @@ def _codes(
     mask = column < width
     at = row * width + column
 
-    if TABLE:
-        entry, missing = _entry(t, steps)
-        step = tl.load(s + entry * S_STEP).to(tl.float32) + missing
-    else:
-        entry = row
-        step = tl.load(s + entry * S_STEP).to(tl.float32)
+    entry, step = _place(s, t, row, steps, S_STEP, TABLE)
     zero = tl.load(z + entry * Z_STEP).to(tl.float32)
 
     value = tl.load(x + at, mask, 0.0).to(tl.float32)
@@ -198,12 +194,7 @@ def _norm_codes(
     if SILU:
         value = value / (1.0 + tl.exp(-value))
 
-    if TABLE:
-        entry, missing = _entry(t, steps)
-        step = tl.load(s + entry * S_STEP).to(tl.float32) + missing
-    else:
-        entry = sample
-        step = tl.load(s + entry * S_STEP).to(tl.float32)
+    entry, step = _place(s, t, sample, steps, S_STEP, TABLE)
     zero = tl.load(z + entry * Z_STEP).to(tl.float32)
     _note_nans(tl.where(mask, value, 0.0), step, broken)
     tl.store(y + at, _byte(value, step, zero, n, p, shift, CENTRED), mask)
@@ -397,7 +388,8 @@ def product(
     with _on_device(codes):
         _product[(programs,)](
             codes, weight, y, s, s if z is None else z, s if t is None else t,
-            s if broken is None else broken, w_scale, w_sum, w_sum if rest is None else rest, w_scale if bias is None else bias,
+            s if broken is None else broken, w_scale, w_sum, w_sum if rest is None else rest,
+            w_scale if bias is None else bias,
             rows, outs, channels, height, width, out_height, out_width, *geometry[2:],
             _steps(s, z), geometry[0], geometry[1],
             _step(s), _step(z), t is not None, broken is not None,
