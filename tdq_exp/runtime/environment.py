@@ -155,8 +155,9 @@ def out_of_memory_in_one_line(work: Callable[P, T]) -> Callable[P, T]:
             if isinstance(error, RuntimeError) and not any(sign in message for sign in NO_MEMORY):
                 raise
             raise OSError(
-                "out of memory: lower fit.batch_size, fit.validation_samples, sampler.batch or"
-                f" eval.batch ({(str(error).splitlines() or ['no message'])[0]})"
+                "out of memory: raise launcher.micro_batches or take launcher.recompute=true, which"
+                " train as before in less; or lower fit.batch_size, fit.validation_samples,"
+                f" sampler.batch or eval.batch ({(str(error).splitlines() or ['no message'])[0]})"
             ) from error
 
     return wrapped
@@ -166,6 +167,13 @@ def peak_memory_gb() -> float:
     """Return the largest resident size of this process so far, GB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+
+
+def peak_gpu_memory() -> dict[str, float]:
+    """Return the most memory that torch held of a GPU so far, GB, by name; nothing without one."""
+    if not torch.cuda.is_available():
+        return {}
+    return {"peak_gpu_memory_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2)}
 
 
 def cpu_multiplies_bfloat16() -> bool:

@@ -38,7 +38,8 @@ class LauncherOptions:
     recompute: bool = setting(
         False,
         help="training: compute activations again in the backward pass, to save memory; the same"
-        " gradients, in about a third more time",
+        " gradients, in about a third more time (with dropout or NIPQ's noise several times as"
+        " long on a GPU, whose generator's state can't be read while steps are recorded)",
     )
     compile: bool = setting(
         False,

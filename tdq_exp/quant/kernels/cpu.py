@@ -184,8 +184,10 @@ def dense(x: Tensor) -> Tensor:
 
 
 def like(x: Tensor, other: Tensor) -> Tensor:
-    """Return `other` in the layout of x."""
-    return other if other.stride() == x.stride() else torch.empty_like(x).copy_(other)
+    """Return `other` in the layout of x, and in its own type."""
+    if other.stride() == x.stride():
+        return other
+    return torch.empty_like(x, dtype=other.dtype).copy_(other)
 
 
 def _address(x: Tensor | None) -> int | None:
