@@ -35,7 +35,7 @@ def batches_ahead(
             yield make(update)
         return
 
-    # A copy from pinned memory keeps its turn among the GPU's work, and the host does not wait for it.
+    # A copy from pinned memory takes its turn on the GPU, and the host does not wait for it.
     def pinned(update: int) -> Batch:
         return tuple(tensor.pin_memory() for tensor in make(update))
 

@@ -171,6 +171,8 @@ def peak_memory_gb() -> float:
 
 def peak_gpu_memory() -> dict[str, float]:
     """Return the most memory that torch held of a GPU so far, GB, by name; nothing without one."""
+    import torch
+
     if not torch.cuda.is_available():
         return {}
     return {"peak_gpu_memory_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2)}
