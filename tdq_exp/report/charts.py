@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from tdq_exp.report.paired_rank import Group
 from tdq_exp.runtime.figures import save_figure, svg_text
 
 ACROSS = 3  # panels of training curves side by side
+_WIDTHS = re.compile(r"_(w\d+a\d+)_(.+)")
+_IN_TABLE_1 = re.compile(r"_w\d+a\d+_(lsq|pact|nipq)(_tdq)?_release$")
 
 
 @dataclass(frozen=True)
@@ -200,35 +202,62 @@ def training_svg(curves: Mapping[str, Sequence[Sequence[float]]], name: str) -> 
     """Return validation losses as an SVG element: a panel for each pair of widths.
 
     Args:
-        curves: run -> [update, loss] of each validation.
+        curves: run -> [update, loss] of each validation; of many runs `headline` keeps a few.
         name: unique on the page.
     """
     panels: dict[str, dict[str, Sequence[Sequence[float]]]] = {}
     for run, curve in curves.items():
-        widths = re.search(r"_(w\d+a\d+)_(.+)", run)
-        bits, label = (widths[1], widths[2]) if widths else ("float", run)
+        widths = _WIDTHS.search(run)
+        bits, label = (widths[1], widths[2]) if widths else ("float", "float")
         panels.setdefault(bits, {})[label] = curve
 
-    # A few panels a line, so that a phone shows one of them in letters that can be read.
-    across = min(len(panels), ACROSS)
-    down = -(-len(panels) // ACROSS)
-    figure = Figure(figsize=(3.6 * across + 0.4, 3.4 * down), dpi=100, layout="constrained")
+    # A few panels a line, so that a phone shows one of them in letters that can be read. A run
+    # looks the same in every panel, and the legend is below them all.
+    labels = list(dict.fromkeys(label for runs in panels.values() for label in runs))
+    styles = {label: style(number) for number, label in enumerate(labels)}
+    across, down = min(len(panels), ACROSS), -(-len(panels) // ACROSS)
+    legend = 0.25 * -(-len(labels) // across)
+    size = (3.6 * across + 0.4, 3.2 * down + legend)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).ravel()
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
 
+    handles = {}
     for axis, (bits, runs) in zip(axes[: len(panels)], panels.items(), strict=True):
-        for number, (label, curve) in enumerate(runs.items()):
+        for label, curve in runs.items():
             updates, losses = zip(*curve, strict=True)
-            axis.plot(updates, losses, ms=3, lw=1, label=label, **style(number))
+            (handles[label],) = axis.plot(updates, losses, ms=3, lw=1, **styles[label])
 
         axis.set_title(bits.upper(), fontsize=9)
         axis.set_xlabel("updates", fontsize=SMALL)
         axis.set_ylabel("validation loss", fontsize=SMALL)
         axis.tick_params(labelsize=TINY)
         axis.grid(color=GREY, alpha=0.2)
-        axis.legend(fontsize=TINY, frameon=False)
+    _legend_below(figure, handles, across)
     return svg_text(figure, name)
+
+
+def headline(runs: Iterable[str]) -> list[str]:
+    """Return the runs whose curves are drawn: the methods of Table 1, one training seed of each.
+
+    All of them where none is in that table, and those without bits in their name.
+    """
+    runs = list(runs)
+    in_table = [run for run in runs if _IN_TABLE_1.search(run) or not _WIDTHS.search(run)]
+    return in_table if any(_IN_TABLE_1.search(run) for run in in_table) else runs
+
+
+def _legend_below(figure: Figure, handles: Mapping[str, Any], across: int) -> None:
+    """Put one legend below all panels, as many names a line as there are panels."""
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=across,
+        fontsize=TINY,
+        frameon=False,
+    )
 
 
 def paired_svg(groups: Sequence[Group], name: str) -> str:
@@ -239,17 +268,21 @@ def paired_svg(groups: Sequence[Group], name: str) -> str:
         name: unique on the page.
     """
     count = len(groups)
-    figure = Figure(figsize=(4.4 * count + 0.4, 3.6), dpi=100, layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)[0]
     methods = sorted({point.method for group in groups for point in group.points})
     styles = {method: style(number) for number, method in enumerate(methods)}
+    names_across = 2 * count
+    height = 3.6 + 0.2 * -(-len(methods) // names_across)
+    figure = Figure(figsize=(4.4 * count + 0.4, height), dpi=100, layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    handles = {}
 
     for axis, group in zip(axes, groups, strict=True):
         for method in methods:
             points = [point for point in group.points if point.method == method]
             if points:
                 x, y = [p.relative_l2 for p in points], [p.distance for p in points]
-                axis.plot(x, y, label=method, **{**styles[method], "ls": "none", "ms": 5})
+                look = {**styles[method], "ls": "none", "ms": 5}
+                (handles[method],) = axis.plot(x, y, **look)
 
         axis.set(xscale="log", yscale="log")
         for ticks in (axis.xaxis, axis.yaxis):
@@ -260,5 +293,5 @@ def paired_svg(groups: Sequence[Group], name: str) -> str:
         axis.set_ylabel(f"Frechet distance ({group.features} features)", fontsize=SMALL)
         axis.tick_params(labelsize=TINY, which="both")
         axis.grid(color=GREY, alpha=0.2)
-        axis.legend(fontsize=TINY, frameon=False)
+    _legend_below(figure, handles, names_across)
     return svg_text(figure, name)

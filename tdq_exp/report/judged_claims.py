@@ -54,6 +54,7 @@ class Claim:
         theirs: lines that it is compared with.
         at: choices of both sides, a comparison each.
         shared: choices of every line.
+        scales: at which it is judged; empty for all.
 
     Raises:
         ValueError: for an unknown rule.
@@ -67,6 +68,7 @@ class Claim:
     theirs: Sequence[Choices]
     at: Sequence[Choices]
     shared: Choices
+    scales: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -83,6 +85,7 @@ class Comparison:
     ours: Sequence[Cell]
     theirs: Sequence[Cell]
     float_model: Sequence[Cell]
+    fitted: tuple[str, ...] = ()  # overrides of the fit, where it is not that of the protocol
     over_seeds: float = 0.0  # see `spread.over_training_seeds`
 
     @property
@@ -160,24 +163,25 @@ def judge(claims: Iterable[Claim], scale: str, out: Path) -> list[Judged]:
             ],
         )
         for claim in claims
+        if not claim.scales or scale in claim.scales
     ]
     _require_protocols(of_claims)
 
-    # What other seeds change is known of few lines, and taken over for all of a column.
+    # What other seeds change is known of few lines, and taken over for all of a column; where lines
+    # are fitted in another way, it is at least what it is in the protocol's.
     everywhere = [comparison for _, comparisons in of_claims for comparison in comparisons]
-    over_seeds = {
-        column: over_training_seeds(
+
+    def over_seeds(of: Comparison) -> float:
+        return over_training_seeds(
             side
-            for comparison in everywhere
-            if comparison.column == column
-            for side in (comparison.ours, comparison.theirs)
+            for one in everywhere
+            if one.column == of.column and one.fitted in ((), of.fitted)
+            for side in (one.ours, one.theirs)
         )
-        for column in {comparison.column for comparison in everywhere}
-    }
 
     judged = []
     for claim, comparisons in of_claims:
-        known = [dataclasses.replace(c, over_seeds=over_seeds[c.column]) for c in comparisons]
+        known = [dataclasses.replace(one, over_seeds=over_seeds(one)) for one in comparisons]
         judged.append(Judged(claim, known, _verdicts(claim, known)))
     return judged
 
@@ -210,8 +214,9 @@ def _comparisons(claim: Claim, scale: str, column: str, at: Choices, out: Path) 
         """Return the cells of a line that have a row."""
         is_float = choices.get("method") == "fp"
         content = {**({} if is_float else {**claim.shared, **at}), **choices}
-        if is_float and "overrides" in at:
-            content["overrides"] = at["overrides"]
+        if is_float:  # it is sampled in the same way, and not fitted
+            of_sampling = [o for o in at.get("overrides", ()) if o.startswith("sampler.")]
+            content["overrides"] = of_sampling
 
         line = line_of({"label": "", **content})
         command = {"model": models[scale]["model"], **line.choices}
@@ -236,6 +241,7 @@ def _comparisons(claim: Claim, scale: str, column: str, at: Choices, out: Path) 
             ours=ours,
             theirs=float_model if theirs.get("method") == "fp" else cells(theirs),
             float_model=float_model,
+            fitted=tuple(o for o in at.get("overrides", ()) if o.startswith("fit.")),
         )
         for theirs in claim.theirs
     ]
@@ -295,7 +301,8 @@ def markdown(judged: Sequence[Judged], scale: str, out: Path) -> str:
         "Two distances differ if they are further apart than the spread: the largest range over"
         " seeds of either line and of the float model's sampling, or four deviations of"
         " half-sampling; a line with one training seed is taken to vary by as much of its mean as"
-        " the column's widest line with several. A tie can't tell which is smaller, nor, where the"
+        " the column's widest line with several that is trained by the protocol, or as this one is."
+        " A tie can't tell which is smaller, nor, where the"
         " spread is more than a quarter of the distance, that nothing is lost. The rules are those"
         " of `configs/claims.yaml`.",
     ]

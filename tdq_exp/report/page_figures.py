@@ -232,14 +232,17 @@ def training_lines(out: Path, scale: str, refusals: Refusals) -> Iterator[str]:
     """Yield a picture of the validation losses of each model's trained runs."""
     for model, curves in sorted(training_curves(out, scale, refusals).items()):
         title = f"{model}: validation loss over updates"
-        last = ", ".join(f"{run} {curve[-1][1]:.4f}" for run, curve in curves.items())
-        svg = charts.training_svg(curves, f"training-{model}")
+        drawn = {run: curves[run] for run in charts.headline(curves)}
+        last = ", ".join(f"{run} {curve[-1][1]:.4f}" for run, curve in drawn.items())
+        svg = charts.training_svg(drawn, f"training-{model}")
+        others = len(curves) - len(drawn)
+        left_out = f" The methods of Table 1; {others} other runs are not drawn." if others else ""
         yield f"<figure><h4>{escape(title)}</h4>"
         yield scroll_region(f"{title}, drawing", accessible(svg, f"{title}. Last losses: {last}"))
         yield (
             "<figcaption>Loss of the noise prediction on held-out images, of the averaged"
-            " weights: a panel for each pair of bits (W, A). Numbers: <code>facts.validation</code>"
-            " of <code>runs/NAME/seed0/fit.json</code>.</figcaption></figure>"
+            f" weights: a panel for each pair of bits (W, A).{left_out} Numbers:"
+            " <code>facts.validation</code> of <code>runs/NAME/seed0/fit.json</code>.</figcaption></figure>"
         )
 
 

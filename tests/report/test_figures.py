@@ -24,6 +24,7 @@ from tdq_exp.commands import report as report_command
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
 from tdq_exp.report import (
+    charts,
     drawings,
     figure_manifest,
     figure_numbers,
@@ -535,3 +536,17 @@ def test_a_damaged_picture_is_not_whole(tmp_path):
         file.unlink()
         os.mkfifo(file)
         assert not figures.is_whole(file)
+
+
+def test_of_many_runs_the_curves_of_table_1_are_drawn():
+    """A panel of forty curves has a legend and no room for them."""
+    runs = [f"m_w4a4_{name}" for name in ("lsq_release", "pact_tdq_release", "lsq", "lsq_edge8")]
+    runs += ["m_w3a3_lsq_release seed 1", "m_w3a3_nipq_release", "m_fp"]
+    drawn = charts.headline(runs)
+    assert drawn == [
+        "m_w4a4_lsq_release", "m_w4a4_pact_tdq_release", "m_w3a3_nipq_release", "m_fp",
+    ]  # fmt: skip
+    assert charts.headline(["m_w4a4_lsq", "m_fp"]) == ["m_w4a4_lsq", "m_fp"]
+
+    svg = charts.training_svg({run: [[1, 0.5], [2, 0.4]] for run in drawn}, "curves")
+    assert svg.count("lsq_release") == 1, "one legend for all panels"
