@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/python -m tdq_exp.run
 TABLES = table1 table2 table3 table4 table5 table6 table7 table8 table9 table10
 FIGURES = figure2 figure3 figure8 figure9 grids layers length encoding
 
-.PHONY: help demo test lint $(TABLES) $(FIGURES) figures claims render status report paper verify freeze-rows faults bench bench-cost bench-integer bench-gpu house clean
+.PHONY: help demo test lint $(TABLES) $(FIGURES) figures claims render rebuilt status report paper verify freeze-rows faults bench bench-cost bench-integer bench-gpu house clean
 
 help:
 	@echo "make demo                    set up, then digits W4A4 LSQ+TDQ from float model to picture (minutes, CPU)"
@@ -19,7 +19,8 @@ help:
 	@echo "                             one column of any: TABLE_ARGS='--column ldm' (or ddim)"
 	@echo "make status SCALE=small      every cell: done, running, failed, stale, missing, and the time left"
 	@echo "make claims SCALE=small      what the paper's claims come to, from the rows that are there"
-	@echo "make render SCALE=small      all tables, figures and claims again, from rows and numbers (half a minute)"
+	@echo "make render SCALE=small      all tables, figures and claims again, from rows and numbers (a minute)"
+	@echo "make rebuilt                 the tables of small and digits again, and refuse any difference"
 	@echo "make paper SCALE=small       everything: runs what has no row, in the order of the tables, then renders"
 	@echo "make bench-cost              what the lines of Table 7 cost -> results/bench/cost.json"
 	@echo "make figure3 SCALE=digits    a figure: measure it if it was not, train what is missing for it, draw"
@@ -59,6 +60,12 @@ claims status: $(VENV)/installed
 
 render: $(VENV)/installed
 	$(VENV)/bin/python -m tdq_exp render --scale $(SCALE)
+
+# Every committed table and claim again, of rows alone; a difference is shown, and an error.
+rebuilt: $(VENV)/installed
+	$(VENV)/bin/python -m tdq_exp render --scale digits > /dev/null
+	$(VENV)/bin/python -m tdq_exp render --scale small > /dev/null
+	git diff --exit-code -- results/tables
 
 # One table after the other, then the figures, then what they say, on one page. What fails keeps
 # nothing from being done after it, unless a signal ended it; the exit code is that of the last.

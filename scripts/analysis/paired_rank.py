@@ -20,7 +20,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results")
     options = parser.parse_args()
 
-    groups = paired_rank.groups_of(page_rows.read_rows(options.out))
+    rows = list(page_rows.read_rows(options.out))
+    groups = paired_rank.groups_of(rows)
     measured = {
         group.name: {
             "rows": len(group.points),
@@ -32,7 +33,8 @@ def main() -> None:
         for group in groups
     }
     stem = options.out / "analysis" / "paired_rank"
-    pages.report(stem, {"groups": measured}, pages.about(), paired_rank.markdown(groups))
+    lines = paired_rank.markdown(groups, paired_rank.left_out(rows))
+    pages.report(stem, {"groups": measured}, pages.about(), lines)
 
 
 if __name__ == "__main__":

@@ -323,6 +323,11 @@ def _notes(
         f" {short} short ({SHORT}: fewer images than the experiment asks for, no gap)."
     )
 
+    if older := sum(_lacks_what_rows_have(cell) for cell in filled):
+        notes.append(
+            f"Rows measured without half-sampling, or without precision and recall: {older}."
+        )
+
     if filled:
         notes.append("Gaps are to the float model's mean in our own column.")
         notes.append(time_note(filled))
@@ -361,3 +366,9 @@ def _of_single_seeds(columns: Sequence[FilledColumn]) -> str:
         " A line with one training seed is taken to vary by as much of its mean as the column's"
         f" widest line with several: {', '.join(known)}."
     )
+
+
+def _lacks_what_rows_have(cell: Cell) -> bool:
+    """Return whether a row is older than the numbers that measuring adds to every row today."""
+    row = cell.row or {}
+    return not row.get("half_sampling") or not row.get("precision_recall")

@@ -242,7 +242,8 @@ def training_lines(out: Path, scale: str, refusals: Refusals) -> Iterator[str]:
         yield (
             "<figcaption>Loss of the noise prediction on held-out images, of the averaged"
             f" weights: a panel for each pair of bits (W, A).{left_out} Numbers:"
-            " <code>facts.validation</code> of <code>runs/NAME/seed0/fit.json</code>.</figcaption></figure>"
+            " <code>facts.validation</code> of <code>runs/NAME/seed0/fit.json</code>.</figcaption>"
+            "</figure>"
         )
 
 

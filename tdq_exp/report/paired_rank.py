@@ -123,6 +123,11 @@ def groups_of(rows: Iterable[Mapping[str, Any]]) -> list[Group]:
     ]
 
 
+def left_out(rows: Iterable[Mapping[str, Any]]) -> int:
+    """Return how many rows of quantized networks state no paired distance: they are older."""
+    return sum(row.get("paired") is None for row in rows if row["config"]["method"]["quantized"])
+
+
 def _point(row: Mapping[str, Any]) -> Point:
     config, paired = row["config"], row["paired"]
     labels = (config["method"]["label"], config["tdq"]["label"])
@@ -215,8 +220,13 @@ def summary(groups: Sequence[Group]) -> list[list[str]]:
     ]
 
 
-def markdown(groups: Sequence[Group]) -> list[str]:
-    """Return the lines of a page: the correlations, then every row."""
+def markdown(groups: Sequence[Group], others: int = 0) -> list[str]:
+    """Return the lines of a page: the correlations, then every row.
+
+    Args:
+        groups: of rows.
+        others: see `left_out`.
+    """
     lines = ["# Paired distance beside the Frechet distance", ""]
     if not groups:
         return [*lines, "No row states its paired distance yet."]
@@ -228,6 +238,8 @@ def markdown(groups: Sequence[Group]) -> list[str]:
         "",
         *markdown_lines(HEADERS, summary(groups)),
     ]
+    if others:
+        lines += ["", f"Rows without a paired distance, not among these: {others}."]
     for group in groups:
         rows = [
             [p.run, f"{p.distance:.2f}", f"{p.relative_l2:.4f}", _text(p.psnr, none="equal")]
