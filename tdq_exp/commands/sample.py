@@ -89,11 +89,6 @@ def draw(options: argparse.Namespace) -> None:
     _require_ranges(options)
 
     # 1. What can be refused before anything is loaded.
-    for name in ("images", "batch"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name}={value}: must be at least 1")
-
     if options.out.exists() and any(options.out.iterdir()):
         raise ValueError(f"--out={options.out}: is not empty; name another folder")
 

@@ -1,1 +1,1 @@
-"""What runs after a fit: integer execution. Nothing of it is imported unless it is used."""
+"""What runs after a fit: packed files, integers, ONNX. Nothing is imported unless it is used."""

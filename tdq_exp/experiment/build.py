@@ -1,4 +1,4 @@
-"""An experiment as objects. Beyond this module nothing knows Hydra.
+"""An experiment as objects. What computes knows nothing of Hydra.
 
 Building decides everything that can be wrong before anything is computed: unknown options of a
 `_target_`, a data folder that isn't there, step sizes that a weight can't have.

@@ -19,7 +19,7 @@ from tdq_exp.config import records
 from tdq_exp.config.naming import FIT_RECORD
 from tdq_exp.runtime import files
 from tdq_exp.runtime.failures import AnotherResultError
-from tdq_exp.runtime.stage import as_recorded, differences
+from tdq_exp.runtime.stage import as_recorded, differences, listed
 
 AS_FIT = "config_as_fit"  # key of a row in its file: the groups that the fit's record holds alike
 OF_THE_SET = ("sampler", "eval")  # groups in which sets of one fit differ: a row holds its own
@@ -222,9 +222,9 @@ class RowRecord:
                 for group in ("eval", "data")
                 for change in differences(then.get(group), now.get(group), group)
             ]
-            listed = "; ".join(changed[:4]) or "other images, or other weights of the features"
+            what = listed(changed) or "other images, or other weights of the features"
             raise AnotherResultError(
-                f"{self.file} holds a row of another measurement ({listed}): set"
+                f"{self.file} holds a row of another measurement ({what}): set"
                 " sampler.label=NAME to keep both, or move it away"
             )
 

@@ -1,7 +1,8 @@
 """What a fit is: the protocol of `Load`, `Pretrain`, `Qat` and `Ptq`.
 
 A stage asks a fit what it needs and what it depends on, and runs it; it never asks which one it is.
-A new fit is one such class, its options, and one line in the registry.
+A new fit is one such class and its options, a line for each in the registry, and a file of
+`configs/fit`.
 """
 
 from __future__ import annotations

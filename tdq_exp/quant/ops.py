@@ -312,6 +312,6 @@ def add_quantization_noise(
         noise: u, of x's shape, in [-1/2, 1/2].
 
     References:
-        Park et al., *NIPQ*, CVPR 2023, eq. (5)-(7).
+        Shin et al., *NIPQ*, CVPR 2023, eq. (5)-(7).
     """
     return _fake_quantize(x, s, z, n, p, 1.0, "noise", noise)

@@ -8,7 +8,7 @@ refused, with the difference.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -132,6 +132,12 @@ def as_recorded(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+def listed(changes: Sequence[str], most: int = 4) -> str:
+    """Return changes for a line of text, the first few of many."""
+    rest = f"; and {len(changes) - most} more" if len(changes) > most else ""
+    return "; ".join(changes[:most]) + rest
+
+
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
     """Return `key: old -> new` for every leaf in which two nested values differ."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -179,10 +185,8 @@ def check_same(
         if isinstance(old[name], str) and old[name] != new[name] and before != now:
             old[name], new[name] = before, now
 
-    changed = differences(old, new)
-    listed = "; ".join(changed[:4])
-    listed += f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
+    changed = listed(differences(old, new))
     raise AnotherResultError(
-        f"{path.parent} holds a result of another configuration ({listed}): set {keep}=NAME to keep"
-        " both, or move it away"
+        f"{path.parent} holds a result of another configuration ({changed}): set {keep}=NAME to"
+        " keep both, or move it away"
     )

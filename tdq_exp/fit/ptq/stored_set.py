@@ -134,9 +134,8 @@ def require_parts(folder: Path, parts: Mapping[str, Any]) -> None:
     if about["fingerprint"] == files.fingerprint(parts):
         return
 
-    changed = stage.differences(about["parts"], parts)
-    rest = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
+    changed = stage.listed(stage.differences(about["parts"], parts))
     raise ValueError(
-        f"{folder}: a calibration set of other parts ({'; '.join(changed[:4])}{rest});"
+        f"{folder}: a calibration set of other parts ({changed});"
         " leave calibration.path out to make one"
     )
