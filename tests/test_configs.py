@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 from hydra.core.config_store import ConfigStore
@@ -21,6 +23,7 @@ from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment.options import SamplerOptions
 from tdq_exp.models import Ddpm, Pndm
 from tdq_exp.report import manifest as manifests
+from tests.experiment import committed
 
 ROOT = assets.configs().parent
 DOCUMENTED = experiments.documented()
@@ -185,13 +188,28 @@ def test_a_documented_experiment_is_the_choices_of_its_name(name):
     assert by_file == by_name
 
 
+def _commands_of_rows():
+    """Name of a run -> the commands of its committed rows, as words."""
+    found = defaultdict(list)
+    for run, listed in committed.listed().items():
+        rows = (row for of_set in listed["samples"].values() for row in of_set.values())
+        found[run.partition("/")[0]] += [shlex.split(row["command"]) for row in rows]
+    return found
+
+
+COMMANDS = _commands_of_rows()
 NAMES = sorted({*TABLE_1[::8], *TABLE_2[::8], *ROWS})
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_name_of_a_row_is_an_experiment(name):
     choices = experiments.choices_of(name)
-    assert naming.fit_name(compose(choices)) == name
+
+    # What a committed row's command composes to is compared with its record (test_committed_rows).
+    if commands := COMMANDS.get(name):
+        assert all(set(choices) <= set(command) for command in commands)
+    else:
+        assert naming.fit_name(compose(choices)) == name
 
     # What Hydra reads as `+experiment=NAME` are these choices and nothing else.
     if name not in DOCUMENTED:
