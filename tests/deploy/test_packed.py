@@ -136,6 +136,7 @@ def test_the_commands_pack_and_draw(run, tmp_path, inside, monkeypatch):
     )
 
 
-def test_the_packing_command_starts_as_a_process(tmp_path, command):
-    done = command("nowhere", verb="pack")
-    assert done.returncode == 2 and "nowhere" in done.stderr and done.stderr.count("\n") == 1
+def test_a_command_starts_as_a_process_and_packing_refuses_what_is_not_there(command, inside):
+    for start, verb in ((command, "verify"), (inside, "pack")):  # the first needs no torch
+        done = start("nowhere", verb=verb)
+        assert done.returncode == 2 and "nowhere" in done.stderr and done.stderr.count("\n") == 1

@@ -94,11 +94,16 @@ def by_single_operations(
 @pytest.mark.parametrize("name", SHAPES)
 def test_values_and_gradients_are_those_of_single_operations(name, kind, device):
     triton = triton_kernels()
+
+    # The interpreter takes a tenth of a second for each: all pairs of the first two shapes, of any
+    # other one s and one for each row, with one of the three z in turn.
+    place = list(SHAPES).index(name)
+    first, step = (0, 1) if device != "cpu" or place < 2 else (place % 3, 3)
     for dtype in types(device):
         x = kernels.dense(sample(name, device, dtype))
         g = kernels.like(x, sample(name, device, dtype, seed=3))
         u = noise_for(x, kind)
-        for s, z in parameters(x):
+        for s, z in parameters(x)[first::step]:
             x_hat = triton.forward(x, s, z, N, P, u)
             found = triton.backward(g, x, s, z, N, P, SCALE, kind, u)
             wanted = by_single_operations(x, s, z, kind, u, g)
