@@ -22,6 +22,7 @@ from tdq_exp.report import cells as cells_module
 from tdq_exp.report import charts, columns, text_tables
 from tdq_exp.report import manifest as manifests
 from tdq_exp.report.cells import Cell
+from tdq_exp.report.column_notes import options_of
 from tdq_exp.report.contents import require_given
 from tdq_exp.report.costs import read_costs
 from tdq_exp.report.manifest import Manifest
@@ -216,11 +217,14 @@ def draw(manifest: Manifest, scale: str, cells: Sequence[Cell], folder: Path) ->
         of_column = [cell for cell in cells if cell.column == name]
         methods, floor = columns.over_bits(manifest, of_column)
         if methods:
-            title = f"{columns.model_label(of_column)}, weights at {manifest.plot_weight_bits} bits"
+            title = (
+                f"{columns.model_label(of_column)}, weights at {manifest.plot_weight_bits} bits,"
+                f" plan {options_of(of_column, 'plan')}"
+            )
             panels.append(charts.Panel(title, columns.distance_name(of_column), methods, floor))
     if not panels:
         return []
 
     path = folder / f"{manifest.name}-{scale}.png"
-    charts.distance_over_bits(panels, path, manifest.title)
+    charts.distance_over_bits(panels, path, f"{manifest.title}, scale {scale}")
     return [path]

@@ -23,6 +23,7 @@ from tdq_exp.report.axes import (
     finish,
     side_by_side,
     style,
+    with_missing,
 )
 from tdq_exp.report.paired_rank import Group
 from tdq_exp.runtime.figures import save_figure, svg_text
@@ -116,16 +117,30 @@ def distance_over_steps(record: Numbers) -> Figure:
     Args:
         record: of `figure_numbers.distances`.
     """
-    figure, axes = side_by_side(record, height=4.2)
-    for axis, column in zip(axes, record["columns"].values(), strict=True):
+    # A column without a curve would be a panel of loose points.
+    every_column = record["columns"]
+    with_curve = {
+        name: column
+        for name, column in every_column.items()
+        if any(len(line) > 1 for line in column["lines"].values())
+    } or every_column
+    figure, axes = side_by_side({"columns": with_curve}, height=4.2)
+    if without := [every_column[name] for name in every_column if name not in with_curve]:
+        names = ", ".join(with_missing(column) for column in without)
+        figure.supxlabel(f"without a curve yet: {names}", fontsize=TINY)
+
+    for axis, column in zip(axes, with_curve.values(), strict=True):
         every: set[int] = set()
         for number, (label, line) in enumerate(column["lines"].items()):
             steps = sorted(map(int, line), reverse=True)
             every |= set(steps)
             float_line = number == 0
-            axis.plot(
+            points = [line[str(s)] for s in steps]
+            axis.errorbar(
                 steps,
-                [line[str(s)]["distance"] for s in steps],
+                [point["distance"] for point in points],
+                [point["half_width"] or 0.0 for point in points],
+                capsize=2,
                 label=label if steps else f"{label}: missing",
                 color=GREY if float_line else COLOURS[(number - 1) % 2],
                 ls="--" if float_line else ("-" if "A4" in label and "W4" in label else ":"),
@@ -133,14 +148,15 @@ def distance_over_steps(record: Numbers) -> Figure:
                 ms=4,
             )
 
-        axis.set(xscale="log", yscale="log")
-        axis.set_xlabel("sampling steps", fontsize=8)
+        axis.set_xscale("log")
+        axis.set_xlabel("sampling steps (bars: two deviations of half-sampling)", fontsize=8)
         axis.set_ylabel(column["label"], fontsize=8)
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xticks(sorted(every), [str(s) for s in sorted(every)])
         axis.invert_xaxis()
-        _plain_numbers(axis.yaxis)
-        axis.grid(color=GREY, alpha=0.2, which="both", axis="y")
+        if axis.has_data():
+            axis.set_ylim(bottom=0)
+        axis.grid(color=GREY, alpha=0.2, axis="y")
         finish(axis, column)
     return figure
 

@@ -62,8 +62,8 @@ def column_notes(cells: Sequence[Cell], prefix: str = "") -> list[str]:
         f"Float weights: {listed('weights')}{autoencoder_text}."
         f" Checkpoint of the quantized lines: {listed('report', quantized)}."
         f" Seeds of their training: {listed('seed', quantized)}.",
-        f"Plan of the quantized lines: {_options(cells, 'plan') or 'all'}."
-        + (f" Calibration: {sets}." if (sets := _options(cells, "calibration")) else ""),
+        f"Plan of the quantized lines: {options_of(cells, 'plan') or 'all'}."
+        + (f" Calibration: {sets}." if (sets := options_of(cells, "calibration")) else ""),
         _places(filled),
     ]
     if engines != {SIMULATED}:
@@ -79,7 +79,7 @@ def _places(cells: Sequence[Cell]) -> str:
     return f"Commits: {', '.join(commits)}. Machines: {'; '.join(machines)}."
 
 
-def _options(cells: Sequence[Cell], group: str) -> str:
+def options_of(cells: Sequence[Cell], group: str) -> str:
     """Return the options of a group that the quantized lines of a column choose."""
     chosen = [
         option_of(group, str(cell.config[group]["label"])) or "all"

@@ -121,6 +121,7 @@ def _lines(cells: Sequence[Cell], over_updates: bool) -> dict[str, dict[str, Any
 
         point = of_line[str(_updates(cell) if over_updates else _steps(cell))] = {
             "distance": row["metrics"]["fid"],
+            "half_width": spread.interval([cell]),
             "run": row["name"],
             "images": row["images"],
             "seed": row["seed"],
@@ -129,7 +130,6 @@ def _lines(cells: Sequence[Cell], over_updates: bool) -> dict[str, dict[str, Any
         }
         if over_updates:
             fit = files.read_json(cell.folder / "fit.json") or {}
-            point["half_width"] = spread.interval([cell])
             point["validation"] = fit.get("facts", {}).get("validation", [])
     return lines
 
