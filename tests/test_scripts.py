@@ -365,7 +365,7 @@ def test_memory_is_measured_with_nothing_of_the_form_before(gpu_bench, monkeypat
     getattr(module, part)(bench, module._job(*job[part]), "float32", 2)
 
     # The network, and in each form recordings of the gradients and of the step.
-    recordings = {"savings": [1, 1], "loop": [0, 0, 2]}
+    recordings = {"savings": [2, 2], "loop": [0, 0, 2]}
     assert alive == [(1, number) for number in recordings[part]] and not bench.results["failed"]
 
 
@@ -409,7 +409,7 @@ def test_the_check_of_a_gpu_keeps_its_limit(tmp_path, limit, spent, code, asked,
     found = commands.read_text().splitlines()
     assert len(found) == len(asked)
     if asked:
-        assert found[0].startswith(f"-k 10 {asked[0]} no_python") and "pytest" in found[0]
+        assert found[0].startswith(f"-s INT -k 10 {asked[0]} no_python") and "pytest" in found[0]
     if asked[1:]:
         # Whatever of the limit is left: on a busy machine a few seconds have gone by.
         (left,) = (n for n in range(asked[1] - 20, asked[1] + 1) if found[1].startswith(f"{n} no"))

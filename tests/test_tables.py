@@ -419,7 +419,8 @@ def test_the_footer_says_how_long_the_rows_took_and_counts_a_fit_once(short_mani
 
 def test_precision_and_recall_of_a_row_are_a_second_metric(short_manifest, cells):
     fill(cells)
-    assert "precision" not in render(short_manifest, cells)
+    text = render(short_manifest, cells)
+    assert "precision /" not in text and "without precision and recall: 5." in text
     stated = {"precision_recall": {"precision": 0.5, "recall": 0.25}}
     save(cells[3], row_of(cells[3], 20.0) | stated)
     text = render(short_manifest, cells)
@@ -842,7 +843,8 @@ def test_all_tables_are_those_that_can_be_made(
     monkeypatch.setattr(table_command, "names", lambda scale: list(found))
     made = []
     monkeypatch.setattr(table_command, "make", lambda options: made.append(options.table) or 0)
-    code = table_command.main(["all", override, "--scale", "small", "--out", str(tmp_path)])
+    words = ["all", override, "--scale", "small", "--out", str(tmp_path), "--run"]
+    code = table_command.main(words)
     assert (made, code) == (tables, 0 if tables else 2)
     assert hint in capsys.readouterr().err
 
@@ -869,6 +871,8 @@ def three_tables(short_manifest, tmp_path, monkeypatch):
         return text_table(manifest, *rest)
 
     monkeypatch.setattr(columns, "text_table", refusing)
+    for cell in report_cells.cells_of(bare, "digits", tmp_path):
+        save(cell, row_of(cell, 9.0))
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "table2-digits.md").write_text("as it was")
     return tmp_path
@@ -885,6 +889,14 @@ def refused(out, err: str) -> None:
     assert err == (
         "error: table2: rows of two protocols in one column: images is 1 in a and 2 in b\n"
     )
+
+
+def test_a_table_without_a_row_is_not_written(short_manifest, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(manifests, "read_manifest", lambda name: short_manifest)
+    monkeypatch.setattr(table_command, "names", lambda scale: ["table1"])
+    assert table_command.main(["all", "--scale", "digits", "--out", str(tmp_path)]) == 0
+    assert "table1 has no row at scale digits yet" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_table_that_is_refused_keeps_no_other_from_being_made(three_tables, capsys):

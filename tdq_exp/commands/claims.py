@@ -26,8 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return cli.exit_code(show, options.scale, options.out.expanduser())
 
 
-def show(scale: str, out: Path) -> Path:
+def show(scale: str, out: Path) -> Path | None:
     """Write the page of the claims, print their verdicts, and return the page's path.
+
+    Without any row there is no page.
 
     Raises:
         ValueError: for a scale that does not exist, or a damaged file of rows.
@@ -38,6 +40,10 @@ def show(scale: str, out: Path) -> Path:
         raise ValueError(f"--scale {scale}: choose one of {', '.join(scales)}")
 
     judged = judged_claims.judge(judged_claims.read_claims(), scale, out)
+    if not any(one.has_rows for claim in judged for one in claim.comparisons):
+        console.print(f"the paper's claims: no row at scale {scale} yet", markup=False)
+        return None
+
     page = out / "tables" / f"claims-{scale}.md"
     files.write_text(page, judged_claims.markdown(judged, scale, out))
 

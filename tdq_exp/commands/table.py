@@ -100,7 +100,8 @@ def share(text: str) -> tuple[int, int]:
 def make_all(options: argparse.Namespace, refusals: Refusals | None = None) -> int:
     """Make every table of a scale that has the column, in order; see `make`.
 
-    A table whose rows do not compare keeps no other from being made.
+    A table whose rows do not compare keeps no other from being made. One without any row is not
+    written, unless it is to be run.
 
     Args:
         options: of the command.
@@ -121,15 +122,23 @@ def make_all(options: argparse.Namespace, refusals: Refusals | None = None) -> i
 
     # A column that no table has is refused as by the first one.
     chosen = having or list(manifest_of)[:1]
-    for name in chosen:
-        out = options.out.expanduser()
-        cells_module.cells_of(
-            manifest_of[name], options.scale, out, options.overrides, options.column
+    asked = {
+        name: cells_module.cells_of(
+            manifest_of[name],
+            options.scale,
+            options.out.expanduser(),
+            options.overrides,
+            options.column,
         )
+        for name in chosen
+    }
 
     code = 0
-    for name in chosen:
+    for name, cells in asked.items():
         with noted.of(name):
+            if not options.run and not any(cells_module.find(cell).row for cell in cells):
+                console.print(f"{name} has no row at scale {options.scale} yet: not written")
+                continue
             code = max(code, make(argparse.Namespace(**{**vars(options), "table": name})))
 
     if refusals is None:

@@ -139,7 +139,7 @@ def distance_over_steps(record: Numbers) -> Figure:
             axis.errorbar(
                 steps,
                 [point["distance"] for point in points],
-                [point["half_width"] or 0.0 for point in points],
+                [point.get("half_width") or 0.0 for point in points],
                 capsize=2,
                 label=label if steps else f"{label}: missing",
                 color=GREY if float_line else COLOURS[(number - 1) % 2],
@@ -196,7 +196,7 @@ def _points_over_updates(axis: Any, label: str, line: Mapping[str, Any], number:
     updates = sorted(map(int, line))
     if updates:
         points = [line[str(u)] for u in updates]
-        widths = [point["half_width"] or 0.0 for point in points]
+        widths = [point.get("half_width") or 0.0 for point in points]
         distances = [point["distance"] for point in points]
         axis.errorbar(
             updates, distances, widths, ms=4, lw=1.3, capsize=3, label=label, **style(number)

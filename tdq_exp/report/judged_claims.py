@@ -94,6 +94,11 @@ class Comparison:
         return not values(self.ours, "fid") or not values(self.theirs, "fid")
 
     @property
+    def has_rows(self) -> bool:
+        """Whether any side has a row."""
+        return bool(values(self.ours, "fid") or values(self.theirs, "fid"))
+
+    @property
     def is_stale(self) -> bool:
         """Whether a row of either side is of another configuration than the one asked for."""
         return any(cell.changes for side in (self.ours, self.theirs) for cell in used(side))
