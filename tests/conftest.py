@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import gc
 import os
@@ -219,3 +220,24 @@ def _process(
         text=True,
         timeout=timeout,
     )
+
+
+@pytest.fixture(scope="session")
+def operators_listed_once():
+    """Torch's exporter lists all operators anew for every graph, a third of the time of exporting a layer."""
+    pytest.importorskip("onnxscript", reason="export is an optional extra")
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    listing, kept = ONNXRegistry.from_torchlib, {}
+
+    def from_torchlib(opset_version=None):
+        arguments = () if opset_version is None else (opset_version,)
+        if arguments not in kept:
+            kept[arguments] = listing(*arguments)
+        mine = copy.copy(kept[arguments])
+        mine.functions = {target: list(found) for target, found in mine.functions.items()}
+        return mine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
+        yield

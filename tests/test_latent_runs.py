@@ -238,6 +238,7 @@ def test_a_latent_net_runs_on_integers_and_is_packed(tmp_path, weights, finished
         sample_command.load(file)
 
 
+@pytest.mark.usefixtures("operators_listed_once")
 def test_a_latent_net_is_exported_in_the_portable_form(tmp_path, weights):
     """At 8 bits a code that falls on the other side of a border changes little."""
     pytest.importorskip("onnxruntime", reason="export is an optional extra")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -31,26 +29,7 @@ from tests.quant.builders import make_net, randn
 STEPS = 10
 onnxruntime = pytest.importorskip("onnxruntime", reason="export is an optional extra")
 onnx_format = pytest.importorskip("onnx", reason="export is an optional extra")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _operators_listed_once():
-    """Torch's exporter lists all operators anew for every graph, a third of the time of exporting a layer."""
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    listing, kept = ONNXRegistry.from_torchlib, {}
-
-    def from_torchlib(opset_version=None):
-        arguments = () if opset_version is None else (opset_version,)
-        if arguments not in kept:
-            kept[arguments] = listing(*arguments)
-        mine = copy.copy(kept[arguments])
-        mine.functions = {target: list(found) for target, found in mine.functions.items()}
-        return mine
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
-        yield
+pytestmark = pytest.mark.usefixtures("operators_listed_once")
 
 
 class Alone(nn.Module):

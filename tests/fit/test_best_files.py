@@ -11,7 +11,7 @@ from tdq_exp.fit import checkpoint, loop
 from tdq_exp.fit.qat import QatTraining
 from tdq_exp.runtime import tensor_files
 from tests.fit.trainings import training
-from tests.quant.builders import make_net, make_recipe, start_quickly
+from tests.quant.builders import ONE_LEVEL, make_net, make_recipe, start_quickly
 
 KEPT = 2
 # Of each update, as validated: some are better than all before, some are not kept at all.
@@ -26,7 +26,7 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def net():
-    made = make_net(make_recipe("lsq", "static"), calibrated=False)
+    made = make_net(make_recipe("lsq", "static"), calibrated=False, **ONE_LEVEL)
     start_quickly(made)
     return made
 

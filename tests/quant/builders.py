@@ -106,6 +106,16 @@ def inputs(batch: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
     return randn(batch, 1, 8, 8, seed=seed), torch.linspace(0, STEPS - 1, batch).long()
 
 
+# For `make_net`: one level and no block in the middle, as blocks of one kind are alike, and where each
+# of them takes a second.
+ONE_LEVEL = {
+    "block_out_channels": [8],
+    "down_block_types": ["AttnDownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+    "mid_block_type": None,
+}
+
+
 def make_net(
     recipe: Recipe,
     calibrated: bool = True,

@@ -10,16 +10,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tdq_exp.quant import bake, kernels, ops
 from tdq_exp.quant.kernels import operators
-from tests.quant.builders import inputs, make_net, make_recipe, randn
+from tests.quant.builders import ONE_LEVEL, inputs, make_net, make_recipe, randn
 
-# One level and no block in the middle: compiling takes a second for each block, and blocks of one
-# kind are alike.
-ONE_LEVEL = {
-    "block_out_channels": [8],
-    "down_block_types": ["AttnDownBlock2D"],
-    "up_block_types": ["UpBlock2D"],
-    "mid_block_type": None,
-}
 S, Z = torch.tensor(0.31), torch.tensor(4.0)
 EACH = torch.rand(6, 1, 1, 1, generator=torch.Generator().manual_seed(2)) + 0.1
 pytestmark = pytest.mark.skipif(
