@@ -13,7 +13,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from tdq_exp.config import records
 from tdq_exp.config.naming import FIT_RECORD
@@ -24,43 +25,7 @@ from tdq_exp.runtime.stage import as_recorded, differences, listed
 AS_FIT = "config_as_fit"  # key of a row in its file: the groups that the fit's record holds alike
 OF_THE_SET = ("sampler", "eval")  # groups in which sets of one fit differ: a row holds its own
 NEEDED = {"config", "features", "images", "metrics"}
-# What a row's values are, where it has them; those of `NEEDED` it has.
-KINDS: dict[type[Any], tuple[str, ...]] = {
-    dict: (
-        "config",
-        "features",
-        "metrics",
-        "fingerprints",
-        "environment",
-        "reference",
-        "held_out",
-        "reconstructed",
-        "half_sampling",
-        "precision_recall",
-        "paired",
-        "seconds",
-        "fitted_on",
-    ),
-    int: ("images",),
-    str: ("name", "sample"),
-    list: ("candidates", "sampled_on"),
-}
-
 REAL = ("held_out", "reconstructed")  # sets of real images that are measured beside the sampled one
-
-# Keys that a row lacks where there is nothing to say, or nothing was said when it was made.
-OPTIONAL = (
-    "which_weights",
-    "few_for",
-    "reconstructed",
-    "half_sampling",
-    "precision_recall",
-    "paired",
-    "candidates",
-    "sampled_on",
-    "fitted_on",
-    "compiled",
-)
 
 
 @dataclass(frozen=True)
@@ -153,10 +118,24 @@ class Row:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         parts = values.pop("model_parts")
 
-        present = {
-            key: values[key] for key in values if key not in OPTIONAL or values[key] is not None
-        }
+        # A row has no key for that of which there is nothing to say.
+        optional = {f.name for f in dataclasses.fields(self) if f.default is None}
+        present = {k: v for k, v in values.items() if v is not None or k not in optional}
         return files.sealed({**present, **parts})
+
+
+def _kinds() -> dict[str, type[Any]]:
+    """Return what the values of a row are that others are read from, where it has them."""
+    found: dict[str, type[Any]] = {"images": int, "name": str, "sample": str}
+    for name, hint in get_type_hints(Row).items():
+        members = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        for kind in (dict, list):
+            if kind in map(get_origin, members):
+                found[name] = kind
+    return found
+
+
+KINDS = _kinds()
 
 
 def real_metrics(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -360,12 +339,11 @@ def _require_kinds(file: Path, row: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the file and the key.
     """
-    for kind, keys in KINDS.items():
-        for key in keys:
-            value = row.get(key)
-            absent = value is None and key not in NEEDED
-            if not absent and (not isinstance(value, kind) or isinstance(value, bool)):
-                raise files.damaged(file, f"{key} of a row is {value!r:.40}")
+    for key, kind in KINDS.items():
+        value = row.get(key)
+        absent = value is None and key not in NEEDED
+        if not absent and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise files.damaged(file, f"{key} of a row is {value!r:.40}")
 
     if not isinstance(row["features"].get("name"), str):
         raise files.damaged(file, "features of a row have no name")
