@@ -129,9 +129,9 @@ def _kinds() -> dict[str, type[Any]]:
     found: dict[str, type[Any]] = {"images": int, "name": str, "sample": str}
     for name, hint in get_type_hints(Row).items():
         members = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        for kind in (dict, list):
-            if kind in map(get_origin, members):
-                found[name] = kind
+        origins: list[Any] = [get_origin(member) for member in members]
+        if dict in origins or list in origins:
+            found[name] = dict if dict in origins else list
     return found
 
 
