@@ -463,6 +463,8 @@ def _typed_values(node):
         ("methd=lsq", "did you mean method?"),
         ("updates=300", "did you mean fit.updates?"),
         ("method.zzz=3", "choices; an argument"),
+        ("hydra.foo=1", "hydra.foo"),
+        ("method/foo=lsq", "method/foo"),
     ],
 )
 def test_a_misspelt_key_is_told_with_the_nearest_one(override: str, hint: str) -> None:

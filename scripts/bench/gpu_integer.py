@@ -86,8 +86,10 @@ def of_precision(
     tiles = {name: entry.tile for entry in times for name in entry.names}
     able = [n for entry in times if entry.integer is not None for n in entry.names]
     chains = job.model.chains(net)
-    names = {ALL: able, CHOSEN: choose.chosen(times, 1.0)}
-    names = {form: some for form, some in names.items() if some}  # of none it would be simulated
+    layers = {ALL: able, CHOSEN: choose.chosen(times, 1.0)}
+    names = {
+        form: some for form, some in layers.items() if some
+    }  # without any there is no such step
     last = x.contiguous(memory_format=torch.channels_last)
     compiled = [COMPILED] if precision == bench.precisions[-1] else []  # it takes a minute or more
     for form in (SIMULATED, LAST, *names, *compiled):
@@ -97,7 +99,6 @@ def of_precision(
             whole = copy.deepcopy(net)
         if form == LAST:
             whole = whole.to(memory_format=torch.channels_last)
-
         elif form == COMPILED:
             backend = "aot_eager" if bench.small else "inductor"
             whole = torch.compile(whole, dynamic=False, backend=backend)  # type: ignore[assignment]

@@ -137,7 +137,9 @@ def make_all(options: argparse.Namespace, refusals: Refusals | None = None) -> i
     for name, cells in asked.items():
         with noted.of(name):
             if not options.run and not any(cells_module.find(cell).row for cell in cells):
-                console.print(f"{name} has no row at scale {options.scale} yet: not written")
+                console.print(
+                    f"{name} has no row at scale {options.scale} yet: not written", markup=False
+                )
                 continue
             code = max(code, make(argparse.Namespace(**{**vars(options), "table": name})))
 

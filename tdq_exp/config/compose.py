@@ -293,8 +293,12 @@ def _nearest_key(key: str, overrides: Sequence[str]) -> str | None:
         key: `fit.updatess`, or `updates` without its group.
         overrides: of the command line; the options of groups among them say which keys there are.
     """
+    options = tuple(o for o in overrides if not _is_value(o))
+    if len(options) == len(overrides):
+        return None  # the misspelt one is among them, as `method/foo=lsq`
+
     try:
-        cfg = _composed(tuple(o for o in overrides if not _is_value(o)), state_of_files())
+        cfg = _composed(options, state_of_files())
     except ValueError:  # which is another mistake of the same line
         return None
 

@@ -35,7 +35,8 @@ class CardCost:
         precision: of the training; images are computed in float32.
         fit_seconds, sample_seconds: of the stages.
         memory_gb: of the training, in the batches that were measured; None if it was not.
-        sample_gb: of sampling and decoding, in proportion to the batch that was measured.
+        sample_gb: of sampling and decoding, at most: in proportion to the batch that was measured;
+            None if it was not.
         measured: this network itself was measured, and not another one.
         singly: its training was measured without CUDA graphs, which a fit uses.
     """
@@ -100,16 +101,18 @@ def estimate(job: Experiment, forward_passes: float, images: int) -> CardCost | 
     if trains and measured and same and options.batch_size == known["batch"]:
         memory = known["memory_gb"].get(precision, {}).get(form)
 
-    sample_gb = _sampling_gb(known["sampling"], form, job) if images and measured else None
+    sample_gb = None
+    if images and measured and known.get("sampling"):
+        sample_gb = _sampling_gb(known["sampling"], form, min(job.sampling.batch, images))
 
     singly = bool(trains and fit and not known["train_recorded"])
     seconds = fit * share, sample * share
     return CardCost(card, precision, *seconds, memory, measured, singly, sample_gb)
 
 
-def _sampling_gb(known: Mapping[str, Any], form: str, job: Experiment) -> float:
+def _sampling_gb(known: Mapping[str, Any], form: str, batch: int) -> float:
     """Return the memory of sampling; a decoder's does not depend on the batch that is sampled."""
-    batches = job.sampling.batch / known["batch"]
+    batches = batch / known["batch"]
     return float(max(known["memory_gb"][form] * batches, known["decode_gb"]))
 
 

@@ -133,7 +133,7 @@ def read_data(job: Experiment, check: bool = True) -> Data:
         check: whether the pixels are compared with their hash; False where another process did it.
 
     Raises:
-        ValueError: for an unreadable source or image, naming it, or none at all.
+        ValueError, OSError: for an unreadable source or image, naming it, or none at all.
     """
     source = _source(job)
     read = partial(

@@ -2,7 +2,7 @@
 
 manifest, figure_manifest      what a table or a figure asks for, read from `configs`
 cells, cell_states             one run of a table: its command, its row; how far it is
-compared, contents             what a row and its cell must have in common: settings, networks
+compared, contents             what a row and its cell must share: settings, networks, images
 protocol                       which rows may stand in one column
 spread                         which differences between two lines count
 costs                          what runs cost, from the figures of a script

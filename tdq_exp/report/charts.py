@@ -30,7 +30,7 @@ from tdq_exp.runtime.figures import save_figure, svg_text
 
 ACROSS = 3  # panels of training curves side by side
 _WIDTHS = re.compile(r"_(w\d+a\d+)_(.+)")
-_IN_TABLE_1 = re.compile(r"_w\d+a\d+_(lsq|pact|nipq)(_tdq)?_release$")
+_IN_TABLE_1 = re.compile(r"_w\d+a\d+_(lsq|lsq_tdq|pact|nipq)_release$")
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def training_svg(curves: Mapping[str, Sequence[Sequence[float]]], name: str) -> 
     panels: dict[str, dict[str, Sequence[Sequence[float]]]] = {}
     for run, curve in curves.items():
         widths = _WIDTHS.search(run)
-        bits, label = (widths[1], widths[2]) if widths else ("float", "float")
+        bits, label = (widths[1], widths[2]) if widths else ("float", run)
         panels.setdefault(bits, {})[label] = curve
 
     # A few panels a line, so that a phone shows one of them in letters that can be read. A run

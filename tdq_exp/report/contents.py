@@ -4,7 +4,7 @@
 |----------------------------------------------|--------------------------------------------|
 | shipped, or in a file that this package made | the file's tensors                         |
 | any other that a user's override names       | the network, filled from it as for a run   |
-| images that a user's override names          | the pixels, decoded as for a run           |
+| training images that a user's override names | the pixels, decoded as for a run           |
 | any other that a configuration names         | unknown: it may be far away, and large     |
 """
 
@@ -47,7 +47,7 @@ def known_contents(cfg: Any, given: Iterable[str]) -> dict[str, str]:
         given: keys that a user's overrides set: what they name is loaded, if need be.
 
     Raises:
-        ValueError: if something that a user names can't be loaded, naming its key.
+        ValueError, OSError: if something that a user names can't be loaded, naming its key.
     """
     hashes = {key: known_hash(cfg.model[key]) for key in ("weights", "autoencoder")}
 
@@ -149,7 +149,7 @@ def _load(name: str, cfg: Any) -> str:
     if name == IMAGES:
         from tdq_exp.experiment.pipeline import read_data
 
-        return read_data(jobs.build(cfg), check=False).train.content
+        return read_data(jobs.build(cfg)).train.content
 
     job = jobs.build(cfg, source=False)
     if name == "autoencoder":

@@ -73,6 +73,8 @@ class Claim:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"{self.name}: rule={self.rule!r}: choose one of {', '.join(RULES)}")
+        if any("overrides" in choices for choices in (self.shared, self.ours, *self.theirs)):
+            raise ValueError(f"{self.name}: overrides stand in `at`, where both sides have them")
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,11 @@ def test_bytes_are_the_quantizers_codes(source, shift, device):
 
     # Infinities are numbers; a step size that is none leaves no number.
     arguments[0][0, 0, 0] = 0.0
-    for changed, expected in ((arguments[1], False), (arguments[1] * torch.nan, True)):
+    of_numbers = [(arguments[1], False), (arguments[1] * torch.nan, True)]
+    for changed, expected in (
+        *of_numbers,
+        (arguments[1] * torch.inf, True),
+    ):  # of an infinite range
         of = (arguments[0], changed, *arguments[2:], 0, p, shift)
         for call in (triton_integer.codes, integer_operators.codes):
             assert bool(call(*of)[1].isnan()) is expected

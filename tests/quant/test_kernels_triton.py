@@ -103,7 +103,9 @@ def test_values_and_gradients_are_those_of_single_operations(name, kind, device)
         x = kernels.dense(sample(name, device, dtype))
         g = kernels.like(x, sample(name, device, dtype, seed=3))
         u = noise_for(x, kind)
-        for s, z in parameters(x)[first::step]:
+        pairs = parameters(x)[first::step]
+        assert len(pairs) == 6 // step
+        for s, z in pairs:
             x_hat = triton.forward(x, s, z, N, P, u)
             found = triton.backward(g, x, s, z, N, P, SCALE, kind, u)
             wanted = by_single_operations(x, s, z, kind, u, g)

@@ -541,10 +541,10 @@ def test_a_damaged_picture_is_not_whole(tmp_path):
 def test_of_many_runs_the_curves_of_table_1_are_drawn():
     """A panel of forty curves has a legend and no room for them."""
     runs = [f"m_w4a4_{name}" for name in ("lsq_release", "pact_tdq_release", "lsq", "lsq_edge8")]
-    runs += ["m_w3a3_lsq_release seed 1", "m_w3a3_nipq_release", "m_fp"]
+    runs += ["m_w3a3_lsq_release seed 1", "m_w3a3_lsq_release", "m_w3a3_lsq_tdq_release", "m_fp"]
     drawn = charts.headline(runs)
     assert drawn == [
-        "m_w4a4_lsq_release", "m_w4a4_pact_tdq_release", "m_w3a3_nipq_release", "m_fp",
+        "m_w4a4_lsq_release", "m_w3a3_lsq_release", "m_w3a3_lsq_tdq_release", "m_fp",
     ]  # fmt: skip
     assert charts.headline(["m_w4a4_lsq", "m_fp"]) == ["m_w4a4_lsq", "m_fp"]
 

@@ -62,9 +62,9 @@ def _byte(value, step, zero, n, p, shift, CENTRED: tl.constexpr):
 
 @triton.jit
 def _note_nans(value, step, broken):
-    """Store NaN in `broken` if a number or its step size is one."""
-    either = value + step  # no step size is infinite
-    count = tl.sum((either != either).to(tl.int32))
+    """Store NaN in `broken` if a quotient is one: of NaN, or of two infinities."""
+    v = tl.math.div_rn(value, step)
+    count = tl.sum((v != v).to(tl.int32))
     tl.store(broken, float("nan"), mask=count > 0)
 
 
