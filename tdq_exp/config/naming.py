@@ -52,6 +52,12 @@ def sample_name(cfg: DictConfig) -> str:
     return name
 
 
-def run_folder(cfg: DictConfig) -> Path:
-    """Return `<out>/runs/<fit name>/seed<k>`."""
-    return Path(cfg.out).expanduser().resolve() / "runs" / fit_name(cfg) / f"seed{cfg.seed}"
+def run_folder(cfg: DictConfig, name: str | None = None) -> Path:
+    """Return `<out>/runs/<fit name>/seed<k>`.
+
+    Args:
+        cfg: of the run.
+        name: of its fit, if it is known already.
+    """
+    name = name or fit_name(cfg)
+    return Path(cfg.out).expanduser().resolve() / "runs" / name / f"seed{cfg.seed}"

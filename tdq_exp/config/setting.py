@@ -210,11 +210,13 @@ def fingerprint_keys(options: type[Any], values: Mapping[str, Any]) -> dict[str,
 
 def labels(options: type[Any], values: Mapping[str, Any]) -> list[str]:
     """Return what a run's name says of unusual values, in the order of the fields."""
+    # Values of a config are slow to read: those of the few fields with names alone.
     named = [
-        (field.metadata.get("named", {}), values[field.name])
+        (names, values[field.name])
         for field in dataclasses.fields(options)
+        if (names := field.metadata.get("named"))
     ]
-    return [names[value] for names, value in named if names and value in names]
+    return [names[value] for names, value in named if value in names]
 
 
 def unknown_keys(options: type[Any], values: Mapping[str, Any]) -> list[str]:

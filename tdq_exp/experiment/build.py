@@ -193,7 +193,8 @@ def build(cfg: DictConfig, source: bool = True) -> Experiment:
     if not config.out.strip():  # an unset variable of a script
         raise ValueError("out has no value: name a folder, out=FOLDER")
 
-    name, sample, folder = naming.fit_name(cfg), naming.sample_name(cfg), naming.run_folder(cfg)
+    name, sample = naming.fit_name(cfg), naming.sample_name(cfg)
+    folder = naming.run_folder(cfg, name)
 
     values = schema.plain(cfg)
 

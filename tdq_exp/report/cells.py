@@ -269,18 +269,18 @@ def _job(
         changed: whether a user's overrides say something else than where and how fast.
         files: state of the files that are read.
     """
-    composed = compose((*own, *where))
-    bare = compose(own) if changed else composed
+    cfg = compose((*own, *where))
+    bare = compose(own) if changed else cfg
 
     # A seed changes nothing else.
-    cfg = composed.copy()
     cfg.seed, cfg.sampler.seed = seeds
 
+    name = naming.fit_name(cfg)
     return Job(
         composed=cfg,
-        run=naming.fit_name(cfg),
+        run=name,
         config=schema.plain(cfg),
-        folder=naming.run_folder(cfg),
+        folder=naming.run_folder(cfg, name),
         sample=naming.sample_name(cfg),
         images=bare.sampler.images,
     )
