@@ -898,6 +898,11 @@ def test_a_table_without_a_row_is_not_written(short_manifest, tmp_path, monkeypa
     assert "table1 has no row at scale digits yet" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "table1-digits.md").touch()
+    assert table_command.main(["all", "--scale", "digits", "--out", str(tmp_path)]) == 0
+    assert "of rows that are gone" in " ".join(capsys.readouterr().out.split())
+
 
 def test_a_table_that_is_refused_keeps_no_other_from_being_made(three_tables, capsys):
     assert table_command.main(["all", "--scale", "digits", "--out", str(three_tables)]) == 2

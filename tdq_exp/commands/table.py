@@ -137,15 +137,21 @@ def make_all(options: argparse.Namespace, refusals: Refusals | None = None) -> i
     for name, cells in asked.items():
         with noted.of(name):
             if not options.run and not any(cells_module.find(cell).row for cell in cells):
-                console.print(
-                    f"{name} has no row at scale {options.scale} yet: not written", markup=False
-                )
+                _tell_empty(name, options)
                 continue
             code = max(code, make(argparse.Namespace(**{**vars(options), "table": name})))
 
     if refusals is None:
         noted.show()
     return cli.MISTAKE if noted.lines else code
+
+
+def _tell_empty(name: str, options: argparse.Namespace) -> None:
+    """Say that a table has no row, and that one which lies there is of rows that are gone."""
+    file = options.out.expanduser() / "tables" / f"{name}-{options.scale}.md"
+    old = f"; {file} is of rows that are gone, remove it" if file.exists() else ""
+    line = f"{name} has no row at scale {options.scale} yet: not written{old}"
+    console.print(line, markup=False)
 
 
 def names(scale: str) -> list[str]:
