@@ -307,7 +307,7 @@ def _facts(
     if not job.fit.options.loads_only:
         facts |= {"processes": processes.world, "threads": torch.get_num_threads()}
         facts |= {"peak_memory_gb": environment.peak_memory_gb()}
-        facts |= environment.peak_gpu_memory()
+        facts |= environment.peak_gpu_memory(processes.device.type)
     if job.machine.launcher.micro_batches > 1:
         facts |= {"micro_batches": job.machine.launcher.micro_batches}
     return facts | {"environment": environment.environment(processes.device.type)}

@@ -134,7 +134,7 @@ def _loaded(name: str, cfg: Any, state: State) -> str:
         state: of its file; nothing for images, which are not looked through for every cell.
     """
     groups = {FEATURES: ("eval",), IMAGES: ("data", "model")}.get(name, ("model",))
-    key = (name, json.dumps([plain(cfg)[group] for group in groups]), state)
+    key = (name, json.dumps([plain(cfg[group]) for group in groups]), state)
     if key not in _LOADED:
         _LOADED[key] = _load(name, cfg)
     return _LOADED[key]

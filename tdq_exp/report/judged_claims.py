@@ -309,9 +309,8 @@ def markdown(judged: Sequence[Judged], scale: str, out: Path) -> str:
         " seeds of either line and of the float model's sampling, or four deviations of"
         " half-sampling; a line with one training seed is taken to vary by as much of its mean as"
         " the column's widest line with several that is trained by the protocol, or as this one is."
-        " A tie can't tell which is smaller, nor, where the"
-        " spread is more than a quarter of the distance, that nothing is lost. The rules are those"
-        " of `configs/claims.yaml`.",
+        " A tie can't tell which is smaller, nor, where the spread is more than a quarter of the"
+        " distance, that nothing is lost. The rules are those of `configs/claims.yaml`.",
     ]
 
     for one in judged:

@@ -155,8 +155,8 @@ def out_of_memory_in_one_line(work: Callable[P, T]) -> Callable[P, T]:
             if isinstance(error, RuntimeError) and not any(sign in message for sign in NO_MEMORY):
                 raise
             raise OSError(
-                "out of memory: raise launcher.micro_batches or take launcher.recompute=true, which"
-                " train as before in less; or lower fit.batch_size, fit.validation_samples,"
+                "out of memory: raise launcher.micro_batches or take launcher.recompute=true, with"
+                " which a training needs less, or lower fit.batch_size, fit.validation_samples,"
                 f" sampler.batch or eval.batch ({(str(error).splitlines() or ['no message'])[0]})"
             ) from error
 
@@ -169,11 +169,15 @@ def peak_memory_gb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
 
-def peak_gpu_memory() -> dict[str, float]:
-    """Return the most memory that torch held of a GPU so far, GB, by name; nothing without one."""
+def peak_gpu_memory(device: str) -> dict[str, float]:
+    """Return the most memory that torch held of a GPU so far, GB, by name; nothing of a CPU.
+
+    Args:
+        device: its type.
+    """
     import torch
 
-    if not torch.cuda.is_available():
+    if device != "cuda":
         return {}
     return {"peak_gpu_memory_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2)}
 

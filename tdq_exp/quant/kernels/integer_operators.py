@@ -69,7 +69,7 @@ def _codes(
 
     s, zero = (_entry(value, t, x.dim()) for value in (s, z))
     v = x.float() / s
-    broken = torch.zeros(1).masked_fill_(v.isnan().any(), torch.nan).to(x.device)
+    broken = torch.zeros(1, device=x.device).masked_fill_(v.isnan().any(), torch.nan)
     v.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
     found = torch.minimum(torch.maximum(v, n - zero), p - zero).round_()
     return (found if shift is None else found + (zero + shift)).to(torch.int8), broken

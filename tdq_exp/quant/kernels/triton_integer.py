@@ -48,11 +48,10 @@ FINISH_BLOCK = 256  # partial sums that are read at once
 
 
 @triton.jit
-def _byte(value, step, zero, n, p, shift, CENTRED: tl.constexpr):
-    """Return the stored byte of a number; that of the smallest code for a NaN."""
+def _byte(v, zero, n, p, shift, CENTRED: tl.constexpr):
+    """Return the stored byte of v = x / s; that of the smallest code for a NaN."""
     low = n - zero
     high = p - zero
-    v = tl.math.div_rn(value, step)
     v = tl.where(v == v, v, low)
     found = _round(_clip(v, low, high))
     if not CENTRED:
@@ -61,9 +60,9 @@ def _byte(value, step, zero, n, p, shift, CENTRED: tl.constexpr):
 
 
 @triton.jit
-def _note_nans(value, step, broken):
-    """Store NaN in `broken` if a quotient is one: of NaN, or of two infinities."""
-    v = tl.math.div_rn(value, step)
+def _note_nans(v, mask, broken):
+    """Store NaN in `broken` if a v = x / s is one: of a NaN, or of two infinities."""
+    v = tl.where(mask, v, 0.0)
     count = tl.sum((v != v).to(tl.int32))
     tl.store(broken, float("nan"), mask=count > 0)
 
@@ -88,9 +87,9 @@ def _codes(
     entry, step = _place(s, t, row, steps, S_STEP, TABLE)
     zero = tl.load(z + entry * Z_STEP).to(tl.float32)
 
-    value = tl.load(x + at, mask, 0.0).to(tl.float32)
-    _note_nans(value, step, broken)
-    tl.store(y + at, _byte(value, step, zero, n, p, shift, CENTRED), mask)
+    v = tl.math.div_rn(tl.load(x + at, mask, 0.0).to(tl.float32), step)
+    _note_nans(v, mask, broken)
+    tl.store(y + at, _byte(v, zero, n, p, shift, CENTRED), mask)
 
 
 @triton.jit(do_not_specialize=["pixels", "chunks"])
@@ -196,8 +195,9 @@ def _norm_codes(
 
     entry, step = _place(s, t, sample, steps, S_STEP, TABLE)
     zero = tl.load(z + entry * Z_STEP).to(tl.float32)
-    _note_nans(tl.where(mask, value, 0.0), step, broken)
-    tl.store(y + at, _byte(value, step, zero, n, p, shift, CENTRED), mask)
+    v = tl.math.div_rn(value, step)
+    _note_nans(v, mask, broken)
+    tl.store(y + at, _byte(v, zero, n, p, shift, CENTRED), mask)
 
 
 @triton.jit(
