@@ -177,7 +177,7 @@ def peak_gpu_memory(device: str) -> dict[str, float]:
     """
     import torch
 
-    if device != "cuda":
+    if device == "cpu" or not torch.cuda.is_available():
         return {}
     return {"peak_gpu_memory_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2)}
 

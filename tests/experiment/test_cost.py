@@ -53,8 +53,9 @@ def test_what_is_measured_is_kept_as_it_was_counted(tmp_path, monkeypatch):
     assert found.fit_seconds == work.forward_passes and found.fit_text == work.text
 
 
-def test_the_time_is_that_of_float32_products():
+def test_the_time_is_that_of_float32_products(monkeypatch):
     """As images are sampled; left alone, a GPU computes convolutions in TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     seen = []
 
     def work():
