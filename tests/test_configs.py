@@ -48,28 +48,7 @@ TABLE_2 = [
     for method in ("minmax", "ptq4dm", "ptq4dm_tdq")
 ]
 
-# Made with numbers of their own, which no name says.
-BY_HAND = {
-    "ddim_small_w8a8_ptq4dm_mid_t",
-    # The figure over updates has longer fits, with labels of their own.
-    *(
-        f"{model}_w4a4_lsq{tdq}_release_u{updates}"
-        for model, numbers in (("ddim_small", (4000, 8000)), ("digits", (600, 1200)))
-        for tdq in ("", "_tdq")
-        for updates in numbers
-    ),
-    # Lines of Table 9 with a label of their own.
-    *(
-        f"{model}_{bits}_lsq{tdq}_release_no_ema"
-        for model in ("ddim_small", "digits")
-        for bits in ("w4a4", "w3a3")
-        for tdq in ("", "_tdq")
-    ),
-    *(f"ddim_small_w4a4_lsq{tdq}_release_shortcut8_no_ema" for tdq in ("", "_tdq")),
-    # Lines of Table 10, and the same of post-training quantization.
-    *(path.name for path in (ROOT / "results" / "runs").glob("*_rate[0-9]*")),
-}
-ROWS = sorted({path.name for path in (ROOT / "results" / "runs").iterdir()} - BY_HAND)
+ROWS = sorted(path.name for path in (ROOT / "results" / "runs").iterdir())
 
 
 def local(experiment):
@@ -217,7 +196,7 @@ def test_the_name_of_a_row_is_an_experiment(name):
         node = ConfigStore.instance().load(f"experiment/{name}.yaml").node
         options = [next(iter(entry.items())) for entry in node.pop("defaults")]
         found = [f"{group.removeprefix('override /')}={option}" for group, option in options]
-        values = {choice for choice in choices if "." in choice.split("=")[0]}
+        values = {choice for choice in choices if not experiments.is_option(choice)}
         assert found == [choice for choice in choices if choice not in values]
         assert node == OmegaConf.from_dotlist(sorted(values))
 
@@ -256,6 +235,39 @@ def test_hydra_reads_every_choice_of_a_name(name):
 def test_a_name_is_read_back_into_choices(name, choices):
     assert experiments.choices_of(name) == choices.split()
     assert naming.fit_name(compose([f"+experiment={name}"])) == name
+
+
+def _labelled(node):
+    """Yield every list of overrides with a label, in manifests and claims."""
+    if isinstance(node, list) and any(str(entry).startswith("label=") for entry in node):
+        yield node
+    elif isinstance(node, (list, dict)):
+        for entry in node.values() if isinstance(node, dict) else node:
+            yield from _labelled(entry)
+
+
+def test_a_label_stands_for_the_values_that_manifests_give_it():
+    """In this project; a user's own label may stand for anything."""
+    explained = assets.read_yaml(assets.configs() / "labels.yaml")
+    files = [*(assets.configs() / "table").glob("*.yaml"), assets.configs() / "claims.yaml"]
+    lists = [entry for file in files for entry in _labelled(assets.read_yaml(file))]
+    assert len(lists) > 5
+
+    for overrides in lists:
+        values = OmegaConf.from_dotlist(
+            [entry for entry in overrides if "." in entry.split("=")[0]]
+        )
+        label = next(entry.partition("=")[2] for entry in overrides if entry.startswith("label="))
+        values.pop("sampler", None)  # not of the fit, which is what has a name
+        assert values == OmegaConf.from_dotlist(explained[label]["values"])
+
+
+def test_a_label_of_values_is_one_of_the_models_that_it_names():
+    assert experiments.choices_of("ddim_small_w4a4_lsq_rate30")[-1] == "label=rate30"
+    assert experiments.choices_of("digits_w4a4_lsq_rate30") is None
+    assert experiments.choices_of("digits_w4a4_lsq_mine") is None
+    cfg = compose(["+experiment=digits_w4a4_lsq_tdq_u600"])
+    assert cfg.fit.updates == 600 and naming.fit_name(cfg) == "digits_w4a4_lsq_tdq_u600"
 
 
 def test_an_option_may_be_written_by_its_own_name_in_place_of_its_label():

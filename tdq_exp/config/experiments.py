@@ -9,7 +9,11 @@ no file: `<model>[_<bits>]_<method>`, then the labels of whatever else differs f
     digits_fp                        model=digits method=fp
 
 After the method an option may be written by its own name in place of its label, as here: the label
-of plan=float_attention is `fattn`, and the run is called ldm_w8a5_ptq4dm_fattn either way.
+of plan=float_attention is `fattn`, and the run is called ldm_w8a5_ptq4dm_fattn either way. Last
+comes a label of values, one of those that `configs/labels.yaml` explains.
+
+    ddim_small_w4a4_lsq_u4000        model=ddim_small bits=w4a4 method=lsq tdq=none
+                                     fit.updates=4000 label=u4000
 
 The files of `configs/experiment` are the documented ones; they win where both exist. Nothing here
 needs torch.
@@ -71,6 +75,24 @@ def choices_of(name: str) -> list[str] | None:
     Returns:
         Options of groups, then single values; None if the name is not made of known labels.
     """
+    choices = _choices_of_labels(name)
+    if choices is not None:
+        return choices
+
+    for label, meaning in _labels_of_values().items():
+        choices = _choices_of_labels(name.removesuffix(f"_{label}"))
+        if choices is not None and choices[0].removeprefix("model=") in meaning["models"]:
+            return [*choices, *meaning["values"], f"label={label}"]
+    return None
+
+
+def is_option(choice: str) -> bool:
+    """Tell whether a choice of `choices_of` is an option of a group; it is a value otherwise."""
+    return "." not in choice.partition("=")[0] and not choice.startswith("label=")
+
+
+def _choices_of_labels(name: str) -> list[str] | None:
+    """Return the choices of a name that has no label of values; None if it is not one."""
     for model, after_model in _prefixes("model", name):
         for bits, after_bits in [*_prefixes("bits", after_model), (None, after_model)]:
             for method, rest in _prefixes("method", after_bits):
@@ -117,6 +139,14 @@ def _later_choices(rest: str, groups: Sequence[str]) -> list[str] | None:
         found = _later_choices(after, ("debug",))
         return None if found is None else [*found, _values()[value]]
     return None
+
+
+@lru_cache
+def _labels_of_values() -> dict[str, dict[str, list[str]]]:
+    """Return label -> `values` and `models` of those that `configs/labels.yaml` explains."""
+    content = assets.read_yaml(assets.configs() / "labels.yaml")
+    everywhere = list(_labels("model").values())
+    return {label: {"models": everywhere, **meaning} for label, meaning in content.items()}
 
 
 @lru_cache
@@ -198,7 +228,7 @@ def _named(overrides: Sequence[str]) -> list[str]:
 
 def _node(choices: Sequence[str]) -> dict[str, object]:
     """Return the content that a file of these choices would have."""
-    options = [choice for choice in choices if "." not in choice.split("=")[0]]
+    options = [choice for choice in choices if is_option(choice)]
     values = OmegaConf.from_dotlist([choice for choice in choices if choice not in options])
     defaults = [
         {f"override /{group}": option} for group, _, option in (o.partition("=") for o in options)

@@ -144,15 +144,9 @@ def command_of(run: str, config: Json) -> list[str]:
         ValueError: if the run's name does not say its choices.
     """
     config = records.upgrade(config)
-    label = config["label"]
-    name = run.partition("/")[0]
-
-    choices = experiments.choices_of(name)
-    if choices is None and label:
-        choices = experiments.choices_of(name.removesuffix(f"_{label}"))
-        choices = None if choices is None else [*choices, f"label={label}"]
+    choices = experiments.choices_of(run.partition("/")[0])
     if choices is None:
-        raise ValueError(f"{run}: its name says no choices; write its command into {LIST.name}")
+        raise ValueError(f"{run}: its name is no experiment; explain its label in labels.yaml")
 
     command = [*choices, *([f"seed={config['seed']}"] if config["seed"] else [])]
     command += _values(schema.plain(compose(command)), config)
