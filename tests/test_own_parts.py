@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tdq_exp.config.compose import compose
 from tdq_exp.experiment import build as jobs
 from tdq_exp.experiment import pipeline
+from tdq_exp.metrics.fidelity import METRICS, VALUES, Metric, Value
 from tests import own_parts
 
 QUICK = [
@@ -69,12 +70,25 @@ def test_an_interval_of_ones_own_is_reconstructed_and_resumed(tmp_path, tiny_wei
     assert all(torch.equal(state[key], again[key]) for key in state)
 
 
+def largest_logit(generated):
+    return {"largest": float(generated.max()), "classes": generated.shape[1]}
+
+
 def test_a_rule_of_ones_own_trains_with_it_to_a_row_and_every_baked_step_is_a_power_of_two(
-    tmp_path, tiny_weights
+    tmp_path, tiny_weights, monkeypatch
 ):
-    made = build(tmp_path, tiny_weights, *TRAINED, *POWERS, *HARMONIC, "label=powers")
+    # And a metric: an entry of the registry.
+    value = Value("largest", "largest logit", "higher")
+    mine = Metric(largest_logit, (value,), least=1, compares=False, reads="logits")
+    monkeypatch.setitem(METRICS, "mine", mine)
+    monkeypatch.setitem(VALUES, "largest", value)
+
+    own = (*TRAINED, *POWERS, *HARMONIC, "label=powers", "eval.metrics=[fid,mine]")
+    made = build(tmp_path, tiny_weights, *own)
     (row,) = pipeline.run(made)
     assert row["images"] == 4 and row["name"] == made.name
+    assert row["metrics"].keys() == {"fid", "largest", "classes"}
+    assert row["metrics"]["classes"] == 10  # of the logits, and not of the pool
 
     tables, state = baked(made)
     weights = [v for key, v in state.items() if key.endswith("weight_quantizer.step_size")]

@@ -35,7 +35,9 @@ from tdq_exp.metrics.fidelity import METRICS
 from tdq_exp.runtime import files, tensor_files
 from tdq_exp.runtime.hashes import tensor_hash
 
-_POOL_AND_LOGITS = {"fid": "pool", "kid": "pool", "prc": "pool", "isc": "logits"}
+# torch-fidelity names a network's layers by metrics that read them.
+_READ_BY = {"pool": "fid", "logits": "isc"}
+_LAYER_OF = {metric: layer for layer, metric in _READ_BY.items()}
 
 
 class EfficientNetLite0(FeatureExtractorBase):
@@ -92,8 +94,8 @@ class EfficientNetLite0(FeatureExtractorBase):
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
-        """Name the layer that a metric reads."""
-        return _POOL_AND_LOGITS[metric]
+        """Name the layer that "fid" or "isc" reads."""
+        return _LAYER_OF[metric]
 
 
 class Digits(FeatureExtractorBase):
@@ -147,8 +149,8 @@ class Digits(FeatureExtractorBase):
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
-        """Name the layer that a metric reads."""
-        return _POOL_AND_LOGITS[metric]
+        """Name the layer that "fid" or "isc" reads."""
+        return _LAYER_OF[metric]
 
 
 class FeatureNetwork:
@@ -160,7 +162,7 @@ class FeatureNetwork:
     Attributes:
         name: For rows and file names.
         layers: The layers that `extract` returns.
-        metric_layers: Metric ("fid", "isc", "kid", "prc") to the layer that it reads.
+        metric_layers: Metric, of `METRICS`, to the layer that it reads.
     """
 
     def __init__(self, extractor: FeatureExtractorBase) -> None:
@@ -168,7 +170,8 @@ class FeatureNetwork:
         self.name: str = extractor.get_name()
         self.layers: tuple[str, ...] = tuple(extractor.get_requested_features_list())
         self.metric_layers = {
-            metric: extractor.get_default_feature_layer_for_metric(metric) for metric in METRICS
+            name: extractor.get_default_feature_layer_for_metric(_READ_BY[metric.reads])
+            for name, metric in METRICS.items()
         }
 
     def engine(self, device: torch.device | str) -> str:

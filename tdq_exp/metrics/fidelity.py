@@ -230,19 +230,21 @@ class Value:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: a new one is an entry of `METRICS`.
+    """A metric: a new one is an entry of `METRICS`, and nothing else.
 
     Args:
         compute: (generated, reference) features to the numbers of a row.
         values: Those of the numbers that are shown.
         least: The fewest images of a set on which it is defined.
         compares: False for a metric of the generated images alone.
+        reads: The features that it is computed of: "pool", or the classes' "logits".
     """
 
     compute: Callable[..., dict[str, float]]
     values: tuple[Value, ...]
     least: int
     compares: bool = True
+    reads: str = "pool"
 
 
 METRICS = {
@@ -252,6 +254,7 @@ METRICS = {
         (Value("isc_mean", "inception-style score", "higher"),),
         least=1,
         compares=False,
+        reads="logits",
     ),
     "kid": Metric(kernel_distance, (Value("kid_mean", "kernel distance", "lower"),), least=2),
     "prc": Metric(
