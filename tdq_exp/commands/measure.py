@@ -27,6 +27,7 @@ from tdq_exp.experiment.row import read_rows
 from tdq_exp.metrics import half_sampling
 from tdq_exp.metrics.fidelity import VALUES, Statistics, distances, frechet_distance
 from tdq_exp.metrics.image_sets import Features
+from tdq_exp.models import DiffusionModel
 from tdq_exp.runtime import files
 from tdq_exp.runtime.precision import products
 from tdq_exp.runtime.processes import Processes
@@ -71,31 +72,13 @@ def show(options: argparse.Namespace) -> None:
         ValueError, OSError: for options out of range, or a set that can't be read.
     """
     # 1. What can be refused before anything is computed.
-    if options.images is not None and options.images < 1:
-        raise ValueError(f"--images={options.images}: must be at least 1")
-
-    if options.json is not None:
-        options.json = options.json.expanduser()
-        files.require_folder(options.json.parent, "--json")
-        if options.json.is_dir():
-            raise ValueError(f"--json={options.json}: is a folder; name a file")
-
+    _check(options)
     overrides = [text for text in options.sets if "=" in text and not Path(text).exists()]
     job = jobs.build(
         compose([f"model={options.model}", "method=fp", "model.weights=none", *overrides])
     )
-    size, channels = job.model.image_size, job.model.channels
     paths = [Path(text).expanduser() for text in options.sets if text not in overrides]
-    if not paths:
-        raise ValueError("measure: name a folder of pictures, a .npy or a .npz file")
-    sets = [given.read(path, size, channels) for path in paths]
-    for one in sets:
-        if isinstance(one, GivenStatistics) and options.images is not None:
-            raise ValueError(
-                f"--images={options.images}: {one.path} holds mean and covariance, and no images"
-            )
-        if isinstance(one, GivenImages) and _count(one, options.images) < FEWEST:
-            raise ValueError(f"{one.path}: a distance needs at least {FEWEST} images")
+    sets = _sets(paths, job.model, options.images)
 
     # 2. The reference.
     processes = Processes(cpu=options.cpu)
@@ -107,36 +90,82 @@ def show(options: argparse.Namespace) -> None:
     )
 
     # 3. The sets.
-    measured = {
-        str(one.path): _measure(one, features, reference, job.evaluation.metrics, options.images)
-        for one in sets
-    }
-    about = {
-        "features": {"name": features.network.name, "weights": features.network.weights_hash},
-        "reference": {
-            "content": data.train.content,
-            "images": count,
-            "protocol": data.train.protocol,
-        },
-    }
+    metrics, images = job.evaluation.metrics, options.images
+    measured = {str(one.path): _measure(one, features, reference, metrics, images) for one in sets}
 
-    _print(
-        measured, about, _rows_beside(options.out.expanduser(), job.config["model"]["label"], about)
-    )
+    # 4. In a table beside the rows, with what has to be known of each, and in a file.
+    network, train = features.network, data.train
+    about = {
+        "features": {"name": network.name, "weights": network.weights_hash},
+        "reference": {"content": train.content, "images": count, "protocol": train.protocol},
+    }
+    label = job.config["model"]["label"]
+    _print(measured, about, _rows_beside(options.out.expanduser(), label, about))
+
     for one in sets:
-        for line in getattr(one, "notes", ()):
+        notes = [
+            *_preparations(one, job.model.image_size),
+            *_cautions(one, features, reference, metrics, images),
+        ]
+        for line in notes:
             console.print(f"note: {line}", markup=False)
-        if isinstance(one, GivenImages) and one.sizes - {(size, size)}:
-            console.print(
-                f"note: {one.path} holds images of {_sizes(one)}; they were cropped"
-                f" and resized to {size}x{size}, as the reference was",
-                markup=False,
-            )
-        for line in _cautions(one, features, reference, job.evaluation.metrics, options.images):
-            console.print(f"note: {line}", markup=False)
+
     if options.json is not None:
         files.write_json(options.json, {"sets": measured, **about})
         console.print(f"numbers  {options.json}", markup=False)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options out of range, and write the home folder of `--json` out."""
+    if options.images is not None and options.images < 1:
+        raise ValueError(f"--images={options.images}: must be at least 1")
+
+    if options.json is not None:
+        options.json = options.json.expanduser()
+        files.require_folder(options.json.parent, "--json")
+        if options.json.is_dir():
+            raise ValueError(f"--json={options.json}: is a folder; name a file")
+
+
+def _sets(
+    paths: Sequence[Path], model: DiffusionModel, images: int | None
+) -> list[GivenImages | GivenStatistics]:
+    """Return the sets, opened.
+
+    Args:
+        paths: of them.
+        model: whose images they are compared with.
+        images: only the first so many of each.
+
+    Raises:
+        ValueError, OSError: for no set, one of too few images, or one that can't be read.
+    """
+    if not paths:
+        raise ValueError("measure: name a folder of pictures, a .npy or a .npz file")
+
+    sets = [given.read(path, model.image_size, model.channels) for path in paths]
+    for one in sets:
+        if isinstance(one, GivenStatistics) and images is not None:
+            raise ValueError(
+                f"--images={images}: {one.path} holds mean and covariance, and no images"
+            )
+        if isinstance(one, GivenImages) and _count(one, images) < FEWEST:
+            raise ValueError(f"{one.path}: a distance needs at least {FEWEST} images")
+    return sets
+
+
+def _preparations(one: GivenImages | GivenStatistics, size: int) -> list[str]:
+    """Return lines on what was done to the images of a set before they were measured."""
+    if isinstance(one, GivenStatistics):
+        return []
+
+    notes = list(one.notes)
+    if one.sizes - {(size, size)}:
+        notes.append(
+            f"{one.path} holds images of {_sizes(one)}; they were cropped and resized to"
+            f" {size}x{size}, as the reference was"
+        )
+    return notes
 
 
 def _sizes(one: GivenImages) -> str:

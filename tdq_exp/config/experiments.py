@@ -33,11 +33,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from tdq_exp.config import assets
+from tdq_exp.config import assets, naming
 from tdq_exp.fit.registry import OPTIONS
 
 # Groups whose labels may follow the method, in the order in which `fit_name` writes them.
-LATER = ("tdq", "weight", "act", "plan", "habits", "data", "fit", "calibration", "debug")
+LATER = (*naming.LABELLED, "calibration", "debug")
 
 
 def register(overrides: Sequence[str]) -> None:

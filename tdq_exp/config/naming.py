@@ -9,7 +9,8 @@ from omegaconf import DictConfig
 from tdq_exp.config.setting import labels
 from tdq_exp.fit.registry import options_class
 
-GROUPS = ("tdq", "weight", "act", "plan", "habits", "data", "fit")
+# Groups whose labels follow the method's, in this order.
+LABELLED = ("tdq", "weight", "act", "plan", "habits", "data", "fit")
 
 # In the folder of a run.
 FIT_RECORD = "fit.json"
@@ -24,7 +25,7 @@ def fit_name(cfg: DictConfig) -> str:
     one whatever its label: it never takes the name of the real run.
     """
     parts = [cfg.model.label, cfg.bits.label if cfg.method.quantized else "", cfg.method.label]
-    parts += [cfg[group].label for group in GROUPS]
+    parts += [cfg[group].label for group in LABELLED]
 
     if cfg.calibration.label != cfg.method.calibration:
         parts.append(cfg.calibration.label)

@@ -44,6 +44,9 @@ from tdq_exp.fit.options import (
 from tdq_exp.fit.registry import OPTIONS, options_class
 from tdq_exp.runtime.options import LauncherOptions, TrackerOptions
 
+# Groups that say how a network is quantized; `model` says what it is.
+QUANTIZERS = ("bits", "weight", "act", "tdq", "plan", "habits")
+
 
 @dataclass
 class Config:

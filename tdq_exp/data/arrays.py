@@ -94,6 +94,11 @@ class Column:
         return -(-self.shape[0] // self.group)
 
 
+def in_groups(images: int, size: int) -> list[range]:
+    """Return the numbers of the images of each group: `[0..size-1], ...`; the last may be short."""
+    return [range(first, min(first + size, images)) for first in range(0, images, size)]
+
+
 class GroupedArrays:
     """Arrays in one folder that are filled together, group by group.
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +24,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tdq_exp.data.arrays import Column, GroupedArrays
+from tdq_exp.data.arrays import Column, GroupedArrays, in_groups
+from tdq_exp.data.completed import complete
 from tdq_exp.data.images import Images, classes_at
-from tdq_exp.runtime import files, lock
+from tdq_exp.runtime import files
 from tdq_exp.runtime.processes import Processes
-from tdq_exp.runtime.progress import track
 
 GROUP = 64  # images that are encoded, and resumed, at a time
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -114,9 +113,6 @@ def encoded(
 ) -> Latents:
     """Return the moments of a set of images: found, made, or continued after an interruption.
 
-    Groups are dealt out to the processes in turn, and no group depends on another one: the files
-    are the same bits for any number of processes and after any interruption.
-
     Args:
         images: what to encode.
         encode: images in [-1, 1] on the processes' device -> mean and deviation of x_0, `[B,
@@ -139,41 +135,20 @@ def encoded(
     folder = cache / "latents" / files.fingerprint(parts)
     found = Latents(folder, len(images), 1 + mirror, shape, content, images.labels)
 
-    def begin() -> list[int]:
+    def begin() -> None:
         found.arrays.create()
         files.write_json(folder / "about.json", parts)
-        return found.arrays.missing()
 
-    # Where something is missing, one run makes it, and the others wait for that.
-    with ExitStack() as stack:
-        if processes.decide(begin):
-            making = lock.waited_for(folder, "encoded images")
-            stack.enter_context(lock.by_main(processes, making))
-        _fill(found, images, encode, mirror, processes)
+    def make(indices: range) -> dict[str, NDArray[np.float32]]:
+        index, sides = torch.tensor(indices), []
+        for side in range(1 + mirror):  # the image, and its mirror image if it is wanted
+            batch = images.batch(index, torch.full((len(index),), bool(side)))
+            moments = encode(batch.to(processes.device))
+            sides.append(torch.stack([value.cpu() for value in moments], 1))
+        return {"moments": torch.stack(sides, 1).numpy()}
+
+    processes.decide(begin)
+    title, making = "encoding images", "encoded images"
+    batches = in_groups(len(images), GROUP)
+    complete(found.arrays, batches, make, processes, title=title, making=making)
     return found
-
-
-def _fill(
-    found: Latents, images: Images, encode: Encode, mirror: bool, processes: Processes
-) -> None:
-    """Encode the groups that are not on disk yet, each process its share of them."""
-    missing = processes.decide(found.arrays.missing)
-    done = found.arrays.groups - len(missing)
-    shown = processes.main and bool(missing)
-    with (
-        processes.sharing(),
-        track("encoding images", found.arrays.groups, done, show=shown) as advance,
-    ):
-        for group in missing[processes.rank :: processes.world]:
-            index = torch.arange(group * GROUP, min((group + 1) * GROUP, len(images)))
-
-            # The image, and its mirror image if it is wanted.
-            sides = []
-            for side in range(1 + mirror):
-                batch = images.batch(index, torch.full((len(index),), bool(side)))
-                sides.append(
-                    torch.stack([value.cpu() for value in encode(batch.to(processes.device))], 1)
-                )
-
-            found.arrays.put(group, moments=torch.stack(sides, 1).numpy())
-            advance(f"{int(index[-1]) + 1} images")

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tdq_exp.config import assets, naming, records, schema
 from tdq_exp.config.compose import compose
-from tdq_exp.config.schema import parts_of
+from tdq_exp.config.schema import QUANTIZERS, parts_of
 from tdq_exp.data.images import Data, default_cache
 from tdq_exp.data.sources import Source
 from tdq_exp.diffusion.ddim import Ddim
@@ -40,7 +40,6 @@ from tdq_exp.runtime.options import LauncherOptions, TrackerOptions
 
 # What only says where things lie on this machine, or how they are run.
 UNRECORDED = ("out", "plan_only", "go", "traceback", "tracker", "launcher")
-QUANTIZERS = ("bits", "weight", "act", "tdq", "plan", "habits")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import json
 import torch
 
 from tdq_exp.config.naming import FIT_RECORD
-from tdq_exp.experiment.build import QUANTIZERS, Experiment, shipped
+from tdq_exp.config.schema import QUANTIZERS
+from tdq_exp.experiment.build import Experiment, shipped
 from tdq_exp.experiment.stored_network import network_is_here
 from tdq_exp.models.compiled import blocks_to_compile
 from tdq_exp.models.recompute import require_blocks

@@ -40,7 +40,21 @@ _READ_BY = {"pool": "fid", "logits": "isc"}
 _LAYER_OF = {metric: layer for layer, metric in _READ_BY.items()}
 
 
-class EfficientNetLite0(FeatureExtractorBase):
+class PoolAndLogits(FeatureExtractorBase):
+    """A feature extractor of two layers, "pool" and "logits"."""
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        """Name the layers."""
+        return "pool", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Name the layer that "fid" or "isc" reads."""
+        return _LAYER_OF[metric]
+
+
+class EfficientNetLite0(PoolAndLogits):
     """EfficientNet-Lite0, trained on ImageNet: layers "pool" [N, 1280] and "logits" [N, 1000].
 
     Images are resized to 224x224 (bicubic, antialiased, clipped to 0..255) and normalised as z = (x
@@ -87,18 +101,8 @@ class EfficientNetLite0(FeatureExtractorBase):
         pool = self.network.extract_features(x).mean(dim=(2, 3))
         return pool, self.network._fc(pool)
 
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        """Name the layers."""
-        return "pool", "logits"
 
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        """Name the layer that "fid" or "isc" reads."""
-        return _LAYER_OF[metric]
-
-
-class Digits(FeatureExtractorBase):
+class Digits(PoolAndLogits):
     """A small classifier of 8x8 grey digits: layers "pool" [N, 64] and "logits" [N, 10].
 
     Three 3x3 convolutions, the second with stride 2, the mean over the 4x4 positions left, and a
@@ -141,16 +145,6 @@ class Digits(FeatureExtractorBase):
         x = F.relu(self.conv3(x))
         pool = x.mean(dim=(2, 3))
         return pool, self.classify(pool)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        """Name the layers."""
-        return "pool", "logits"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        """Name the layer that "fid" or "isc" reads."""
-        return _LAYER_OF[metric]
 
 
 class FeatureNetwork:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tdq_exp.quant import ops
+from tdq_exp.quant.float32 import keep_in_float32
 from tdq_exp.quant.grid import Grid
 from tdq_exp.quant.intervals.base import Bank, Interval, Intervals, LookupTable
 from tdq_exp.quant.intervals.dynamic import ChannelRange, MaxAbs
@@ -159,6 +160,7 @@ def quantize(
                 raise ValueError(f"{block}: hand `quantize` the model's `attention` wrapper")
             attention(net.get_submodule(block), inside)
 
+    keep_in_float32(net)
     time.follow(net)
     if bank is not None:
         net.generators = bank

@@ -18,35 +18,7 @@ from torch import Tensor, nn
 from tdq_exp.quant import kernels
 from tdq_exp.quant.passes import Pass, Passes, backward_of_its_own, place
 
-IN_FLOAT32 = (
-    "a quantized network computes in float32; for speed use autocast,"
-    " `with torch.autocast(device, torch.bfloat16): net(x_t, t)`"
-)
-
-
 T = TypeVar("T")
-
-
-class _Float32:
-    """Refuses a network's conversion to another floating type, before any of it is converted.
-
-    Args:
-        net: the root; `to`, `half`, `double` and the like all end in its `_apply`.
-    """
-
-    def __init__(self, net: nn.Module) -> None:
-        self.net = net
-
-    def apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Do what `nn.Module._apply` does, if float32 stays float32.
-
-        Raises:
-            TypeError: one line that says what to do.
-        """
-        converted = fn(torch.zeros(1)).dtype
-        if converted != torch.float32:
-            raise TypeError(f"{converted}: {IN_FLOAT32}")
-        return type(self.net)._apply(self.net, fn, recurse)
 
 
 def _tensors(output: object) -> list[Tensor]:
@@ -230,26 +202,17 @@ class TimeContext:
             self.passes.finish()
 
     def follow(self, net: nn.Module) -> None:
-        """Make the root forward of `net(x, t, ...)` set the time step, and keep it in float32.
+        """Make the root forward of `net(x, t, ...)` set the time step.
 
         The hook is a bound method, so a deep copy of the network gets a hook bound to the copied
         context.
         """
         net.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         net.register_forward_hook(self._after_forward)
-        net._apply = _Float32(net).apply  # type: ignore[method-assign,assignment]
 
     def _before_forward(
         self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        x = args[0] if args else kwargs.get("sample")
-        if (
-            isinstance(x, Tensor)
-            and x.is_floating_point()
-            and x.dtype != torch.float32
-            and not torch.is_autocast_enabled(x.device.type)
-        ):
-            raise TypeError(f"x_t is {x.dtype}: {IN_FLOAT32}")
         self.set(args[1] if len(args) > 1 else kwargs["timestep"])
 
     def _after_forward(self, net: nn.Module, args: object, output: object) -> None:

@@ -21,10 +21,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tdq_exp.config import records
-from tdq_exp.config.schema import parts_of
+from tdq_exp.config.schema import QUANTIZERS, parts_of
 from tdq_exp.fit.registry import options_class
-
-QUANTIZERS = ("bits", "weight", "act", "tdq", "plan", "habits")
 
 # Keys of a group, beside those that its part of a fingerprint has.
 BESIDE = {

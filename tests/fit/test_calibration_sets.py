@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tdq_exp.config.compose import compose
+from tdq_exp.data.arrays import GroupedArrays
 from tdq_exp.diffusion.ddim import Ddim, time_steps
 from tdq_exp.diffusion.draws import Stream, generator, starting_noise
 from tdq_exp.experiment import build as jobs
@@ -212,21 +213,21 @@ def test_interrupted_and_continued_is_the_same_bytes(
     tmp_path, processes, tiny, groups_of_4, kind, monkeypatch
 ):
     whole = made(processes, tiny, tmp_path / "whole", kind)
-    put, calls = CalibrationSet.put, []
+    put, calls = GroupedArrays.put, []
 
-    def killed(self, group, *rest):
+    def killed(self, group, **rows):
         if len(calls) == 1:
             raise KeyboardInterrupt
         calls.append(group)
-        put(self, group, *rest)
+        put(self, group, **rows)
 
-    monkeypatch.setattr(CalibrationSet, "put", killed)
+    monkeypatch.setattr(GroupedArrays, "put", killed)
     with pytest.raises(KeyboardInterrupt):
         made(processes, tiny, tmp_path / "killed", kind)
     monkeypatch.setattr(
-        CalibrationSet,
+        GroupedArrays,
         "put",
-        lambda self, group, *rest: calls.append(group) or put(self, group, *rest),
+        lambda self, group, **rows: calls.append(group) or put(self, group, **rows),
     )
     continued = made(processes, tiny, tmp_path / "killed", kind)
     assert calls == [0, 1, 2]  # what was there is not made again

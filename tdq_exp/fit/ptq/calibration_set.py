@@ -22,22 +22,23 @@ of its loop equals t, and the loop begins with the noisiest step.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from tdq_exp.data.arrays import in_groups
+from tdq_exp.data.completed import complete
 from tdq_exp.diffusion.ddim import Ddim
-from tdq_exp.diffusion.draws import Stream, fixed_draws, generator, groups, starting_noise
+from tdq_exp.diffusion.draws import Stream, fixed_draws, generator, starting_noise
 from tdq_exp.diffusion.objective import Samples
 from tdq_exp.fit.calibration_options import CalibrationSpec
 from tdq_exp.fit.ptq.stored_set import CalibrationSet, require_parts
 from tdq_exp.models.denoiser import Denoiser
-from tdq_exp.runtime import files, lock
+from tdq_exp.runtime import files
 from tdq_exp.runtime.processes import Processes
-from tdq_exp.runtime.progress import track
 
 GROUP = 64  # trajectories that are computed at a time
 
@@ -140,38 +141,16 @@ def make_set(
     else:
         processes.decide(lambda: found.create(parts))
 
-    # Where something is missing, one run makes it, and the others wait for that.
-    with ExitStack() as stack:
-        if path is None and processes.decide(found.missing):
-            making = lock.waited_for(folder, "a calibration set")
-            stack.enter_context(lock.by_main(processes, making))
-        _fill(found, spec, denoiser, sampler, images, processes)
+    rows_of = _noised if spec.kind == "forward" else _trajectories
+
+    def make(indices: range) -> dict[str, NDArray[Any]]:
+        rows = rows_of(spec, denoiser, sampler, images, indices, processes.device)
+        return {name: values.numpy() for name, values in rows.items() if values is not None}
+
+    title, making = "calibration set", None if path is not None else "a calibration set"
+    batches = in_groups(spec.images, GROUP)
+    complete(found.arrays, batches, make, processes, title=title, making=making)
     return found
-
-
-def _fill(
-    found: CalibrationSet,
-    spec: CalibrationSpec,
-    denoiser: Denoiser,
-    sampler: Ddim,
-    images: Samples | None,
-    processes: Processes,
-) -> None:
-    """Make the groups of a set that are missing, each process its share of them."""
-    batches = list(groups(spec.images, GROUP))
-    missing = processes.decide(found.missing)
-    done = len(batches) - len(missing)
-    shown = processes.main and bool(missing)
-    with (
-        processes.sharing(),
-        track("calibration set", len(batches), done, show=shown) as advance,
-    ):
-        for group in missing[processes.rank :: processes.world]:
-            indices = range(group * GROUP, min((group + 1) * GROUP, spec.images))
-            make = _noised if spec.kind == "forward" else _trajectories
-            rows = make(spec, denoiser, sampler, images, indices, processes.device)
-            found.put(group, {name: values for name, values in rows.items() if values is not None})
-            advance(f"{indices.stop} images")
 
 
 def _example_condition(

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from tdq_exp.data.arrays import in_groups
+from tdq_exp.data.completed import complete
 from tdq_exp.fit.ptq.calibration_set import GROUP
 from tdq_exp.fit.ptq.stored_set import CalibrationSet
 from tdq_exp.models.weights.inert_pickle import CheckpointError, StoredTensor, read_tensors
@@ -48,22 +51,22 @@ class ImportedSet:
         return {"version": 2, "imported": state_hash({"x": self.x, "t": self.t})}
 
     def stored(self, cache: Path, processes: Processes) -> CalibrationSet:
-        """Return the set as arrays on disk, written by the main process on first use."""
+        """Return the set as arrays on disk, written on first use."""
         folder = cache / "calibration_sets" / files.fingerprint(self.parts())
         count = len(self.x)
         found = CalibrationSet(folder, count, count, self.x.shape[1:], GROUP, of=folder.name)
         images = spread_over_time(self.t)
 
-        def write() -> None:
-            if not (folder / "about.json").exists():
-                found.create(self.parts())
-            for group in found.missing():
-                part = slice(group * GROUP, (group + 1) * GROUP)
-                x, t, image = self.x[part], self.t[part], images[part]
-                rows = {"x": x, "t": t, "image": image, "x_0": torch.zeros_like(x)}
-                found.put(group, rows)  # no x_0 is known
+        def make(indices: range) -> dict[str, NDArray[Any]]:
+            part = slice(indices.start, indices.stop)
+            x, t, image = self.x[part], self.t[part], images[part]
+            rows = {"x": x, "t": t, "image": image, "x_0": torch.zeros_like(x)}  # none is known
+            return {name: values.numpy() for name, values in rows.items()}
 
-        processes.decide(write)
+        processes.decide(lambda: found.create(self.parts()))
+        title = "imported calibration set"
+        batches = in_groups(count, GROUP)
+        complete(found.arrays, batches, make, processes, title=title, making=f"an {title}")
         return found
 
 

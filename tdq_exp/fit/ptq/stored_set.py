@@ -82,10 +82,6 @@ class CalibrationSet:
         """Return the groups that are not finished."""
         return self.arrays.missing()
 
-    def put(self, group: int, rows: Mapping[str, Tensor]) -> None:
-        """Store a group: the rows of every file, by its name."""
-        self.arrays.put(group, **{name: values.numpy() for name, values in rows.items()})
-
     def __len__(self) -> int:
         return self.samples
 
