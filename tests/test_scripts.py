@@ -338,10 +338,10 @@ def gpu_bench(tmp_path, monkeypatch):
 def test_the_loop_of_a_fit_is_timed_in_one_phase(gpu_bench, tmp_path):
     """At a new phase it records again, which would be among the updates whose mean is taken."""
     module, _ = gpu_bench
-    options = module.fit_options(60, 4, "float32")
+    options = module.fit_options(60, 4, 1e-6)
     context = RunContext(tmp_path, "", 0, Processes(cpu=True), tmp_path)
     model = load_model("tiny")
-    training = module._fit(model, model.build(), options, context)
+    training = module.training_of(model, model.build(), options, context)
     assert {training.phase(update) for update in range(60)} == {0}
 
 

@@ -29,13 +29,12 @@ from unittest import mock
 
 import gpu_integer
 import gpu_report
-import numpy as np
 import torch
+from steps import fit_options, training_of
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from tdq_exp.config.compose import compose
-from tdq_exp.data.images import Images
 from tdq_exp.diffusion.denoising_graph import RecordedSteps
 from tdq_exp.diffusion.draws import draw_batch
 from tdq_exp.experiment import build as jobs
@@ -43,8 +42,6 @@ from tdq_exp.fit import loop as loops
 from tdq_exp.fit.ahead import batches_ahead
 from tdq_exp.fit.ema import Ema
 from tdq_exp.fit.gradients import Gradients
-from tdq_exp.fit.loop import TrainingSets
-from tdq_exp.fit.options import QatOptions
 from tdq_exp.fit.qat import QatTraining, optimizer_groups, rates_of
 from tdq_exp.fit.training_graph import TrainingGraph
 from tdq_exp.fit.weight_update import WeightUpdate
@@ -581,31 +578,11 @@ def fit_loop(
         name = f"fit's loop {form} {precision}" + (", compiled" if compiled else "")
         with bench.part(name), tempfile.TemporaryDirectory() as folder:
             net = built(job.model, form, bench.device)
-            options = fit_options(12 if bench.small else 60, batch, precision)
+            options = fit_options(12 if bench.small else 60, batch, RATE, precision)
             place, processes = Path(folder), Processes(cpu=bench.small)
             context = RunContext(place, "", 0, processes, place, compile=compiled)
-            _time_loop(bench, name, _fit(job.model, net, options, context))
+            _time_loop(bench, name, training_of(job.model, net, options, context))
             del net
-
-
-def fit_options(updates: int, batch: int, precision: str) -> QatOptions:
-    """Options of a fit of one phase: at another one it would record again, amid what is timed."""
-    return QatOptions(
-        kind="qat", updates=updates, batch_size=batch, precision=precision, real_rounding=0.0,
-        validate_every=updates, validation_samples=8, lr=RATE, lr_step_size=RATE,
-        lr_zero_point=RATE, lr_generator=RATE,
-    )  # fmt: skip
-
-
-def _fit(
-    model: DiffusionModel, net: nn.Module, options: QatOptions, context: RunContext
-) -> QatTraining:
-    size, channels = model.sample_shape[-1], model.sample_shape[0]
-    shape = (2000, size, size, channels)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    sets = TrainingSets(Images(pixels, "noise", ""), Images(pixels[:64], "noise", ""))
-    optimizer = torch.optim.AdamW(optimizer_groups(net, rates_of(options)), fused=True)
-    return QatTraining(net, model, sets, optimizer, options, context)
 
 
 def _time_loop(bench: Bench, name: str, training: QatTraining) -> None:

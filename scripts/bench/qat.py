@@ -13,11 +13,24 @@ from __future__ import annotations
 import argparse
 import copy
 import platform
+import statistics
+import tempfile
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from steps import denoising_step, medians, quantized, training_step, without_kernels
+from steps import (
+    WARM_UP,
+    denoising_step,
+    fit_options,
+    medians,
+    quantized,
+    training_of,
+    training_step,
+    without_kernels,
+)
 from torch import Tensor, nn
 
 from tdq_exp.config.compose import compose
@@ -30,6 +43,8 @@ from tdq_exp.quant.kernels import cpu as kernels
 from tdq_exp.quant.rules.lsq import Lsq
 from tdq_exp.quant.time import TimeContext
 from tdq_exp.report import pages
+from tdq_exp.runtime.context import RunContext
+from tdq_exp.runtime.processes import Processes
 
 AIMS = {
     "LSQ / float, training step": ("train LSQ", "train float", 1.4),
@@ -104,8 +119,45 @@ def main() -> None:
         raise SystemExit(f"there are no fused kernels here: {kernels.library()}")
 
     times = measure(options.batch, options.rounds)
+    loop = loop_of_a_fit(options.batch, 4 * options.rounds)
     about = pages.about(threads=options.threads, rounds=options.rounds, batch=options.batch)
-    pages.report(options.out / "qat", {"milliseconds": times}, about, page(times, about))
+    found = {"milliseconds": times, "loop": loop}
+    pages.report(options.out / "qat", found, about, page(times, loop, about))
+
+
+def loop_of_a_fit(batch: int, updates: int) -> dict[str, float]:
+    """Return the medians of an update of a fit and of the making of its batch, milliseconds.
+
+    On a CPU the loop waits while a batch is made; on a GPU another thread makes it meanwhile.
+    """
+    model = jobs.make(compose(["model=ddim_small"]), "model.definition")
+    torch.manual_seed(0)
+    x, t = torch.randn(batch, *model.sample_shape), torch.randint(model.schedule.steps, (batch,))
+    temporal = TemporalIntervals(encoding=model.network["block_out_channels"][0])
+    net = quantized(model, Recipe(4, 4, Lsq, Lsq, temporal), x, t)
+
+    began, took = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        context = RunContext(place, "", 0, Processes(cpu=True), place)
+        training = training_of(model, net, fit_options(updates, batch, 1e-6), context)
+        make = training._batch
+
+        def timed(*arguments: Any) -> Any:
+            began.append(time.perf_counter())
+            made = make(*arguments)
+            took.append(time.perf_counter() - began[-1])
+            return made
+
+        training._batch = timed  # type: ignore[method-assign,assignment]
+        training.run()
+
+    between = [later - earlier for earlier, later in pairwise(began)]
+    return {
+        "updates": updates,
+        "an update": 1e3 * statistics.median(between[WARM_UP:]),
+        "making its batch": 1e3 * statistics.median(took[WARM_UP:]),
+    }
 
 
 def measure(batch: int, rounds: int) -> dict[str, dict[str, float]]:
@@ -145,7 +197,9 @@ def measure(batch: int, rounds: int) -> dict[str, dict[str, float]]:
     return times | medians(denoising, rounds * 3)
 
 
-def page(times: dict[str, dict[str, float]], about: dict[str, Any]) -> list[str]:
+def page(
+    times: dict[str, dict[str, float]], loop: dict[str, float], about: dict[str, Any]
+) -> list[str]:
     """Return the lines of the Markdown page."""
     steps = [
         f"| {name} | {of['min']:.1f} | {of['median']:.1f} | {of['max']:.1f} |"
@@ -167,6 +221,10 @@ def page(times: dict[str, dict[str, float]], about: dict[str, Any]) -> list[str]
         "| ratio of medians | measured | aim |",
         "|---|---:|---:|",
         *ratios,
+        "",
+        f"The loop of an LSQ+TDQ fit, {loop['updates']} updates: {loop['an update']:.1f} ms an"
+        f" update, of which it waits {loop['making its batch']:.2f} ms, or"
+        f" {loop['making its batch'] / loop['an update']:.2%}, for its batch (medians).",
     ]
 
 

@@ -8,13 +8,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tdq_exp.data.images import Images
+from tdq_exp.fit.loop import TrainingSets
+from tdq_exp.fit.options import QatOptions
+from tdq_exp.fit.qat import QatTraining, optimizer_groups, rates_of
 from tdq_exp.models.pixel import DiffusionModel
 from tdq_exp.quant.calibrate import calibrating
 from tdq_exp.quant.convert import Recipe
 from tdq_exp.quant.kernels import unfused
+from tdq_exp.runtime.context import RunContext
 
 Step = Callable[[], object]
 
@@ -58,6 +64,27 @@ def denoising_step(model: DiffusionModel, net: nn.Module, x: Tensor) -> Step:
         return model.predict(net, x, torch.tensor(500))
 
     return step
+
+
+def fit_options(updates: int, batch: int, rate: float, precision: str = "float32") -> QatOptions:
+    """Return options of a fit of one phase: at another one a GPU would record again."""
+    return QatOptions(
+        kind="qat", updates=updates, batch_size=batch, precision=precision, real_rounding=0.0,
+        validate_every=updates, validation_samples=8, lr=rate, lr_step_size=rate,
+        lr_zero_point=rate, lr_generator=rate,
+    )  # fmt: skip
+
+
+def training_of(
+    model: DiffusionModel, net: nn.Module, options: QatOptions, context: RunContext
+) -> QatTraining:
+    """Return the training that a fit runs, on images of noise."""
+    size, channels = model.sample_shape[-1], model.sample_shape[0]
+    shape = (2000, size, size, channels)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    sets = TrainingSets(Images(pixels, "noise", ""), Images(pixels[:64], "noise", ""))
+    optimizer = torch.optim.AdamW(optimizer_groups(net, rates_of(options)), fused=True)
+    return QatTraining(net, model, sets, optimizer, options, context)
 
 
 def without_kernels(step: Step) -> Step:
