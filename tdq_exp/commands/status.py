@@ -1,6 +1,6 @@
-"""Say of every cell of the tables: done, running, half done, failed, stale or missing.
+"""Say of every cell of tables and figures: done, running, half done, failed, stale or missing.
 
-python -m tdq_exp status                          all tables at the paper's scale
+python -m tdq_exp status                          all tables and figures at the paper's scale
 python -m tdq_exp status table1 --scale small     one table
 python -m tdq_exp status --scale small --all      also the cells that are done
 """
@@ -16,7 +16,11 @@ from tdq_exp.commands.table import names
 from tdq_exp.experiment.cost import duration
 from tdq_exp.report import cells as report_cells
 from tdq_exp.report.cell_states import DONE, STATES, CellState, seconds_left, state_of
+from tdq_exp.report.figure_manifest import FigureManifest, cells_of_figure, read_figure
+from tdq_exp.report.figure_manifest import names as figure_names
+from tdq_exp.report.figure_numbers import line_label, numbers_file
 from tdq_exp.report.manifest import read_manifest
+from tdq_exp.runtime import files
 from tdq_exp.runtime.progress import console, print_table
 
 
@@ -37,7 +41,7 @@ def show(tables: Sequence[str], scale: str, out: Path, every: bool = False) -> N
     """Print the state of each cell of some tables, and how much time is left.
 
     Args:
-        tables: names of manifests; empty for all.
+        tables: names of manifests; empty for all, and for all figures.
         scale: of the cells.
         out: folder of results.
         every: list the cells that are done, too.
@@ -46,17 +50,18 @@ def show(tables: Sequence[str], scale: str, out: Path, every: bool = False) -> N
         ValueError: for a table or a scale that does not exist, or a damaged record.
     """
     cli.require_results(out)
-    states: dict[str, CellState] = {}
-    of_table: dict[str, list[str]] = {}
+    asked = {
+        table: report_cells.cells_of(read_manifest(table), scale, out)
+        for table in tables or names(scale)
+    }
+    figures = [] if tables else [read_figure(name) for name in figure_names()]
+    for figure in figures:
+        if figure.is_from_rows:
+            asked[figure.name] = cells_of_figure(figure, scale, out)
 
     # A cell that stands in several tables is one run.
-    for table in tables or names(scale):
-        manifest = read_manifest(table)
-        cells = report_cells.cells_of(manifest, scale, out)
-        of_table[table] = [cell.key for cell in cells]
-        for cell in cells:
-            if cell.key not in states:
-                states[cell.key] = state_of(report_cells.find(cell))
+    cells = {cell.key: cell for of_one in asked.values() for cell in of_one}
+    states = {key: state_of(report_cells.find(cell)) for key, cell in cells.items()}
 
     left = seconds_left(list(states.values()))
 
@@ -69,16 +74,38 @@ def show(tables: Sequence[str], scale: str, out: Path, every: bool = False) -> N
         )
 
     print_table(
-        "tables",
+        "tables" if tables else "tables, and figures that are drawn from rows",
         ["table", "cells", *STATES],
-        [_counted(table, [states[key] for key in keys]) for table, keys in of_table.items()],
+        [_counted(name, [states[cell.key] for cell in of_one]) for name, of_one in asked.items()],
     )
+    if figures:
+        print_table(
+            "figures that are measured on networks",
+            ["figure", "lines", "missing"],
+            [_measured(figure, scale, out) for figure in figures if not figure.is_from_rows],
+        )
 
     known = [seconds for seconds in left.values() if seconds is not None]
     unknown = len(left) - len(known)
     text = f"about {duration(sum(known))} one after the other" if known or not left else "unknown"
     text += f"; {unknown} cells without a measured run of their model" if unknown else ""
     console.print(f"time left: {text}")
+
+
+def _measured(figure: FigureManifest, scale: str, out: Path) -> list[str]:
+    """Return a figure's name, and how many lines of networks have numbers and which have none."""
+    wanted = {(c.column, line_label(c)) for c in cells_of_figure(figure, scale, out)}
+    record = files.read_json(numbers_file(figure.name, scale, out))
+    if record is None:
+        command = f"python -m tdq_exp figure {figure.name} --scale {scale} --run"
+        return [figure.name, f"0 of {len(wanted)}", f"all: {command}"]
+
+    missing = [
+        f"{column}: {label}"
+        for column, numbers in record["columns"].items()
+        for label in numbers["missing"]
+    ]
+    return [figure.name, f"{len(wanted) - len(missing)} of {len(wanted)}", "; ".join(missing)]
 
 
 def _left_text(state: CellState, left: dict[str, float | None]) -> str:

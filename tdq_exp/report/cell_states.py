@@ -118,7 +118,10 @@ def _where(begun: bool, fit_done: bool, sampled: float, cell: Cell) -> str:
         of_several = f" of {several} checkpoints" if several > 1 else ""
         return f"{round(sampled * every)} of {every} images{of_several}"
     if fit_done:
-        return "fit done, not sampled"
+        here = _is_float(cell.config) or _network_is_here(cell)
+        return (
+            "fit done, not sampled" if here else "fit done, its network is gone: to be fitted again"
+        )
     return "fit begun" if begun else ""
 
 

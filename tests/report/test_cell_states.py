@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tdq_exp.commands import status
 from tdq_exp.report import cell_states
 from tdq_exp.report import cells as report_cells
 from tdq_exp.report.manifest import read_manifest
@@ -81,6 +82,8 @@ def test_every_state_of_a_run_from_nothing_to_its_row(cell):
     for name in (".lock", "failed.json", "state.pt"):
         (cell.folder / name).unlink()
     put(cell.folder / "fit.json", fit(done=True))
+    assert state(cell) == ("half done", "fit done, its network is gone: to be fitted again")
+    put(cell.folder / "baked.safetensors", {})
     assert state(cell) == ("half done", "fit done, not sampled")
 
     groups = np.array([1, 1, 1, 0, 0, 0, 0, 0, 0, 0], np.uint8)
@@ -199,3 +202,18 @@ def test_fits_of_several_rows_count_once(done, cell):
 
     rows = [with_fit("slow", 900.0), with_fit("slow", 900.0), with_fit("quick", 100.0)]
     assert left(*rows, missing(cell)) == [500 + 750.0]
+
+
+def test_the_state_of_everything_counts_the_runs_of_figures_and_their_numbers(tmp_path, capsys):
+    numbers = {"columns": {"digits": {"missing": ["NIPQ W4A4"]}}}
+    put(tmp_path / "numbers" / "grids-digits.json", numbers)
+    status.show([], "digits", tmp_path)
+    lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+
+    # Rows, five lines at four numbers of steps; and networks, of which one has no number.
+    assert ["figure8", "20", *"00000", "20"] in lines
+    assert ["grids", "4", "of", "5", "digits:", "NIPQ", "W4A4"] in lines
+    assert any(line[:5] == ["layers", "0", "of", "3", "all:"] for line in lines)
+
+    status.show(["table3"], "digits", tmp_path)
+    assert "figure" not in capsys.readouterr().out
