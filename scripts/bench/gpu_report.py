@@ -59,10 +59,10 @@ def write(folder: Path, hours: bool) -> None:
 
 
 CARDS = """\
-# Measured on GPUs: seconds of one image in a training step and in a denoising step, memory of the
-# training and of sampling in GB, for plans (`plan_only=true`). Written by
-# `scripts/bench/gpu.py --report`. Memory is what torch had reserved: at commit f9d5e33 what forms that
-# were measured before had left is in it, so a run takes no more.
+# GPU measurements for cost estimates (`plan_only=true`): seconds per image of a training step and
+# of a denoising step, and memory of training and sampling in GB. Written by
+# `scripts/bench/gpu.py --report`. Memory is what torch had reserved; at commit f9d5e33 it includes
+# leftovers of networks measured earlier in the same process, so it is an upper bound.
 """
 
 

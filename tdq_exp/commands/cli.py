@@ -3,10 +3,11 @@
 | exit code | meaning                                                                          |
 |-----------|----------------------------------------------------------------------------------|
 | 0         | done, or nothing was left to do                                                  |
-| 1         | some jobs of a sweep, or cells of a table, failed; or an error of the program's  |
-| 2         | a mistake in the command or its files, in one line                               |
-| 75        | another command works in the same folder: try again later                        |
-| 76        | another process of the run is gone                                               |
+| 1         | some jobs of a sweep, or cells of a table, failed; `verify` found faults; or an  |
+|           | error in the program itself                                                      |
+| 2         | a mistake in the command or its files, in one line; a table or figure is refused |
+| 75        | another command uses the same folder: try again later                            |
+| 76        | another process of the run was lost                                              |
 | 128 + n   | stopped by signal n: 129 SIGHUP, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM; 137 where |
 |           | one of several processes was killed                                              |
 """

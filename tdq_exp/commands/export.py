@@ -96,7 +96,7 @@ def export(run: Path, out: Path, form: str = "integer", images: int = 16) -> Pat
     if job.recipe is None:
         raise ValueError(f"{run}: is a float run; diffusers' own export writes it")
     if job.model.draw_condition(0, Stream.IMAGE, range(1)) is not None:
-        raise ValueError(f"{run}: takes a condition beside t, which a graph of (x_t, t) has not")
+        raise ValueError(f"{run}: is conditional; only networks of (x_t, t) can be exported")
     _require_tables(run, net)
 
     written = graph_file(job, net, out, form, images)

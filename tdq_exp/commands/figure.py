@@ -50,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
 
     # Which figure, of which networks.
     parser.add_argument("figure", help=f"one of {', '.join(figure_manifest.names())}, or {ALL}")
-    parser.add_argument("overrides", nargs="*", help="of every run, as data.source.path=PATH")
+    parser.add_argument(
+        "overrides", nargs="*", help="added to every run's command, as data.source.path=PATH"
+    )
     parser.add_argument("--scale", default="paper", help="paper, small or digits (default: paper)")
 
     # What may be computed.
@@ -78,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--nets",
         type=Path,
-        help="another folder of runs, looked through for networks and filled with those that are"
-        " trained (default: the folder `nets` of --out)",
+        help="additional folder of runs: networks are looked up here, and newly trained ones saved"
+        " here (default: the folder `nets` of --out)",
     )
     return parser
 
@@ -87,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 def make(options: argparse.Namespace, refusals: Refusals | None = None) -> int:
     """Measure what is asked for, then draw.
 
-    Of all figures, one that is refused keeps no other from being drawn.
+    With `all`, a figure that is refused does not keep the others from being drawn.
 
     Args:
         options: of the command.

@@ -55,8 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed",
         type=int,
-        help="of the starting noise (default: the run's; with its steps, its batch and the fake"
-        " engine these are the images of that set)",
+        help="seed of the starting noise (default: the run's; with its steps and batch and the fake"
+        " engine, this reproduces the run's images)",
     )
 
     # How, and where it goes.

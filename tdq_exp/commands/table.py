@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     # Which table, and its cells.
     parser.add_argument("table", help="a file of configs/table: table1 to table10, or all")
     parser.add_argument(
-        "overrides", nargs="*", help="of every cell's command, as data.source.path=PATH"
+        "overrides", nargs="*", help="added to every cell's command, as data.source.path=PATH"
     )
 
     parser.add_argument("--scale", default="paper", help="paper, small or digits (default: paper)")

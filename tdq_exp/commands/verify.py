@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("results"), help="folder of a table's runs"
     )
-    parser.add_argument("--scale", help="of a table: paper, small or digits (default: all)")
+    parser.add_argument("--scale", help="scale of a table: paper, small or digits (default: all)")
     options = parser.parse_args(arguments)
 
     return cli.exit_code(verify, options.what, options.out.expanduser(), options.scale)
@@ -57,7 +57,7 @@ def verify(what: str, out: Path, scale: str | None = None) -> int:
 
     is_table = what in tables and not path.exists()
     if scale is not None and not is_table:
-        raise ValueError(f"--scale {scale}: is of a table, and {what} is none")
+        raise ValueError(f"--scale {scale}: is for tables only, and {what} is not a table")
     faults, runs = table_faults(what, out, scale) if is_table else (checks.faults_of(path), None)
 
     for fault in faults:

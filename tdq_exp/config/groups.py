@@ -25,7 +25,7 @@ class ModelConfig:
         fingerprint=False,
         help="safetensors, .ckpt, diffusers folder, hub id, or shipped:NAME",
     )
-    ema: bool = setting(True, fingerprint=False, help="of a .ckpt that holds both")
+    ema: bool = setting(True, fingerprint=False, help="prefer EMA weights if the source has both")
     autoencoder: str | None = setting(
         None, fingerprint=False, help="weights of a latent model's first stage, as `weights`"
     )
@@ -54,14 +54,14 @@ class DataConfig:
 class PtqProtocol(PtqNumbers):
     """Numbers of post-training quantization: its updates, and its calibration set."""
 
-    samples: int = setting(0, low=1, most=MOST_SAMPLES, help="of a calibration set")
+    samples: int = setting(0, low=1, most=MOST_SAMPLES, help="size of a calibration set")
     images: int = setting(
-        0, low=1, most=MOST_SAMPLES, help="trajectories of a set whose t are steps of each"
+        0, low=1, most=MOST_SAMPLES, help="trajectories of a set with several steps of each"
     )
     ndtc_images: int = setting(
-        0, low=1, most=MOST_SAMPLES, help="the same, where t is drawn from PTQ4DM's distribution"
+        0, low=1, most=MOST_SAMPLES, help="trajectories of a set with PTQ4DM's distribution of t"
     )
-    steps: int = setting(0, low=1, help="of sampling after post-training quantization")
+    steps: int = setting(0, low=1, help="sampling steps after post-training quantization")
 
 
 @dataclass

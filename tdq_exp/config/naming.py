@@ -20,9 +20,9 @@ PACKED = "packed.safetensors"
 def fit_name(cfg: DictConfig) -> str:
     """Return `${model}_${bits}_${method}[_${tdq}]`, then the label of every group that differs.
 
-    A calibration set is named if it is not the one that the method's name stands for; settings of
-    the fit that have a label of their own come last, before the user's label. A rehearsal is called
-    one whatever its label: it never takes the name of the real run.
+    A calibration set is named if it differs from the method's default. Settings of the fit that
+    have a label of their own follow, then the user's label. A trial run (`debug=smoke`) always ends
+    in `smoke`, so it never takes the name of the real run.
     """
     parts = [cfg.model.label, cfg.bits.label if cfg.method.quantized else "", cfg.method.label]
     parts += [cfg[group].label for group in LABELLED]

@@ -1,7 +1,7 @@
-"""What a configuration becomes on this machine and with these files, before anything is built.
+"""Adapts a configuration to this machine and to the user's files before anything is built.
 
-A choice that is changed here is changed in the configuration itself, so that the name, the record
-and the fingerprint of a run say what was computed.
+The configuration itself is changed, so that the name, the record and the fingerprint of a run
+state what is computed.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class FloatWeights:
 
     Args:
         path: file, folder or hub id; None where it is to be trained.
-        ema: of a checkpoint that holds both, take the average.
+        ema: take the averaged weights if the source has both.
     """
 
     path: str | None

@@ -1,7 +1,8 @@
 """How a network is run: quantization simulated, or layers on integers.
 
-All images of a set are made by one engine, which its record and `engine.json` name from the first
-group on. Where that engine can't run, a set is not gone on with; a finished one keeps its name.
+All images of a set are made by one engine, which the set's record and `engine.json` name from the
+first group on. On a machine that can't run this engine, an unfinished set is refused; a finished
+one stays valid and keeps the engine's name.
 """
 
 from __future__ import annotations

@@ -26,11 +26,11 @@ class SamplerOptions(TrajectoryOptions):
     method: Any = setting(help="_target_: the sampler's class")
     images: int = setting(low=1, most=MOST_IMAGES, help="how many images")
     batch: int = setting(low=1, most=MOST_BATCH, help="images that are computed together")
-    seed: int = setting(0, low=0, high=SEED, help="of the images' starting noise")
+    seed: int = setting(0, low=0, high=SEED, help="seed of the images' starting noise")
     truncate: bool = setting(False, help="drop the fraction of a pixel in place of rounding")
     engine: str = setting("fake", choices=ENGINES, help="fake (simulated quantization) or integer")
     min_speedup: float = setting(
-        1.0, low=0, most=1e6, since=1.0, help="integer: least gain of a layer that runs on integers"
+        1.0, low=0, most=1e6, since=1.0, help="integer engine: least speedup of a layer to use it"
     )
     png: bool = setting(False, fingerprint=False, help="also write every image as a PNG")
 

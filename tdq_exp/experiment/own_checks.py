@@ -1,4 +1,4 @@
-"""Checks of what somebody with a training loop of their own gives: one line, before any work."""
+"""Checks of the arguments of `own_loop`: a mistake is refused in one line, before any work."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def calibrated(
 
 
 def _cached(file: Path) -> dict[str, Any] | None:
-    """Return cached start values, or None if there are none, or damaged ones, with a line."""
+    """Return cached start values; None if there are none, or (printing a line) if damaged."""
     try:
         found = files.read_json(file, must_be_sealed=True)
         if found is None:

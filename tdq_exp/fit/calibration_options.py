@@ -32,13 +32,13 @@ class CalibrationSpec:
     sigma: float = setting(
         0.4, low=0, most=100, help="standard deviation of t, as a share of T (ndtc)"
     )
-    seed: int = setting(0, low=0, high=SEED, help="of noise and time steps")
-    label: str = setting("", fingerprint=False, is_name=True, help="of the run's name")
+    seed: int = setting(0, low=0, high=SEED, help="seed of noise and time steps")
+    label: str = setting("", fingerprint=False, is_name=True, help="label in the run's name")
     path: str | None = setting(
         None,
         fingerprint=False,
-        help="a finished set to use, a folder, or another project's FILE.pt of (x, t);"
-        " made and cached if not given",
+        help="calibration set to use: the folder of a finished one, or another project's FILE.pt"
+        " of (x, t); if not given, a set is made and cached",
     )
 
     def __post_init__(self) -> None:

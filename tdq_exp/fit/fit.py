@@ -140,7 +140,7 @@ class Fit(Generic[O_co]):
         raise NotImplementedError(type(self).__name__)
 
     def require_files(self) -> None:
-        """Refuse what the options name and is not there, or is there and must not be.
+        """Refuse options that name a missing input file, or an output file that already exists.
 
         Raises:
             ValueError, OSError: one line that names the key.

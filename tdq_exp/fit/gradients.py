@@ -22,16 +22,16 @@ Loss = Callable[..., Tensor]
 
 
 class Gradients:
-    """Leaves the gradients of a batch's loss in the parameters, on all processes the same.
+    """Computes the gradients of a batch's loss, averaged over processes, into the parameters.
 
-    Gradients are written anew by each call, and not added to earlier ones.
+    Each call overwrites the gradients of the one before instead of adding to them.
 
     Args:
         net: in training mode, on the processes' device; the same on all of them.
         loss: of the tensors of a batch, 0-dim: a mean over samples.
         processes: each calls with its part of the batch.
-        micro_batches: passes that a process' part is computed in, of equal size: less memory, the
-            same gradients up to the order of a sum, but for noise, which each pass draws.
+        micro_batches: equal passes into which a process splits its part. They save memory and give
+            the same gradients up to summation order and to noise, which each pass draws anew.
     """
 
     def __init__(

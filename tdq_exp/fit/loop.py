@@ -5,7 +5,7 @@ model's loss, steps the optimiser, and takes the weights into their average. Val
 average's loss over fixed (x, t, eps). Killed and started again, the loop ends with the same bits as
 one that was never killed; on a GPU up to the order of sums, which cuDNN's convolutions, and the
 gradients of step sizes per time step, leave open. A signal that asks it to stop
-(`runtime.signals`) saves after the update.
+(`runtime.signals`) saves after the update, on a GPU within ten updates.
 """
 
 from __future__ import annotations

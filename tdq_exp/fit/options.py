@@ -23,7 +23,7 @@ MOST_SAMPLES = 10**7
 
 @dataclass
 class FitOptions:
-    """What every fit has: its stable name, its label, and whose images count.
+    """Options of every fit: its stable name, its label, and which checkpoint is measured.
 
     Attributes:
         needs_weights: starts from the weights of a float network.
@@ -48,12 +48,12 @@ class FitOptions:
     correction: ClassVar[str] = "none"
 
     kind: str = setting(help="stable name: none, pretrain, qat, ptq")
-    label: str = setting("", fingerprint=False, is_name=True, help="of the run's name")
+    label: str = setting("", fingerprint=False, is_name=True, help="label in the run's name")
     report: str = setting(
         "last",
         choices=("last", "best_of_5"),
         fingerprint=False,
-        help="last, or the best of five checkpoints by the distance itself",
+        help="network to measure: the last, or the one of five checkpoints with the best distance",
     )
 
     @property
@@ -92,8 +92,8 @@ def _correction() -> Any:
         choices=("none", "ptqd", "rescale"),
         since="none",
         named={"ptqd": "ptqd", "rescale": "rescaled"},
-        help="of the prediction after the fit, by tables over t: none, ptqd (as published), or"
-        " rescale (ours: few bits predict too little noise)",
+        help="correction of the predicted noise after the fit, by tables over t: none, ptqd (as"
+        " published), or rescale (ours; networks of few bits predict too little noise)",
     )
 
 
@@ -116,15 +116,15 @@ class TrainOptions:
         0.0, low=0, most=MOST_RATE, help="learning rate of the weights after warm-up"
     )
     warmup: int = setting(
-        0, low=0, most=MOST_UPDATES, help="updates over which the rates rise linearly from 0"
+        0, low=0, most=MOST_UPDATES, help="updates over which the learning rates rise linearly"
     )
     lr_schedule: str = setting(
         "constant",
         choices=("constant", "cosine"),
         since="constant",
-        help="after warm-up: constant, or cosine to 0 at the last update",
+        help="after warm-up: constant, or a cosine towards 0",
     )
-    ema_decay: float = setting(0.9999, low=0, below=1, help="of the average of the weights")
+    ema_decay: float = setting(0.9999, low=0, below=1, help="decay of the average of the weights")
     grad_clip: float = setting(
         0.0, low=0, most=MOST_RATE, help="largest norm of the gradient; 0 does not clip"
     )
@@ -172,10 +172,10 @@ class QatNumbers(TrainOptions):
     """Numbers of quantization-aware training that a protocol gives."""
 
     lr_step_size: float = setting(
-        0.0, low=0, most=MOST_RATE, help="of static and per-step step sizes"
+        0.0, low=0, most=MOST_RATE, help="learning rate of static and per-step step sizes"
     )
     lr_zero_point: float = setting(
-        0.0, low=0, most=MOST_RATE, help="of zero points, in shares of the grid"
+        0.0, low=0, most=MOST_RATE, help="learning rate of zero points, in shares of the grid"
     )
     calibration_samples: int = setting(
         1024, low=1, most=MOST_SAMPLES, help="(x_t, t) that set the start values"
@@ -206,12 +206,16 @@ class QatOptions(FitOptions, QatNumbers):
     checkpoints: ClassVar[int] = 5
 
     kind: str = setting("qat", choices=("qat",))
-    weight_decay: float = setting(0.0, low=0, most=MOST_RATE, help="of weights")
-    lr_generator: float = setting(0.0, low=0, most=MOST_RATE, help="of TDQ's generators")
+    weight_decay: float = setting(0.0, low=0, most=MOST_RATE, help="weight decay of the weights")
+    lr_generator: float = setting(
+        0.0, low=0, most=MOST_RATE, help="learning rate of TDQ's generators"
+    )
     decay_generator: float = setting(
         0.0, low=0, most=MOST_RATE, help="weight decay of the generators"
     )
-    real_rounding: float = setting(0.2, low=0.0, high=1.0, help="NIPQ: last share of the updates")
+    real_rounding: float = setting(
+        0.2, low=0.0, high=1.0, help="NIPQ: final share of the updates, which round for real"
+    )
     correction: str = _correction()  # type: ignore[misc]
 
     def check(self) -> None:
@@ -227,16 +231,20 @@ class PtqNumbers:
     """Numbers of post-training quantization that a protocol gives."""
 
     updates: int = setting(
-        0, low=1, most=MOST_UPDATES, help="of each block, or of the fit over time"
+        0, low=1, most=MOST_UPDATES, help="updates of each block, or of the fit over time"
     )
     batch_size: int = setting(
         1, low=1, most=MOST_SAMPLES, help="samples of an update, over all processes"
     )
-    lr: float = setting(0.0, low=0, most=MOST_RATE, help="of step sizes and lower bounds")
-    lr_zero_point: float = setting(
-        0.0, low=0, most=MOST_RATE, help="of zero points, in shares of the grid"
+    lr: float = setting(
+        0.0, low=0, most=MOST_RATE, help="learning rate of step sizes and lower bounds"
     )
-    lr_generator: float = setting(0.0, low=0, most=MOST_RATE, help="of TDQ's generators")
+    lr_zero_point: float = setting(
+        0.0, low=0, most=MOST_RATE, help="learning rate of zero points, in shares of the grid"
+    )
+    lr_generator: float = setting(
+        0.0, low=0, most=MOST_RATE, help="learning rate of TDQ's generators"
+    )
     validation_samples: int = setting(
         1024, low=1, most=MOST_SAMPLES, help="(x, t, eps) of the validation set"
     )
@@ -254,22 +262,22 @@ class ReconstructOptions(PtqNumbers):
         False,
         since=False,
         named={True: "balanced"},
-        help="let every time step weigh alike in the loss",
+        help="weight the loss so that every time step counts equally",
     )
     rounding: str = setting(
         "nearest",
         choices=("nearest", "adaround"),
         named={"adaround": "adaround"},
-        help="of weights",
+        help="how weights are rounded: to the nearest code, or as AdaRound learns it",
     )
-    lr_rounding: float = setting(1.0e-3, low=0, most=MOST_RATE, help="AdaRound: rate of V")
-    rounding_weight: float = setting(0.01, low=0, most=1e6, help="AdaRound: lambda")
+    lr_rounding: float = setting(1.0e-3, low=0, most=MOST_RATE, help="AdaRound: learning rate of V")
+    rounding_weight: float = setting(
+        0.01, low=0, most=1e6, help="AdaRound: weight of its penalty, lambda"
+    )
     beta_start: float = setting(
-        20.0, above=0, most=1000, since=20.0, help="AdaRound: see `rules.adaround.beta_at`"
+        20.0, above=0, most=1000, since=20.0, help="AdaRound: beta at its start"
     )
-    beta_end: float = setting(
-        2.0, above=0, most=1000, since=2.0, help="AdaRound: see `rules.adaround.beta_at`"
-    )
+    beta_end: float = setting(2.0, above=0, most=1000, since=2.0, help="AdaRound: beta at its end")
     beta_schedule: str = setting(
         "cosine",
         choices=("cosine", "linear"),
@@ -304,7 +312,7 @@ class PtqOptions(FitOptions, ReconstructOptions):
     needs_calibration_set: ClassVar[bool] = True
 
     kind: str = setting("ptq", choices=("ptq",))
-    reconstruct: bool = setting(False, help="block by block; false leaves it at the calibration")
+    reconstruct: bool = setting(False, help="reconstruct the network block by block")
     correction: str = _correction()  # type: ignore[misc]
     memory_gb: float = setting(
         4.0, above=0, most=1e6, fingerprint=False, help="budget; what does not fit goes to files"

@@ -77,10 +77,10 @@ class Observer:
         self.seen[number] = Seen(values, len(rows), low, high, float(mean), float(std))
 
     def values(self) -> Tensor:
-        """Return the kept values, in the order of the batches; each sample has as many of them.
+        """Return the kept values in the order of the batches, equally many for each sample.
 
-        A batch of fewer samples than the others, such as a last one, keeps as many values as they
-        do, and gives a share of them here.
+        A smaller batch, such as the last one, keeps as many values as the others, of which only
+        its share is returned.
         """
         batches = [self.seen[number] for number in sorted(self.seen)]
         most = max(batches, key=lambda batch: batch.samples)

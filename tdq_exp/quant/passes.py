@@ -98,7 +98,10 @@ class Passes:
             begun.finish()
 
     def own(self) -> Pass | None:
-        """Return this thread's pass, outside of a backward pass; one that has none has the last."""
+        """Return this thread's pass, or the last one of any thread if it has none.
+
+        Backward passes are not considered; see `current`.
+        """
         return self._now.get(threading.get_ident(), self._last)
 
     def current(self) -> Pass | None:

@@ -91,7 +91,7 @@ class TimeContext:
 
     @property
     def key(self) -> object:
-        """Return what stays the same as long as what was computed from t can be used again."""
+        """Return a cache key: values computed from t can be reused while it stays the same."""
         if torch.compiler.is_compiling():
             return self.version
         return self.now, backward_of_its_own()
@@ -224,11 +224,11 @@ class TimeContext:
                     answer.register_hook(put_back)
 
     def _when_back(self) -> Callable[[Tensor], None]:
-        """Return what sets this pass' time step, for the backward pass to call when it gets here.
+        """Return a hook for the network's output that restores this pass' time step in backward.
 
-        Compiled code knows only what was set last, and a compiled block may be computed again.
-        Autograd takes the nodes that were made last first, so it goes through the passes one after
-        another, and begins each at its answer.
+        Compiled code reads only the time step that was set last, but a compiled block may be
+        recomputed in the backward pass. Autograd visits nodes in reverse order of creation, so it
+        handles one pass after another and reaches the output of each first.
         """
         t, kept = self._t, self.kept
 

@@ -187,9 +187,9 @@ class FilledColumn:
         return [*first, "-" if published is None else f"{published:.2f}"]
 
     def ties_with_the_best(self, line: Line) -> bool:
-        """Return whether a line is not the best of its bit widths, but no worse than its spread.
+        """Return whether a line is not the best of its bit widths, but ties with it (see `spread`).
 
-        Short rows are no rivals: they compare with nothing.
+        Lines with short rows are left out of the comparison.
         """
         rivals = [
             other

@@ -40,7 +40,7 @@ _LOADED: dict[tuple[str, str, State], str] = {}
 
 
 def known_contents(cfg: Any, given: Iterable[str]) -> dict[str, str]:
-    """Return row's key -> hash of what a command takes and does not make, as far as it is known.
+    """Return the hashes of a command's inputs (networks, images), as far as known, by row key.
 
     Args:
         cfg: what the command composes to.

@@ -18,10 +18,10 @@ class AnotherResultError(ValueError):
 
 @contextmanager
 def noted(folder: Path) -> Iterator[None]:
-    """Note an error that leaves the `with` block; without one, remove an earlier note.
+    """Write an error that leaves the `with` block to `failed.json`; on success remove the file.
 
-    A run that was refused before its folder was made leaves no folder. One that another command
-    keeps out has not failed, nor has the run in a folder where another configuration was asked for.
+    No folder is created for this. A locked folder, or one that holds the result of another
+    configuration, does not count as a failure.
 
     Args:
         folder: of the run.

@@ -1,7 +1,7 @@
-"""Processes of a run: this one alone, or several of the same command, which torch's launcher ends.
+"""Starts the processes of a run: this one alone, or several by torch's elastic launcher.
 
-Where one of them ends, the launcher ends the others (SIGTERM, and SIGKILL after 30 seconds); what
-it would print about that is one line here.
+When one of them fails, the launcher ends the others (SIGTERM, and SIGKILL after 30 seconds). Its
+report is replaced by a single line.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ def values_of(path: Path) -> Iterator[None]:
 
 
 def check_state(path: Path) -> bool:
-    """Return whether a file of `write_state` has a checksum, which an earlier version wrote not.
+    """Return whether a file of `write_state` has a checksum; earlier versions wrote none.
 
     Raises:
         ValueError: if the file does not match it.

@@ -36,7 +36,7 @@ WRONG = [
     ("figure figure3 --scale digits fit.lr=0.5", "may be measured without; add --measure"),
     ("measure mu.npz --model tiny --images 3", "--images=3: mu.npz holds mean and covariance"),
     ("verify ''", "name a run, a folder, a file or a table"),
-    ("verify empty --scale small", "--scale small: is of a table, and empty is none"),
+    ("verify empty --scale small", "--scale small: is for tables only, and empty is not a table"),
     ("verify table10 --scale digits", "--scale digits: table10 has small"),
     ("verify empty", "empty: is empty, nothing was checked"),
     (

@@ -195,11 +195,11 @@ class Ptq(QuantizedFit[PtqOptions]):
         )
 
     def work(self, model: DiffusionModel, net: nn.Module, sampling_steps: int) -> Work:
-        """Return what the fit would take.
+        """Return the estimated cost of the fit.
 
-        The set, unless it is cached; the calibration; and for each of the blocks half a pass of
-        either network over the set, and its updates at a share of a whole training step. Without
-        reconstruction, TDQ's fit is about a pass over the set.
+        It counts making the set, unless that is cached; the calibration; and for each block half a
+        pass of both networks over the set, and its updates as fractions of a training step. Without
+        reconstruction, TDQ's fit costs about one pass over the set.
         """
         o, spec = self.options, self.calibration
         runs = 0 if spec.encodes_images else spec.images * sampling_steps

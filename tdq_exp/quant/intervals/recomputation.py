@@ -1,7 +1,7 @@
-"""What all blocks share is the same for each, also where torch computes a block again.
+"""Keeps shared step sizes and random draws the same when torch recomputes a block.
 
-`torch.utils.checkpoint` drops what lies within a block and computes it once more in the backward
-pass. Step sizes of a bank are computed once for the whole network, in whichever block comes first.
+`torch.utils.checkpoint` discards a block's activations and recomputes them in the backward pass.
+A bank's step sizes are computed once for the whole network, within the first block that reads them.
 """
 
 from __future__ import annotations

@@ -49,9 +49,9 @@ def _clip(v, low, high):
 
 @triton.jit
 def _entry(t, steps):
-    """Return (where tables of so many steps hold time t, what to add to the step size there).
+    """Return (index of time t in a table of `steps` entries, value to add to the step size).
 
-    Nothing here can refuse a t that they do not hold: 0 is added, or NaN.
+    A kernel can't raise an error for a t outside of the table: the value is then NaN, else 0.
     """
     entry = tl.load(t).to(tl.int64)
     known = (entry >= 0) & (entry < steps)
