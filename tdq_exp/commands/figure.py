@@ -59,12 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--run",
         action="store_true",
-        help="measure what was not measured yet; networks that are missing are trained for it",
+        help="measure what has not been measured yet, and train missing networks for it",
     )
     parser.add_argument(
         "--measure",
         action="store_true",
-        help="measure anew, on the networks that there are; nothing is trained",
+        help="measure again on existing networks, without training any",
     )
     parser.add_argument(
         "--go", action="store_true", help="run the paper's scale although there is no GPU"

@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
 
     # What is measured, and against what.
     parser.add_argument("sets", nargs="+", help="folders, .npy or .npz files; and overrides")
-    parser.add_argument("--model", required=True, help="whose reference and features: ddim_small")
+    parser.add_argument(
+        "--model", required=True, help="whose reference and features to use: ddim_small"
+    )
     parser.add_argument("--images", type=int, help="only the first so many of each set")
 
     # Where it goes.
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         default=Path("results"),
-        help="folder of results, whose rows are shown beside (default: results)",
+        help="folder of results, whose rows are shown for comparison (default: results)",
     )
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
 

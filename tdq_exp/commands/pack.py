@@ -52,8 +52,8 @@ def pack(run: Path, out: Path | None = None) -> Path:
 
     if job.fit.options.chooses_checkpoint and out == (run / PACKED).expanduser():
         raise ValueError(
-            f"{out}: is where a run's last network is looked for, and its row is of another"
-            " checkpoint; name a file with --out"
+            f"{out}: is reserved for the last network, but this run's row is of an earlier"
+            " checkpoint; name another file with --out"
         )
 
     # What the file must say of its run.

@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
 
     # What is sampled.
     parser.add_argument(
-        "run", type=Path, help="folder of a finished run or of one of its sets, or a packed network"
+        "run", type=Path, help="folder of a finished run or sampled set, or a packed network file"
     )
 
     parser.add_argument("--images", type=int, default=64, help="how many (default: 64)")

@@ -83,10 +83,10 @@ def value_of(overrides: Sequence[str], key: str) -> Any:
 
 @lru_cache(KEPT)
 def _of_options(options: tuple[str, ...], files: object) -> DictConfig:
-    """Return what Hydra composes of options of groups, put together from others where it can be.
+    """Return what Hydra composes from options of groups, assembled from kept parts if possible.
 
-    An option of an independent group is the same node in every composition. So a composition with
-    the same other options gives all but the nodes of these groups, and any other gives the nodes.
+    An option of an independent group gives the same node in every composition. So its node may come
+    from any earlier composition, and the rest from one with the same other options.
 
     Args, Raises: see `_composed`.
     """

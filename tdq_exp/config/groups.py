@@ -143,5 +143,5 @@ class MethodConfig:
     label: str = setting(fingerprint=False, is_name=True)
     quantized: bool = setting(True, fingerprint=False)
     calibration: str = setting(
-        "", fingerprint=False, help="label of the set that the method's name stands for"
+        "", fingerprint=False, help="label of the method's default set, left out of run names"
     )

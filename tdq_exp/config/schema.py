@@ -73,7 +73,7 @@ class Config:
         "", is_name=True, help="appended to the fit's name: set it when you change numbers"
     )
     out: str = setting("results")
-    smoke: bool = setting(False, help="a rehearsal of two steps: set by debug=smoke")
+    smoke: bool = setting(False, help="a two-step trial run; set by debug=smoke")
     plan_only: bool = setting(False, help="print what would be done, its cost, and stop")
     traceback: bool = setting(False, help="show where an error was raised, in place of one line")
     go: bool = setting(False, help="start a paper-scale run although there is no GPU")

@@ -74,8 +74,8 @@ def decode(raw: bytes, name: str) -> Image.Image:
 
     if image.mode in ("I", "F"):
         raise ValueError(
-            f"{name}: holds {'32-bit integers' if image.mode == 'I' else 'real numbers'}, whose"
-            " black and white nobody knows; convert it to 8 bits"
+            f"{name}: holds {'32-bit integers' if image.mode == 'I' else 'real numbers'}, which"
+            " have no defined black and white level; convert it to 8 bits"
         )
 
     transparent = "A" in image.getbands() or "transparency" in image.info

@@ -240,8 +240,8 @@ def choice(
         )
     if kept.begun:
         raise ValueError(
-            f"{kept.file}: is missing, and images were begun with it, or on a machine without"
-            f" integers; {kept.again}"
+            f"{kept.file}: is missing, but there are images, made with it or on a machine without"
+            f" integer kernels; {kept.again}"
         )
 
     # Measured here: there is no earlier choice, or none that an image was made with.
@@ -296,9 +296,9 @@ def whole_step(
 
 
 def _slower(step: Mapping[str, float], min_speedup: float) -> bool:
-    """Return whether a whole step loses by integers; not if it could not be compared.
+    """Return whether a whole step is slower on integers; False if it could not be timed.
 
-    How much a layer has to gain says nothing of the whole: it only must not lose.
+    `min_speedup` is the least gain of a single layer; the whole step only must not get slower.
     """
     if not step.keys() >= {"simulated", "integer"}:
         return False

@@ -69,7 +69,7 @@ def _seeds_below(folder: Path) -> str:
 
 
 def _measured_checkpoint(folder: Path) -> Path:
-    """Return the file of the checkpoint that the row of a run is of, which chose among several.
+    """Return the file of the checkpoint that was measured, for a run that chose among several.
 
     Raises:
         ValueError: if nothing was measured, or several sets chose different ones.

@@ -27,7 +27,7 @@ class SamplerOptions(TrajectoryOptions):
     images: int = setting(low=1, most=MOST_IMAGES, help="how many images")
     batch: int = setting(low=1, most=MOST_BATCH, help="images that are computed together")
     seed: int = setting(0, low=0, high=SEED, help="seed of the images' starting noise")
-    truncate: bool = setting(False, help="drop the fraction of a pixel in place of rounding")
+    truncate: bool = setting(False, help="truncate pixel values instead of rounding them")
     engine: str = setting("fake", choices=ENGINES, help="fake (simulated quantization) or integer")
     min_speedup: float = setting(
         1.0, low=0, most=1e6, since=1.0, help="integer engine: least speedup of a layer to use it"
@@ -51,5 +51,5 @@ class EvalOptions:
         None,
         low=1,
         most=MOST_IMAGES,
-        help="the first so many of the training set; all of them if null",
+        help="use only the first N images of the training set; null uses all",
     )

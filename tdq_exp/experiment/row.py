@@ -125,7 +125,7 @@ class Row:
 
 
 def _kinds() -> dict[str, type[Any]]:
-    """Return what the values of a row are that others are read from, where it has them."""
+    """Return key -> required type of the values of a row, for those that are read from it."""
     found: dict[str, type[Any]] = {"images": int, "name": str, "sample": str}
     for name, hint in get_type_hints(Row).items():
         members = get_args(hint) if isinstance(hint, UnionType) else (hint,)
@@ -289,8 +289,8 @@ def require_rows_of(folder: Path, config: Mapping[str, Any]) -> None:
             whole["config"] = {**{g: config.get(g) for g in groups}, **row["config"]}
             if groups and files.seal_fault(whole) is not None:
                 raise ValueError(
-                    f"{file}: its rows left a part of their configuration to {FIT_RECORD}, which is"
-                    " missing, and this command's differs; put it back, or move the rows away"
+                    f"{file}: its rows refer to the configuration in {FIT_RECORD}, which is"
+                    " missing, and this command's differs; put the file back, or move the rows away"
                 )
 
 

@@ -89,7 +89,7 @@ def calibrated(
         recipe: of the quantizers.
         batches: what it is shown, over all of time; at least 1,000 samples for a real fit.
         context: of the run; its seed is that of the generators' start.
-        key: what the start values depend on, for the cache.
+        key: everything that the start values depend on; they are cached under it.
     """
     processes = context.processes
 

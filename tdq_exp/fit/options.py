@@ -140,7 +140,7 @@ class TrainOptions:
         low=0,
         most=MOST_UPDATES,
         fingerprint=False,
-        help="leave after so many updates, as a kill would (0: don't); for rehearsals",
+        help="stop after this many updates, as if killed (0: never); to test resuming",
     )
 
     def rate(self, update: int) -> float:
@@ -290,7 +290,7 @@ class ReconstructOptions(PtqNumbers):
         low=0,
         high=1,
         since=0.2,
-        help="AdaRound: first share of the updates without regularizer",
+        help="AdaRound: initial share of the updates, without the regularizer",
     )
 
     @property
@@ -315,7 +315,7 @@ class PtqOptions(FitOptions, ReconstructOptions):
     reconstruct: bool = setting(False, help="reconstruct the network block by block")
     correction: str = _correction()  # type: ignore[misc]
     memory_gb: float = setting(
-        4.0, above=0, most=1e6, fingerprint=False, help="budget; what does not fit goes to files"
+        4.0, above=0, most=1e6, fingerprint=False, help="memory budget; the rest goes to files"
     )
     stop_after: int = setting(
         0, low=0, most=MOST_UPDATES, fingerprint=False, help="leave after so many blocks"

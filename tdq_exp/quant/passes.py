@@ -92,7 +92,7 @@ class Passes:
             passes.append(begun)
 
     def finish(self) -> None:
-        """Note that what this thread computes next is of no forward pass."""
+        """End this thread's forward pass: what it computes next does not belong to it."""
         begun = self._now.get(threading.get_ident())
         if begun is not None and place() is None:
             begun.finish()

@@ -30,7 +30,7 @@ def _tensors(output: object) -> list[Tensor]:
 
 
 def _required(what: T | None) -> T:
-    """Return what is there.
+    """Return the argument, which must not be None.
 
     Raises:
         RuntimeError: if no time step is set.

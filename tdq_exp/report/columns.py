@@ -286,9 +286,10 @@ def _line_texts(line: Line, columns: Sequence[FilledColumn]) -> list[str]:
 
 
 def _real_texts(columns: Sequence[FilledColumn]) -> list[list[str]]:
-    """Return the lines of real images, held out from training, in the place of generated ones.
+    """Return the lines for held-out real images, measured as if they were generated.
 
-    They say what a perfect model would get, and, reconstructed, what an autoencoder leaves of it.
+    They show what a perfect model would reach; reconstructed by the autoencoder, what a perfect
+    latent model would reach.
     """
     lines = []
     for kind, label in (

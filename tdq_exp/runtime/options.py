@@ -32,14 +32,14 @@ class LauncherOptions:
         1,
         low=1,
         most=MOST_MICRO_BATCHES,
-        help="training: passes in which a process computes its part of a batch, to save memory;"
-        " the gradients are the same up to the order of a sum, and to dropout's and NIPQ's noise",
+        help="training: passes into which a process splits its part of a batch, to save memory;"
+        " gradients are the same up to summation order and the noise of dropout and NIPQ",
     )
     recompute: bool = setting(
         False,
-        help="training: compute activations again in the backward pass, to save memory; the same"
-        " gradients, in about a third more time (with dropout or NIPQ's noise several times as"
-        " long on a GPU, whose generator's state can't be read while steps are recorded)",
+        help="training: recompute activations in the backward pass, to save memory; the same"
+        " gradients in about a third more time (several times as long with dropout or NIPQ on a"
+        " GPU, whose random state can't be read while CUDA graphs are recorded)",
     )
     compile: bool = setting(
         False,

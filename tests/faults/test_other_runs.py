@@ -170,7 +170,7 @@ def test_images_that_were_begun_with_another_choice_of_layers_are_not_gone_on_wi
     groups.flush()
     (folder / "metrics.json").unlink()
     (folder / "engine.json").unlink()
-    with pytest.raises(ValueError, match=r"engine\.json: is missing, and images were begun"):
+    with pytest.raises(ValueError, match=r"engine\.json: is missing, but there are images"):
         pipeline.run(job)
 
 

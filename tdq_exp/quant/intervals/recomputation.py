@@ -17,10 +17,10 @@ from tdq_exp.quant.time import TimeContext
 
 
 def of_no_block() -> AbstractContextManager[Any]:
-    """Keep what the gradient needs, within a block whose own is dropped.
+    """Exempt what is computed in the context from being discarded with the block around it.
 
-    In the other blocks the step sizes are there already, so a block that had to compute them would
-    not find the same when it is computed again.
+    For step sizes that all blocks share: they exist already when a later block runs, so the block
+    that computed them would save other tensors when it is recomputed.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return nullcontext()
