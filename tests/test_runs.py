@@ -114,7 +114,9 @@ def test_a_fit_is_not_begun_beside_rows_that_could_not_be_read_then(
         (made.folder / name).unlink()
 
     copy = shutil.copy(tiny_weights, tmp_path / "copy.safetensors")
-    with pytest.raises(ValueError, match=r"metrics\.json: its rows refer .* fit\.json.*put the file back"):
+    with pytest.raises(
+        ValueError, match=r"metrics\.json: its rows refer .* fit\.json.*put the file back"
+    ):
         pipeline.run(build(tmp_path, copy))
     assert not (made.folder / "fit.json").exists() and file.read_bytes() == before
 

@@ -11,6 +11,7 @@ import sys
 
 VERBS = {
     "run": ("tdq_exp.run", "compose an experiment and run it (also: python -m tdq_exp.run)"),
+    "explain": ("tdq_exp.commands.explain", "explain the keys of a configuration"),
     "table": ("tdq_exp.commands.table", "run the cells of a table that have no row, and render it"),
     "figure": ("tdq_exp.commands.figure", "measure what a figure of the paper shows, and draw it"),
     "report": ("tdq_exp.commands.report", "write all results as one page, results/report.html"),

@@ -41,7 +41,7 @@ def show(scale: str, out: Path) -> Path | None:
 
     judged = judged_claims.judge(judged_claims.read_claims(), scale, out)
     if not any(one.has_rows for claim in judged for one in claim.comparisons):
-        console.print(f"the paper's claims: no row at scale {scale} yet", markup=False)
+        console.print(f"the paper's claims: no row at scale {scale} yet")
         return None
 
     page = out / "tables" / f"claims-{scale}.md"
@@ -52,5 +52,5 @@ def show(scale: str, out: Path) -> Path | None:
         ["claim", "verdict", "what it says"],
         [[one.claim.name, one.verdict, one.claim.text] for one in judged],
     )
-    console.print(f"page     {page}", markup=False)
+    console.print(f"page     {page}")
     return page

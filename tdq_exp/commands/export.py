@@ -100,12 +100,12 @@ def export(run: Path, out: Path, form: str = "integer", images: int = 16) -> Pat
     _require_tables(run, net)
 
     written = graph_file(job, net, out, form, images)
-    console.print(f"{out}: {written / 1e6:.3f} MB, {form} form", markup=False)
+    console.print(f"{out}: {written / 1e6:.3f} MB, {form} form")
 
     # What became of the operators.
     counts = optimised_operators(out)
     listed = ", ".join(f"{counts[name]} {name}" for name in REPORTED if counts.get(name))
-    console.print(f"as ONNX Runtime optimised it: {listed}", markup=False)
+    console.print(f"as ONNX Runtime optimised it: {listed}")
 
     # And what it computes.
     print_table(

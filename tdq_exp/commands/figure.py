@@ -121,7 +121,7 @@ def make(options: argparse.Namespace, refusals: Refusals | None = None) -> int:
             if _has_numbers(figure, out, options):
                 failed = _make_one(figure, out, options) or failed
             else:
-                console.print(f"{name} has no numbers yet: add --run", markup=False)
+                console.print(f"{name} has no numbers yet: add --run")
 
     if refusals is None:
         noted.show()
@@ -167,8 +167,8 @@ def _make_one(figure: FigureManifest, out: Path, options: argparse.Namespace) ->
     if not figure.is_from_rows:  # which lists its missing rows with their commands
         _tell_missing(record)
     path = drawings.draw(figure, record, out / "figures" / f"{file.stem}.png")
-    console.print(f"numbers   {file}", markup=False)
-    console.print(f"figure    {path}", markup=False)
+    console.print(f"numbers   {file}")
+    console.print(f"figure    {path}")
     return bool(failed)
 
 
@@ -198,4 +198,4 @@ def _has_rows(figure: FigureManifest, out: Path, options: argparse.Namespace) ->
 def _tell_missing(record: dict[str, Any]) -> None:
     for name, column in record["columns"].items():
         if column["missing"]:
-            console.print(f"{name}: missing {'; '.join(column['missing'])}", markup=False)
+            console.print(f"{name}: missing {'; '.join(column['missing'])}")

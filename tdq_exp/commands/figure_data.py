@@ -123,18 +123,18 @@ def _network(cell: Cell, options: argparse.Namespace, processes: Processes) -> N
             job, net = load(path if path.name == PACKED else folder)
             changes = fit_changes(cell, job.config) + _other_nets(cell, folder)
             if changes:
-                console.print(f"stale {path}: {'; '.join(changes)}", markup=False)
+                console.print(f"stale {path}: {'; '.join(changes)}")
                 continue
             return _network_of(cell, job, net, folder)
 
     if not options.run:
         return None
 
-    console.print(f"{cell.run}: no network in {cell.folder}; training one", markup=False)
+    console.print(f"{cell.run}: no network in {cell.folder}; training one")
     try:
         _train(cell, elsewhere, options, processes)
     except (ValueError, OSError) as error:
-        console.print(f"{cell.run}: {error}", markup=False)
+        console.print(f"{cell.run}: {error}")
         return None
 
     return _network_of(cell, *load(elsewhere), elsewhere)
@@ -190,7 +190,7 @@ def _fit_fingerprint(folder: Path, cell: Cell) -> str:
     found = str(record["fingerprint"])
     of_row = found if cell.row is None else cell.row["fingerprints"]["fit"]
     if of_row != found:
-        console.print(f"{cell.run}: its row is of another fit, {of_row}", markup=False)
+        console.print(f"{cell.run}: its row is of another fit, {of_row}")
     return found
 
 

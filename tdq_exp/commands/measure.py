@@ -110,11 +110,11 @@ def show(options: argparse.Namespace) -> None:
             *_cautions(one, features, reference, metrics, images),
         ]
         for line in notes:
-            console.print(f"note: {line}", markup=False)
+            console.print(f"note: {line}")
 
     if options.json is not None:
         files.write_json(options.json, {"sets": measured, **about})
-        console.print(f"numbers  {options.json}", markup=False)
+        console.print(f"numbers  {options.json}")
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -68,6 +68,5 @@ def pack(run: Path, out: Path | None = None) -> Path:
     console.print(
         f"{out}: {size / 1e6:.3f} MB, {size / (4 * parameters):.3f} of the {float_mb:.3f} MB of the"
         " float weights; read back and compared",
-        markup=False,
     )
     return out

@@ -55,7 +55,7 @@ def write(options: argparse.Namespace) -> int:
     refusals = Refusals()
     text = page.html(out, options.scale or SCALES, refusals)
     files.write_text(path, text)
-    console.print(f"report    {path} ({len(text.encode()) / 1e6:.2f} MB)", markup=False)
+    console.print(f"report    {path} ({len(text.encode()) / 1e6:.2f} MB)")
 
     refusals.show()
     return cli.MISTAKE if refusals.lines else 0

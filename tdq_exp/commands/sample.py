@@ -141,7 +141,6 @@ def draw(options: argparse.Namespace) -> None:
     console.print(
         f"{options.images} images in {options.out}; {_shown(shown, options.images)} side by side in"
         f" {options.out / 'grid.png'}",
-        markup=False,
     )
 
 

@@ -78,7 +78,7 @@ def run(jobs: Sequence[Sequence[str]], run_job: Run) -> int:
         if ended and ended[-1].ending is not None and ended[-1].ending.stopped:
             ended += [SweptJob(others, None) for others in jobs[number - 1 :]]
             break
-        console.print(f"job {number} of {len(jobs)}: {shlex.join(overrides)}", markup=False)
+        console.print(f"job {number} of {len(jobs)}: {shlex.join(overrides)}")
         ended.append(_run_one(overrides, run_job))
 
     _print_summary(ended)

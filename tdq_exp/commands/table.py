@@ -151,7 +151,7 @@ def _tell_empty(name: str, options: argparse.Namespace) -> None:
     file = options.out.expanduser() / "tables" / f"{name}-{options.scale}.md"
     old = f"; {file} is of rows that are gone, remove it" if file.exists() else ""
     line = f"{name} has no row at scale {options.scale} yet: not written{old}"
-    console.print(line, markup=False)
+    console.print(line)
 
 
 def names(scale: str) -> list[str]:
@@ -187,7 +187,7 @@ def make(options: argparse.Namespace) -> int:
     # 3. The table and its picture.
     for cell in cells:
         if cell.changes:
-            console.print(f"stale {cell.name}: {'; '.join(cell.changes)}", markup=False)
+            console.print(f"stale {cell.name}: {'; '.join(cell.changes)}")
 
     footer = cells_module.in_footer(options.overrides)
     if footer and options.column is not None:
@@ -199,11 +199,11 @@ def make(options: argparse.Namespace) -> int:
 
     print_table(table.title, [" ".join(header).strip() for header in table.headers], table.lines)
     for path in tables:
-        console.print(f"table    {path}", markup=False)
+        console.print(f"table    {path}")
     for path in figures:
-        console.print(f"figure    {path}", markup=False)
+        console.print(f"figure    {path}")
     if failed:
-        console.print(f"failed   {', '.join(failed)}: see above", markup=False)
+        console.print(f"failed   {', '.join(failed)}: see above")
 
     return cli.FAILED if failed else 0
 

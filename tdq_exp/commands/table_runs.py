@@ -57,15 +57,12 @@ def run(cells: Sequence[Cell], go: bool = False) -> list[str]:
     codes: list[int] = []
     for number, (cell, name) in enumerate(zip(missing, names_of(missing), strict=True), 1):
         command = ["-m", "tdq_exp.run", *cell.overrides, *(["go=true"] if go else [])]
-        console.print(
-            f"cell {number} of {len(missing)}: python {shlex.join(command)}", markup=False
-        )
+        console.print(f"cell {number} of {len(missing)}: python {shlex.join(command)}")
 
         codes.append(call([sys.executable, *command]))
         if codes[-1]:
             console.print(
                 f"cell {number} of {len(missing)}: {name} failed (exit code {codes[-1]})",
-                markup=False,
             )
 
     return show_summary(missing, codes)
@@ -104,12 +101,10 @@ def show_summary(cells: Sequence[Cell], codes: Sequence[int]) -> list[str]:
 
     failed = {name: cell for name, cell, code in ended if code}
     if failed:
-        console.print(
-            f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}", markup=False
-        )
+        console.print(f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}")
 
     for name, cell in failed.items():
-        console.print(f"  {name} again, alone: {command_of(cell)}", markup=False)
+        console.print(f"  {name} again, alone: {command_of(cell)}")
     return list(failed)
 
 
@@ -122,7 +117,7 @@ def show_missing(cells: Sequence[Cell]) -> None:
 
     console.print(f"{len(missing)} of {len(cells)} rows are missing; to run them all, add --run:")
     for name, cell in zip(names_of(missing), missing, strict=True):
-        console.print(f"  {name}: {command_of(cell)}", markup=False)
+        console.print(f"  {name}: {command_of(cell)}")
 
 
 def command_of(cell: Cell) -> str:
@@ -177,7 +172,7 @@ def show_plan(cells: Sequence[Cell]) -> bool:
         most = max(stages, default=0.0)
         memory = f", at most {most:.0f} GB of its memory" if most else ""
         basis = "" if all(c.measured for c in cards) else "; at least, from counted multiplications"
-        console.print(f"on one {cards[0].card}: about {there}{memory}{basis}", markup=False)
+        console.print(f"on one {cards[0].card}: about {there}{memory}{basis}")
 
     encode = max((cost.encode_seconds for cost in per_cell), default=0.0)
     if encode:
@@ -198,7 +193,6 @@ def _warn_of_stale(cells: Sequence[Cell]) -> None:
         console.print(
             f"stale, not run again: {', '.join(stale)}; a run refuses to replace one of another"
             " configuration under its name, so move its folder away first",
-            markup=False,
         )
 
 

@@ -61,10 +61,10 @@ def verify(what: str, out: Path, scale: str | None = None) -> int:
     faults, runs = table_faults(what, out, scale) if is_table else (checks.faults_of(path), None)
 
     for fault in faults:
-        console.print(fault, markup=False)
+        console.print(fault)
     looked_at = "" if runs is None else f", {runs} runs are there"
     result = f"{len(faults)} faults" if faults else "whole"
-    console.print(f"{what}: {result}{looked_at}", markup=False)
+    console.print(f"{what}: {result}{looked_at}")
     return 1 if faults else 0
 
 

@@ -68,9 +68,9 @@ class PtqProtocol(PtqNumbers):
 class SamplingNumbers:
     """How many images a run draws, in how many steps, in groups of what size."""
 
-    images: int = setting(low=1, most=MOST_IMAGES)
-    steps: int = setting(low=1)
-    batch: int = setting(low=1, most=MOST_BATCH)
+    images: int = setting(low=1, most=MOST_IMAGES, help="how many images")
+    steps: int = setting(low=1, help="sampling steps, but for post-training quantization")
+    batch: int = setting(low=1, most=MOST_BATCH, help="images that are computed together")
 
 
 @dataclass
@@ -90,8 +90,8 @@ class BitsConfig:
     """Numbers of bits of weights and of activations."""
 
     label: str = setting(fingerprint=False, is_name=True)
-    weight: int = setting(low=FEWEST_BITS, high=MOST_BITS)
-    act: int = setting(low=FEWEST_BITS, high=MOST_BITS)
+    weight: int = setting(low=FEWEST_BITS, high=MOST_BITS, help="bits of weights")
+    act: int = setting(low=FEWEST_BITS, high=MOST_BITS, help="bits of activations")
 
 
 @dataclass
@@ -99,7 +99,7 @@ class ActConfig:
     """The rule of activations, or null."""
 
     label: str = setting("", fingerprint=False, is_name=True)
-    quantizer: Any = setting(None)
+    quantizer: Any = setting(None, help="_target_: the rule's class; null for a float model")
 
 
 @dataclass
@@ -107,7 +107,7 @@ class WeightConfig:
     """The rule of weights, or null, and where their step sizes come from."""
 
     label: str = setting("", fingerprint=False, is_name=True)
-    quantizer: Any = setting(None)
+    quantizer: Any = setting(None, help="_target_: the rule's class; null for a float model")
     interval: str = setting("static", help="static, max_abs or channel_range")
 
 
@@ -125,7 +125,7 @@ class PlanConfig:
     """Which layers are quantized, and at how many bits."""
 
     label: str = setting("", fingerprint=False, is_name=True)
-    plan: Any = setting()
+    plan: Any = setting(help="_target_: which layers are quantized, and at how many bits")
 
 
 @dataclass
@@ -133,7 +133,7 @@ class HabitsConfig:
     """Whether details follow the paper's text or its released code."""
 
     label: str = setting("", fingerprint=False, is_name=True)
-    habits: Any = setting()
+    habits: Any = setting(help="_target_: details of the paper's text or of its code")
 
 
 @dataclass
@@ -141,7 +141,7 @@ class MethodConfig:
     """A method: what its name stands for."""
 
     label: str = setting(fingerprint=False, is_name=True)
-    quantized: bool = setting(True, fingerprint=False)
+    quantized: bool = setting(True, fingerprint=False, help="false for a float model")
     calibration: str = setting(
         "", fingerprint=False, help="label of the method's default set, left out of run names"
     )

@@ -68,11 +68,11 @@ class Config:
     eval: EvalOptions = field(default_factory=EvalOptions)
     tracker: TrackerOptions = field(default_factory=TrackerOptions)
     launcher: LauncherOptions = field(default_factory=LauncherOptions)
-    seed: int = setting(0, low=0, high=SEED)
+    seed: int = setting(0, low=0, high=SEED, help="seed of the fit; sampling has sampler.seed")
     label: str = setting(
         "", is_name=True, help="appended to the fit's name: set it when you change numbers"
     )
-    out: str = setting("results")
+    out: str = setting("results", help="folder of results")
     smoke: bool = setting(False, help="a two-step trial run; set by debug=smoke")
     plan_only: bool = setting(False, help="print what would be done, its cost, and stop")
     traceback: bool = setting(False, help="show where an error was raised, in place of one line")
@@ -109,13 +109,25 @@ def parts_of(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
         group: name of a config group; the keys of `fit` depend on its kind.
         values: the group, plain.
     """
+    return settings.fingerprint_keys(class_of(group, values), values)
+
+
+def groups() -> list[str]:
+    """Return the config groups: the fields of `Config` that hold a dataclass."""
+    fields = dataclasses.fields(Config)
+    return [field.name for field in fields if dataclasses.is_dataclass(field.default_factory)]
+
+
+def class_of(group: str, values: Mapping[str, Any]) -> type[Any]:
+    """Return the dataclass that declares the keys of a group; that of `fit` depends on its kind.
+
+    Args:
+        group: name of a config group.
+        values: the group, plain.
+    """
     if group == "fit":
-        return settings.fingerprint_keys(options_class(values["kind"]), values)
-    return settings.fingerprint_keys(_class_of(group), values)
-
-
-def _class_of(group: str) -> type[Any]:
-    (node,) = (f for f in dataclasses.fields(Config) if f.name == group)
+        return options_class(values["kind"])
+    (node,) = (field for field in dataclasses.fields(Config) if field.name == group)
     return node.default_factory  # type: ignore[return-value]
 
 

@@ -137,6 +137,23 @@ def _problem(value: Any, about: Mapping[str, Any]) -> str | None:
     return None
 
 
+def range_of(about: Mapping[str, Any]) -> str:
+    """Return what a setting may be, in words: its choices, or its bounds; empty without either.
+
+    Args:
+        about: the metadata of the field.
+    """
+    if about.get("choices"):
+        return ", ".join(about["choices"])
+
+    bounds = [
+        f"{sign} {about[end]:g}"
+        for end, sign in (("low", ">="), ("above", ">"), ("high", "<="), ("below", "<"))
+        if about.get(end) is not None and about[end] != SEED
+    ]
+    return ", ".join(bounds)
+
+
 def require(key: str, value: Any, kind: type[Any], **about: Any) -> None:
     """Refuse a value that a constructor can't take: of another type, or out of range.
 

@@ -172,7 +172,7 @@ class GroupedArrays:
             reason = str(error)
 
         if reason:
-            console.print(f"{reason}: what it covers is made again", markup=False)
+            console.print(f"{reason}: what it covers is made again")
             path.unlink()
 
     def _make(self, name: str) -> None:
@@ -195,7 +195,6 @@ class GroupedArrays:
             console.print(
                 f"{self.folder}: {len(damaged)} of {self.groups} groups do not match their"
                 f" checksums: made again",
-                markup=False,
             )
             done = self._open("groups", "r+")
             done[damaged] = 0

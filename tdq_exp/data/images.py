@@ -257,7 +257,7 @@ def _cached_content(
             raise ValueError(f"{pixels}: damaged (its pixels do not match their hash)")
         return str(about["content"])
     except ValueError as error:
-        console.print(f"{str(error).partition(';')[0]}: decoded again", markup=False)
+        console.print(f"{str(error).partition(';')[0]}: decoded again")
         return None
 
 

@@ -321,7 +321,7 @@ def _print(times: list[Timed], made: Mapping[str, Any]) -> None:
         ],
     )
     if "step" in made:
-        console.print(_of_step(made), markup=False)
+        console.print(_of_step(made))
 
 
 def _of_step(made: Mapping[str, Any]) -> str:

@@ -223,7 +223,8 @@ def show(job: Experiment) -> Cost:
     weights = job.weights.path or "to be trained"
 
     # The experiment and its network.
-    console.print(f"[bold]{job.name}[/bold] seed {job.seed} -> {job.folder / job.sample_name}")
+    place = job.folder / job.sample_name
+    console.print(f"{job.name} seed {job.seed} -> {place}", style="bold")
     console.print(f"  model    {cost.parameters:,} parameters, weights {weights}")
     if job.recipe is not None:
         _show_layers(job, job.recipe)
@@ -255,7 +256,7 @@ def show(job: Experiment) -> Cost:
     if cost.card is not None and cost.card.seconds:
         console.print(f"  on a GPU {on_card(cost.card)}")
     for line in job.notes:
-        console.print(f"note: {line}", markup=False)
+        console.print(f"note: {line}")
     return cost
 
 

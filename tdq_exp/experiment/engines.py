@@ -194,4 +194,4 @@ def _begin_simulated(images: ImageSet, begun_with: str | None, reason: str) -> N
     # A choice of layers that no image was made with.
     if not images.store.begun():
         images.choice().file.unlink(missing_ok=True)
-    console.print(f"sampler.engine=integer: {reason}; quantization is simulated", markup=False)
+    console.print(f"sampler.engine=integer: {reason}; quantization is simulated")

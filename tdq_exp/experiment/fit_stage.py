@@ -172,7 +172,7 @@ def _confirm_network(
 
     if context.processes.main:
         advice = "made again from the states of its fit" if repeatable else "the record stands"
-        console.print(f"note: {found.partition(';')[0]}: {advice}", markup=False)
+        console.print(f"note: {found.partition(';')[0]}: {advice}")
     if not repeatable:
         return
 
@@ -198,7 +198,6 @@ def _fit_again(
         _require_repeatable(job, context)
         console.print(
             f"note: fitting again, to the network whose hash {job.folder / FIT_RECORD} states",
-            markup=False,
         )
         scratch.mkdir(exist_ok=True)
 
@@ -332,6 +331,5 @@ def _first_layer(job: Experiment, net: nn.Module, say: bool) -> dict[str, Any]:
             f"note: {share:.1%} of the starting noise is beyond the range of the first layer's"
             f" input ({found[0]:.2f}..{found[1]:.2f} at t = {t}) and may come back as bright"
             f" spots{advice}",
-            markup=False,
         )
     return {"first_layer": {"t": t, "range": found, "noise_beyond": share}}

@@ -238,7 +238,7 @@ def _confirm_images(
 
 def _say(line: str, processes: Processes) -> None:
     if processes.main:
-        console.print(line, markup=False)
+        console.print(line)
 
 
 def rows_file(job: Experiment) -> Path:

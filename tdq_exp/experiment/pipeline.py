@@ -54,7 +54,7 @@ def _run(job: Experiment) -> list[dict[str, Any]]:
         processes.decide(lambda: require_inputs(job))
         if processes.main:
             for line in job.notes:
-                console.print(f"note: {line}", markup=False)
+                console.print(f"note: {line}")
         # float32 is float32 on every device, unless a fit asks for less.
         with products("float32"), lock.by_main(processes, lock.held(job.folder, IN_USE)):
             # What killed runs left behind.
@@ -112,13 +112,13 @@ def load_data(job: Experiment, processes: Processes) -> Data:
         """Decode what is not decoded yet, and refuse sets that no distance can be measured on."""
         data = read_data(job)
         for line in source.notes:
-            console.print(f"note: {line}", markup=False)
+            console.print(f"note: {line}")
         if job.fit.options.gives_rows:
             _check_numbers(job)
             _check_sizes(data, max(METRICS[name].least for name in job.evaluation.metrics))
             if getattr(source, "in_subfolders", False):
                 for line in _cut_notes(job, data):
-                    console.print(f"note: {line}", markup=False)
+                    console.print(f"note: {line}")
 
     # The main process writes and checks the cache; then all read it.
     processes.decide(first)

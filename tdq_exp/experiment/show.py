@@ -75,7 +75,7 @@ def _draw(job: Experiment, folder: Path, row: dict[str, Any], processes: Process
         return
     if path.exists():
         reason = "of another run or measurement" if whole else "damaged"
-        console.print(f"{path}: {reason}, drawn again", markup=False)
+        console.print(f"{path}: {reason}, drawn again")
 
     images, batch = store_of(job, folder, of).read(), job.sampling.batch
     features = f"{row['features']['name']} features {row['features']['weights']}"
@@ -128,7 +128,6 @@ def print_row(job: Experiment, rows: list[dict[str, Any]]) -> None:
             f"warning: (few) the Frechet distance of {row['images']} images by {row['few_for']}"
             " features is mostly bias: compare it with sets of as many images only, and for a"
             f" result take sampler.images={10 * row['few_for']} or more",
-            markup=False,
         )
 
     # 2. Where it lies.

@@ -139,7 +139,7 @@ def _cached(file: Path) -> dict[str, Any] | None:
             raise ValueError(f"{file}: damaged (holds start values of another network)")
         return dict(found["start"])
     except ValueError as error:
-        console.print(f"{str(error).partition(';')[0]}: searched again", markup=False)
+        console.print(f"{str(error).partition(';')[0]}: searched again")
         return None
 
 

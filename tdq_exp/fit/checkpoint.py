@@ -54,7 +54,6 @@ def whole_state(path: Path) -> Path | None:
             console.print(
                 f"{str(error).partition(';')[0]}: the fit goes on from an earlier state, or from"
                 " its beginning",
-                markup=False,
             )
             file.unlink()
     return None

@@ -103,7 +103,7 @@ class LoadOptions(FitOptions):
 
     loads_only: ClassVar[bool] = True
 
-    kind: str = setting("none", choices=("none",))
+    kind: str = setting("none", choices=("none",), help="which fit: chosen by fit=none")
 
 
 @dataclass
@@ -134,7 +134,11 @@ class TrainOptions:
     validation_samples: int = setting(
         1024, low=1, most=MOST_SAMPLES, help="(x, t, eps) of the fixed validation set"
     )
-    precision: str = setting("float32", choices=("float32", "tf32", "bfloat16"))
+    precision: str = setting(
+        "float32",
+        choices=("float32", "tf32", "bfloat16"),
+        help="of matrix products: tf32 on GPUs, bfloat16 by autocast; quantizers keep float32",
+    )
     stop_after: int = setting(
         0,
         low=0,
@@ -190,7 +194,7 @@ class PretrainOptions(FitOptions, TrainOptions):
     trains_on_images: ClassVar[bool] = True
     gives_rows: ClassVar[bool] = False
 
-    kind: str = setting("pretrain", choices=("pretrain",))
+    kind: str = setting("pretrain", choices=("pretrain",), help="which fit: chosen by fit=pretrain")
     part: str = setting(  # type: ignore[misc]
         NETWORK, since=NETWORK, help="network, or autoencoder"
     )
@@ -205,7 +209,7 @@ class QatOptions(FitOptions, QatNumbers):
     trains_on_images: ClassVar[bool] = True
     checkpoints: ClassVar[int] = 5
 
-    kind: str = setting("qat", choices=("qat",))
+    kind: str = setting("qat", choices=("qat",), help="which fit: chosen by fit=qat")
     weight_decay: float = setting(0.0, low=0, most=MOST_RATE, help="weight decay of the weights")
     lr_generator: float = setting(
         0.0, low=0, most=MOST_RATE, help="learning rate of TDQ's generators"
@@ -311,7 +315,7 @@ class PtqOptions(FitOptions, ReconstructOptions):
     quantizes: ClassVar[bool] = True
     needs_calibration_set: ClassVar[bool] = True
 
-    kind: str = setting("ptq", choices=("ptq",))
+    kind: str = setting("ptq", choices=("ptq",), help="which fit: chosen by fit=ptq")
     reconstruct: bool = setting(False, help="reconstruct the network block by block")
     correction: str = _correction()  # type: ignore[misc]
     memory_gb: float = setting(

@@ -95,7 +95,7 @@ def _is_whole(file: Path, images: int) -> bool:
         if any(len(rows) != images for rows in found.tensors.values()):
             raise ValueError(f"{file}: damaged (not of {images} images)")
     except ValueError as error:
-        console.print(f"{str(error).partition(';')[0]}: computed again", markup=False)
+        console.print(f"{str(error).partition(';')[0]}: computed again")
         return False
     return True
 

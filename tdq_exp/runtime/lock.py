@@ -91,7 +91,7 @@ def waited_for(folder: Path, making: str) -> Iterator[None]:
                 break
             except InUse as error:
                 if not is_waiting:
-                    console.print(f"waiting for {making}: {error}", markup=False)
+                    console.print(f"waiting for {making}: {error}")
                 is_waiting = True
                 time.sleep(POLL)
         yield

@@ -24,7 +24,14 @@ from rich.table import Table
 from tdq_exp.runtime import signals
 
 WIDE = 200  # columns of a table in a file or a pipe
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
+
+# Paths and values may hold brackets, which would be read as markup and left out.
+console = Console(
+    markup=False,
+    highlight=False,
+    soft_wrap=True,
+    width=None if sys.stdout.isatty() else WIDE,
+)
 SECONDS = 30.0  # between two lines where there is no terminal
 Advance = Callable[[str], None]
 
@@ -48,14 +55,17 @@ def track(label: str, total: int, start: int = 0, show: bool = True) -> Iterator
     # On a terminal: a bar.
     if console.is_terminal:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
         )
 
         with Progress(
-            *columns, TimeRemainingColumn(), TextColumn("{task.fields[remark]}"), console=console
+            *columns,
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[remark]}", markup=False),
+            console=console,
         ) as bar:
             task = bar.add_task(label, total=total, completed=start, remark="")
 

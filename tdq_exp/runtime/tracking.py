@@ -70,7 +70,6 @@ class Tracker:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             console.print(
                 f"warning: wandb failed ({reason}): the run goes on, its curves end here",
-                markup=False,
             )
 
     def _started(self) -> Any:

@@ -179,7 +179,6 @@ class BlockByBlock:
         if not report["kept"] and self.processes.main:
             console.print(
                 f"{report['block']}: no better on held-out samples, keeps its start values",
-                markup=False,
             )
         if self.context.log is not None:
             self.context.log({f"block/{key}": report[key] for key in LOSSES}, number)

@@ -88,7 +88,7 @@ def read_part(file: Path, context: RunContext) -> dict[str, Any] | None:
         try:
             found = tensor_files.read_state(file)
         except ValueError as error:
-            console.print(f"{str(error).partition(';')[0]}: made again", markup=False)
+            console.print(f"{str(error).partition(';')[0]}: made again")
             return None
         if found is not None and found.get("fingerprint") != context.fingerprint:
             raise ValueError(
