@@ -52,7 +52,7 @@ def __getattr__(name: str) -> Any:
 def load(run: str | Path) -> nn.Module:
     """Return the baked network of a finished run, in eval mode, on the CPU.
 
-    `net(x_t, t, return_dict=False)[0]` is eps_hat.
+    `net(x_t, t, return_dict=False)[0]` is what the model predicts: the noise, x_0 or v.
 
     Args:
         run: the run's folder, `results/runs/<name>/seed<k>`, or a packed network

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import tdq_exp
+from tdq_exp.commands import sample
 from tdq_exp.commands.pack import pack
 from tdq_exp.config.compose import compose
 from tdq_exp.data.arrays import ImageStore
@@ -563,8 +564,20 @@ def test_best_of_5_samples_every_kept_checkpoint_and_says_so(tmp_path, tiny_weig
         made, row["fingerprints"]["fit"], torch.device("cpu"), best_file(made.folder, row["update"])
     )
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in of_row.state_dict().items())
-    with pytest.raises(ValueError, match="packed.safetensors: is where .* last network"):
+    with pytest.raises(ValueError, match="packed.safetensors: is reserved for the last network"):
         pack(made.folder)
+
+    # Its set, and the set of each checkpoint, are drawn again as they are.
+    best = made.folder / made.sample_name
+    sets = {best: row["update"]}
+    sets |= {folder: int(folder.name.removeprefix("update")) for folder in best.glob("update*")}
+    assert len(sets) == 3
+    for number, (folder, update) in enumerate(sets.items()):
+        out = tmp_path / f"drawn{number}"
+        assert sample.main([str(folder), "--images", "12", "--out", str(out), "--cpu"]) == 0
+        stored = np.load(best / f"update{update}" / "images" / "images.npy")
+        assert np.array_equal(np.load(out / "images" / "images.npy"), stored)
+
     unmeasured = tmp_path / "unmeasured"
     shutil.copytree(made.folder, unmeasured, ignore=shutil.ignore_patterns("ddim*"))
     with pytest.raises(ValueError, match="best of several checkpoints .*none is measured yet"):
@@ -703,8 +716,10 @@ def test_two_processes_make_the_same_images_and_one_row(
     for file in ("images/images.npy", "images/groups.npy", "metrics.json"):
         (folder / file).unlink()
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # Where there is no GPU, nobody has to say that there is none.
+    quick = [o for o in QUICK if o != "launcher=cpu" or torch.accelerator.is_available()]
     done = inside(
-        *QUICK, f"model.weights={tiny_weights}", f"out={tmp_path}",
+        *quick, f"model.weights={tiny_weights}", f"out={tmp_path}",
         "launcher.nproc=2", "launcher.threads=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

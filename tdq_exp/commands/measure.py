@@ -172,7 +172,8 @@ def _preparations(one: GivenImages | GivenStatistics, size: int) -> list[str]:
 
 def _sizes(one: GivenImages) -> str:
     """Return the sizes of the images of a set, in words."""
-    sizes = [f"{height}x{width}" for height, width in sorted(one.sizes)]
+    by_area = sorted(one.sizes, key=lambda size: (size[0] * size[1], size))
+    sizes = [f"{height}x{width}" for height, width in by_area]
     return sizes[0] if len(sizes) == 1 else f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}"
 
 

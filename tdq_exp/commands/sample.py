@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from tdq_exp.commands import cli
+from tdq_exp.config.naming import FIT_RECORD
 from tdq_exp.config.setting import SEED, require
 from tdq_exp.data.arrays import ImageStore
 from tdq_exp.experiment import sample_stage
@@ -147,16 +148,20 @@ def draw(options: argparse.Namespace) -> None:
 def _loaded(run: Path) -> tuple[Experiment, nn.Module]:
     """Return the experiment and the network of a run; sampled as a set of it, if that is named.
 
+    The set of a run that chose among several checkpoints lies a folder deeper, one for each.
+
     Raises:
         ValueError, OSError: if there is no finished run, or the set has no row.
     """
-    if not (run / SAMPLES).is_file():
+    if not any((*run.glob(SAMPLES), *run.glob(f"update*/{SAMPLES}"))):
         return load(run)
 
+    is_of_run = (run.parent / FIT_RECORD).is_file()
+    folder = run.parent if is_of_run else run.parent.parent
     rows = read_rows(run / "metrics.json")
     if not rows:
-        raise ValueError(f"{run}: has no row, which says how it was sampled; name {run.parent}")
-    job, net = load(run.parent)
+        raise ValueError(f"{run}: has no row, which says how it was sampled; name {folder}")
+    job, net = load(folder, rows[0]["update"])
     of_set = rebuild(rows[0]["config"], run / "metrics.json")
     return dataclasses.replace(job, sampler=of_set.sampler, sampling=of_set.sampling), net
 

@@ -55,7 +55,14 @@ class Schedule:
 
     @cached_property
     def betas(self) -> Tensor:
-        """`[T]`, float64: the products below lose digits at t near T in single precision."""
+        """`[T]`, float64: the products below lose digits at t near T in single precision.
+
+        On the CPU, whatever device is the default where they are first asked for: they are kept.
+        """
+        with torch.device("cpu"):
+            return self._betas()
+
+    def _betas(self) -> Tensor:
         if self.shape == "linear":
             return torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64)
 

@@ -19,8 +19,14 @@ from tdq_exp.experiment.stored_network import finished_net, packed_net, read_fit
 from tdq_exp.fit.checkpoint import best_file
 
 
-def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
-    """Return the job and the network of a finished run, or of a packed file. See `tdq_exp.load`."""
+def load(run: str | Path, update: int | None = None) -> tuple[jobs.Experiment, nn.Module]:
+    """Return the job and the network of a finished run, or of a packed file. See `tdq_exp.load`.
+
+    Args:
+        run: the folder or the file.
+        update: of the checkpoint, of a run that chose among several; None if all of its sets chose
+            the same one.
+    """
     folder = path_of(run, "run")
     if folder.suffix == ".safetensors":
         return _packed(folder)
@@ -51,8 +57,12 @@ def load(run: str | Path) -> tuple[jobs.Experiment, nn.Module]:
     _check_parts(job.trained.parts(), found["parts"], folder)
 
     if not job.fit.options.loads_only:
-        chooses = job.fit.options.chooses_checkpoint
-        checkpoint = _measured_checkpoint(folder) if chooses else None
+        checkpoint = None
+        if job.fit.options.chooses_checkpoint:
+            if update is None:
+                checkpoint = _measured_checkpoint(folder)
+            else:
+                checkpoint = best_file(folder, update)
         return job, finished_net(job, found["fingerprint"], torch.device("cpu"), checkpoint)
 
     # A float model: its weights are those of a file of its own.

@@ -158,7 +158,9 @@ def require_uncorrected(net: nn.Module) -> None:
 
 
 def require_source(net: nn.Module, float_net: nn.Module) -> None:
-    """Refuse a network that another one was not made of, by its class, weights and arguments.
+    """Refuse a network that another one was not made of, by its class and arguments.
+
+    Weights are not compared: those of the quantized network may have been trained since.
 
     Args:
         net: of `quantize`.
