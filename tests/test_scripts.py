@@ -168,16 +168,17 @@ def test_the_results_page_works_out_of_figures_what_their_numbers_give():
         return record["columns"][column]["runs"]
 
     # The largest step size over t by the smallest: the median of the layers.
-    ratios = []
-    for run in runs("encoding-digits").values():
-        widths = [
-            [high - low for low, high in zip(q["grid_low"], q["grid_high"], strict=True)]
-            for q in run["quantizers"].values()
-        ]
-        ratios.append(statistics.median(max(over_t) / min(over_t) for over_t in widths))
-    encoded, raw = ratios
-    assert f"the largest {raw:.2f} times the smallest" in page
-    assert f"with the encoding {encoded:.2f} times" in page
+    for scale in ("digits", "small"):
+        ratios = []
+        for run in runs(f"encoding-{scale}").values():
+            widths = [
+                [high - low for low, high in zip(q["grid_low"], q["grid_high"], strict=True)]
+                for q in run["quantizers"].values()
+            ]
+            ratios.append(statistics.median(max(over_t) / min(over_t) for over_t in widths))
+        encoded, raw = (f"{ratio:.2f} times" for ratio in ratios)
+        assert f"the largest is {raw} the smallest" in page
+        assert f"{encoded} with the encoding" in page or f"with the encoding {encoded}" in page
 
     # Truncation over all layers and t, and the error of x_0 that all quantizers make.
     for column in ("ddim", "ldm"):

@@ -6,7 +6,6 @@ trivial.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -37,9 +36,6 @@ class Processes:
     Args:
         cpu: stay on the CPU although a GPU is there.
         threads: of torch in this process; 0 leaves its default.
-
-    Raises:
-        RuntimeError: if the launcher started several processes, and they have not found each other.
     """
 
     def __init__(self, cpu: bool = False, threads: int = 0) -> None:
@@ -50,9 +46,6 @@ class Processes:
             mixed_precision="no",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
-        started = int(os.environ.get("WORLD_SIZE", "1")) if launch.launched() else 1
-        if self.world != started:
-            raise RuntimeError(f"{started} processes were started, and {self.world} are in a group")
 
         # Last: of several processes on a CPU, accelerate gives each a share of the cores where
         # OMP_NUM_THREADS is not set. Last bits depend on the number.
