@@ -211,8 +211,14 @@ def freeze() -> list[str]:
                 known[features] = {"command": shlex.join(command), **now}
                 added.append(f"{run}/{name} ({features})")
 
-    LIST.write_text(json.dumps(content, indent=1) + "\n")
+    LIST.write_text(text_of(content))
     return added
+
+
+def text_of(content: Json) -> str:
+    """Return the list as JSON, a line for each run: a change shows, and the file stays small."""
+    lines = (f"{json.dumps(run)}: {json.dumps(entry)}" for run, entry in content.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _hashes(row: Json) -> Json:
