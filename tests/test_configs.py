@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -268,6 +269,27 @@ def test_a_label_of_values_is_one_of_the_models_that_it_names():
     assert experiments.choices_of("digits_w4a4_lsq_mine") is None
     cfg = compose(["+experiment=digits_w4a4_lsq_tdq_u600"])
     assert cfg.fit.updates == 600 and naming.fit_name(cfg) == "digits_w4a4_lsq_tdq_u600"
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("mine: fit.updates=3", "mine: write {values: [key=value], models: [NAME]}"),
+        ("mine: {value: [fit.updates=3]}", "mine: write {values"),
+        ("mine: {values: fit.updates=3}", "mine: write {values"),
+        ("mine: {values: [fit.updates=3], models: [digit]}", "mine: no such model: digit"),
+    ],
+)
+def test_a_label_that_is_explained_otherwise_is_one_line(text, said, tmp_path, monkeypatch):
+    shutil.copytree(assets.configs(), tmp_path / "configs")
+    (tmp_path / "configs" / "labels.yaml").write_text(text)
+    monkeypatch.setattr(assets, "configs", lambda: tmp_path / "configs")
+    experiments._labels_of_values.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=re.escape(said)):
+            experiments.choices_of("digits_w4a4_lsq_mine")
+    finally:
+        experiments._labels_of_values.cache_clear()
 
 
 def test_an_option_may_be_written_by_its_own_name_in_place_of_its_label():

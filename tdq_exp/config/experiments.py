@@ -143,10 +143,22 @@ def _later_choices(rest: str, groups: Sequence[str]) -> list[str] | None:
 
 @lru_cache
 def _labels_of_values() -> dict[str, dict[str, list[str]]]:
-    """Return label -> `values` and `models` of those that `configs/labels.yaml` explains."""
-    content = assets.read_yaml(assets.configs() / "labels.yaml")
-    everywhere = list(_labels("model").values())
-    return {label: {"models": everywhere, **meaning} for label, meaning in content.items()}
+    """Return label -> `values` and `models` of those that `configs/labels.yaml` explains.
+
+    Raises:
+        ValueError: for a label that is explained in another form than the file's own.
+    """
+    file = assets.configs() / "labels.yaml"
+    models = sorted(path.stem for path in (assets.configs() / "model").glob("*.yaml"))
+    found = {}
+    for label, meaning in (assets.read_yaml(file) or {}).items():
+        known = isinstance(meaning, dict) and {"values"} <= meaning.keys() <= {"values", "models"}
+        if not known or not all(isinstance(words, list) for words in meaning.values()):
+            raise ValueError(f"{file}: {label}: write {{values: [key=value], models: [NAME]}}")
+        if unknown := sorted({*meaning.get("models", ())} - {*models}):
+            raise ValueError(f"{file}: {label}: no such model: {unknown[0]}")
+        found[str(label)] = {"models": models, **meaning}
+    return found
 
 
 @lru_cache

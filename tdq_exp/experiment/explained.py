@@ -65,7 +65,10 @@ def _class_of(field: dataclasses.Field[Any], name: str, values: Mapping[str, Any
 
 
 def _arguments(node: Mapping[str, Any], name: str) -> Iterator[Key]:
-    """Yield the class of a node, and its arguments as the class' docstring explains them."""
+    """Yield the class of a node, and its arguments as the class' docstring explains them.
+
+    Those that the node leaves out, too, with their defaults.
+    """
     target = node["_target_"]
     named = _named(target)
     yield Key(f"{name}._target_", target, "", _summary(named))
@@ -76,6 +79,13 @@ def _arguments(node: Mapping[str, Any], name: str) -> Iterator[Key]:
             yield from _arguments(value, f"{name}.{key}")
         elif not key.startswith("_"):
             yield Key(f"{name}.{key}", _text(value), "", explained.get(key, ""))
+
+    # What is not written keeps its default; of a `_partial_` class the rest is given by the code.
+    others = {} if node.get("_partial_") or named is None else inspect.signature(named).parameters
+    for key, parameter in others.items():
+        if key in explained and key not in node and parameter.default is not parameter.empty:
+            added = f"with +{name}.{key}="
+            yield Key(f"{name}.{key}", _text(parameter.default), added, explained[key])
 
 
 def _named(target: str) -> Any:
@@ -108,7 +118,7 @@ def _text(value: Any) -> str:
     """Return a value as it is written on a command line; a large one by its size."""
     if isinstance(value, Mapping):
         return f"({len(value)} keys)"
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return f"[{','.join(_text(entry) for entry in value)}]"
     if isinstance(value, bool):
         return str(value).lower()

@@ -45,6 +45,15 @@ def test_an_argument_is_explained_by_the_class_that_takes_it():
     assert found["model.definition.schedule.steps"].meaning.startswith("T, the number of time")
     assert found["eval.features.weights"].meaning.startswith("The safetensors file")  # a function
 
+    # One that the configuration leaves at its default, and how it is set.
+    assert found["plan.plan.edge_bits"] == Key(
+        "plan.plan.edge_bits",
+        "null",
+        "with +plan.plan.edge_bits=",
+        "bits of the first and last layer, weights and input; None: as all others.",
+    )
+    assert found["plan.plan.keep_float"].value == "[]"
+
 
 def test_the_keys_of_a_fit_are_those_of_its_kind():
     assert "fit.reconstruct" in explained("method=ptq4dm")
