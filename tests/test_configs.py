@@ -267,6 +267,12 @@ def test_a_label_of_values_is_one_of_the_models_that_it_names():
     assert experiments.choices_of("ddim_small_w4a4_lsq_rate30")[-1] == "label=rate30"
     assert experiments.choices_of("digits_w4a4_lsq_rate30") is None
     assert experiments.choices_of("digits_w4a4_lsq_mine") is None
+
+    # Nor of a method, or with a set, whose run would not read the values.
+    assert experiments.choices_of("ddim_small_w4a4_lsq_rate10") is None
+    assert experiments.choices_of("ddim_small_w8a8_ptq4dm_mid_t")[-1] == "label=mid_t"
+    for name in ("ptq4dm_uniform_mid_t", "minmax_mid_t", "ptq4dm_no_ema"):
+        assert experiments.choices_of(f"ddim_small_w8a8_{name}") is None
     cfg = compose(["+experiment=digits_w4a4_lsq_tdq_u600"])
     assert cfg.fit.updates == 600 and naming.fit_name(cfg) == "digits_w4a4_lsq_tdq_u600"
 
@@ -274,10 +280,18 @@ def test_a_label_of_values_is_one_of_the_models_that_it_names():
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("mine: fit.updates=3", "mine: write {values: [key=value], models: [NAME]}"),
+        ("mine: fit.updates=3", "mine: write {values: [group.key=value]}"),
         ("mine: {value: [fit.updates=3]}", "mine: write {values"),
-        ("mine: {values: fit.updates=3}", "mine: write {values"),
-        ("mine: {values: [fit.updates=3], models: [digit]}", "mine: no such model: digit"),
+        ("mine: {values: fit.updates=3}", "mine: values must be a list of words"),
+        ("mine: {values: [fit.updates: 3]}", "mine: values must be a list of words"),
+        ("mine: {values: [600]}", "mine: values must be a list of words"),
+        ("mine: {values: [fit.updates]}", "mine: fit.updates: must be group.key=value"),
+        ("mine: {values: [bits=w8a8]}", "mine: bits=w8a8: must be group.key=value"),
+        ("mine: {values: [fit.updates=3], models: [3, digits]}", "mine: models must be a list"),
+        ("mine: {values: [fit.updates=3], models: [digit]}", "mine: digit: no such model"),
+        ("mine: {values: [fit.updates=3], methods: [lqs]}", "mine: lqs: no such method"),
+        ("s100: {values: [fit.lr=1e-4]}", "s100: is the label of an option already"),
+        ("[mine]", "must be a list of `label: {values: [group.key=value]}`"),
     ],
 )
 def test_a_label_that_is_explained_otherwise_is_one_line(text, said, tmp_path, monkeypatch):

@@ -30,10 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def show(words: Sequence[str]) -> None:
     """Print the keys that are asked for, with their values in a run of the overrides.
 
+    Args:
+        words: groups and keys, none for all; and overrides, which hold = or begin with ~.
+
     Raises:
         ValueError: for an override that can't be composed, or a key that there is not.
     """
-    overrides = [word for word in words if "=" in word]
+    overrides = [word for word in words if "=" in word or word.startswith("~")]
     cfg = compose(overrides)
     schema.typed(cfg)  # refuses what a run would refuse
     keys = keys_of(schema.plain(cfg))

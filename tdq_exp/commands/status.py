@@ -8,8 +8,9 @@ python -m tdq_exp status --scale small --all      also the cells that are done
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tdq_exp.commands import cli
 from tdq_exp.commands.table import names
@@ -18,7 +19,7 @@ from tdq_exp.report import cells as report_cells
 from tdq_exp.report.cell_states import DONE, STATES, CellState, seconds_left, state_of
 from tdq_exp.report.figure_manifest import FigureManifest, cells_of_figure, read_figure
 from tdq_exp.report.figure_manifest import names as figure_names
-from tdq_exp.report.figure_numbers import line_label, numbers_file
+from tdq_exp.report.figure_numbers import FLOAT, line_label, numbers_file
 from tdq_exp.report.manifest import read_manifest
 from tdq_exp.runtime import files
 from tdq_exp.runtime.progress import console, print_table
@@ -94,18 +95,32 @@ def show(tables: Sequence[str], scale: str, out: Path, every: bool = False) -> N
 
 def _measured(figure: FigureManifest, scale: str, out: Path) -> list[str]:
     """Return a figure's name, and how many lines of networks have numbers and which have none."""
-    wanted = {(c.column, line_label(c)) for c in cells_of_figure(figure, scale, out)}
-    record = files.read_json(numbers_file(figure.name, scale, out))
+    cells = cells_of_figure(figure, scale, out)
+    wanted = {(cell.column, line_label(cell)): cell.run for cell in cells}
+    record = files.read_json(numbers_file(figure.name, scale, out), needs=["columns"])
     if record is None:
         command = f"python -m tdq_exp figure {figure.name} --scale {scale} --run"
         return [figure.name, f"0 of {len(wanted)}", f"all: {command}"]
 
     missing = [
         f"{column}: {label}"
-        for column, numbers in record["columns"].items()
-        for label in numbers["missing"]
+        for (column, label), run in wanted.items()
+        if not _has_numbers(record["columns"].get(column), label, run)
     ]
     return [figure.name, f"{len(wanted) - len(missing)} of {len(wanted)}", "; ".join(missing)]
+
+
+def _has_numbers(column: Mapping[str, Any] | None, label: str, run: str) -> bool:
+    """Return whether a figure's column has the numbers of a line, of the run that it asks for.
+
+    A figure of the float model alone, and one of step sizes, name no run of it.
+    """
+    if column is None or label in column["missing"]:
+        return False
+    runs = column.get("runs")
+    return (
+        not runs or (label == FLOAT and label not in runs) or runs.get(label, {}).get("run") == run
+    )
 
 
 def _left_text(state: CellState, left: dict[str, float | None]) -> str:

@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -35,6 +37,8 @@ from omegaconf import OmegaConf
 
 from tdq_exp.config import assets, naming
 from tdq_exp.fit.registry import OPTIONS
+
+_VALUE = re.compile(r"[a-z]\w*(\.\w+)+=.*")
 
 # Groups whose labels may follow the method, in the order in which `fit_name` writes them.
 LATER = (*naming.LABELLED, "calibration", "debug")
@@ -81,8 +85,8 @@ def choices_of(name: str) -> list[str] | None:
 
     for label, meaning in _labels_of_values().items():
         choices = _choices_of_labels(name.removesuffix(f"_{label}"))
-        if choices is not None and choices[0].removeprefix("model=") in meaning["models"]:
-            return [*choices, *meaning["values"], f"label={label}"]
+        if choices is not None and meaning.goes_with(choices):
+            return [*choices, *meaning.values, f"label={label}"]
     return None
 
 
@@ -141,24 +145,72 @@ def _later_choices(rest: str, groups: Sequence[str]) -> list[str] | None:
     return None
 
 
+@dataclass(frozen=True)
+class _Meaning:
+    """What a label of values stands for; see `configs/labels.yaml`.
+
+    Args:
+        values: `group.key=value` each.
+        models, methods: options that it is valid for; empty: all.
+        not_with: groups of which no option may be chosen.
+    """
+
+    values: Sequence[str]
+    models: Sequence[str] = ()
+    methods: Sequence[str] = ()
+    not_with: Sequence[str] = ()
+
+    def goes_with(self, choices: Sequence[str]) -> bool:
+        """Return whether the label may follow a name of these choices."""
+        chosen = dict(choice.split("=", 1) for choice in choices)
+        return (
+            chosen["model"] in (self.models or [chosen["model"]])
+            and chosen["method"] in (self.methods or [chosen["method"]])
+            and not {*self.not_with} & chosen.keys()
+        )
+
+
 @lru_cache
-def _labels_of_values() -> dict[str, dict[str, list[str]]]:
-    """Return label -> `values` and `models` of those that `configs/labels.yaml` explains.
+def _labels_of_values() -> dict[str, _Meaning]:
+    """Return label -> meaning of those that `configs/labels.yaml` explains.
 
     Raises:
-        ValueError: for a label that is explained in another form than the file's own.
+        ValueError: naming the file and the label, if it is explained in another form.
     """
     file = assets.configs() / "labels.yaml"
-    models = sorted(path.stem for path in (assets.configs() / "model").glob("*.yaml"))
-    found = {}
-    for label, meaning in (assets.read_yaml(file) or {}).items():
-        known = isinstance(meaning, dict) and {"values"} <= meaning.keys() <= {"values", "models"}
-        if not known or not all(isinstance(words, list) for words in meaning.values()):
-            raise ValueError(f"{file}: {label}: write {{values: [key=value], models: [NAME]}}")
-        if unknown := sorted({*meaning.get("models", ())} - {*models}):
-            raise ValueError(f"{file}: {label}: no such model: {unknown[0]}")
-        found[str(label)] = {"models": models, **meaning}
-    return found
+    content = assets.read_yaml(file) or {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: must be a list of `label: {{values: [group.key=value]}}`")
+
+    for label, meaning in content.items():
+        problem = _problem_of(str(label), meaning)
+        if problem is not None:
+            raise ValueError(f"{file}: {label}: {problem}")
+    return {str(label): _Meaning(**meaning) for label, meaning in content.items()}
+
+
+def _problem_of(label: str, meaning: object) -> str | None:
+    """Return what is wrong with a label of values, or None."""
+    known = {field.name for field in dataclasses.fields(_Meaning)}
+    if not isinstance(meaning, dict) or not {"values"} <= meaning.keys() <= known:
+        return f"write {{values: [group.key=value]}}, and if need be {', '.join(sorted(known))}"
+    for key, words in meaning.items():
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            return f"{key} must be a list of words"
+
+    # An option of a group is a label of its own, and would be chosen beside another.
+    for value in meaning["values"]:
+        if not _VALUE.fullmatch(value):
+            return f"{value}: must be group.key=value"
+
+    for group, names in (("model", meaning.get("models")), ("method", meaning.get("methods"))):
+        options = {path.stem for path in (assets.configs() / group).glob("*.yaml")}
+        if unknown := sorted({*(names or ())} - options):
+            return f"{unknown[0]}: no such {group}"
+
+    if _later_choices(label, LATER) is not None:
+        return "is the label of an option already"
+    return None
 
 
 @lru_cache

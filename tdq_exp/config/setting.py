@@ -137,6 +137,9 @@ def _problem(value: Any, about: Mapping[str, Any]) -> str | None:
     return None
 
 
+_BOUNDS = (("low", ">="), ("above", ">"), ("high", "<="), ("below", "<"), ("most", "<="))
+
+
 def range_of(about: Mapping[str, Any]) -> str:
     """Return what a setting may be, in words: its choices, or its bounds; empty without either.
 
@@ -148,7 +151,7 @@ def range_of(about: Mapping[str, Any]) -> str:
 
     bounds = [
         f"{sign} {about[end]:g}"
-        for end, sign in (("low", ">="), ("above", ">"), ("high", "<="), ("below", "<"))
+        for end, sign in _BOUNDS
         if about.get(end) is not None and about[end] != SEED
     ]
     return ", ".join(bounds)

@@ -38,6 +38,9 @@ def complete(
         title: of the progress bar.
         making: what is made, for another run that asks for the same and waits meanwhile; None if
             nobody else fills these arrays.
+
+    Raises:
+        OSError: on all processes, if one of them can't write, or the lock can't be had.
     """
     with ExitStack() as stack:
         if making is not None and processes.decide(arrays.missing):

@@ -25,9 +25,10 @@ from tdq_exp.runtime import signals
 
 WIDE = 200  # columns of a table in a file or a pipe
 
-# Paths and values may hold brackets, which would be read as markup and left out.
+# Paths and values may hold brackets or :names:, which would be read as markup or drawn as pictures.
 console = Console(
     markup=False,
+    emoji=False,
     highlight=False,
     soft_wrap=True,
     width=None if sys.stdout.isatty() else WIDE,

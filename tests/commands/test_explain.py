@@ -31,7 +31,7 @@ def test_every_key_of_every_option_has_a_meaning(number):
 def test_a_key_is_explained_with_its_value_and_its_range():
     found = explained("bits=w4a8", "fit.grad_clip=1")
     assert found["bits.act"] == Key("bits.act", "8", ">= 2, <= 16", "bits of activations")
-    assert found["fit.grad_clip"].value == "1.0" and found["fit.warmup"].limits == ">= 0"
+    assert found["fit.grad_clip"].value == "1.0" and found["fit.warmup"].limits == ">= 0, <= 1e+09"
     assert found["fit.lr_schedule"].limits == "constant, cosine"
     assert found["seed"].limits == ">= 0"  # whose largest value is that of the generators
     assert found["eval.metrics"].value == "[fid,isc,kid]" and found["data.limit"].value == "null"

@@ -205,14 +205,21 @@ def test_fits_of_several_rows_count_once(done, cell):
 
 
 def test_the_state_of_everything_counts_the_runs_of_figures_and_their_numbers(tmp_path, capsys):
-    numbers = {"columns": {"digits": {"missing": ["NIPQ W4A4"]}}}
+    runs = {
+        label: {"run": f"digits_w4a4_{name}"}
+        for label, name in (("LSQ W4A4", "lsq_release"), ("LSQ + TDQ W4A4", "of_before"))
+    }
+    column = {"missing": ["NIPQ W4A4"], "runs": {"float": {"run": "digits_fp"}, **runs}}
+    numbers = {"columns": {"ddim": column}}
     put(tmp_path / "numbers" / "grids-digits.json", numbers)
     status.show([], "digits", tmp_path)
     lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
 
     # Rows, five lines at four numbers of steps; and networks, of which one has no number.
     assert ["figure8", "20", *"00000", "20"] in lines
-    assert ["grids", "4", "of", "5", "digits:", "NIPQ", "W4A4"] in lines
+    (grids,) = [line for line in lines if line[:1] == ["grids"]]
+    missing = "ddim: PACT W4A4; ddim: NIPQ W4A4; ddim: LSQ + TDQ W4A4"  # unmeasured, and another's
+    assert " ".join(grids) == f"grids 2 of 5 {missing}"
     assert any(line[:5] == ["layers", "0", "of", "3", "all:"] for line in lines)
 
     status.show(["table3"], "digits", tmp_path)

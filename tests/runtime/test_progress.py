@@ -7,7 +7,7 @@ from rich.console import Console
 
 from tdq_exp.runtime import progress
 
-BRACKETS = "runs[old]/[bold]x[/bold] [fid,isc]"
+BRACKETS = "runs[old]/[bold]x[/bold] [fid,isc] a:key:b"
 
 
 def test_brackets_are_no_markup(capsys):
@@ -20,7 +20,7 @@ def test_brackets_are_no_markup(capsys):
 
 def test_nor_beside_a_bar(monkeypatch, tmp_path):
     with (tmp_path / "out").open("w") as file:
-        terminal = Console(file=file, force_terminal=True, width=200, markup=False)
+        terminal = Console(file=file, force_terminal=True, width=200, markup=False, emoji=False)
         monkeypatch.setattr(progress, "console", terminal)
         with progress.track(BRACKETS, 1) as advance:
             advance("[red]")
