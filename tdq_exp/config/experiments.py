@@ -78,12 +78,17 @@ def choices_of(name: str) -> list[str] | None:
 
     Returns:
         Options of groups, then single values; None if the name is not made of known labels.
+
+    Raises:
+        ValueError: if `configs/labels.yaml` explains a label in another form than its own.
     """
     choices = _choices_of_labels(name)
     if choices is not None:
         return choices
 
     for label, meaning in _labels_of_values().items():
+        if not name.endswith(f"_{label}"):
+            continue
         choices = _choices_of_labels(name.removesuffix(f"_{label}"))
         if choices is not None and meaning.goes_with(choices):
             return [*choices, *meaning.values, f"label={label}"]
@@ -91,7 +96,7 @@ def choices_of(name: str) -> list[str] | None:
 
 
 def is_option(choice: str) -> bool:
-    """Tell whether a choice of `choices_of` is an option of a group; it is a value otherwise."""
+    """Return whether a choice of `choices_of` is an option of a group; it is a value otherwise."""
     return "." not in choice.partition("=")[0] and not choice.startswith("label=")
 
 
